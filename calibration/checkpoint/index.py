@@ -1,0 +1,149 @@
+"""A checkpoint directory: config, index and the headers of every shard, checked together before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from calibration.checkpoint.header import TensorHeader, read_header
+from recipes.errors import SourceError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+class Checkpoint:
+    """A safetensors checkpoint in hub form, opened for reading.
+
+    `tensors` maps every tensor name to its header, `shards` lists the file names in the order of the index, and
+    `config` is the parsed config.json. Nothing is ever written; handles are kept open until `close`.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorHeader], shards: list[str]):
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+        self.shards = shards
+        self._handles: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Opens `directory` from its headers alone. Raises SourceError with every problem at once: no such
+        directory, no config.json, an index that names absent files or a path outside the directory, damaged or
+        truncated shards, tensors that index and shards do not agree on.
+        """
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise SourceError(f"{directory}: no such checkpoint directory; check source.checkpoint in the recipe")
+        config = _json_object(directory / CONFIG_NAME)
+        weight_map, shards = _weight_map(directory)
+        problems: list[str] = []
+        tensors: dict[str, TensorHeader] = {}
+        for shard in shards:
+            try:
+                headers = read_header(directory / shard)
+            except SourceError as error:
+                problems += error.problems
+                continue
+            for name, header in headers.items():
+                if name in tensors:
+                    problems.append(f"{directory}: {name} stands both in {tensors[name].shard} and in {shard}")
+                tensors[name] = header
+            if weight_map is not None:
+                problems += _disagreements(directory, shard, headers, weight_map)
+        if problems:
+            raise SourceError(problems)
+        return cls(directory, config, tensors, shards)
+
+    def path(self, name: str) -> Path:
+        """The file that holds tensor `name`."""
+        return self.directory / self.tensors[name].shard
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored, on the CPU. Raises SourceError where the file vanished or does not open."""
+        shard = self.tensors[name].shard
+        try:
+            if shard not in self._handles:
+                self._handles[shard] = safe_open(self.directory / shard, framework="pt")
+            tensor: torch.Tensor = self._handles[shard].get_tensor(name)
+        except Exception as error:  # safetensors raises its own, OSError and RuntimeError alike
+            raise SourceError(
+                f"{self.directory / shard}: {name} cannot be read: {error}; is the source whole?"
+            ) from None
+        return tensor
+
+    def read_bytes(self, name: str) -> bytes:
+        """The stored bytes of tensor `name`, unchanged."""
+        header = self.tensors[name]
+        with self.path(name).open("rb") as file:
+            data = os.pread(file.fileno(), header.nbytes, header.begin)
+            while len(data) < header.nbytes:
+                more = os.pread(file.fileno(), header.nbytes - len(data), header.begin + len(data))
+                if not more:
+                    raise SourceError(f"{self.path(name)}: {name}: the file ends early; it changed while it was read")
+                data += more
+        return data
+
+    def close(self) -> None:
+        self._handles.clear()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}; a checkpoint needs it") from None
+    except ValueError as error:
+        raise SourceError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
+    return value
+
+
+def _weight_map(directory: Path) -> tuple[dict[str, str] | None, list[str]]:
+    index_path = directory / INDEX_NAME
+    if not index_path.exists():
+        if (directory / SINGLE_NAME).exists():
+            return None, [SINGLE_NAME]
+        raise SourceError(f"{directory}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; is it a safetensors checkpoint?")
+    weight_map = _json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise SourceError(f"{index_path}: weight_map is missing or empty; download the index again")
+    problems = []
+    shards = list(dict.fromkeys(weight_map.values()))
+    for shard in shards:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+            problems.append(
+                f"{index_path}: weight_map names {shard!r}: only plain file names beside the index are allowed"
+            )
+        elif not (directory / shard).is_file():
+            absent = sum(target == shard for target in weight_map.values())
+            problems.append(f"{directory / shard}: missing shard: {absent} tensors of the index lie in it; download it")
+    if problems:
+        raise SourceError(problems)
+    return weight_map, shards
+
+
+def _disagreements(
+    directory: Path, shard: str, headers: dict[str, TensorHeader], weight_map: dict[str, str]
+) -> list[str]:
+    promised = {name for name, target in weight_map.items() if target == shard}
+    problems = []
+    for kind, names in (
+        ("the index promises {} in it, its header does not have it", sorted(promised - headers.keys())),
+        ("its header has {}, the index does not place it there", sorted(headers.keys() - promised)),
+    ):
+        if names:
+            more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
+            problems.append(f"{directory / shard}: " + kind.format(", ".join(names[:3]) + more))
+    return problems

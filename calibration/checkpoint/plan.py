@@ -1,0 +1,434 @@
+"""The plan: for every source tensor exactly one action, for every output tensor its name, dtype, shape and shard.
+
+Made from headers, the recipe and the family's grammar; no tensor is read. Inspect prints it, calibration and
+conversion execute it, verification compares the output with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Literal
+
+from calibration.checkpoint.families import NOT_LINEAR, ROUTED, Family, Place, family_of
+from calibration.checkpoint.formats import Formats, module_of
+from calibration.checkpoint.header import tensor_bytes
+from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
+from recipes.errors import RecipeError, collapsed
+from recipes.modifiers import ConfigGroup
+from recipes.schema import Recipe
+
+Action = Literal["copy", "cast", "quantize", "consume"]
+#: The config group of FP8 tiles that the recipe does not quantize and the output keeps.
+KEPT_FP8 = "kept_fp8"
+_SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output checkpoint; `dtype` in safetensors' spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What happens to one source tensor, why, and what comes of it. `group` names the config group, if any."""
+
+    source: str
+    action: Action
+    outputs: tuple[OutputTensor, ...]
+    reason: str
+    group: str | None = None
+
+    @property
+    def module(self) -> str:
+        return module_of(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedShard:
+    """One output shard: its file name, the block it belongs to (None outside the blocks) and its steps' sources."""
+
+    name: str
+    block: int | None
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every step, by source tensor, and every output shard. `groups` maps a config group to its scheme."""
+
+    family: Family
+    steps: dict[str, Step]
+    shards: tuple[PlannedShard, ...]
+    groups: dict[str, Scheme]
+    fused: tuple[tuple[str, ...], ...]
+    warnings: tuple[str, ...]
+    parameters: int
+    input_global_scale: str
+
+    @cached_property
+    def quantized(self) -> dict[str, Step]:
+        """Module name -> step of every module that calibration quantizes."""
+        return {step.module: step for step in self.steps.values() if step.action == "quantize"}
+
+    @cached_property
+    def outputs(self) -> dict[str, OutputTensor]:
+        """Every tensor of the output checkpoint by name."""
+        return {output.name: output for step in self.steps.values() for output in step.outputs}
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Output tensor -> shard file name."""
+        return {
+            output.name: shard.name
+            for shard in self.shards
+            for source in shard.sources
+            for output in self.steps[source].outputs
+        }
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs.values())
+
+    @property
+    def bits_per_parameter(self) -> float:
+        return self.output_bytes * 8 / self.parameters if self.parameters else 0.0
+
+    @property
+    def block_numbers(self) -> list[int]:
+        return sorted({shard.block for shard in self.shards if shard.block is not None})
+
+    def modules(self, group: str) -> list[str]:
+        """Source modules of a config group, kept FP8 tiles included, in the order of the source."""
+        return [step.module for step in self.steps.values() if step.group == group and step.action != "consume"]
+
+    def shared_input_scales(self) -> list[tuple[str, ...]]:
+        """Groups of modules whose input global scale must be equal: gate/up and the other fused projections, and,
+        unless the recipe says per_expert, w1/w3 and w2 across all routed experts of a block."""
+        calibrated = {m: s for m, s in self.quantized.items() if self.groups[str(s.group)].input_scale}
+        groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        fused_with = {module: group[0] for group in self.fused for module in group}
+        for module in calibrated:
+            place = self.family.place(module)
+            if place.part == ROUTED and self.input_global_scale == "shared":
+                leaf = fused_with.get(module, module).rpartition(".")[2]
+                groups[(str(place.block), leaf)].append(module)
+            elif module in fused_with:
+                groups[(fused_with[module],)].append(module)
+        return [tuple(group) for group in groups.values() if len(group) > 1]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that the plan says, as hex."""
+        body = {
+            "family": self.family.name,
+            "steps": [asdict(step) for step in self.steps.values()],
+            "shards": [asdict(shard) for shard in self.shards],
+            "groups": {name: scheme.name for name, scheme in self.groups.items()},
+            "input_global_scale": self.input_global_scale,
+        }
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
+    """Makes the plan. Raises RecipeError, all problems at once: a target or ignore entry that matches nothing, a
+    module in two groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only
+    in part, an unsupported scheme, a stored format that cannot be kept."""
+    return _Planner(checkpoint, formats, recipe).plan()
+
+
+class _Planner:
+    def __init__(self, checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> None:
+        self.checkpoint, self.formats, self.recipe = checkpoint, formats, recipe
+        self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self.weights = {
+            module_of(name): name
+            for name in checkpoint.tensors
+            if name.endswith((".weight", ".weight_packed")) and name not in formats.companions
+        }
+        self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
+
+    def plan(self) -> Plan:
+        groups = self._schemes()
+        assigned = self._assign(groups)
+        self._check_whole_groups(assigned)
+        steps = self._steps(assigned, groups)
+        if self.problems:
+            raise RecipeError(collapsed(self.problems))
+        parameters = sum(
+            _numel(self.formats.of(name).shape)
+            for name in self.checkpoint.tensors
+            if name not in self.formats.companions
+        )
+        plan = Plan(
+            family=self.family,
+            steps=steps,
+            shards=tuple(self._shards(steps)),
+            groups=groups,
+            fused=tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp)),
+            warnings=(),
+            parameters=parameters,
+            input_global_scale=self.recipe.export.input_global_scale,
+        )
+        self._warn_about_size(plan)
+        object.__setattr__(plan, "warnings", tuple(self.warnings))
+        return plan
+
+    def _schemes(self) -> dict[str, Scheme]:
+        schemes: dict[str, Scheme] = {}
+        for name, group in self.recipe.quantization_modifier.config_groups.items():
+            scheme = _scheme_of(group)
+            if scheme is None:
+                self.problems.append(
+                    f"config_groups.{name}: scheme {group.scheme or 'with own weights arguments'} is not one this "
+                    f"project can write and verify; use one of {', '.join(SCHEMES)}"
+                )
+            else:
+                schemes[name] = scheme
+        return schemes
+
+    def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
+        """Module -> config group, after ignore."""
+        modifier = self.recipe.quantization_modifier
+        ignored: set[str] = set()
+        for entry in modifier.ignore:
+            hits = self._matching(entry)
+            if not hits:
+                self.problems.append(f"ignore: {entry!r} matches no module of the source{self._closest(entry)}")
+            ignored.update(hits)
+        assigned: dict[str, str] = {}
+        for name, scheme in groups.items():
+            for target in modifier.config_groups[name].targets:
+                hits = self._matching(target)
+                if not hits:
+                    self.problems.append(
+                        f"config_groups.{name}.targets: {target!r} matches no module of the source{self._closest(target)}"
+                    )
+                    continue
+                wanted = [m for m in hits if m not in ignored and self._can_quantize(m, target)]
+                if not wanted:
+                    self.problems.append(
+                        f"config_groups.{name}.targets: {target!r} matches {len(hits)} modules and none of them can be "
+                        f"quantized, for example {hits[0]} ({self.places[hits[0]].part})"
+                    )
+                for module in wanted:
+                    shape_problem = scheme.problem(self.formats.of(self.weights[module]).shape)
+                    if shape_problem:
+                        self.problems.append(
+                            f"config_groups.{name}: {self.weights[module]}: {scheme.name} {shape_problem}; "
+                            "add the module to ignore"
+                        )
+                    elif assigned.setdefault(module, name) != name:
+                        self.problems.append(
+                            f"config_groups: {module} is a target of both {assigned[module]} and {name}; "
+                            "narrow one of the regexes"
+                        )
+        return assigned
+
+    def _can_quantize(self, module: str, target: str) -> bool:
+        place = self.places[module]
+        if place.mtp:
+            reason = "MTP modules are copied byte for byte"
+        elif re.search(self.family.not_calibrated, module):
+            reason = "transformers does not run this projection as a plain linear layer"
+        elif place.part in NOT_LINEAR or len(self.formats.of(self.weights[module]).shape) != 2:
+            reason = f"it is not a linear layer ({place.part})"
+        else:
+            return True
+        # `Linear` means linear layers by definition: leaving the others out is no news.
+        if target != "Linear":
+            warning = f"target {target!r} also matches {_pattern(module)}: stays as it is, {reason}"
+            if warning not in self.warnings:
+                self.warnings.append(warning)
+        return False
+
+    def _matching(self, entry: str) -> list[str]:
+        if entry.startswith("re:"):
+            pattern = re.compile(entry[3:])
+            return [module for module in self.weights if pattern.match(module)]
+        if entry == "Linear":
+            return [m for m in self.weights if self.places[m].part not in NOT_LINEAR]
+        return [entry] if entry in self.weights else []
+
+    def _closest(self, entry: str) -> str:
+        """A hint for an entry that matched nothing: names are those of the source, not of transformers."""
+        patterns = sorted({_pattern(module) for module in self.weights})
+        wanted = re.sub(r"[\\^$()]", "", entry.removeprefix("re:"))
+        close = difflib.get_close_matches(wanted, patterns, n=2, cutoff=0.3)
+        hint = f"; closest: {', '.join(close)}" if close else ""
+        return f"{hint}; names are spelled as in the source (see inspect_checkpoint)"
+
+    def _check_whole_groups(self, assigned: dict[str, str]) -> None:
+        experts: dict[int, list[str]] = defaultdict(list)
+        for module, place in self.places.items():
+            if place.part == ROUTED and place.block is not None:
+                experts[place.block].append(module)
+        wholes: Iterable[tuple[str, Iterable[str]]] = [
+            *(("projections that are served as one matrix", group) for group in self.family.fused(
+                m for m in self.weights if not self.places[m].mtp)),
+            *((f"routed experts of block {block}", modules) for block, modules in experts.items()),
+        ]  # fmt: skip
+        for what, whole in wholes:
+            by_group = defaultdict(list)
+            for module in whole:
+                by_group[assigned.get(module)].append(module)
+            if len(by_group) > 1:
+                shares = "; ".join(
+                    f"{group or 'not quantized'}: {_some(modules)}"
+                    for group, modules in sorted(by_group.items(), key=str)
+                )
+                self.problems.append(
+                    f"config_groups: {what} must be quantized alike or not at all: {shares}; widen or narrow the targets"
+                )
+
+    def _steps(self, assigned: dict[str, str], groups: dict[str, Scheme]) -> dict[str, Step]:
+        scheme_names: dict[str, list[str]] = defaultdict(list)
+        steps: dict[str, Step] = {}
+        for name in self.checkpoint.tensors:
+            if name not in self.formats.companions:
+                steps.update(self._step(name, assigned, groups, scheme_names))
+        return {name: steps[name] for name in self.checkpoint.tensors if name in steps}
+
+    def _step(
+        self, name: str, assigned: dict[str, str], groups: dict[str, Scheme], kinds: dict[str, list[str]]
+    ) -> dict[str, Step]:
+        """The steps of one tensor and its scale companions."""
+        stored = self.formats.of(name)
+        module, place = module_of(name), self.family.place(name)
+        companions = list(stored.companions.values())
+        group = assigned.get(module) if self.weights.get(module) == name else None
+        if stored.kind in ("nvfp4", "modelopt_nvfp4") and not place.mtp:
+            if stored.kind not in kinds:
+                self.problems.append(
+                    f"{self.checkpoint.path(name)}: {name}: the source is already quantized ({stored.label}); "
+                    "start from the original checkpoint"
+                )
+            kinds[stored.kind].append(name)
+        if group is None or place.mtp:
+            return self._kept(name, place, groups)
+        scheme = groups[group]
+        if scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == (128, 128):
+            return self._keep_tiles(
+                name, group, "FP8 tiles of the source are FP8_BLOCK already: codes kept, scale respelled"
+            )
+        outputs = tuple(OutputTensor(*output) for output in scheme.outputs(module, stored.shape))
+        steps = {name: Step(name, "quantize", outputs, f"target of {group} ({scheme.name})", group)}
+        return steps | _consumed(companions, f"used up by {name}")
+
+    def _kept(self, name: str, place: Place, groups: dict[str, Scheme]) -> dict[str, Step]:
+        header, stored = self.checkpoint.tensors[name], self.formats.of(name)
+        companions = list(stored.companions.values())
+        as_stored = (OutputTensor(name, header.dtype, header.shape),)
+        if place.mtp:
+            reason = "MTP is copied byte for byte"
+        elif stored.kind == "plain":
+            reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
+        elif self.recipe.export.kept == "plain":
+            dtype = _SAFETENSORS_DTYPE[self.recipe.export.plain_dtype]
+            cast = Step(
+                name, "cast", (OutputTensor(name, dtype, stored.shape),), f"{place.part}: {stored.label} undone"
+            )
+            return {name: cast} | _consumed(companions, f"used up by {name}")
+        elif stored.kind == "fp8_tiles" and stored.tile == (128, 128):
+            groups.setdefault(KEPT_FP8, FP8_BLOCK)
+            return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
+        else:
+            self.problems.append(
+                f"{self.checkpoint.path(name)}: {name} is stored as {stored.label} and is no target; compressed-tensors "
+                "checkpoints cannot keep that form: quantize it or set export.kept: plain"
+            )
+            return {}
+        copies = {name: Step(name, "copy", as_stored, reason)}
+        for companion in companions:
+            header = self.checkpoint.tensors[companion]
+            copies[companion] = Step(companion, "copy", (OutputTensor(companion, header.dtype, header.shape),), reason)
+        return copies
+
+    def _keep_tiles(self, name: str, group: str, reason: str) -> dict[str, Step]:
+        header, stored = self.checkpoint.tensors[name], self.formats.of(name)
+        scale = stored.companions["tile_scale"]
+        grid = self.checkpoint.tensors[scale].shape
+        weight_scale = OutputTensor(f"{module_of(name)}.weight_scale", "F32", grid)
+        return {
+            name: Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), reason, group),
+            scale: Step(scale, "cast", (weight_scale,), f"tile scale of {name}, exact in F32"),
+        }
+
+    def _shards(self, steps: dict[str, Step]) -> list[PlannedShard]:
+        """Shards in the order: outside the blocks, block by block, MTP; split where max_shard_size is passed."""
+        bins: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for name in steps:
+            place = self.family.place(name)
+            bins[(2, 0) if place.mtp else (0, 0) if place.block is None else (1, place.block)].append(name)
+        limit = self.recipe.export.max_shard_size
+        pieces: list[tuple[int | None, list[str]]] = []
+        for (kind, number), names in sorted(bins.items()):
+            size = limit + 1
+            for name in names:
+                nbytes = sum(output.nbytes for output in steps[name].outputs)
+                if size + nbytes > limit:
+                    pieces.append((number if kind == 1 else None, []))
+                    size = 0
+                pieces[-1][1].append(name)
+                size += nbytes
+        kept = [piece for piece in pieces if any(steps[name].outputs for name in piece[1])]
+        return [
+            PlannedShard(f"model-{i:05d}-of-{len(kept):05d}.safetensors", block, tuple(names))
+            for i, (block, names) in enumerate(kept, 1)
+        ]
+
+    def _warn_about_size(self, plan: Plan) -> None:
+        sources = [s for step in plan.quantized.values() for s in
+                   (step.source, *self.formats.of(step.source).companions.values())]  # fmt: skip
+        before = sum(self.checkpoint.tensors[name].nbytes for name in sources)
+        after = sum(output.nbytes for step in plan.quantized.values() for output in step.outputs)
+        if plan.quantized and after >= before:
+            self.warnings.append(
+                f"no disk is saved: the quantized modules take {after:,} bytes in the output and {before:,} in the source"
+            )
+
+
+def _scheme_of(group: ConfigGroup) -> Scheme | None:
+    if group.scheme is not None:
+        return SCHEMES.get(group.scheme.upper())
+    weights = group.weights or {}
+    facts = (weights.get("num_bits"), weights.get("type"), weights.get("group_size"))
+    if facts != (4, "float", 16):
+        return None
+    return SCHEMES["NVFP4" if group.input_activations else "NVFP4A16"]
+
+
+def _consumed(companions: list[str], reason: str) -> dict[str, Step]:
+    return {companion: Step(companion, "consume", (), reason) for companion in companions}
+
+
+def _pattern(module: str) -> str:
+    return re.sub(r"\d+", "N", module)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total

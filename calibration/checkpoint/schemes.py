@@ -1,0 +1,66 @@
+"""The quantization schemes this project writes: their output tensors and their words in `quantization_config`.
+
+Names and shapes follow compressed-tensors' formats `nvfp4-pack-quantized` and `float-quantized` (0.17 to 0.19).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from calibration.checkpoint.nvfp4 import GROUP
+
+Outputs = tuple[tuple[str, str, tuple[int, ...]], ...]
+
+_NVFP4_WEIGHTS: dict[str, Any] = {
+    "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": GROUP,
+    "dynamic": False, "scale_dtype": "torch.float8_e4m3fn",
+}  # fmt: skip
+_TILES = [128, 128]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One scheme: `format` as compressed-tensors names it, whether activations need calibrated input scales, and the
+    arguments of its config group."""
+
+    name: str
+    format: str
+    input_scale: bool
+    weights: dict[str, Any]
+    input_activations: dict[str, Any] | None
+
+    def problem(self, shape: tuple[int, ...]) -> str | None:
+        """Why a weight of this shape cannot take the scheme, or None."""
+        if len(shape) != 2:
+            return f"needs a 2-D weight, it has {len(shape)} dimensions"
+        if self.name.startswith("NVFP4") and shape[1] % GROUP:
+            return f"needs K to be a multiple of {GROUP}, K is {shape[1]}"
+        return None
+
+    def outputs(self, module: str, shape: tuple[int, ...]) -> Outputs:
+        """(name, safetensors dtype, shape) of every tensor that a `[M, K]` weight becomes."""
+        rows, columns = shape
+        if self.name == "FP8_BLOCK":
+            grid = (math.ceil(rows / _TILES[0]), math.ceil(columns / _TILES[1]))
+            return ((f"{module}.weight", "F8_E4M3", shape), (f"{module}.weight_scale", "F32", grid))
+        outputs: Outputs = (
+            (f"{module}.weight_packed", "U8", (rows, columns // 2)),
+            (f"{module}.weight_scale", "F8_E4M3", (rows, columns // GROUP)),
+            (f"{module}.weight_global_scale", "F32", (1,)),
+        )
+        return (*outputs, (f"{module}.input_global_scale", "F32", (1,))) if self.input_scale else outputs
+
+
+NVFP4 = Scheme(
+    "NVFP4", "nvfp4-pack-quantized", True, _NVFP4_WEIGHTS,
+    {**_NVFP4_WEIGHTS, "dynamic": "local"},
+)  # fmt: skip
+NVFP4A16 = Scheme("NVFP4A16", "nvfp4-pack-quantized", False, _NVFP4_WEIGHTS, None)
+FP8_BLOCK = Scheme(
+    "FP8_BLOCK", "float-quantized", False,
+    {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": _TILES, "dynamic": False},
+    {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": True},
+)  # fmt: skip
+SCHEMES = {scheme.name: scheme for scheme in (NVFP4, NVFP4A16, FP8_BLOCK)}

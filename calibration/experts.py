@@ -1,0 +1,197 @@
+"""Calibration forward of linearized experts: every expert sees every token, and only what that needs is computed.
+
+Stock llm-compressor runs each expert's whole MLP on all tokens and drops the outputs that were not routed. Observers
+need less: gate and up of all experts share one input, so it is observed once; the down projection must be observed on
+all tokens, but its output is needed for routed tokens alone. The statistics are bit-identical to stock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
+from llmcompressor.modifiers.quantization.calibration import calibrate_input_hook
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.observers import Observer
+from llmcompressor.observers.min_max import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
+from torch import nn
+
+#: Observers whose whole state is min_vals and max_vals, so that equal inputs mean equal states.
+MIN_MAX = (StaticMinMaxObserver, MinMaxObserver, MemorylessMinMaxObserver)
+INPUT_SHARING = (("gate_proj", "up_proj"), ("down_proj",))
+
+
+class Pass(Enum):
+    """What a forward pass is for: CALIBRATE observes; REPEAT computes the very same bits without observing (parity);
+    PROPAGATE computes only what the outputs need."""
+
+    CALIBRATE = "calibrate"
+    REPEAT = "repeat"
+    PROPAGATE = "propagate"
+
+
+class ExpertCalibration:
+    """State of the calibration forward: the kind of pass that runs, and the tokens routed to each expert so far."""
+
+    def __init__(self) -> None:
+        self.kind = Pass.CALIBRATE
+        self._tokens: dict[nn.Module, torch.Tensor] = {}
+        self._observers: dict[nn.Module, list[list[Observer]] | None] = {}
+
+    @contextmanager
+    def running(self, kind: Pass) -> Iterator[None]:
+        """Runs the passes inside as `kind`; llm-compressor's hooks are off unless it is CALIBRATE."""
+        with patch_attr(self, "kind", kind):
+            if kind is Pass.CALIBRATE:
+                yield
+            else:
+                with HooksMixin.disable_hooks():
+                    yield
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replaces the forward of llm-compressor's LinearExperts2D class, and restores it."""
+        calibration = self
+
+        def forward(
+            experts: LinearExperts2D, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            return calibration._forward(experts, hidden, top_k_index, top_k_weights)
+
+        with patch_attr(LinearExperts2D, "forward", forward):
+            yield
+
+    def tokens(self, experts: nn.Module) -> dict[int, int]:
+        """Tokens routed to each expert of this module in CALIBRATE passes; padding tokens count like any other."""
+        counted = self._tokens.get(experts)
+        return {} if counted is None else dict(enumerate(counted.tolist()))
+
+    def forget(self, experts: nn.Module) -> None:
+        """Drops what is known about a module whose block is done."""
+        self._tokens.pop(experts, None)
+        self._observers.pop(experts, None)
+
+    def _forward(
+        self, experts: LinearExperts2D, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [T, D], top_k_index and top_k_weights [T, k] -> [T, D], as LinearExperts2D.forward."""
+        # Sorted by expert, then by position among the top k, then by token: the order of stock's torch.where, so that
+        # sums accumulate in the same order; one device synchronisation instead of one per expert.
+        flat = top_k_index.t().reshape(-1)
+        order = flat.argsort(stable=True)
+        routed = torch.bincount(flat, minlength=experts.num_experts)
+        if self.kind is Pass.CALIBRATE:
+            known = self._tokens.get(experts)
+            self._tokens[experts] = routed if known is None else known + routed
+        all_experts = get_calibrate_all_experts_flag() and self.kind is not Pass.PROPAGATE
+        shared = self._shared_observers(experts) if all_experts else None
+        if shared is not None and self.kind is Pass.CALIBRATE:
+            for observers in shared:
+                _observe_once(observers, hidden)
+
+        output = torch.zeros_like(hidden)
+        begin = 0
+        for number, count in enumerate(routed.tolist()):
+            chosen = order[begin : begin + count]
+            begin += count
+            if not count and not all_experts:
+                continue
+            expert, tokens = experts[number], chosen % hidden.shape[0]
+            if shared is not None:
+                out = self._fast(expert, hidden, tokens)
+            else:
+                out = expert(hidden)[tokens] if all_experts else expert(hidden[tokens])
+            weights = top_k_weights[tokens, chosen // hidden.shape[0], None]
+            output.index_add_(0, tokens, (out * weights).to(output.dtype))
+        return output
+
+    def _fast(self, expert: ExpertMLPWithGate, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        gate, up = expert.gate_proj.forward(hidden), expert.up_proj.forward(hidden)
+        activated = expert._apply_gate(torch.cat([gate, up], dim=-1))
+        observer = getattr(expert.down_proj, "input_observer", None)
+        if observer is not None and self.kind is Pass.CALIBRATE:
+            observer(activated)
+        out: torch.Tensor = expert.down_proj.forward(activated[tokens])
+        return out
+
+    def _shared_observers(self, experts: LinearExperts2D) -> list[list[Observer]] | None:
+        """Input observers of gate and up of all experts, grouped by equal behaviour; None where the short way would
+        skip something: another modifier's hook (GPTQ), another observer, another expert class."""
+        if experts not in self._observers:
+            self._observers[experts] = _group_observers(experts)
+        return self._observers[experts]
+
+
+def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int) -> list[int]:
+    """Widens the input statistics of experts with fewer than `least` routed tokens to the extremes of their peers.
+
+    For routed-only calibration. gate/up and down are kept apart. Peers are the experts with at least `least` tokens,
+    or, where there are none, all with statistics. Must run before the scales are computed. Returns the expert numbers
+    that were filled.
+    """
+    starving = [number for number in range(experts.num_experts) if tokens.get(number, 0) < max(least, 1)]
+    filled = set()
+    for leaves in INPUT_SHARING:
+        observers = {
+            number: [
+                observer
+                for leaf in leaves
+                if isinstance(observer := getattr(getattr(experts[number], leaf, None), "input_observer", None), MIN_MAX)
+            ]
+            for number in range(experts.num_experts)
+        }
+        seen = {number: [o for o in group if o.has_statistics] for number, group in observers.items()}
+        donors = [o for n, group in seen.items() if n not in starving for o in group]
+        donors = donors or [o for group in seen.values() for o in group]
+        if not donors:
+            continue
+        low = torch.stack([observer.min_vals for observer in donors]).amin(0)
+        high = torch.stack([observer.max_vals for observer in donors]).amax(0)
+        for number in starving:
+            for observer in observers[number]:
+                own = observer.has_statistics
+                observer.min_vals = torch.minimum(low, observer.min_vals) if own else low.clone()
+                observer.max_vals = torch.maximum(high, observer.max_vals) if own else high.clone()
+                filled.add(number)
+    return sorted(filled)
+
+
+def _observe_once(observers: list[Observer], hidden: torch.Tensor) -> None:
+    first = observers[0]
+    first(hidden)
+    for name, value in first.get_statistics().items() if first.has_statistics else ():
+        for observer in observers[1:]:
+            setattr(observer, name, value)
+
+
+def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
+    groups: list[list[Observer]] = []
+    for number in range(experts.num_experts):
+        expert = experts[number]
+        if type(expert) is not ExpertMLPWithGate or _hooked(expert):
+            return None
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(expert, leaf)
+            observer = getattr(linear, "input_observer", None)
+            if _hooked(linear) or (observer is not None and not isinstance(observer, MIN_MAX)):
+                return None
+            if observer is None or leaf == "down_proj":
+                continue
+            for group in groups:
+                if type(group[0]) is type(observer) and group[0].args == observer.args:
+                    group.append(observer)
+                    break
+            else:
+                groups.append([observer])
+    return groups
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a hook other than the input observer's sits on the module."""
+    others = [h for h in module._forward_pre_hooks.values() if getattr(h, "__wrapped__", h) is not calibrate_input_hook]
+    return bool(module._forward_hooks or others)

@@ -1,0 +1,174 @@
+"""A finished block -> output shards; then the rest of the plan, the index, the config and the sidecar files."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization.lifecycle.forward import quantize
+
+from calibration.checkpoint import nvfp4
+from calibration.checkpoint.config import output_config
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
+from calibration.checkpoint.plan import Plan, PlannedShard, Step
+from calibration.checkpoint.schemes import FP8_BLOCK
+from calibration.checkpoint.writer import write_json, write_safely, write_shard
+from recipes.errors import SourceError, WorkflowError
+from recipes.schema import Recipe
+
+#: What never travels from the source to the output: weights in any form, indexes, caches and version control.
+_NOT_SIDECARS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json", ".partial")
+_CARD = "README.md"
+
+
+class Exporter:
+    """Writes the output checkpoint of one plan, shard by shard, under the source's own tensor names."""
+
+    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe, output: Path) -> None:
+        self.plan, self.formats, self.recipe, self.output = plan, formats, recipe, output
+        #: Relative rounding error of every module packed so far.
+        self.errors: dict[str, float] = {}
+
+    def block(self, block: int, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        """Writes the shards of one calibrated block; `modules` maps source module names to llm-compressor's calibrated
+        linear layers, loaded. Returns shard file name -> sha256. Raises WorkflowError where a scale is not finite and
+        positive or a fused group does not share its weight global scale."""
+        scales = self._input_global_scales(modules)
+        self._check_shared_weight_scales(modules)
+        return {shard.name: self._shard(shard, modules, scales) for shard in self.plan.shards if shard.block == block}
+
+    def rest(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        """Writes the shards outside the blocks (embedding, head, MTP, ...). Returns file name -> sha256."""
+        scales = self._input_global_scales(modules)
+        return {shard.name: self._shard(shard, modules, scales) for shard in self.plan.shards if shard.block is None}
+
+    def finish(self, recipe_text: str) -> None:
+        """Writes sidecars, recipe.yaml and config.json, and the index last: from then on the checkpoint loads."""
+        source = self.formats.checkpoint
+        for path in sidecars(source.directory):
+            target = self.output / path.relative_to(source.directory)
+            write_safely(target, functools.partial(shutil.copyfile, path), path.stat().st_size)
+        write_safely(self.output / "recipe.yaml", lambda partial: partial.write_text(recipe_text), len(recipe_text))
+        write_json(self.output / CONFIG_NAME, output_config(self.plan, source.config))
+        index = {
+            "metadata": {"total_size": self.plan.output_bytes},
+            "weight_map": dict(sorted(self.plan.weight_map.items())),
+        }
+        write_json(self.output / INDEX_NAME, index)
+
+    def _shard(
+        self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
+    ) -> str:
+        tensors: dict[str, torch.Tensor] = {}
+        for source in shard.sources:
+            step = self.plan.steps[source]
+            if step.outputs:
+                tensors.update(self._step(step, modules, scales))
+        for name, tensor in tensors.items():
+            wanted = self.plan.outputs[name]
+            if tuple(tensor.shape) != wanted.shape:
+                raise WorkflowError(
+                    f"{name}: made {list(tensor.shape)}, the plan says {list(wanted.shape)}: a defect here"
+                )
+        return write_shard(self.output / shard.name, tensors)
+
+    def _step(
+        self, step: Step, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if step.action == "quantize":
+            if step.module not in modules:
+                raise WorkflowError(f"{step.module}: is to be quantized and was not calibrated: a defect here")
+            return self._quantized(step, modules[step.module], scales.get(step.module))
+        output = step.outputs[0]
+        if step.action == "copy":
+            tensor = self.formats.checkpoint.read(step.source)
+            check_finite(tensor, f"{self.formats.checkpoint.path(step.source)}: {step.source}")
+        else:
+            dtype = torch.float32 if output.dtype == "F32" else TORCH_DTYPES[self.recipe.export.plain_dtype]
+            tensor = self.formats.read(step.source, dtype)
+        return {output.name: tensor}
+
+    def _quantized(
+        self, step: Step, module: torch.nn.Module, input_global_scale: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        scheme = self.plan.groups[str(step.group)]
+        weight, scale = _parameter(module, "weight"), _parameter(module, "weight_scale")
+        check_finite(weight, f"{step.source} after calibration")
+        _check_scale(f"{step.module}.weight_scale", scale)
+        names = [output.name for output in step.outputs]
+        if scheme is FP8_BLOCK:
+            arguments = module.quantization_scheme.weights  # type: ignore[union-attr]
+            codes = quantize(weight, scale, None, arguments, dtype=torch.float8_e4m3fn)
+            return dict(zip(names, (codes, scale.to(torch.float32)), strict=True))
+        global_scale = _parameter(module, "weight_global_scale")
+        _check_scale(f"{step.module}.weight_global_scale", global_scale)
+        packed, self.errors[step.module] = nvfp4.pack(weight, scale, global_scale)
+        values = [packed, scale.to(torch.float8_e4m3fn), global_scale.to(torch.float32).reshape(1)]
+        if input_global_scale is not None:
+            values.append(input_global_scale)
+        return dict(zip(names, values, strict=True))
+
+    def _input_global_scales(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+        """Module -> float32 `[1]`, the smallest of its sharing group: a global scale is a divisor of the largest
+        activation, so the smallest one covers every module of the group."""
+        scales: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            step = self.plan.quantized.get(name)
+            if step is not None and self.plan.groups[str(step.group)].input_scale:
+                scales[name] = _parameter(module, "input_global_scale").to(torch.float32).cpu().reshape(1)
+                _check_scale(f"{name}.input_global_scale", scales[name])
+        for group in self.plan.shared_input_scales():
+            shared = [scales[name] for name in group if name in scales]
+            if shared:
+                least = torch.stack(shared).amin(0)
+                scales.update(dict.fromkeys((name for name in group if name in scales), least))
+        return {name: scale.clone() for name, scale in scales.items()}
+
+    def _check_shared_weight_scales(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        for group in self.plan.fused:
+            scales = {
+                name: float(_parameter(modules[name], "weight_global_scale"))
+                for name in group
+                if name in modules and hasattr(modules[name], "weight_global_scale")
+            }
+            if len(set(scales.values())) > 1:
+                raise WorkflowError(
+                    f"weight_global_scale differs inside a fused group: {scales}; the serving engine would use one of "
+                    "them for all: these modules cannot be NVFP4 in this family yet, leave them out of the targets"
+                )
+
+
+def sidecars(directory: Path) -> list[Path]:
+    """Every file of a source that is neither weights nor config, index, model card, cache or hidden, sorted."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
+        linked_directory = any((directory / parent).is_symlink() for parent in list(relative.parents)[:-1])
+        if hidden or linked_directory or not path.is_file() or path.name.endswith(_NOT_SIDECARS):
+            continue
+        if len(relative.parts) == 1 and path.name in (CONFIG_NAME, _CARD, "recipe.yaml"):
+            continue
+        found.append(path)
+    return found
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
+    value = getattr(module, name, None)
+    if not isinstance(value, torch.Tensor):
+        raise WorkflowError(f"{type(module).__name__} ends calibration without {name}: a defect here")
+    return value.data
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    value = scale.to(torch.float32)
+    if not bool((torch.isfinite(value) & (value > 0)).all()):
+        bad = value[~(torch.isfinite(value) & (value > 0))].flatten()[0].item()
+        raise SourceError(
+            f"{name}: {bad} is not a finite positive scale; no calibration token reached this module, or the weight or "
+            "activations overflow; use more samples or all_experts: true"
+        )

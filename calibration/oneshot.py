@@ -1,0 +1,233 @@
+"""Recipe -> llm-compressor's own oneshot call, run through the streaming sequential pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from functools import wraps
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tqdm
+from compressed_tensors.quantization import DynamicType, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.utils import patch_attr
+from llmcompressor import oneshot
+from llmcompressor.core import create_session
+from llmcompressor.logger import configure_logger
+from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.pipelines.cache import IntermediatesCache
+from loguru import logger
+from pydantic import ValidationError
+from torch import accelerator
+from torch.utils.data import DataLoader
+
+from calibration.checkpoint.plan import Plan
+from calibration.sequential import PIPELINE, CalibrationRun, CalibrationSummary, Callbacks
+from calibration.source_model import SourceModel
+from recipes.errors import RecipeError
+from recipes.modifiers import ConfigGroup
+from recipes.schema import Recipe
+
+#: The observer of activations: the extremes of all batches, whatever their order. llm-compressor's default for schemes
+#: that name none is a moving average, which depends on it.
+ACTIVATION_OBSERVER = "static_minmax"
+#: Modifiers that scale tensors outside the quantized layers, which must then reach the output.
+SCALING = ("AWQModifier", "SmoothQuantModifier", "LogarithmicEqualizationModifier")
+_WHOLE_MODEL = "transforms the weights of all blocks before calibration, and only one block is in memory at a time"
+_PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
+REFUSED = {
+    "SpinQuantModifier": _WHOLE_MODEL,
+    "QuIPModifier": _WHOLE_MODEL,
+    "AutoRoundModifier": "trains each block with forward passes of its own, which this engine does not feed",
+    "SparseGPTModifier": _PRUNES,
+    "WandaPruningModifier": _PRUNES,
+    "MagnitudePruningModifier": _PRUNES,
+    "ConstantPruningModifier": _PRUNES,
+    "REAPPruningModifier": "removes experts, and the output keeps the source's tensors",
+}
+
+
+def calibrate(
+    recipe: Recipe,
+    source_model: SourceModel,
+    plan: Plan,
+    batches: DataLoader[dict[str, Any]],
+    callbacks: Callbacks,
+    scratch: Path,
+    verbose: bool = False,
+) -> CalibrationSummary:
+    """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
+
+    `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration.
+    Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and log
+    lines are left out unless `verbose`; its warnings become `log` events.
+    Raises RecipeError for arguments that llm-compressor refuses and modifiers that cannot run block by block,
+    SourceError for NaN and Inf, ParityError and WorkflowError for a calibration that would be wrong.
+    """
+    calibration = recipe.calibration
+    if calibration is None:
+        raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
+    modifiers = build_modifiers(recipe, source_model, plan, callbacks.takes_edits)
+    names = source_model.model_modules()
+    run = CalibrationRun(
+        source=source_model,
+        callbacks=callbacks,
+        scratch=Path(recipe.offload.directory) if recipe.offload.directory else scratch,
+        fused=[tuple(names[module] for module in group if module in names) for group in plan.fused],
+        min_tokens_per_expert=calibration.min_tokens_per_expert,
+        max_host_memory=recipe.offload.max_host_memory,
+    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(create_session())
+        stack.enter_context(run.current())
+        if not verbose:
+            stack.enter_context(quiet(callbacks.on_progress))
+        if not accelerator.is_available():
+            # AWQ pins its cache, which fails without an accelerator and gains nothing there.
+            stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None))
+        try:
+            oneshot(
+                model=source_model.model,
+                recipe=modifiers,
+                dataset=batches,
+                pipeline=PIPELINE,
+                moe_calibrate_all_experts=calibration.all_experts,
+                # The batches are tokens already; without an object here oneshot looks for a tokenizer beside config.json.
+                processor=object(),
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            if run.calibrating:
+                raise
+            raise RecipeError(f"modifiers: llm-compressor refuses them: {error}") from error
+    return run.summary
+
+
+def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits: bool) -> list[Modifier]:
+    """llm-compressor's modifiers of the recipe, their targets resolved to transformers' module names.
+
+    Raises RecipeError, all at once: refused modifiers by name, arguments llm-compressor does not take.
+    """
+    problems: list[str] = []
+    modifiers: list[Modifier] = []
+    quantization = recipe.quantization_modifier
+    if not ModifierFactory._loaded:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints import errors of optional packages
+            ModifierFactory.refresh()
+    for position, entry in enumerate(recipe.modifiers):
+        where, arguments = f"modifiers.{position}.{entry.name}", dict(entry.arguments)
+        if entry.name in REFUSED:
+            problems.append(f"{where}: {REFUSED[entry.name]}; remove it")
+            continue
+        if entry.name in SCALING and not takes_edits:
+            problems.append(f"{where}: changes norms and other tensors that the output copies from the source; remove it")
+            continue
+        if arguments.get("kv_cache_scheme") is not None:
+            problems.append(f"{where}.kv_cache_scheme: the output has no place for cache scales yet; remove it")
+            continue
+        if position == quantization.position:
+            pinned = not {"input_observer", "observer"} & arguments.keys()
+            arguments = quantization.arguments | {
+                "config_groups": _schemes(quantization.config_groups, source, plan, pinned)
+            }
+        try:
+            modifiers.append(
+                ModifierFactory.create(entry.name, allow_registered=True, allow_experimental=False, **arguments)
+            )
+        except ValidationError as error:
+            problems += [
+                f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")
+                for detail in error.errors()
+            ]
+        except Exception as error:  # whatever an optional package or a validator of llm-compressor raises
+            problems.append(f"{where}: llm-compressor refuses it: {error}")
+    if problems:
+        raise RecipeError(problems)
+    return modifiers
+
+
+def resolved_targets(wanted: Collection[str], everything: Collection[str]) -> list[str]:
+    """Few regexes that match exactly `wanted` among the module names `everything`.
+
+    compressed-tensors tries every target on every module, so 70,000 names would take hours: numbers are generalised
+    to \\d+ where all modules of a pattern are wanted, to the wanted numbers where these make up the choice, and only
+    otherwise the names are listed, in one regex.
+    """
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for name in everything:
+        patterns[re.sub(r"\d+", "#", name)].append(name)
+    chosen = set(wanted)
+    targets = []
+    for pattern, members in patterns.items():
+        hits = [name for name in members if name in chosen]
+        if hits:
+            targets.append(f"re:^{_pattern_regex(pattern, hits, members)}$")
+    matched = {name for name in everything if any(re.match(target[3:], name) for target in targets)}
+    assert matched == chosen, f"targets do not match what was resolved: {sorted(matched ^ chosen)[:4]}"
+    return targets
+
+
+def _pattern_regex(pattern: str, hits: list[str], members: list[str]) -> str:
+    fixed = [re.escape(part) for part in pattern.split("#")]
+    if len(hits) == len(members):
+        return r"\d+".join(fixed)
+    numbers = [tuple(re.findall(r"\d+", name)) for name in hits]
+    columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
+    taken = {tuple(re.findall(r"\d+", name)) for name in members} & set(product(*columns))
+    if taken == set(numbers):
+        return fixed[0] + "".join(f"(?:{'|'.join(c)}){f}" for c, f in zip(columns, fixed[1:], strict=True))
+    return f"(?:{'|'.join(re.escape(name) for name in hits)})"
+
+
+@contextlib.contextmanager
+def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """No bars and no log lines of llm-compressor inside; its warnings become `log` events."""
+    original = tqdm.std.tqdm.__init__
+
+    @wraps(original)
+    def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **(kwargs | {"disable": True}))
+
+    def report(message: Any) -> None:
+        record = message.record
+        on_progress({"event": "log", "level": record["level"].name.lower(), "message": record["message"]})
+
+    logger.remove()
+    sink = logger.add(report, level="WARNING", format="{message}", catch=False)
+    try:
+        with patch_attr(tqdm.std.tqdm, "__init__", disabled), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.remove(sink)
+        configure_logger()
+
+
+def _schemes(
+    groups: dict[str, ConfigGroup], source: SourceModel, plan: Plan, pinned: bool
+) -> dict[str, QuantizationScheme]:
+    names = source.model_modules()
+    everything = [name for name, _ in source.model.named_modules()]
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for module, step in plan.quantized.items():
+        wanted[str(step.group)].append(names[module])
+    schemes = {}
+    for group, modules in wanted.items():
+        targets, given = resolved_targets(modules, everything), groups[group]
+        if given.scheme is not None:
+            scheme = preset_name_to_scheme(given.scheme, targets)
+        else:
+            arguments = given.model_dump(mode="json", exclude_unset=True, exclude={"targets", "scheme"})
+            scheme = QuantizationScheme.model_validate({"targets": targets, **arguments})
+        for written, args in (
+            (given.input_activations, scheme.input_activations),
+            (given.output_activations, scheme.output_activations),
+        ):
+            if pinned and args is not None and args.dynamic in (False, DynamicType.LOCAL):
+                args.observer = (written or {}).get("observer") or ACTIVATION_OBSERVER
+        schemes[group] = scheme
+    return schemes

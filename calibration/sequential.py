@@ -1,0 +1,471 @@
+"""llm-compressor's sequential pipeline over weights that stream from the source: one block in memory at a time.
+
+Modelled on llmcompressor/pipelines/sequential/pipeline.py (0.14.0.1). It differs where weights come from the source
+instead of an offloaded model, where the second pass is left out (round to nearest never edits a weight, so the first
+pass's outputs are what the second would compute), and in its checks: every block is compared with the model's own
+forward, every observer must have seen something, every scale must be finite and positive.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import LifecycleCallbacks, active_session
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
+from llmcompressor.observers import ACTIVATION_OBS, Observer
+from llmcompressor.observers.fusion import FusionHandler
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from torch import nn
+from torch.utils.data import DataLoader
+
+from calibration import tracing
+from calibration.activations import ActivationCache
+from calibration.experts import ExpertCalibration, Pass, fill_from_peers
+from calibration.source_model import SourceModel
+from calibration.tracing import BlockCall, hidden_of, own_block_calls, require_parity
+from recipes.errors import RecipeError, SourceError, WorkflowError, collapsed
+
+PIPELINE = "streaming_sequential"
+#: Batches compared with the model's own forward: one per kind of batch (shape, padded or not), at most this many.
+PARITY_SAMPLES = 2
+
+_current: ContextVar[CalibrationRun] = ContextVar("calibration run")
+
+
+@dataclass
+class BlockResult:
+    """A calibrated block, valid during `on_block` only: its weights leave memory afterwards.
+
+    `modules` maps source module names to the calibrated linear layers with their scales as parameters; `block` counts
+    from 0 and is None for what stands before the first block; what stands behind the last block comes with it.
+    `edited` holds source tensors outside `modules` that a modifier wrote to (AWQ, SmoothQuant). `parity` is the largest
+    absolute difference to the model's own forward. Times in seconds, memory in bytes (peak of the process so far).
+    """
+
+    block: int | None
+    blocks: int
+    name: str
+    modules: dict[str, nn.Module]
+    edited: dict[str, torch.Tensor]
+    tokens_per_expert: dict[int, int]
+    filled_experts: list[int]
+    rounded_to_nearest: list[str]
+    parity: float
+    seconds: float
+    peak_rss: int
+
+
+@dataclass
+class Callbacks:
+    """What a run tells its caller. `on_block` takes each block as it is finished; `on_progress` gets small JSON-ready
+    facts, with `event` one of trace, load, batch, block, log. `takes_edits` says that `on_block` writes
+    `BlockResult.edited` into the output as well; without it modifiers that need it are refused."""
+
+    on_block: Callable[[BlockResult], None]
+    on_progress: Callable[[dict[str, Any]], None] = lambda event: None
+    takes_edits: bool = False
+
+
+@dataclass
+class CalibrationSummary:
+    """Totals of a run; `tokens_per_expert` by block and expert, `parity` by block."""
+
+    blocks: int = 0
+    batches: int = 0
+    modules: int = 0
+    tokens_per_expert: dict[int, dict[int, int]] = field(default_factory=dict)
+    filled_experts: dict[int, list[int]] = field(default_factory=dict)
+    rounded_to_nearest: list[str] = field(default_factory=list)
+    parity: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_rss: int = 0
+
+
+@CalibrationPipeline.register(PIPELINE)
+class StreamingSequentialPipeline(CalibrationPipeline):
+    """Registered with llm-compressor; `oneshot(pipeline=PIPELINE)` runs the current CalibrationRun."""
+
+    @staticmethod
+    def __call__(model: nn.Module, dataloader: DataLoader[Any], dataset_args: Any) -> None:
+        _current.get().execute(dataloader, dataset_args.tracing_ignore)
+
+
+@dataclass
+class CalibrationRun:
+    """One run of the pipeline: where weights come from, where activations may go, whom to tell.
+
+    `fused` are groups of transformers module names that must share a weight global scale; `scratch` takes activations
+    beyond `max_host_memory` bytes.
+    """
+
+    source: SourceModel
+    callbacks: Callbacks
+    scratch: Path
+    fused: Sequence[tuple[str, ...]] = ()
+    min_tokens_per_expert: int = 1
+    max_host_memory: int | None = None
+    experts: ExpertCalibration = field(default_factory=ExpertCalibration)
+    summary: CalibrationSummary = field(default_factory=CalibrationSummary)
+    #: Whether the modifiers have been accepted and the forward passes have begun.
+    calibrating: bool = False
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """The pipeline that llm-compressor calls inside works on this run."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def execute(self, dataloader: DataLoader[Any], tracing_ignore: list[str]) -> None:
+        """Calibrates every block. Raises ParityError, SourceError (non-finite values), WorkflowError (scales)."""
+        started, model = time.monotonic(), self.source.model
+        with ExitStack() as stack:
+            cache = stack.enter_context(ActivationCache(self.source.device, self.scratch, self.max_host_memory))
+            for batch in dataloader:
+                cache.add(batch)
+            if not len(cache):
+                raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
+            samples = _parity_samples(cache)
+            self._tell("trace", blocks=len(self.source.blocks), batches=len(cache))
+            subgraphs = self._trace(samples[0], tracing_ignore)
+            stack.enter_context(self.experts.installed())
+            LifecycleCallbacks.calibration_start()
+            self._check_mappings()
+            self._link_fused()
+            self.calibrating = True
+            stack.enter_context(calibration_forward_context(model))
+            stack.enter_context(DisableQuantization(model))
+            session = active_session()
+            session.state.loss_masks, session.state.sequential_prefetch = None, False
+            edits = any(type(modifier) is not QuantizationModifier for modifier in session.lifecycle.recipe.modifiers)
+            walk = _Walk(self, cache, subgraphs, samples, edits)
+            for index in range(len(subgraphs)):
+                walk.step(index)
+            LifecycleCallbacks.calibration_end()
+        self.summary.blocks, self.summary.batches = len(self.source.blocks), len(dataloader)
+        self.summary.seconds, self.summary.peak_rss = time.monotonic() - started, peak_rss()
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        self.callbacks.on_progress({"event": event, **facts})
+
+    def _trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
+        blocks = list(self.source.blocks.values())
+        try:
+            with tracing.repaired_tracing():
+                subgraphs = trace_subgraphs(self.source.model, sample, self.source.sequential_targets, ignore)
+        except Exception as error:
+            name = type(self.source.model).__name__
+            raise WorkflowError(f"{name}: llm-compressor cannot trace this model: {str(error)[-600:]}") from error
+        found = [self._blocks_in(subgraph) for subgraph in subgraphs]
+        if [block for group in found for block in group] != blocks or any(len(group) > 1 for group in found):
+            raise WorkflowError(
+                f"{type(self.source.model).__name__}: tracing gave {len(subgraphs)} parts that do not hold its "
+                f"{len(blocks)} blocks one each and in order; this model type is not supported"
+            )
+        return list(subgraphs)
+
+    def _blocks_in(self, subgraph: Subgraph) -> list[nn.Module]:
+        blocks = set(self.source.blocks.values())
+        return [module for module in _called(subgraph, self.source.model) if module in blocks]
+
+    def _link_fused(self) -> None:
+        for group in self.fused:
+            modules = [self.source.model.get_submodule(name) for name in group]
+            pairs = [(module.weight_observer, module) for module in modules if hasattr(module, "weight_observer")]
+            if len(pairs) > 1 and all(observer.args.strategy == "tensor_group" for observer, _ in pairs):
+                FusionHandler.fuse(pairs)
+
+    def _check_mappings(self) -> None:
+        """AWQ and SmoothQuant scale one layer against others: all must be in memory together."""
+        problems = []
+        for modifier in active_session().lifecycle.recipe.modifiers:
+            for attribute in ("_resolved_mappings", "resolved_mappings_"):
+                for mapping in getattr(modifier, attribute, None) or ():
+                    names = [self.source.module_name(m) for m in (mapping.smooth_layer, *mapping.balance_layers)]
+                    owners = {next((b for b in self.source.blocks if f"{n}.".startswith(f"{b}.")), n) for n in names}
+                    if len(owners) > 1:
+                        problems.append(
+                            f"{type(modifier).__name__}: the mapping {names[0]} -> {names[1]} crosses blocks; blocks are "
+                            "calibrated one at a time, so give `mappings` that stay inside a block"
+                        )
+        if problems:
+            raise RecipeError(collapsed(problems))
+
+
+@dataclass
+class _Walk:
+    """The way of all batches through the subgraphs."""
+
+    run: CalibrationRun
+    cache: ActivationCache
+    subgraphs: list[Subgraph]
+    samples: dict[int, dict[str, Any]]
+    edits: bool
+    seen: int = 0
+    entering: dict[int, torch.Tensor] = field(default_factory=dict)
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def step(self, index: int) -> None:
+        """Loads, calibrates, checks, hands over and unloads one subgraph."""
+        run, subgraph, started = self.run, self.subgraphs[index], time.monotonic()
+        source = run.source
+        block = next(iter(run._blocks_in(subgraph)), None)
+        number = None if block is None else self.seen
+        self.seen += block is not None
+        name = "before the blocks" if block is None else source.source_block(source.module_name(block))
+        where = name if number is None else f"block {number} ({name})"
+        roots = self._roots(subgraph)
+        run._tell("load", block=number, name=name)
+        source.load(roots)
+        quantized = [module for root in roots for module in root.modules() if is_module_quantized(module)]
+        _attach_again(quantized)
+        if index == 0:
+            self._record_own_calls()
+        parity = self._calibrate(index, block, number, where)
+        experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
+        tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
+        filled = self._fill(experts)
+        self._require_statistics(quantized, where)
+        with patch_attr(run.experts, "kind", Pass.PROPAGATE):
+            LifecycleCallbacks.sequential_epoch_end(subgraph.submodules(source.model))
+        nearest = self._round_to_nearest(quantized)
+        if self.edits:
+            self._propagate(index, number, block, where)
+        self._require_scales(quantized, where)
+        modules = {source.source_module(source.module_name(module)): module for module in quantized}
+        result = BlockResult(
+            number, len(source.blocks), name, modules, self._edited(roots, modules, where), tokens, filled, nearest,
+            parity, time.monotonic() - started, peak_rss(),
+        )  # fmt: skip
+        self._finish(result)
+        for module in experts:
+            run.experts.forget(module)
+        source.unload(roots)
+
+    def _finish(self, result: BlockResult) -> None:
+        summary = self.run.summary
+        if result.block is not None or result.modules:
+            self.run.callbacks.on_block(result)
+        summary.modules += len(result.modules)
+        summary.rounded_to_nearest += result.rounded_to_nearest
+        if result.block is None:
+            return
+        summary.parity[result.block] = result.parity
+        if result.tokens_per_expert:
+            summary.tokens_per_expert[result.block] = result.tokens_per_expert
+        if result.filled_experts:
+            summary.filled_experts[result.block] = result.filled_experts
+        self.run._tell(
+            "block", block=result.block, blocks=result.blocks, name=result.name, modules=len(result.modules),
+            seconds=round(result.seconds, 3), peak_rss=result.peak_rss, parity=result.parity,
+            tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
+        )  # fmt: skip
+
+    def _roots(self, subgraph: Subgraph) -> list[nn.Module]:
+        model = self.run.source.model
+        head = model.get_output_embeddings()
+        # calibration_forward_context gives the head a forward that needs no weights.
+        return [m for m in _called(subgraph, model) if m is not head or is_module_quantized(m)]
+
+    def _record_own_calls(self) -> None:
+        source = self.run.source
+        for batch, sample in self.samples.items():
+            with self.run.experts.running(Pass.REPEAT):
+                calls = own_block_calls(source.model, list(source.blocks.values()), sample)
+            self.entering[batch], self.calls[batch] = calls
+
+    def _calibrate(self, index: int, block: nn.Module | None, number: int | None, where: str) -> float:
+        """The pass that observes. Returns the largest difference to the model's own forward."""
+        worst = 0.0
+        with self.run.experts.running(Pass.CALIBRATE):
+            for batch, inputs, outputs, passed in self._forward(index, block, number, "calibrate"):
+                if block is not None and passed is not None:
+                    hidden, made = passed
+                    self._require_finite(block, hidden, made, where, batch, index, inputs)
+                    if batch in self.calls and number is not None:
+                        worst = max(worst, self._parity(block, number, batch, hidden, made))
+                if not self.edits:
+                    self._keep(index, batch, outputs)
+        return worst
+
+    def _propagate(self, index: int, number: int | None, block: nn.Module | None, where: str) -> None:
+        """The pass that computes the outputs of the edited weights."""
+        with self.run.experts.running(Pass.PROPAGATE):
+            for batch, inputs, outputs, passed in self._forward(index, block, number, "propagate"):
+                if block is not None and passed is not None:
+                    self._require_finite(block, *passed, where, batch, index, inputs)
+                self._keep(index, batch, outputs)
+
+    def _forward(
+        self, index: int, block: nn.Module | None, number: int | None, kind: str
+    ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
+        """Yields batch, inputs, outputs, and what entered and left the block."""
+        subgraph, passed = self.subgraphs[index], list[tuple[torch.Tensor, torch.Tensor]]()
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            passed.append((BlockCall.of(args, kwargs)[0], hidden_of(output)))
+
+        for batch in range(len(self.cache)):
+            active_session().state.current_batch_idx = batch
+            inputs = self.cache.fetch(batch, subgraph.input_names)
+            handle = None if block is None else block.register_forward_hook(watch, with_kwargs=True)
+            outputs = subgraph.forward(self.run.source.model, **inputs)
+            if handle is not None:
+                handle.remove()
+            self.run._tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
+            yield batch, inputs, outputs, passed.pop() if passed else None
+
+    def _keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
+        if index + 1 < len(self.subgraphs):
+            self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
+
+    def _parity(self, block: nn.Module, number: int, batch: int, hidden: torch.Tensor, made: torch.Tensor) -> float:
+        worst = 0.0
+        if number == 0:
+            worst = require_parity("before block 0", hidden, self.entering[batch])
+        with self.run.experts.running(Pass.REPEAT):
+            own = self.calls[batch][number](block, hidden)
+        return max(worst, require_parity(f"block {number}", made, own))
+
+    def _require_finite(
+        self,
+        block: nn.Module,
+        hidden: torch.Tensor,
+        made: torch.Tensor,
+        where: str,
+        batch: int,
+        index: int,
+        inputs: dict[str, Any],
+    ) -> None:
+        if bool(torch.isfinite(made).all()):
+            return
+        culprit: list[str] = []
+        handles = [
+            module.register_forward_hook(_non_finite_watch(name, culprit))
+            for name, module in block.named_modules(prefix=self.run.source.module_name(block))
+        ]
+        with self.run.experts.running(Pass.PROPAGATE):
+            self.subgraphs[index].forward(self.run.source.model, **inputs)
+        for handle in handles:
+            handle.remove()
+        first = culprit[0] if culprit else self.run.source.module_name(block)
+        raise SourceError(
+            f"{where}, batch {batch}: the hidden states are not finite; the first module with NaN or Inf is {first}; "
+            "the source overflows in BF16 on this text, or is damaged"
+        )
+
+    def _fill(self, experts: list[LinearExperts2D]) -> list[int]:
+        if get_calibrate_all_experts_flag():
+            return []
+        least = self.run.min_tokens_per_expert
+        return [n for module in experts for n in fill_from_peers(module, self.run.experts.tokens(module), least)]
+
+    def _require_statistics(self, quantized: list[nn.Module], where: str) -> None:
+        blind = [
+            self.run.source.source_module(self.run.source.module_name(module))
+            for module in quantized
+            for base in ACTIVATION_OBS
+            if (observer := getattr(module, f"{base}_observer", None)) is not None and not observer.has_statistics
+        ]
+        if blind:
+            more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
+            raise WorkflowError(
+                f"{where}: no calibration token reached {', '.join(blind[:4])}{more}; their input scales would be "
+                "arbitrary: set calibration.all_experts: true, or use more samples"
+            )
+
+    def _round_to_nearest(self, quantized: list[nn.Module]) -> list[str]:
+        """Gives weight scales to modules that the modifier left without: GPTQ skips an expert that saw no token."""
+        left = [m for m in quantized if hasattr(m, "weight_scale") and not bool(torch.isfinite(m.weight_scale).all())]
+        observe(left, "weight")
+        update_qparams(left, "weight")
+        return [self.run.source.source_module(self.run.source.module_name(module)) for module in left]
+
+    def _require_scales(self, quantized: list[nn.Module], where: str) -> None:
+        problems = []
+        for module in quantized:
+            for leaf, scale in module._parameters.items():
+                if scale is None or not leaf.endswith("_scale"):
+                    continue
+                value = scale.float()
+                bad = value[~(torch.isfinite(value) & (value > 0))]
+                if bad.numel():
+                    name = self.run.source.source_module(self.run.source.module_name(module))
+                    problems.append(f"{where}: {name}.{leaf}: {bad[0].item()} is not a finite positive scale")
+        if problems:
+            raise WorkflowError(collapsed(problems))
+
+    def _edited(self, roots: list[nn.Module], modules: dict[str, nn.Module], where: str) -> dict[str, torch.Tensor]:
+        edited = self.run.source.edited(roots)
+        outside = {name: tensor for name, tensor in edited.items() if name.rpartition(".")[0] not in modules}
+        if outside and not self.run.callbacks.takes_edits:
+            raise RecipeError(f"{where}: the modifiers changed {', '.join(outside)}, which the output copies unchanged")
+        return outside
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _called(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
+    """The modules a subgraph calls, and the owners of tensors it reads by itself."""
+    found: dict[nn.Module, None] = {}
+    for node in subgraph.graph.nodes:
+        if node.op == "call_module":
+            found[model.get_submodule(node.target)] = None
+        elif node.op == "get_attr":
+            owner = model.get_submodule(node.target.rpartition(".")[0])
+            if isinstance(getattr(owner, node.target.rpartition(".")[2], None), torch.Tensor):
+                found[owner] = None
+    return list(found)
+
+
+def _attach_again(modules: list[nn.Module]) -> None:
+    """Observers that keep state of their own (imatrix) made it on meta: they start again beside loaded weights."""
+    for module in modules:
+        for child in list(module.children()):
+            if isinstance(child, Observer) and type(child).attach is not Observer.attach:
+                child.detach(module)
+                child.attach(module)
+
+
+def _parity_samples(cache: ActivationCache) -> dict[int, dict[str, Any]]:
+    samples: dict[int, dict[str, Any]] = {}
+    kinds = set()
+    for index in range(len(cache)):
+        batch = cache.fetch(index)
+        mask = batch.get("attention_mask")
+        kind = (tuple(batch["input_ids"].shape), mask is not None and not bool(mask.all()))
+        if kind not in kinds:
+            kinds.add(kind)
+            samples[index] = batch
+        if len(samples) == PARITY_SAMPLES:
+            break
+    return samples
+
+
+def _non_finite_watch(name: str, culprit: list[str]) -> Callable[[nn.Module, Any, Any], None]:
+    def watch(module: nn.Module, args: Any, output: Any) -> None:
+        tensors = output if isinstance(output, tuple | list) else (output,)
+        if any(isinstance(t, torch.Tensor) and t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
+            culprit.append(name)
+
+    return watch

@@ -1,0 +1,299 @@
+"""The transformers model of a source checkpoint, empty, whose weights come block by block straight from the shards.
+
+Nothing is expanded to BF16 on disk and nothing is offloaded: parameters and persistent buffers live on the meta device
+until `SourceModel.load` reads them, and go back there with `SourceModel.unload`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from compressed_tensors.utils import match_named_modules
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from llmcompressor.utils.pytorch.module import infer_sequential_targets
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from calibration.checkpoint.families import Family, family_of
+from calibration.checkpoint.formats import Formats, check_finite, dequantize
+from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from recipes.errors import SourceError
+
+PACKED, WEIGHT = ".weight_packed", ".weight"
+
+
+class SourceModel:
+    """A model skeleton and the source tensors that fill it.
+
+    `model` is the transformers model with one nn.Linear per routed expert and projection, in eval mode; `blocks` its
+    decoder blocks in order, by module name; `sources` maps each parameter and persistent buffer to a source tensor.
+    Between `load` and `unload` the modules are ordinary modules on `device`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, formats: Formats, family: Family, sources: dict[str, str], device: torch.device
+    ) -> None:
+        self.model = model
+        self.formats = formats
+        self.family = family
+        self.sources = sources
+        self.device = device
+        self.sequential_targets = list(infer_sequential_targets(model))
+        self.blocks: dict[str, nn.Module] = dict(match_named_modules(model, self.sequential_targets))
+        self._names = {module: name for name, module in model.named_modules()}
+        self._modules = {
+            name.rpartition(".")[0]: _unpacked(source).removesuffix(WEIGHT)
+            for name, source in sources.items()
+            if name.endswith(WEIGHT)
+        }
+        self._versions: dict[str, int] = {}
+
+    def module_name(self, module: nn.Module) -> str:
+        """The name of a module of the skeleton in transformers' tree."""
+        return self._names[module]
+
+    def source_module(self, name: str) -> str:
+        """The source checkpoint's spelling of a module (one with a weight) of transformers' tree."""
+        return self._modules[name]
+
+    def model_modules(self) -> dict[str, str]:
+        """Source module name -> transformers module name, for every module with a weight."""
+        return {source: name for name, source in self._modules.items()}
+
+    def source_block(self, name: str) -> str:
+        """The source's spelling of a block: `model.layers.3` -> `layers.3` for DeepSeek-V4."""
+        names = [source for tensor, source in self.sources.items() if tensor.startswith(name + ".")]
+        return os.path.commonprefix(names).rpartition(".")[0]
+
+    def load(self, roots: Iterable[nn.Module]) -> None:
+        """Reads every tensor below `roots` from the source onto `device`; those already there are kept.
+
+        Tensors that the source does not know (scales and zero points that modifiers allocated on meta) become NaN, or
+        zero where integer, so that nothing uninitialised can reach the output. Raises SourceError for NaN or Inf.
+        """
+        for module, leaf, full, tensor in self._tensors(roots):
+            if not tensor.is_meta:
+                continue
+            source = self.sources.get(full)
+            value = self._empty(leaf, tensor) if source is None else self._read(source, tensor.dtype)
+            self._place(module, leaf, value)
+            if source is not None:
+                self._versions[full] = _tensor(module, leaf)._version
+
+    def unload(self, roots: Iterable[nn.Module]) -> None:
+        """Puts every tensor below `roots` back on meta and returns the freed memory to the system."""
+        for module, leaf, full, tensor in self._tensors(roots):
+            if not tensor.is_meta:
+                self._place(module, leaf, torch.empty_like(tensor, device="meta"))
+                self._versions.pop(full, None)
+        trim_memory()
+
+    def loaded(self) -> set[str]:
+        """Names of the source-backed tensors that are in memory now."""
+        return {full for _, _, full, tensor in self._tensors([self.model]) if full in self.sources and not tensor.is_meta}
+
+    def edited(self, roots: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
+        """Source tensors below `roots` whose values were written to since `load` (GPTQ, AWQ, SmoothQuant)."""
+        return {
+            self.sources[full]: tensor.data
+            for _, _, full, tensor in self._tensors(roots)
+            if full in self._versions and tensor._version != self._versions[full]
+        }
+
+    def _tensors(self, roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, str, torch.Tensor]]:
+        for root in roots:
+            for name, module in root.named_modules(prefix=self._names[root]):
+                prefix = f"{name}." if name else ""
+                for leaf, tensor in _own_tensors(module):
+                    yield module, leaf, prefix + leaf, tensor
+
+    def _read(self, source: str, dtype: torch.dtype) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return self.formats.read(source, dtype)
+        # The raw bytes travel: they are a half to a quarter of the BF16 values, and the accelerator dequantizes faster.
+        checkpoint, stored = self.formats.checkpoint, self.formats.of(source)
+        raw = checkpoint.read(source).to(self.device)
+        if not raw.is_floating_point() and stored.kind == "plain":
+            return raw
+        scales = {role: checkpoint.read(name).to(self.device) for role, name in stored.companions.items()}
+        value = dequantize(stored, raw, scales, dtype)
+        check_finite(value, f"{checkpoint.path(source)}: {source}")
+        return value
+
+    def _empty(self, leaf: str, tensor: torch.Tensor) -> torch.Tensor:
+        if leaf.endswith("zero_point") or not tensor.is_floating_point():
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
+        return torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=self.device)
+
+    @staticmethod
+    def _place(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+        if leaf in module._parameters:
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        else:
+            module._buffers[leaf] = value
+
+
+def build_skeleton(
+    checkpoint: Checkpoint, run_directory: Path, trust_remote_code: bool, device: torch.device | None = None
+) -> SourceModel:
+    """Builds the empty model of `checkpoint` and matches every tensor of it with the source's headers.
+
+    Writes `<run_directory>/skeleton/config.json`, the source's config without `quantization_config`: llm-compressor
+    reads the config that the model names on disk and refuses a quantized one. Compute dtype is BF16; what the source
+    stores in F32 and transformers keeps in F32 (mHC, sinks, router bias, compressor positions) stays F32, norms do not:
+    an F32 norm weight makes the next BF16 linear layer fail.
+    Raises SourceError, all at once: model tensors without a source, source tensors (outside MTP) without a
+    destination, shapes that differ.
+    """
+    family, formats = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME)), Formats(checkpoint)
+    device = device or _main_device()
+    model = _empty_model(_clean_config(checkpoint, run_directory), trust_remote_code)
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and leaf in module._non_persistent_buffers_set:
+                module._buffers[leaf] = buffer.to(device)
+    sources = _match(model, checkpoint, formats, family)
+    _set_dtypes(model, checkpoint, sources)
+    return SourceModel(model, formats, family, sources, device)
+
+
+def trim_memory() -> None:
+    """Returns freed heap pages to the system: glibc keeps them otherwise, and memory grows block by block."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        return
+
+
+def _main_device() -> torch.device:
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def _clean_config(checkpoint: Checkpoint, run_directory: Path) -> Path:
+    directory = run_directory / "skeleton"
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    partial = directory / (CONFIG_NAME + ".partial")
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    partial.replace(directory / CONFIG_NAME)
+    for code in checkpoint.directory.glob("*.py"):
+        shutil.copyfile(code, directory / code.name)
+    return directory
+
+
+def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    config.dtype = torch.bfloat16
+    # Non-persistent buffers (rotary frequencies) are computed by the constructor and must be real.
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+        for name, experts in get_non_linearized_moes(model):
+            # transformers' class patching would walk every lazy module of transformers; replacing the empty modules
+            # gives the same tree.
+            linear = LinearExperts2D.get_linear_experts_cls(type(experts))
+            model.set_submodule(name, linear(getattr(experts, "config", model.config)))
+    for module in model.modules():
+        for leaf, tensor in list(_own_tensors(module)):
+            SourceModel._place(module, leaf, tensor.detach().to("meta"))
+    return model.eval()
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers of this module alone."""
+    yield from ((leaf, tensor) for leaf, tensor in list(module._parameters.items()) if tensor is not None)
+    for leaf, tensor in list(module._buffers.items()):
+        if tensor is not None and leaf not in module._non_persistent_buffers_set:
+            yield leaf, tensor
+
+
+def _tensor(module: nn.Module, leaf: str) -> torch.Tensor:
+    tensor = module._parameters[leaf] if leaf in module._parameters else module._buffers[leaf]
+    assert tensor is not None
+    return tensor
+
+
+def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{leaf}" if name else leaf: tensor
+        for name, module in model.named_modules()
+        for leaf, tensor in _own_tensors(module)
+    }
+
+
+def _unpacked(source: str) -> str:
+    return source.removesuffix(PACKED) + WEIGHT if source.endswith(PACKED) else source
+
+
+def _match(model: PreTrainedModel, checkpoint: Checkpoint, formats: Formats, family: Family) -> dict[str, str]:
+    tensors, computed = _all_tensors(model), {name for name, _ in model.named_buffers()}
+    where = checkpoint.directory
+    sources: dict[str, str] = {}
+    unplaced: list[str] = []
+    problems: list[str] = []
+    for source in checkpoint.tensors:
+        if source in formats.companions or family.place(source).mtp:
+            continue
+        name = family.model_name(_unpacked(source))
+        if name in sources:
+            problems.append(f"{where}: {sources[name]} and {source} are both meant for {name}; remove one")
+        elif name in tensors:
+            sources[name] = source
+        elif name not in computed:
+            unplaced.append(source)
+    for tied, target in (model._tied_weights_keys or {}).items() if model.config.tie_word_embeddings else ():
+        if tied in tensors and tied not in sources and target in sources:
+            sources[tied] = sources[target]
+    missing = [name for name in tensors if name not in sources]
+    if missing:
+        problems.append(
+            f"{where}: {len(missing)} tensors of {type(model).__name__} have no source tensor: {_some(missing)}; "
+            "the checkpoint is incomplete or its config.json describes another model"
+        )
+    if unplaced:
+        problems.append(
+            f"{where}: {len(unplaced)} source tensors have no place in {type(model).__name__}: {_some(unplaced)}; "
+            "config.json may describe a smaller model (num_hidden_layers, number of experts)"
+        )
+    differing: dict[tuple[Any, Any], list[str]] = defaultdict(list)
+    for name, source in sources.items():
+        stored, wanted = tuple(formats.of(source).shape), tuple(tensors[name].shape)
+        if stored != wanted:
+            differing[stored, wanted].append(source)
+    problems += [
+        f"{where}: {_some(names)}: stored shape {list(stored)}, {type(model).__name__} built from config.json needs "
+        f"{list(wanted)}"
+        for (stored, wanted), names in differing.items()
+    ]
+    if problems:
+        raise SourceError(problems)
+    return sources
+
+
+def _set_dtypes(model: PreTrainedModel, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, module in model.named_modules():
+        for leaf, tensor in list(_own_tensors(module)):
+            full = f"{name}.{leaf}" if name else leaf
+            if not tensor.is_floating_point():
+                continue
+            is_f32 = checkpoint.tensors[sources[full]].dtype == "F32"
+            stays = is_f32 and "norm" not in type(module).__name__.lower() and any(part in full for part in kept)
+            dtype = torch.float32 if stays else torch.bfloat16
+            SourceModel._place(module, leaf, torch.empty_like(tensor, dtype=dtype, device="meta"))
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,58 @@
+"""Errors a user can cause, each with the exit code that `workflows.run` documents.
+
+They live in the lowest layer so that every layer above can raise them. A message names the file, the key or
+tensor, the rule, the value and the remedy; the command line prints it without a traceback.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+
+class WorkflowError(Exception):
+    """Base of every error that ends a command with one message instead of a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def collapsed(problems: Iterable[str]) -> list[str]:
+    """Problems that differ in numbers alone (block, expert, shard) become their first and a count of the others."""
+    alike: dict[str, list[str]] = {}
+    for problem in problems:
+        alike.setdefault(re.sub(r"\d+", "N", problem), []).append(problem)
+    return [first + (f" (and {len(rest)} more like this)" if rest else "") for first, *rest in alike.values()]
+
+
+class RecipeError(WorkflowError):
+    """The recipe or the command line is wrong: unknown key, bad value, target that matches nothing."""
+
+    exit_code = 2
+
+
+class SourceError(WorkflowError):
+    """The source checkpoint or the data set is missing, damaged or not understood."""
+
+    exit_code = 3
+
+
+class EnvironmentProblem(WorkflowError):
+    """The machine is at fault: no vLLM environment, no disk space, output not empty, a file that cannot be written."""
+
+    exit_code = 4
+
+
+class VerificationFailed(WorkflowError):
+    """The output exists and at least one check of it says FAIL."""
+
+    exit_code = 5
+
+
+class Interrupted(WorkflowError):
+    """Stopped by Ctrl-C or SIGTERM; what was written stays and the same command goes on."""
+
+    exit_code = 130

@@ -1,0 +1,92 @@
+"""Types that the recipe models share: targets, preset schemes, byte sizes, paths, and the base of every section."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, JsonValue, WithJsonSchema
+
+# Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: what is not to be
+# quantized is simply not targeted.
+PRESET_SCHEMES = (
+    *("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
+    *("W8A8", "INT8", "W4AFP8", "W4A16_ASYM", "W2A4", "W2A8", "W2A16", "W3A4", "W3A8", "W3A16", "W4A4", "W4A8"),
+    *("W4A16", "W5A8", "W5A16", "W6A8", "W6A16", "W7A8", "W7A16", "W8A16"),
+)
+
+_REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]|{}]")
+_BYTES = re.compile(r"\d+(\.\d+)?\s*([KMGTP]i?)?B?", re.IGNORECASE)
+_SMALLEST_SIZE = 64 * 1024
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """End of a message about a word that is not known: `; did you mean 'x'? Known: ...` or `; known: ...`."""
+    by_lower = {name.lower(): name for name in known}
+    match = get_close_matches(word.lower(), list(by_lower), n=1)
+    names = ", ".join(by_lower.values())
+    return f"; did you mean {by_lower[match[0]]!r}? Known: {names}" if match else f"; known: {names}"
+
+
+def _check_target(target: str) -> str:
+    if target.startswith("re:"):
+        try:
+            re.compile(target.removeprefix("re:"))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"must be a regular expression that compiles after 're:' ({error})") from None
+        if target == "re:":
+            raise ValueError("must not be an empty regular expression, it would match every module")
+    elif _REGEX_SIGNS.search(target):
+        raise ValueError("looks like a regular expression and must then begin with 're:'")
+    return target
+
+
+def _check_scheme(name: str) -> str:
+    if name.upper() not in PRESET_SCHEMES:
+        raise ValueError(f"must be a preset scheme of compressed-tensors{did_you_mean(name, PRESET_SCHEMES)}")
+    return name.upper()
+
+
+def _check_byte_text(value: object) -> object:
+    # ByteSize itself reads '5GB, or so' as 5GB and takes bits.
+    if isinstance(value, str) and not _BYTES.fullmatch(value.strip()):
+        raise ValueError("must be a number of bytes, or text such as 500MB, 5GB, 500GiB")
+    return value
+
+
+def _check_byte_size(size: ByteSize) -> ByteSize:
+    if size < _SMALLEST_SIZE:
+        raise ValueError(f"must be at least 64KiB; {int(size)} bytes looks like a forgotten unit (5GB, 500GiB)")
+    return size
+
+
+def _expand_home(path: str) -> str:
+    return os.path.expanduser(path)
+
+
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand_home)]
+Target = Annotated[str, Field(min_length=1), AfterValidator(_check_target)]
+Scheme = Annotated[str, AfterValidator(_check_scheme), WithJsonSchema({"type": "string", "enum": list(PRESET_SCHEMES)})]
+Targets = Annotated[
+    list[Target],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]}),
+]
+Bytes = Annotated[
+    ByteSize,
+    BeforeValidator(_check_byte_text),
+    AfterValidator(_check_byte_size),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": _SMALLEST_SIZE}, {"type": "string"}]}),
+]
+PassThrough = dict[str, JsonValue]
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: unknown keys are refused, values keep their YAML type, nothing changes later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

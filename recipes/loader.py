@@ -1,0 +1,270 @@
+"""A YAML file, and `--set` overrides, to a checked `Recipe`; and a recipe back to YAML.
+
+Everything that is wrong is reported in one `RecipeError`, one line per problem:
+`file:line: key.path: rule, value; remedy`. The line of an override is the override itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from recipes.errors import RecipeError
+from recipes.fields import did_you_mean
+from recipes.schema import Recipe
+
+Location = tuple[int | str, ...]
+
+# The rule that pydantic's error type stands for; `{...}` comes from the error's context.
+_RULES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping (key: value)",
+    "float_type": "must be a number (write 1000.0, not 1e3)",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "int_type": "must be a whole number",
+    "invalid-json-value": "must be plain data: text, number, true, false, null, list or mapping",
+    "less_than_equal": "must be at most {le}",
+    "list_type": "must be a list, [a, b] or one '- ' per entry",
+    "literal_error": "must be {expected}",
+    "model_type": "must be a mapping (key: value)",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text, in quotes where YAML reads a number, date or true",
+    "too_short": "must have at least {min_length} entry",
+}
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = None) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: a YAML file, UTF-8.
+        overrides: `a.b.c=value` each; the value is YAML, a list entry is named by its index
+            (`modifiers.0.QuantizationModifier.ignore=[lm_head]`). A name that contains a dot cannot be addressed.
+        output: replaces the key `output`.
+
+    Raises:
+        RecipeError: with every problem of the file and of the overrides.
+    """
+    root, data = _parse(path)
+    problems = [
+        f"{path}:{line}: {dotted}: is given twice, first in line {first}; remove one of the two"
+        for line, dotted, first in _duplicates(root)
+    ]
+    labels: dict[Location, str] = {}
+    for text in overrides:
+        try:
+            labels[_override(data, text)] = f"--set {text}"
+        except ValueError as error:
+            problems.append(f"--set {text}: {error}")
+    if output is not None:
+        data["output"] = output
+        labels[("output",)] = "--output"
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            problems.append(f"{_where(path, root, labels, detail['loc'])}: {_explain(detail)}")
+        raise RecipeError(problems) from None
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """sha256 (hex) of the recipe's canonical JSON: sorted keys, defaults written out, no white space."""
+    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with its defaults written out; it loads to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def _parse(path: Path) -> tuple[yaml.Node, dict[Any, Any]]:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file; the shipped ones are listed in recipes/README.md") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a readable YAML file") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise RecipeError(
+            f"{path}:{line}: must be UTF-8, byte {error.start} is 0x{raw[error.start]:02x}; save the file as UTF-8"
+        ) from None
+    try:
+        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        written = text.splitlines()[line - 1] if line <= len(text.splitlines()) else ""
+        if "\t" in written[: len(written) - len(written.lstrip())] or "'\\t'" in str(error.problem):
+            raise RecipeError(f"{path}:{line}: has a tab; YAML is indented with spaces, replace it") from None
+        context = f"{error.context}: " if error.context else ""
+        raise RecipeError(
+            f"{path}:{line}: is not valid YAML ({context}{error.problem}); see {written.strip()!r}"
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: is not valid YAML ({str(error).splitlines()[0]}); correct the file") from None
+    if root is None or data is None:
+        raise RecipeError(f"{path}: is empty; a recipe needs at least source, output, modifiers and calibration")
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path}:1: must be a mapping with keys such as source and output, is {_shown(data)}")
+    return root, data
+
+
+def _duplicates(root: yaml.Node) -> Iterator[tuple[int, str, int]]:
+    """(line, key path, line of the first one) of every key that a mapping holds twice."""
+    seen: set[int] = set()
+
+    def walk(node: yaml.Node, at: Location) -> Iterator[tuple[int, str, int]]:
+        # An alias is the same node again, and may even hold itself.
+        if id(node) in seen:
+            return
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for index, entry in enumerate(node.value):
+                yield from walk(entry, (*at, index))
+        elif isinstance(node, yaml.MappingNode):
+            first: dict[str, int] = {}
+            for key, value in node.value:
+                line, name = key.start_mark.line + 1, str(key.value)
+                if name in first:
+                    yield line, _dotted((*at, name)), first[name]
+                first.setdefault(name, line)
+                yield from walk(value, (*at, name))
+
+    yield from walk(root, ())
+
+
+def _override(data: dict[Any, Any], text: str) -> Location:
+    """Apply one `a.b.c=value` to `data`; the location it sets. ValueError when there is no such place."""
+    key, equals, value_text = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ValueError("must be key.path=value, for example calibration.num_samples=32")
+    try:
+        value = yaml.safe_load(value_text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"the value is not YAML ({str(error).splitlines()[0]}); put it in quotes") from None
+    target: Any = data
+    location: Location = ()
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        index: int | str = part
+        if isinstance(target, list):
+            if not part.isdecimal() or int(part) >= len(target):
+                raise ValueError(f"{_dotted(location)} is a list; {part!r} must be an index below {len(target)}")
+            index = int(part)
+        elif not isinstance(target, dict):
+            raise ValueError(f"{_dotted(location)} is {_shown(target)}, it has no key {part!r}")
+        elif part not in target and (section := _section(location)) and part not in section.model_fields:
+            raise ValueError(f"there is no key {part!r}{did_you_mean(part, section.model_fields)}")
+        location += (index,)
+        if last:
+            target[index] = value
+        elif isinstance(target, list):
+            target = target[int(part)]
+        else:
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+    return location
+
+
+def _section(location: Location) -> type[BaseModel] | None:
+    """The model that the schema has at `location`; None where there is none (a value, or names of your choice)."""
+    annotation: Any = Recipe
+    for part in location:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            field = annotation.model_fields.get(str(part))
+            annotation = field.annotation if field else None
+        elif get_origin(annotation) in (list, dict):
+            annotation = get_args(annotation)[-1]
+        else:
+            return None
+        annotation = _plain_type(annotation)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _plain_type(annotation: Any) -> Any:
+    """`X` of `X | None` and of `Annotated[X, ...]`."""
+    while get_args(annotation) and get_origin(annotation) not in (list, dict):
+        annotation = next(argument for argument in get_args(annotation) if argument is not type(None))
+    return annotation
+
+
+def _where(path: Path, root: yaml.Node, labels: dict[Location, str], location: Location) -> str:
+    """The override that set `location`, or the file and the line of `location` or of its nearest parent."""
+    for place, label in labels.items():
+        if location[: len(place)] == place:
+            return label
+    line, found = _line(root, location)
+    _, parent_found = _line(root, location[:-1])
+    for place, label in labels.items():
+        made_parent = not parent_found and place[: len(location) - 1] == location[:-1]
+        if not found and (place[: len(location)] == location or made_parent):
+            return label
+    return f"{path}:{line}"
+
+
+def _line(node: yaml.Node, location: Location) -> tuple[int, bool]:
+    line = node.start_mark.line + 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key, value) for key, value in node.value if str(key.value) == str(part)]
+            if not pairs:
+                return line, False
+            # YAML keeps the last of two equal keys, so it is the one that was checked.
+            key, node = pairs[-1]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line, False
+    return line, True
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """`key.path: rule, value; remedy` of one pydantic error."""
+    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    context = detail.get("ctx", {})
+    dotted = _dotted(location)
+    section = _section(location[:-1]) if location else None
+    fields = section.model_fields if section else {}
+    if kind == "extra_forbidden":
+        return f"{dotted}: unknown key{did_you_mean(str(location[-1]), fields)}"
+    if kind == "missing":
+        return f"{dotted}: is required and missing; add `{location[-1]}: ...`"
+    if kind == "value_error":
+        subject = "" if value is None or isinstance(value, (dict, list)) else f"{_shown(value)} "
+        return f"{dotted}: {subject}{context['error']}"
+    rule = _RULES[kind].format(**context) if kind in _RULES else detail["msg"]
+    field = fields.get(str(location[-1])) if location else None
+    default = field.get_default() if field and not field.is_required() else None
+    remedy = f"; leave it out for the default {_shown(default)}" if isinstance(default, (bool, int, str)) else ""
+    return f"{dotted}: {rule}, is {_shown(value)}{remedy}"
+
+
+def _dotted(location: Location) -> str:
+    return ".".join(map(str, location)) or "the recipe"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (dict, list)):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    text = json.dumps(value) if value is None or isinstance(value, (bool, str)) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,217 @@
+"""llm-compressor's modifiers as a recipe spells them.
+
+Nothing here imports llm-compressor: its modifier names, argument names and preset schemes (in `recipes.fields`) are
+written out, and `tests/unit/test_recipes.py` compares them with the installed package. The modifiers that quantize
+are parsed in full; the arguments of the others pass through and llm-compressor checks them itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_serializer, model_validator
+
+from recipes.fields import PassThrough, Scheme, Section, Target, Targets, Text, did_you_mean
+
+
+class ConfigGroup(Section):
+    """Modules that are quantized the same way: a preset scheme, or the quantization arguments written out."""
+
+    targets: Targets
+    """Module names as the source checkpoint spells them; a regular expression begins with 're:'. Each must match."""
+    scheme: Scheme | None = None
+    """Preset scheme: NVFP4 (weights and activations), NVFP4A16 (weights only), FP8_BLOCK (128x128 tiles), ..."""
+    weights: PassThrough | None = Field(default=None, validate_default=True)
+    """compressed-tensors QuantizationArgs of the weights, instead of a scheme."""
+    input_activations: PassThrough | None = None
+    """compressed-tensors QuantizationArgs of the inputs; only together with weights."""
+    output_activations: PassThrough | None = None
+    """compressed-tensors QuantizationArgs of the outputs; only together with weights."""
+    format: Text | None = None
+    """compressed-tensors storage format such as nvfp4-pack-quantized; derived from the scheme when left out."""
+
+    @field_validator("weights")
+    @classmethod
+    def _one_of_scheme_or_weights(cls, weights: PassThrough | None, info: ValidationInfo) -> PassThrough | None:
+        if "scheme" in info.data and (weights is None) == (info.data["scheme"] is None):
+            given = "neither" if weights is None else "both"
+            raise ValueError(f"needs exactly one of 'scheme' and 'weights', has {given}; a preset is `scheme: NVFP4`")
+        return weights
+
+    @field_validator("input_activations", "output_activations")
+    @classmethod
+    def _only_with_weights(cls, activations: PassThrough | None, info: ValidationInfo) -> PassThrough | None:
+        if activations is not None and info.data.get("scheme") is not None:
+            raise ValueError("the scheme already says this; remove it, or replace 'scheme' by 'weights' written out")
+        return activations
+
+
+class QuantizationArguments(Section):
+    """Arguments of llm-compressor's QuantizationModifier: round to nearest with calibrated activation scales."""
+
+    targets: Targets | None = None
+    """Short form for a single group: the modules that `scheme` applies to. Instead of config_groups."""
+    scheme: Scheme | None = None
+    """Short form for a single group: its preset scheme. Instead of config_groups."""
+    config_groups: dict[str, ConfigGroup] | None = Field(default=None, min_length=1, validate_default=True)
+    """Groups of modules by a name of your choice, each with its targets and its scheme."""
+    ignore: list[Target] = Field(default=[])
+    """Module names or 're:' expressions left alone although a target matches. Each must match something."""
+    kv_cache_scheme: PassThrough | None = None
+    """compressed-tensors QuantizationArgs of the key/value cache."""
+    weight_observer: Text | None = None
+    """Observer of the weights, for example memoryless_minmax, memoryless_mse, imatrix_mse."""
+    input_observer: Text | None = None
+    """Observer of the input activations, for example static_minmax."""
+    output_observer: Text | None = None
+    """Observer of the output activations."""
+    observer: dict[str, Text] | None = None
+    """The observers together: {weights: ..., input: ..., output: ...}. Instead of the three keys above."""
+    bypass_divisibility_checks: bool = False
+    """Skip llm-compressor's check that the columns of a weight divide by the group size."""
+
+    @field_validator("config_groups")
+    @classmethod
+    def _one_form(cls, groups: dict[str, ConfigGroup] | None, info: ValidationInfo) -> dict[str, ConfigGroup] | None:
+        if not {"targets", "scheme"} <= info.data.keys():
+            return groups
+        short = [key for key in ("targets", "scheme") if info.data[key] is not None]
+        if groups and short:
+            raise ValueError(f"excludes {' and '.join(map(repr, short))} beside it; move them into a group")
+        if len(short) == 1:
+            raise ValueError("'targets' and 'scheme' go together; give both, or config_groups instead of them")
+        return groups
+
+    def groups(self) -> dict[str, ConfigGroup]:
+        """The config groups; the short form `targets` + `scheme` becomes one group named group_0."""
+        if self.targets is not None:
+            return {"group_0": ConfigGroup(targets=self.targets, scheme=self.scheme)}
+        return dict(self.config_groups or {})
+
+
+class GPTQArguments(QuantizationArguments):
+    """Arguments of llm-compressor's GPTQModifier: weights rounded so that the layer's output error is small."""
+
+    block_size: JsonValue = None
+    """Columns compressed in one pass (llm-compressor's default: 128)."""
+    dampening_frac: JsonValue = None
+    """Dampening of the Hessian as a fraction of its diagonal (llm-compressor's default: 0.01)."""
+    actorder: JsonValue = None
+    """Order in which columns are quantized: static, group, weight or null (llm-compressor's default: static)."""
+    batched_quantization: JsonValue = None
+    """Batching of modules of one shape: auto, a positive number, or null (llm-compressor's default: auto)."""
+
+
+class AutoRoundArguments(QuantizationArguments):
+    """Arguments of llm-compressor's AutoRoundModifier: rounding tuned by signed gradient descent."""
+
+    iters: JsonValue = None
+    """Tuning iterations per block (llm-compressor's default: 200)."""
+    enable_torch_compile: JsonValue = None
+    """Compile the tuning loop (llm-compressor's default: true)."""
+    batch_size: JsonValue = None
+    """Tuning batch size (llm-compressor's default: 8)."""
+    lr: JsonValue = None
+    """Learning rate; chosen by AutoRound when left out."""
+    device_ids: JsonValue = None
+    """Devices for tuning, for example '0,1' or 'auto'."""
+    disable_opt_rtn: JsonValue = None
+    """Disable AutoRound's optimized round to nearest (llm-compressor's default: false)."""
+
+
+class ModifierEntry(Section):
+    """One step of llm-compressor: a mapping with one key, the modifier's name, and its arguments below it."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    QuantizationModifier: QuantizationArguments | None = None
+    """Round to nearest with calibrated activation scales. The usual choice, and the fastest."""
+    GPTQModifier: GPTQArguments | None = None
+    """GPTQ: corrects each column's rounding error in the columns after it. Slower, smaller error."""
+    AutoRoundModifier: AutoRoundArguments | None = None
+    """AutoRound: learns the rounding by gradient descent. Slow; needs the auto-round package."""
+    AWQModifier: PassThrough | None = None
+    """AWQ: scales salient channels before quantization. Stands before the modifier that quantizes."""
+    SmoothQuantModifier: PassThrough | None = None
+    """SmoothQuant: moves activation outliers into the weights. Stands before the modifier that quantizes."""
+    LogarithmicEqualizationModifier: PassThrough | None = None
+    """SmoothQuant with logarithmic scales."""
+    SpinQuantModifier: PassThrough | None = None
+    """SpinQuant: rotations fused into the weights."""
+    QuIPModifier: PassThrough | None = None
+    """QuIP: random orthogonal transforms of weights and activations."""
+    SparseGPTModifier: PassThrough | None = None
+    """SparseGPT pruning."""
+    WandaPruningModifier: PassThrough | None = None
+    """Wanda pruning."""
+    MagnitudePruningModifier: PassThrough | None = None
+    """Magnitude pruning."""
+    ConstantPruningModifier: PassThrough | None = None
+    """Keeps a pruning mask constant."""
+    REAPPruningModifier: PassThrough | None = None
+    """REAP: prunes whole experts."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_known_modifier(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError("must be a mapping of a modifier's name to its arguments, as in `AWQModifier: {}`")
+        for name in value:
+            if name not in cls.model_fields:
+                raise ValueError(
+                    f"{name!r} is no modifier of llm-compressor 0.14.0.1{did_you_mean(str(name), cls.model_fields)}"
+                )
+        if len(value) != 1:
+            names = ", ".join(value) or "none"
+            raise ValueError(
+                f"must have exactly one key, the modifier's name, has {names}; write one '- ' per modifier"
+            )
+        return {name: {} if arguments is None else arguments for name, arguments in value.items()}
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        # llm-compressor tells an argument that was set to null from one that was left out: keep only what was given.
+        return {self.name: self.arguments}
+
+    @property
+    def name(self) -> str:
+        """Class name of the llm-compressor modifier."""
+        return next(iter(self.model_fields_set))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments as the recipe gives them, JSON types only, defaults left out."""
+        value = getattr(self, self.name)
+        return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Section) else dict(value)
+
+
+@dataclass(frozen=True)
+class QuantizationEntry:
+    """The one modifier of a recipe that says which modules are quantized."""
+
+    name: str
+    """Class name of the llm-compressor modifier."""
+    position: int
+    """Its index in `Recipe.modifiers`."""
+    config_groups: dict[str, ConfigGroup]
+    """The groups by name; the short form `targets` + `scheme` is the group group_0."""
+    ignore: list[str]
+    """Ignore entries as written."""
+    arguments: dict[str, Any]
+    """Every other argument that the recipe sets (no config_groups, targets, scheme or ignore)."""
+
+
+def quantization_entries(modifiers: list[ModifierEntry]) -> list[QuantizationEntry]:
+    """Every modifier of `modifiers` that has config groups, in order."""
+    entries = []
+    for position, entry in enumerate(modifiers):
+        value = getattr(entry, entry.name)
+        if isinstance(value, QuantizationArguments) and (groups := value.groups()):
+            rest = {
+                key: argument
+                for key, argument in entry.arguments.items()
+                if key not in ("config_groups", "targets", "scheme", "ignore")
+            }
+            entries.append(QuantizationEntry(entry.name, position, groups, list(value.ignore), rest))
+    return entries

@@ -1,0 +1,197 @@
+"""The recipe: what to quantize, on which data, into what, and how the result is checked.
+
+These pydantic models are the only truth about a recipe's keys, defaults and bounds. `python -m recipes.schema`
+prints the JSON schema made from them (checked in as `recipes/recipe.schema.json`, for editors).
+
+Every path is taken relative to the current directory; a leading `~` is expanded, environment variables are not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field, ValidationInfo, field_validator
+from pydantic.json_schema import GenerateJsonSchema
+
+from recipes.errors import RecipeError
+from recipes.fields import Bytes, PathText, Section, Text
+from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_entries
+
+
+class Source(Section):
+    """The checkpoint to read. It is never written to."""
+
+    checkpoint: PathText
+    """Local directory with a Hugging Face checkpoint, or a hub id such as Qwen/Qwen3-8B."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub id. Pin a commit for a run that must be repeatable."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Only for checkpoints you trust."""
+
+
+class Calibration(Section):
+    """The text that runs through the model while observers watch."""
+
+    dataset: PathText
+    """'bundled' (small text set of this project), a hub id, or a local .jsonl/.json/.parquet/.txt file or directory."""
+    config_name: Text | None = None
+    """Configuration of a hub data set, where it has several."""
+    split: Text = "train"
+    """Split of the data set."""
+    format: Literal["auto", "text", "messages"] = "auto"
+    """What a row holds: plain text, or chat messages. auto looks at the columns."""
+    column: Text | None = None
+    """Column to read; found by its usual names when left out."""
+    chat: Literal["auto", "template", "deepseek_v4"] = "auto"
+    """How messages become text: the tokenizer's chat template, or DeepSeek-V4's own encoding (it has no template)."""
+    num_samples: int = Field(default=256, ge=1)
+    """Samples drawn from the data set."""
+    max_seq_length: int = Field(default=2048, ge=1, le=1_048_576)
+    """Tokens per sample at most; longer samples are cut."""
+    batch_size: int = Field(default=1, ge=1)
+    """Samples per forward pass. Larger is faster and needs more memory."""
+    seed: int = Field(default=42, ge=0, le=2**32 - 1)
+    """Seed of the shuffle; the same seed draws the same samples."""
+    shuffle: bool = True
+    """Shuffle before drawing; false takes the first rows."""
+    all_experts: bool = True
+    """Show every token to every expert while calibrating, so that no expert stays without statistics."""
+    min_tokens_per_expert: int = Field(default=1, ge=1)
+    """The run fails when an expert saw fewer tokens than this."""
+
+
+class Offload(Section):
+    """Where weights wait that are not being worked on."""
+
+    directory: PathText | None = None
+    """Directory on a fast local disk; nothing is offloaded to disk when left out."""
+    max_host_memory: Bytes | None = None
+    """Host memory that weights may take, for example 500GiB; the rest goes to the directory."""
+
+
+class Export(Section):
+    """What the output checkpoint holds beside the quantized modules."""
+
+    kept: Literal["native", "plain"] = "native"
+    """Tensors stored in FP8 or MXFP4 that no target matches: native copies their bytes, plain writes plain_dtype.
+    mtp.* is always copied."""
+    plain_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype that `kept: plain` writes."""
+    input_global_scale: Literal["shared", "per_expert"] = "shared"
+    """One input global scale for all experts of a block (what vLLM's fused kernels use), or one per expert."""
+    max_shard_size: Bytes = ByteSize(5_000_000_000)
+    """Size of one safetensors file at most; a larger tensor gets a file of its own."""
+
+
+class Require(Section):
+    """What the served model must meet for a PASS."""
+
+    finite: bool = True
+    """No NaN and no infinity in any module's output."""
+    max_perplexity: float | None = Field(default=None, ge=1, allow_inf_nan=False)
+    """Perplexity of the prompts at most; not judged when left out."""
+
+
+class Serving(Section):
+    """Load the output in the real serving engine and generate with it."""
+
+    engine: Literal["vllm"] = "vllm"
+    """The serving engine."""
+    python: PathText = ".venv-vllm/bin/python"
+    """Python interpreter of the environment that has vLLM; it is another one than llm-compressor's."""
+    prompts: list[Text] = Field(default=[])
+    """Your own prompts, added to the built-in kinds."""
+    max_tokens: int = Field(default=64, ge=1)
+    """Tokens generated per prompt."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of the activations; auto takes the checkpoint's."""
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Context length to serve with, in tokens; chosen by the check when left out."""
+    timeout: float = Field(default=1800, gt=0, allow_inf_nan=False)
+    """Seconds after which the engine is stopped and the check fails."""
+    require: Require = Require()
+    """What must hold for a PASS."""
+
+
+class Verify(Section):
+    """Checks of the output checkpoint."""
+
+    structure: bool = True
+    """Every tensor there, nothing else, dtypes, shapes, companions, finite values."""
+    fidelity: bool = True
+    """Error of the quantized weights against the source."""
+    serving: Serving | None = None
+    """Serve the output; write `serving: {}` for the defaults. Left out, serving stays UNCHECKED."""
+
+
+class Recipe(Section):
+    """A run: source checkpoint, output directory, quantization, calibration data, checks."""
+
+    source: Source
+    """The checkpoint to read."""
+    output: PathText
+    """Directory of the output checkpoint. The run directory is beside it: `<output>.run/`."""
+    method: Literal["calibrate", "convert", "plain"] = "calibrate"
+    """calibrate runs data through the model; convert uses weight statistics alone; plain only undoes the formats."""
+    modifiers: list[ModifierEntry] = Field(default=[], validate_default=True)
+    """llm-compressor modifiers in order, one name per entry. Exactly one of them names the modules to quantize."""
+    calibration: Calibration | None = Field(default=None, validate_default=True)
+    """Calibration data; required when method is calibrate."""
+    offload: Offload = Offload()
+    """Where waiting weights go."""
+    export: Export = Export()
+    """Form of the output checkpoint."""
+    verify: Verify = Verify()
+    """Checks of the output."""
+
+    @field_validator("output")
+    @classmethod
+    def _output_is_not_the_source(cls, output: str, info: ValidationInfo) -> str:
+        source = info.data.get("source")
+        if source is not None and os.path.abspath(source.checkpoint) == os.path.abspath(output):
+            raise ValueError("must not be the source checkpoint's own directory, the source is read only; name another")
+        return output
+
+    @field_validator("modifiers")
+    @classmethod
+    def _one_modifier_quantizes(cls, modifiers: list[ModifierEntry], info: ValidationInfo) -> list[ModifierEntry]:
+        found = [entry.name for entry in quantization_entries(modifiers)]
+        if len(found) > 1 or (not found and info.data.get("method") in ("calibrate", "convert")):
+            raise ValueError(
+                f"exactly one modifier must name the modules to quantize (config_groups, or targets and scheme), "
+                f"found {', '.join(found) or 'none'}"
+            )
+        return modifiers
+
+    @field_validator("calibration")
+    @classmethod
+    def _calibrate_needs_data(cls, calibration: Calibration | None, info: ValidationInfo) -> Calibration | None:
+        if calibration is None and info.data.get("method") == "calibrate":
+            raise ValueError("is required with method 'calibrate'; `calibration: {dataset: bundled}` is the smallest")
+        return calibration
+
+    @property
+    def quantization_modifier(self) -> QuantizationEntry:
+        """The one modifier that names the modules to quantize; RecipeError when the recipe has none (method plain)."""
+        entries = quantization_entries(self.modifiers)
+        if not entries:
+            raise RecipeError(f"modifiers: none names modules to quantize, and method {self.method!r} was asked for")
+        return entries[0]
+
+
+class _Schema(GenerateJsonSchema):
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def json_schema_text() -> str:
+    """The JSON schema of a recipe as the text of `recipes/recipe.schema.json`."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    schema |= Recipe.model_json_schema(schema_generator=_Schema)
+    return json.dumps(schema, indent=2, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    print(json_schema_text(), end="")

@@ -1,0 +1,426 @@
+"""The recipe layer: shipped recipes, tables against the installed llm-compressor, errors, overrides, round trip."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from recipes.errors import RecipeError
+from recipes.fields import PRESET_SCHEMES
+from recipes.loader import dump_recipe, load_recipe, recipe_digest
+from recipes.modifiers import (
+    AutoRoundArguments,
+    ConfigGroup,
+    GPTQArguments,
+    ModifierEntry,
+    QuantizationArguments,
+)
+from recipes.schema import Recipe, json_schema_text
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(RECIPES.rglob("*.yaml"))
+GROUPS = "modifiers.0.QuantizationModifier.config_groups"
+
+MINIMAL = r"""
+source: {checkpoint: models/source}
+output: models/output
+modifiers:
+  - QuantizationModifier:
+      config_groups:
+        experts:
+          targets: ['re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$']
+          scheme: NVFP4
+calibration: {dataset: bundled}
+"""
+
+
+def write(directory: Path, text: str) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
+
+
+def with_modifiers(directory: Path, modifiers: list[Any], **sections: Any) -> Path:
+    recipe = yaml.safe_load(MINIMAL) | {"modifiers": modifiers} | sections
+    return write(directory, yaml.safe_dump(recipe, sort_keys=False))
+
+
+def field_rows(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """`| key | default | meaning |` of every field of `model`, sections opened; what README.md must hold."""
+    rows = []
+    for name, field in model.model_fields.items():
+        members = [field.annotation]
+        if typing.get_origin(field.annotation) in (typing.Union, types.UnionType):
+            members = list(typing.get_args(field.annotation))
+        section = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
+        optional = type(None) in members
+        default = (
+            "required"
+            if field.is_required()
+            else f"`{json.dumps(field.default, default=lambda value: value.model_dump())}`"
+        )
+        meaning = " ".join((field.description or "").split())
+        if section is None or optional:
+            rows.append(f"| `{prefix}{name}` | {default} | {meaning} |")
+        if section is not None:
+            rows += field_rows(section, f"{prefix}{name}.")
+    return rows
+
+
+# Shipped files
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipe_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.quantization_modifier.config_groups
+    again = load_recipe(write(tmp_path, dump_recipe(recipe)))
+    assert again == recipe
+    assert recipe_digest(again) == recipe_digest(recipe)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipe_names_the_schema_and_stands_in_the_catalogue(path: Path) -> None:
+    first_line = path.read_text(encoding="ascii").splitlines()[0]
+    prefix = "# yaml-language-server: $schema="
+    assert first_line.startswith(prefix)
+    assert (path.parent / first_line.removeprefix(prefix)).resolve() == RECIPES / "recipe.schema.json"
+    row = f"| [{path.relative_to(RECIPES).with_suffix('')}]({path.relative_to(RECIPES)}) | "
+    lines = [line for line in (RECIPES / "README.md").read_text(encoding="ascii").splitlines() if line.startswith(row)]
+    assert len(lines) == 1
+    if path.stem != "quickstart":
+        assert load_recipe(path).source.checkpoint in lines[0]
+
+
+def test_enough_recipes_are_shipped() -> None:
+    families = {path.parent.name for path in SHIPPED}
+    assert families >= {"recipes", "deepseek_v4", "qwen3_moe", "mixtral", "llama", "qwen3"}
+
+
+def test_no_shipped_deepseek_target_reaches_mtp() -> None:
+    for path in SHIPPED:
+        for group in load_recipe(path).quantization_modifier.config_groups.values():
+            patterns = [target.removeprefix("re:") for target in group.targets]
+            assert not any(re.match(pattern, "mtp.0.ffn.experts.3.w1") for pattern in patterns)
+            assert not any(re.match(pattern, "mtp.0.attn.wq_a") for pattern in patterns)
+            if path.parent.name == "deepseek_v4" and "experts" in patterns[0]:
+                assert re.match(patterns[0], "layers.11.ffn.experts.3.w1")
+
+
+def test_json_schema_is_fresh() -> None:
+    stored = (RECIPES / "recipe.schema.json").read_text(encoding="ascii")
+    assert stored == json_schema_text(), "stale: run python -m recipes.schema > recipes/recipe.schema.json"
+
+
+def test_every_key_of_the_json_schema_is_described() -> None:
+    schema = json.loads(json_schema_text())
+    models = [schema, *(model for model in schema["$defs"].values() if "properties" in model)]
+    bare = [name for model in models for name, key in model["properties"].items() if not key.get("description")]
+    assert len(models) > 10
+    assert bare == []
+
+
+@pytest.mark.parametrize("model", [Recipe, QuantizationArguments, ConfigGroup])
+def test_field_reference_matches_the_schema(model: type[BaseModel]) -> None:
+    readme = (RECIPES / "README.md").read_text(encoding="ascii").splitlines()
+    assert [row for row in field_rows(model) if row not in readme] == []
+
+
+# Tables against the installed packages
+
+
+def test_modifier_names_are_those_of_the_installed_llmcompressor() -> None:
+    from llmcompressor.modifiers import Modifier, ModifierFactory
+    from llmcompressor.modifiers.quantization.quantization.mixin import QuantizationMixin
+
+    ModifierFactory.refresh()
+    installed = ModifierFactory._main_registry
+    assert set(ModifierEntry.model_fields) == set(installed) - {"Modifier"}
+    parsed = {
+        "QuantizationModifier": QuantizationArguments,
+        "GPTQModifier": GPTQArguments,
+        "AutoRoundModifier": AutoRoundArguments,
+    }
+    assert set(parsed) == {name for name, kind in installed.items() if issubclass(kind, QuantizationMixin)}
+    for name, arguments in parsed.items():
+        # start, end, index and the like are the training loop's, without effect in one shot.
+        assert set(arguments.model_fields) == set(installed[name].model_fields) - set(Modifier.model_fields), name
+
+
+def test_preset_schemes_are_those_of_the_installed_compressed_tensors() -> None:
+    from compressed_tensors.quantization.quant_scheme import PRESET_SCHEMES as INSTALLED
+
+    assert set(PRESET_SCHEMES) == set(INSTALLED) - {"UNQUANTIZED"}
+    assert len(PRESET_SCHEMES) == len(set(PRESET_SCHEMES))
+
+
+# Defaults and the quantization modifier
+
+
+def test_minimal_recipe_has_the_documented_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, MINIMAL))
+    assert recipe.method == "calibrate"
+    assert recipe.calibration is not None
+    assert (recipe.calibration.num_samples, recipe.calibration.max_seq_length, recipe.calibration.seed) == (
+        256,
+        2048,
+        42,
+    )
+    assert (recipe.export.kept, recipe.export.input_global_scale) == ("native", "shared")
+    assert recipe.export.max_shard_size == 5_000_000_000
+    assert recipe.verify.structure and recipe.verify.fidelity and recipe.verify.serving is None
+
+
+def test_quantization_modifier_separates_groups_from_other_arguments(tmp_path: Path) -> None:
+    quantization = {
+        "targets": "lm_head",
+        "scheme": "nvfp4",
+        "ignore": ["model.layers.0.mlp.up_proj"],
+        "weight_observer": "memoryless_mse",
+    }
+    modifiers = [{"AWQModifier": None}, {"QuantizationModifier": quantization}]
+    recipe = load_recipe(with_modifiers(tmp_path, modifiers))
+    entry = recipe.quantization_modifier
+    assert (entry.name, entry.position) == ("QuantizationModifier", 1)
+    assert entry.config_groups == {"group_0": ConfigGroup(targets=["lm_head"], scheme="NVFP4")}
+    assert entry.ignore == ["model.layers.0.mlp.up_proj"]
+    assert entry.arguments == {"weight_observer": "memoryless_mse"}
+    assert (recipe.modifiers[0].name, recipe.modifiers[0].arguments) == ("AWQModifier", {})
+
+
+def test_null_argument_is_told_from_one_left_out(tmp_path: Path) -> None:
+    gptq = {"targets": ["lm_head"], "scheme": "NVFP4A16", "actorder": None, "dampening_frac": 0.05}
+    recipe = load_recipe(with_modifiers(tmp_path, [{"GPTQModifier": gptq}]))
+    assert recipe.quantization_modifier.arguments == {"actorder": None, "dampening_frac": 0.05}
+    again = load_recipe(write(tmp_path, dump_recipe(recipe)))
+    assert again.quantization_modifier.arguments == {"actorder": None, "dampening_frac": 0.05}
+
+
+def test_plain_method_needs_neither_modifiers_nor_data(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "source: {checkpoint: a}\noutput: b\nmethod: plain\n"))
+    with pytest.raises(RecipeError, match="none names modules"):
+        _ = recipe.quantization_modifier
+
+
+def test_home_is_expanded_and_variables_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = load_recipe(write(tmp_path, MINIMAL), ["source.checkpoint=~/model", "offload.directory=$HOME/x"])
+    assert recipe.source.checkpoint == f"{tmp_path}/model"
+    assert recipe.offload.directory == "$HOME/x"
+
+
+@pytest.mark.parametrize("revision", ["1e3", "2024-01-01", "yes", "0x12", "null", "012", "a: b", "line\nbreak", "1_0"])
+def test_round_trip_keeps_text_that_looks_like_something_else(revision: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(MINIMAL)
+    raw["source"]["revision"] = revision
+    recipe = Recipe.model_validate(raw)
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))).source.revision == revision
+
+
+def test_digest_follows_the_meaning_and_not_the_spelling(tmp_path: Path) -> None:
+    base = recipe_digest(load_recipe(write(tmp_path, MINIMAL)))
+    assert len(base) == 64
+    assert recipe_digest(load_recipe(write(tmp_path, MINIMAL + "# note\nmethod: calibrate\n"))) == base
+    assert recipe_digest(load_recipe(write(tmp_path, MINIMAL), ["export.max_shard_size=5GB"])) == base
+    assert recipe_digest(load_recipe(write(tmp_path, MINIMAL), ["calibration.seed=43"])) != base
+    observer = "modifiers.0.QuantizationModifier.observer="
+    one = load_recipe(write(tmp_path, MINIMAL), [observer + "{weights: mse, input: minmax}"])
+    other = load_recipe(write(tmp_path, MINIMAL), [observer + "{input: minmax, weights: mse}"])
+    assert recipe_digest(one) == recipe_digest(other) != base
+
+
+# Errors
+
+
+def test_three_mistakes_are_reported_together_with_line_and_key(tmp_path: Path) -> None:
+    text = MINIMAL.replace("scheme: NVFP4", "scheme: NVPF4").replace(
+        "{dataset: bundled}", "\n  dataset: bundled\n  num_sample: 3\n  seed: -1"
+    )
+    path = write(tmp_path, text)
+    lines = {
+        word: 1 + next(n for n, line in enumerate(text.splitlines()) if word in line)
+        for word in ("NVPF4", "num_sample", "seed")
+    }
+    found = problems(path)
+    assert len(found) == 3
+    assert any(p.startswith(f"{path}:{lines['NVPF4']}: {GROUPS}.experts.scheme: ") and "'NVFP4'" in p for p in found)
+    assert any(
+        p.startswith(f"{path}:{lines['num_sample']}: calibration.num_sample: unknown key; did you mean 'num_samples'?")
+        for p in found
+    )
+    assert any(p.startswith(f"{path}:{lines['seed']}: calibration.seed: must be at least 0, is -1") for p in found)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "rule"),
+    [
+        ({"targets": ["re:("], "scheme": "NVFP4"}, "targets.0", "regular expression that compiles"),
+        ({"targets": ["re:"], "scheme": "NVFP4"}, "targets.0", "empty regular expression"),
+        ({"targets": [r".*\.w1$"], "scheme": "NVFP4"}, "targets.0", "begin with 're:'"),
+        ({"targets": [], "scheme": "NVFP4"}, "targets", "at least 1"),
+        ({"scheme": "NVFP4"}, "targets", "required and missing"),
+        ({"targets": ["a"]}, "weights", "has neither"),
+        ({"targets": ["a"], "scheme": "NVFP4", "weights": {"num_bits": 4}}, "weights", "has both"),
+        ({"targets": ["a"], "scheme": "NVFP4", "input_activations": {}}, "input_activations", "already says"),
+        ({"targets": ["a"], "schema": "NVFP4", "weights": {}}, "schema", "did you mean 'scheme'?"),
+    ],
+)
+def test_config_group_errors(group: dict[str, Any], key: str, rule: str, tmp_path: Path) -> None:
+    found = problems(with_modifiers(tmp_path, [{"QuantizationModifier": {"config_groups": {"experts": group}}}]))
+    assert len(found) == 1
+    assert f": {GROUPS}.experts.{key}: " in found[0]
+    assert rule in found[0]
+
+
+GOOD = {"targets": ["a"], "scheme": "NVFP4"}
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "key", "rule"),
+    [
+        ([{"QuantizationModifer": GOOD}], "modifiers.0", "did you mean 'QuantizationModifier'?"),
+        (["AWQModifier", {"QuantizationModifier": GOOD}], "modifiers.0", "must be a mapping"),
+        ([{"AWQModifier": {}, "QuantizationModifier": GOOD}], "modifiers.0", "exactly one key"),
+        ([{"QuantizationModifier": GOOD | {"ignor": []}}], "modifiers.0.QuantizationModifier.ignor", "'ignore'?"),
+        ([{"GPTQModifier": GOOD | {"dampening": 1}}], "modifiers.0.GPTQModifier.dampening", "'dampening_frac'?"),
+        (
+            [{"QuantizationModifier": GOOD | {"ignore": ["re:["]}}],
+            "modifiers.0.QuantizationModifier.ignore.0",
+            "compiles",
+        ),
+        ([{"QuantizationModifier": {"scheme": "NVFP4"}}], GROUPS, "go together"),
+        ([{"QuantizationModifier": GOOD | {"config_groups": {"b": GOOD}}}], GROUPS, "excludes 'targets' and 'scheme'"),
+        (
+            [{"QuantizationModifier": GOOD}, {"GPTQModifier": GOOD}],
+            "modifiers",
+            "found QuantizationModifier, GPTQModifier",
+        ),
+        ([{"AWQModifier": {}}], "modifiers", "found none"),
+    ],
+)
+def test_modifier_errors(modifiers: list[Any], key: str, rule: str, tmp_path: Path) -> None:
+    found = problems(with_modifiers(tmp_path, modifiers))
+    assert len(found) == 1
+    assert f": {key}: " in found[0]
+    assert rule in found[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("calibration.num_samples=0", "must be at least 1, is 0"),
+        ("calibration.num_samples=true", "must be a whole number, is true"),
+        ("calibration.num_samples='3'", "must be a whole number"),
+        ("calibration.shuffle=1", "must be true or false"),
+        ("calibration.chat=tempalte", "must be 'auto', 'template' or 'deepseek_v4'"),
+        ("calibration=null", "is required with method 'calibrate'"),
+        ("export.max_shard_size=5", "forgotten unit"),
+        ("export.max_shard_size=5GB and more", "must be a number of bytes"),
+        ("export.max_shard_size=5gbit", "must be a number of bytes"),
+        ("offload.max_host_memory=500 GiX", "must be a number of bytes"),
+        ("verify.serving.timeout=.inf", "must be a finite number"),
+        ("verify.serving.timeout=0", "must be more than 0"),
+        ("verify.serving.prompts=hello", "must be a list"),
+        ("source.revision=2024-01-01", "must be text"),
+        ("source.checkpoint=", "must be text"),
+        ("output=models/../models/source", "source checkpoint's own directory"),
+        ("calibration.num_sample=3", "did you mean 'num_samples'?"),
+        ("calibratoin.num_samples=3", "did you mean 'calibration'?"),
+        ("modifiers.1.QuantizationModifier.ignore=[]", "must be an index below 1"),
+        ("modifiers.x.QuantizationModifier.ignore=[]", "'x' must be an index"),
+        ("modifiers.0.QuantizationModifer.ignore=[]", "did you mean 'QuantizationModifier'?"),
+        (f"{GROUPS}.expert.scheme=NVFP4", f"{GROUPS}.expert.targets: is required"),
+        ("output.directory=x", "has no key 'directory'"),
+        ("output", "must be key.path=value"),
+        ("calibration..seed=1", "must be key.path=value"),
+        ("calibration.seed=[", "the value is not YAML"),
+    ],
+)
+def test_bad_override_is_one_problem_that_names_the_override(override: str, rule: str, tmp_path: Path) -> None:
+    found = problems(write(tmp_path, MINIMAL), override)
+    assert len(found) == 1
+    assert found[0].startswith(f"--set {override}: ")
+    assert rule in found[0]
+
+
+def test_overrides_set_values_lists_and_missing_sections(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    overrides = [
+        "calibration.num_samples=8",
+        "calibration.num_samples=9",
+        "offload.max_host_memory=500GiB",
+        f"{GROUPS}.experts.targets.0=re:^x=y$",
+        "modifiers.0.QuantizationModifier.ignore=[lm_head]",
+        "verify.serving.require.max_perplexity=40",
+    ]
+    recipe = load_recipe(path, overrides, output="elsewhere")
+    assert recipe.output == "elsewhere"
+    assert recipe.calibration is not None and recipe.calibration.num_samples == 9
+    assert recipe.offload.max_host_memory == 500 * 2**30
+    assert recipe.quantization_modifier.config_groups["experts"].targets == ["re:^x=y$"]
+    assert recipe.quantization_modifier.ignore == ["lm_head"]
+    assert recipe.verify.serving is not None and recipe.verify.serving.require.max_perplexity == 40
+    assert load_recipe(path, [*overrides, "verify.serving=null"]).verify.serving is None
+
+
+def test_bad_output_argument_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^--output: output: must not be empty"):
+        load_recipe(write(tmp_path, MINIMAL), output="")
+
+
+def test_repeated_keys_are_refused_with_both_lines(tmp_path: Path) -> None:
+    text = "source: {checkpoint: a}\noutput: b\noutput: c\n" + MINIMAL.split("output: models/output\n")[1]
+    path = write(tmp_path, text)
+    assert problems(path) == [f"{path}:3: output: is given twice, first in line 2; remove one of the two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "rule"),
+    [
+        (b"", ": is empty"),
+        (b"# only a comment\n", ": is empty"),
+        (b"- a\n- b\n", ":1: must be a mapping"),
+        (b"just text\n", ":1: must be a mapping"),
+        (b"source: {checkpoint: a\noutput: b\n", ":2: is not valid YAML"),
+        (b"source:\n\tcheckpoint: a\n", ":2: has a tab"),
+        (b"source: {checkpoint: a}\noutput: caf\xe9\n", ":2: must be UTF-8, byte 35 is 0xe9"),
+        (b"source: !!python/object:os.system {}\n", ":1: is not valid YAML"),
+        (b"a: 1\n---\nb: 2\n", "is not valid YAML"),
+        (b"source: \x00\n", "is not valid YAML"),
+        (b"output: 2024-13-45\n", "is not valid YAML"),
+        (b"output: " + b"[" * 5000, "is not valid YAML"),
+        (b"output: &a [*a]\n", ": output: must be text"),
+    ],
+)
+def test_broken_files(content: bytes, rule: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    found = problems(path)
+    assert any(problem.startswith(str(path)) and rule in problem for problem in found)
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    assert "no such recipe file" in problems(tmp_path / "absent.yaml")[0]
+    assert "cannot be read" in problems(tmp_path)[0]
+
+
+def test_missing_keys_are_named_at_their_parent(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL.replace("source: {checkpoint: models/source}", "source: {revision: main}"))
+    assert problems(path, "source.trust_remote_code=true") == [
+        f"{path}:2: source.checkpoint: is required and missing; add `checkpoint: ...`"
+    ]

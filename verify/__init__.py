@@ -1,0 +1,1 @@
+"""Verification of an output checkpoint: structure, fidelity, serving. Reads checkpoints, never writes them."""

@@ -1,0 +1,61 @@
+"""Verdicts of many checks: per level, overall, as a table for people, JSON for machines and Markdown for the card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from verify.checks import Check
+
+LEVELS = ("structure", "fidelity", "serving")
+_STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
+
+
+def level_verdicts(checks: Sequence[Check]) -> dict[str, str]:
+    """Level -> FAIL if a check of it failed, UNCHECKED if none was made or a check of it stayed unchecked, WARN, PASS.
+    A level is the part of a check's id before the first dot."""
+    verdicts = {}
+    for level in LEVELS:
+        found = {check.verdict for check in checks if check.id.split(".")[0] == level}
+        verdicts[level] = next((v for v in ("FAIL", "UNCHECKED", "WARN", "PASS") if v in found), "UNCHECKED")
+    return verdicts
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """The checks that say FAIL."""
+    return [check for check in checks if check.verdict == "FAIL"]
+
+
+def to_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """`{"verdicts": {level: verdict}, "checks": [...]}`."""
+    return {"verdicts": level_verdicts(checks), "checks": [asdict(check) for check in checks]}
+
+
+def print_checks(checks: Sequence[Check], console: Console) -> None:
+    """A table, one check a line."""
+    table = Table("check", "verdict", "what it proves", "figure", "threshold", title="Verification")
+    for check in checks:
+        table.add_row(
+            check.id, f"[{_STYLE[check.verdict]}]{check.verdict}[/]", check.what, _cell(check.figure), check.threshold
+        )
+    console.print(table)
+    verdicts = level_verdicts(checks)
+    console.print("  ".join(f"{level}: [{_STYLE[v]}]{v}[/]" for level, v in verdicts.items()))
+
+
+def markdown(checks: Sequence[Check]) -> str:
+    """A Markdown table of the checks, with how each figure was obtained."""
+    lines = ["| check | verdict | what it proves | figure | threshold | how |", "|---|---|---|---|---|---|"]
+    for check in checks:
+        cells = (check.id, check.verdict, check.what, _cell(check.figure), check.threshold, check.how)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: str) -> str:
+    text = figure.replace("[", "(").replace("]", ")")
+    return text if len(text) <= 400 else text[:397] + "..."

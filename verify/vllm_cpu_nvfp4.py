@@ -1,0 +1,238 @@
+"""NVFP4 (W4A4) and block-FP8 layers for vLLM on a machine without a GPU, as plain torch emulations.
+
+vLLM has no NVFP4 kernel for the CPU platform, so a quantized checkpoint cannot be tried there. `register` adds
+emulations that keep vLLM's own weight creation, loading and scale handling and replace the arithmetic only:
+quantize-dequantize the activations, dequantize the weights, multiply in the model's dtype. On every other platform
+`register` does nothing and the native kernels run.
+
+Runs inside vLLM's interpreter: imports the standard library, torch and vLLM only. Written against vLLM 0.32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS, register_linear_kernel
+from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
+from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w4a4_nvfp4 as nvfp4_moe,
+)
+from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
+    dequantize_to_dtype,
+    ref_nvfp4_quant_dequant,
+)
+from vllm.platforms import PlatformEnum, current_platform
+
+logger = init_logger(__name__)
+
+GROUP = 16  # weights per group scale
+FP8_MAX = 448.0  # largest finite float8_e4m3fn
+
+MOE_INPUT_SCALES = ("stored", "collapsed")
+
+
+def fp8_quant_dequant(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Dynamic FP8 activation quantization as block-FP8 kernels do it: one scale per token and `group` features.
+
+    x: `[T, K]`; the last group may be shorter. Returns the dequantized `[T, K]` in x's dtype, computed in float32.
+    """
+    width = x.shape[-1]
+    grouped = torch.nn.functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
+    scale = (grouped.abs().amax(dim=-1, keepdim=True) / FP8_MAX).clamp(min=1e-10 / FP8_MAX)
+    code = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (code.float() * scale).flatten(-2)[..., :width].to(x.dtype)
+
+
+def fp8_block_dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """Float32 weight `[M, K]` from E4M3 codes `[M, K]` and tile scales `[ceil(M/bm), ceil(K/bk)]` (F32 or E8M0)."""
+    rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
+    return weight.float() * rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+
+
+class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
+    """vLLM's own NVFP4 emulation with the weight dequantized once at load instead of at every call."""
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Keep the dense weight `[M, K]`, in the dtype of the model, next to the packed one."""
+        super().process_weights_after_loading(layer)
+        layer.dense_weight = dequantize_to_dtype(
+            layer.weight.data, layer.weight_scale.data, layer.weight_global_scale, torch.get_default_dtype(), GROUP, False
+        )
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x [..., K] -> [..., M]`: the input is quantized to NVFP4 and back, then multiplied."""
+        flat = x.reshape(-1, x.shape[-1])
+        quantized = ref_nvfp4_quant_dequant(flat, layer.input_global_scale_inv, GROUP)
+        out = torch.nn.functional.linear(quantized, layer.dense_weight.to(x.dtype), bias)
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
+    """Block-FP8 (W8A8) linear where the CPU has no AMX: dynamic FP8 activations, dequantized weights."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """Always: this is the fallback that stands last in the list."""
+        return True, None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Keep the dense weight `[M, K]`, in the dtype of the model, next to the codes."""
+        params = self._get_layer_params(layer)
+        group = self.weight_group_shape
+        dense = fp8_block_dequantize(params.weight.data, params.block_scale.data, (group.row, group.col))
+        layer.dense_weight = dense.to(torch.get_default_dtype())
+
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """`x [..., K] -> [..., M]`."""
+        flat = x.reshape(-1, x.shape[-1])
+        quantized = fp8_quant_dequant(flat, self.weight_group_shape.col)
+        out = torch.nn.functional.linear(quantized, layer.dense_weight.to(x.dtype), bias)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def apply_block_scaled_mm(self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor) -> torch.Tensor:
+        """Not used: `apply_weights` is overridden."""
+        raise NotImplementedError
+
+
+class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod):  # type: ignore[misc]
+    """NVFP4 routed experts on the CPU.
+
+    The prefix "CompressedTensors" in the class name is needed: vLLM's expert weight loader looks for it.
+    """
+
+    backend_name = "CPU_EMULATION"
+
+    def __init__(self, moe: Any, layer_name: str | None, use_a16: bool, input_scales: str) -> None:
+        """Skips the parent's choice of a GPU backend; everything the parent's `create_weights` needs is set."""
+        FusedMoEMethodBase.__init__(self, moe)
+        self.group_size = GROUP
+        self.use_a16 = use_a16
+        self.use_global_sf = False
+        self.input_scales = input_scales
+
+    @property
+    def is_monolithic(self) -> bool:
+        """False: the router runs outside and `apply` gets its choice."""
+        return False
+
+    @property
+    def supports_eplb(self) -> bool:
+        """False."""
+        return False
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+        """An empty configuration: no modular kernel uses it here."""
+        return FusedMoEQuantConfig.make()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Dequantize once and reduce the input global scales as the GPU kernels do.
+
+        Dense weights: `w13 [E, 2I, D]`, `w2 [E, D, I]`. vLLM uses the gate projection's weight global scale for
+        gate and up (a checkpoint with different ones is served wrongly, here as there). Input global scales are
+        divisors; the smaller of gate and up wins, which is the larger scale. Stored per expert `[E]` and used so
+        (VLLM_CUTLASS), or one for the whole layer in "collapsed" mode (FlashInfer and vLLM's emulation).
+        """
+        dtype = torch.get_default_dtype()
+        w13_divisor = layer.w13_weight_global_scale[:, 0]
+        layer.w13_dense = dequantize_to_dtype(
+            layer.w13_weight_packed.data, layer.w13_weight_scale.data, 1.0 / w13_divisor, dtype, GROUP, False
+        )
+        layer.w2_dense = dequantize_to_dtype(
+            layer.w2_weight_packed.data, layer.w2_weight_scale.data, 1.0 / layer.w2_weight_global_scale, dtype, GROUP, False
+        )
+        w13_input = layer.w13_input_global_scale.amin(dim=1)
+        w2_input = layer.w2_input_global_scale.data
+        if self.input_scales == "collapsed":
+            w13_input = w13_input.min().expand_as(w13_input)
+            w2_input = w2_input.min().expand_as(w2_input)
+        layer.w13_input_divisor, layer.w2_input_divisor = w13_input.clone(), w2_input.clone()
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x [T, D]`, `topk_weights`/`topk_ids [T, k]` -> the weighted sum of the chosen experts, `[T, D]`.
+
+        The shared expert is left to vLLM's runner, which calls it when no modular kernel claims it.
+        """
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for expert in topk_ids.unique().tolist():
+            token, slot = torch.where(topk_ids == expert)
+            weight = topk_weights[token, slot].unsqueeze(-1)
+            rows = x[token] * weight.to(x.dtype) if layer.apply_router_weight_on_input else x[token]
+            hidden = torch.nn.functional.linear(
+                self._quantize(rows, layer.w13_input_divisor[expert]), layer.w13_dense[expert]
+            )
+            hidden = activate(layer, hidden)
+            result = torch.nn.functional.linear(
+                self._quantize(hidden, layer.w2_input_divisor[expert]), layer.w2_dense[expert]
+            ).float()
+            out.index_add_(0, token, result if layer.apply_router_weight_on_input else result * weight.float())
+        return out.to(x.dtype)
+
+    def _quantize(self, x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+        return x if self.use_a16 else ref_nvfp4_quant_dequant(x, divisor, GROUP)
+
+
+def activate(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """SwiGLU of one expert, `[T, 2I] -> [T, I]`, clamped first where the model has a `swiglu_limit` (DeepSeek-V4).
+
+    Raises NotImplementedError for any other activation.
+    """
+    if layer.activation != MoEActivation.SILU:
+        raise NotImplementedError(f"{layer.layer_name}: the CPU emulation knows SwiGLU only, not {layer.activation}")
+    gate, up = hidden.chunk(2, dim=-1)
+    if layer.swiglu_limit is not None:
+        limit = float(layer.swiglu_limit)
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return torch.nn.functional.silu(gate) * up
+
+
+def register(moe_input_scales: str = "stored") -> bool:
+    """Make vLLM load NVFP4 and block-FP8 compressed-tensors checkpoints on the CPU; call before the engine is built.
+
+    moe_input_scales: "stored" uses every expert's own input global scale, "collapsed" one per layer, as FlashInfer
+    does; both agree when a checkpoint shares them. Returns False, having done nothing, when the platform is not CPU.
+    """
+    if not current_platform.is_cpu():
+        return False
+    if moe_input_scales not in MOE_INPUT_SCALES:
+        raise ValueError(f"moe_input_scales: expected one of {MOE_INPUT_SCALES}, got {moe_input_scales!r}")
+    register_linear_kernel(CpuNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
+    _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).append(CpuFp8BlockLinearKernel)
+
+    @register_quantization_config("compressed-tensors")
+    class CompressedTensorsCpuConfig(CompressedTensorsConfig):  # type: ignore[misc]
+        """compressed-tensors with NVFP4 routed experts on the CPU; every other layer takes vLLM's own way."""
+
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+            if isinstance(layer, RoutedExperts) and (scheme := self._nvfp4_experts(layer, prefix)) is not None:
+                use_a16 = scheme["input_activations"] is None
+                return CompressedTensorsCpuNvFp4MoEMethod(layer.moe_config, prefix, use_a16, moe_input_scales)
+            return super().get_quant_method(layer, prefix)
+
+        def _nvfp4_experts(self, layer: Any, prefix: str) -> dict[str, Any] | None:
+            """The scheme that all projections of expert 0 match, when it is NVFP4; None leaves vLLM to decide."""
+            self._add_fused_moe_to_target_scheme_map()
+            names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
+            schemes = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
+            nvfp4 = all(scheme is not None and self._is_nvfp4_format(scheme["weights"]) for scheme in schemes)
+            return schemes[0] if nvfp4 else None
+
+    return True

@@ -1,0 +1,1 @@
+"""Command lines: run, inspect_checkpoint. The top layer; nothing imports it."""

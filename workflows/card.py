@@ -1,0 +1,70 @@
+"""The model card README.md of an output checkpoint: recipe, source, versions, sizes, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.plan import Plan
+from recipes.loader import dump_recipe
+from recipes.schema import Recipe
+from verify.checks import Check
+from verify.report import level_verdicts, markdown
+
+_PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries whose arithmetic or file formats the output depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def model_card(
+    recipe: Recipe, plan: Plan, source: Checkpoint, checks: Sequence[Check], facts: Mapping[str, str]
+) -> str:
+    """The card as Markdown. `facts` are further lines of the table of facts (calibration data, tokens per expert)."""
+    groups = "; ".join(f"{name}: {s.name}, {len(plan.modules(name)):,} modules" for name, s in plan.groups.items())
+    rows = {
+        "source": recipe.source.checkpoint + (f" @ {recipe.source.revision}" if recipe.source.revision else ""),
+        "family": plan.family.name,
+        "quantized": groups,
+        "parameters": f"{plan.parameters:,}",
+        "size": f"{plan.output_bytes:,} bytes (source {source.total_bytes:,}), {plan.bits_per_parameter:.3f} bits per parameter",
+        **facts,
+        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        "plan": plan.digest,
+    }
+    verdicts = ", ".join(f"{level} {verdict}" for level, verdict in level_verdicts(checks).items())
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    body = markdown(checks) if checks else "Not verified yet: every level is UNCHECKED."
+    return f"""---
+base_model: {recipe.source.checkpoint}
+library_name: vllm
+tags: [nvfp4, compressed-tensors, llm-compressor]
+---
+
+# {recipe.output.rstrip("/").rpartition("/")[2]}
+
+Tensor names are the source's own. What is not quantized is byte-identical to the source.
+
+| | |
+|---|---|
+{table}
+
+## Verification: {verdicts}
+
+{body}
+
+## Recipe
+
+```yaml
+{dump_recipe(recipe).rstrip()}
+```
+"""

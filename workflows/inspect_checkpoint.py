@@ -1,0 +1,198 @@
+"""`python -m workflows.inspect_checkpoint PATH [--recipe R]`: what a checkpoint holds, and what a recipe makes of it.
+
+From headers alone: seconds on a checkpoint of a terabyte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from calibration.checkpoint.families import ROUTED, SHARED, family_of
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.checkpoint.plan import Plan, make_plan
+from recipes.errors import WorkflowError
+from recipes.loader import load_recipe
+from workflows.source import resolve_source
+
+
+def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, Any]:
+    """Facts of a checkpoint from its headers, as JSON: `patterns` (name pattern, count, dtype, stored format, shapes,
+    bytes), `parts` (bytes), `blocks`, experts per block, routers, norms, MTP blocks, bytes and parameters in all."""
+    family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+    places = {name: family.place(name) for name in checkpoint.tensors}
+    rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for name, header in checkpoint.tensors.items():
+        scale = name in formats.companions
+        rows[(_pattern(name), header.dtype, "scale" if scale else formats.of(name).label)].append(name)
+    part_bytes: Counter[str] = Counter()
+    for name, header in checkpoint.tensors.items():
+        part_bytes["MTP" if places[name].mtp else places[name].part] += header.nbytes
+    blocks = sorted({place.block for place in places.values() if place.block is not None})
+    experts: dict[int, set[int]] = {block: set() for block in blocks}
+    for place in places.values():
+        if place.part == ROUTED and place.block is not None and place.expert is not None:
+            experts[place.block].add(place.expert)
+    parts = Counter((places[n].part, places[n].mtp) for n in checkpoint.tensors if n.endswith(".weight"))
+    return {
+        "checkpoint": str(checkpoint.directory),
+        "family": family.name,
+        "model_type": checkpoint.config.get("model_type"),
+        "shards": len(checkpoint.shards),
+        "tensors": len(checkpoint.tensors),
+        "bytes": checkpoint.total_bytes,
+        "parameters": _parameters(checkpoint, formats),
+        "blocks": len(blocks),
+        "routed_experts_per_block": sorted({len(found) for found in experts.values()}),
+        "blocks_with_shared_experts": len(
+            {p.block for p in places.values() if p.part == SHARED and p.block is not None}
+        ),
+        "routers": parts[("router", False)],
+        "norms": parts[("norm", False)],
+        "mtp_blocks": len({name.split(".")[1] for name, place in places.items() if place.mtp}),
+        "stored_formats": dict(Counter(formats.of(n).label for n in checkpoint.tensors if n not in formats.companions)),
+        "parts": dict(part_bytes.most_common()),
+        "patterns": [
+            {
+                "pattern": pattern,
+                "count": len(names),
+                "dtype": dtype,
+                "stored": stored,
+                "shapes": sorted({tuple(checkpoint.tensors[name].shape) for name in names}),
+                "bytes": sum(checkpoint.tensors[name].nbytes for name in names),
+            }
+            for (pattern, dtype, stored), names in rows.items()
+        ],
+    }
+
+
+def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """A plan as JSON: actions with counts, per name pattern the action and its reason, predicted output."""
+    rows: Counter[tuple[str, str, str]] = Counter()
+    for step in plan.steps.values():
+        if step.action != "consume":
+            rows[(_pattern(step.source), step.action, re.sub(r"\d+", "N", step.reason))] += 1
+    return {
+        "digest": plan.digest,
+        "groups": {
+            name: {"scheme": scheme.name, "modules": len(plan.modules(name))} for name, scheme in plan.groups.items()
+        },
+        "actions": dict(Counter(step.action for step in plan.steps.values())),
+        "steps": [
+            {"pattern": pattern, "action": action, "count": count, "reason": reason}
+            for (pattern, action, reason), count in rows.items()
+        ],
+        "output_tensors": len(plan.outputs),
+        "output_shards": len(plan.shards),
+        "output_bytes": plan.output_bytes,
+        "source_bytes": checkpoint.total_bytes,
+        "bits_per_parameter": round(plan.bits_per_parameter, 3),
+        "warnings": list(plan.warnings),
+    }
+
+
+def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
+    """The facts of `describe_checkpoint` as tables."""
+    experts = ", ".join(map(str, facts["routed_experts_per_block"])) or "0"
+    console.print(
+        f"[bold]{facts['checkpoint']}[/]: {facts['model_type']} (family {facts['family']}), "
+        f"{facts['parameters']:,} parameters, {_size(facts['bytes'])} in {facts['shards']} shards, "
+        f"{facts['tensors']:,} tensors"
+    )
+    console.print(
+        f"{facts['blocks']} blocks; routed experts per block: {experts}; blocks with shared experts: "
+        f"{facts['blocks_with_shared_experts']}; routers: {facts['routers']}; norms: {facts['norms']}; "
+        f"MTP blocks: {facts['mtp_blocks']}"
+    )
+    table = Table("name pattern", "count", "dtype", "stored", "shape", "bytes", title="Tensors")
+    for row in facts["patterns"]:
+        shapes = ", ".join(str(list(shape)) for shape in row["shapes"][:2]) + (" ..." if len(row["shapes"]) > 2 else "")
+        table.add_row(row["pattern"], f"{row['count']:,}", row["dtype"], row["stored"], shapes, _size(row["bytes"]))
+    console.print(table)
+    table = Table("part", "bytes", "share", title="Parts")
+    for part, nbytes in facts["parts"].items():
+        table.add_row(part, _size(nbytes), f"{nbytes / max(facts['bytes'], 1):.1%}")
+    console.print(table)
+
+
+def print_plan(facts: dict[str, Any], console: Console) -> None:
+    """The facts of `describe_plan` as a table, the prediction and the warnings."""
+    table = Table("name pattern", "count", "action", "why", title=f"Plan {facts['digest'][:12]}")
+    for row in facts["steps"]:
+        table.add_row(row["pattern"], f"{row['count']:,}", row["action"], row["reason"])
+    console.print(table)
+    groups = ", ".join(f"{name}: {g['scheme']} x {g['modules']:,}" for name, g in facts["groups"].items())
+    console.print(f"config groups: {groups}")
+    console.print(
+        f"output: {_size(facts['output_bytes'])} in {facts['output_shards']} shards "
+        f"(source {_size(facts['source_bytes'])}), {facts['bits_per_parameter']} bits per parameter"
+    )
+    for warning in facts["warnings"]:
+        console.print(f"[yellow]warning:[/] {warning}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit code of `workflows.run`'s table."""
+    parser = argparse.ArgumentParser(prog="python -m workflows.inspect_checkpoint", description=__doc__)
+    parser.add_argument("checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the recipe's source)")
+    parser.add_argument("--recipe", type=Path, help="show the plan that this recipe makes of it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options = parser.parse_args(arguments)
+    if options.checkpoint is None and options.recipe is None:
+        parser.error("name a checkpoint directory, or a recipe with --recipe")
+    try:
+        recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+        if options.checkpoint is None and recipe is not None:
+            options.checkpoint = resolve_source(recipe.source)
+        checkpoint = Checkpoint.open(options.checkpoint)
+        formats = Formats(checkpoint)
+        facts = describe_checkpoint(checkpoint, formats)
+        plan = describe_plan(make_plan(checkpoint, formats, recipe), checkpoint) if recipe else None
+    except WorkflowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        print(json.dumps({"checkpoint": facts, "plan": plan}, indent=2))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_checkpoint(facts, console)
+    if plan is not None:
+        print_plan(plan, console)
+    return 0
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
+
+
+def _parameters(checkpoint: Checkpoint, formats: Formats) -> int:
+    total = 0
+    for name in checkpoint.tensors:
+        if name not in formats.companions:
+            count = 1
+            for size in formats.of(name).shape:
+                count *= size
+            total += count
+    return total
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What an operator sees: a rich progress line on a terminal, plain lines when piped, events.jsonl always."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from calibration.journal import RunDirectory
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+class Reporter:
+    """Prints to stderr what is at or above `level`, and writes every event to the run directory."""
+
+    def __init__(self, level: str = "info") -> None:
+        self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+        self.level = _LEVELS.index(level)
+        self.directory: RunDirectory | None = None
+        self._bar: tuple[Progress, TaskID] | None = None
+        self._started = 0.0
+
+    def say(self, text: str, level: str = "info") -> None:
+        """One line for people."""
+        if _LEVELS.index(level) >= self.level:
+            style = {"warning": "yellow", "error": "bold red"}.get(level)
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """One line of events.jsonl; nothing before the run directory is open."""
+        if self.directory is not None:
+            self.directory.event(kind, **facts)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announces a stage, times it, and records how it ended."""
+        started = time.monotonic()
+        self.event("stage_started", stage=name)
+        self.say(f"[{name}]")
+        try:
+            yield
+        except BaseException as error:
+            self.event("stage_failed", stage=name, seconds=_since(started), error=str(error) or type(error).__name__)
+            raise
+        self.event("stage_finished", stage=name, seconds=_since(started))
+        self.say(f"[{name}] done in {_since(started):.1f} s")
+
+    @contextmanager
+    def counting(self, description: str, total: int) -> Iterator[None]:
+        """A progress bar of `total` steps around `step` calls; lines instead of a bar where nobody watches."""
+        self._started = time.monotonic()
+        if not self.console.is_terminal or self.level > 1:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bar:
+            self._bar = (bar, bar.add_task(description, total=total))
+            try:
+                yield
+            finally:
+                self._bar = None
+
+    def block(self, number: int, total: int, facts: dict[str, Any]) -> None:
+        """A finished block: the line that an operator at 3 a.m. needs."""
+        elapsed = time.monotonic() - self._started
+        eta = elapsed / number * (total - number)
+        self.event("block", block=number, blocks=total, elapsed=round(elapsed, 1), eta=round(eta, 1), **facts)
+        tokens = list(facts.get("tokens_per_expert", {}).values())
+        seen = f", tokens/expert min {min(tokens)} median {statistics.median(tokens):.0f}" if tokens else ""
+        error = f", worst relative error {facts['worst_error']:.3f}" if facts.get("worst_error") is not None else ""
+        self.say(
+            f"block {number}/{total}  elapsed {_clock(elapsed)}, ETA {_clock(eta)}{seen}{error}, "
+            f"peak memory {facts['peak_memory'] / 1e9:.2f} GB, written {facts['bytes_written'] / 1e6:.1f} MB"
+        )
+        if self._bar is not None:
+            self._bar[0].advance(self._bar[1])
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 3)
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

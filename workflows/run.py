@@ -1,0 +1,145 @@
+"""`python -m workflows.run recipe.yaml`: inspect -> calibrate -> export -> verify.
+
+Exit codes: 0 success; 1 a defect of this program; 2 recipe or command line; 3 source checkpoint or data set;
+4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError
+from recipes.loader import load_recipe
+from verify.report import failed, level_verdicts, print_checks
+from workflows import stages
+from workflows.inspect_checkpoint import print_checkpoint, print_plan
+from workflows.progress import Reporter
+from workflows.stages import STAGES, Run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code. Tracebacks are for defects alone."""
+    options = _parser().parse_args(arguments)
+    reporter = Reporter(options.log_level)
+    signal.signal(signal.SIGTERM, _interrupt)
+    run: Run | None = None
+    try:
+        try:
+            chosen = _chosen(options)
+            run = Run(load_recipe(options.recipe, options.set, options.output), reporter, options.overwrite)
+            _execute(run, chosen, options.dry_run, options.json)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: what is written stays; run the same command again") from None
+    except WorkflowError as error:
+        reporter.event("error", exit_code=error.exit_code, problems=error.problems)
+        reporter.say(f"error: {error}", "error")
+        if options.json:
+            print(json.dumps(_result(run, error), indent=2))
+        return error.exit_code
+    finally:
+        if run is not None:
+            run.directory.close()
+    if options.json and not options.dry_run:
+        print(json.dumps(_result(run, None), indent=2))
+    return 0
+
+
+def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
+    run.make_plan()
+    if dry_run:
+        facts = run.facts()
+        if as_json:
+            print(json.dumps(facts, indent=2))
+            return
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        print_checkpoint(facts["checkpoint"], console)
+        print_plan(facts["plan"], console)
+        predicted = facts["predicted"]
+        console.print(
+            f"needs: {predicted['output_bytes']:,} bytes of disk for the output, {predicted['source_bytes_read']:,} read; "
+            f"memory: one block {predicted['largest_block_bf16_bytes']:,} in BF16, activations "
+            f"{predicted['activation_bytes_at_a_boundary']:,}; time is not predicted"
+        )
+        return
+    # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
+    with run.reporter.stage("inspect"):
+        stages.inspect(run, chosen)
+    for name in chosen[1:] if chosen[0] == "inspect" else chosen:
+        with run.reporter.stage(name):
+            getattr(stages, name)(run)
+    _summarize(run, as_json)
+    bad = failed(run.checks)
+    if bad:
+        raise VerificationFailed(
+            [f"{run.output}: verification failed: {len(bad)} of {len(run.checks)} checks"]
+            + [f"{check.id}: {check.figure}" for check in bad]
+        )
+
+
+def _summarize(run: Run, as_json: bool) -> None:
+    if as_json or not run.checks:
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_checks(run.checks, console)
+    for sample in stages.read_samples(run)[:2]:
+        console.print(f"sample ({sample['kind']}): {sample['prompt']!r} -> {sample['text']!r}", markup=False)
+    console.print(f"output: {run.output}", markup=False, soft_wrap=True)
+    console.print(
+        f"run directory: {run.directory.path} (events.jsonl, verify.json, serving.json, logs/)",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _result(run: Run | None, error: WorkflowError | None) -> dict[str, Any]:
+    return {
+        "output": str(run.output) if run else None,
+        "run_directory": str(run.directory.path) if run else None,
+        "exit_code": error.exit_code if error else 0,
+        "problems": error.problems if error else [],
+        "verdicts": level_verdicts(run.checks) if run else {},
+        "samples": stages.read_samples(run) if run else [],
+    }
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    if options.stages and options.from_stage:
+        raise RecipeError("--stages and --from exclude each other; give one of them")
+    if options.from_stage:
+        return list(STAGES[STAGES.index(options.from_stage) :])
+    names = options.stages.split(",") if options.stages else list(STAGES)
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise RecipeError(f"--stages: {', '.join(unknown)} unknown; stages are {', '.join(STAGES)}")
+    return [name for name in STAGES if name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="recipe YAML file")
+    parser.add_argument("--stages", metavar="A,B", help=f"run only these stages of {', '.join(STAGES)}")
+    parser.add_argument("--from", dest="from_stage", choices=STAGES, help="run this stage and those behind it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--output", help="override the recipe's output directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already in the output")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it needs; start nothing")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    return parser
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

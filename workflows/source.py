@@ -1,0 +1,32 @@
+"""Where a recipe's source lies on this machine: a local directory, or a hub snapshot that is downloaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from recipes.errors import SourceError
+from recipes.schema import Source
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_source(source: Source) -> Path:
+    """The local directory of `source.checkpoint`; a hub id is downloaded at `source.revision` through huggingface_hub
+    (its cache, offline mode and token apply). Raises SourceError where there is neither."""
+    path = Path(source.checkpoint)
+    if path.is_dir():
+        return path
+    if not _HUB_ID.fullmatch(source.checkpoint) or source.checkpoint.startswith("."):
+        raise SourceError(f"source.checkpoint: {path}: no such directory, and not a hub id (owner/name) either")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source.checkpoint, revision=source.revision))
+    except Exception as error:  # huggingface_hub, its HTTP client and the file system each raise their own
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SourceError(
+            f"source.checkpoint: {source.checkpoint}: no such directory, and the hub snapshot "
+            f"(revision {source.revision or 'main'}) cannot be had: {first}; check the name, the network and the token, "
+            "or download it and name the directory"
+        ) from None

@@ -1,0 +1,224 @@
+"""The stages of a run in their order: inspect, calibrate, export, verify. Each can be run again on its own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from verify.serving import check_environment, verify_serving
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import INDEX_NAME, Checkpoint
+from calibration.checkpoint.plan import Plan, make_plan
+from calibration.checkpoint.writer import write_json, write_text
+from calibration.export import Exporter
+from calibration.journal import RunDirectory
+from recipes.errors import EnvironmentProblem, RecipeError
+from recipes.loader import dump_recipe, recipe_digest
+from recipes.schema import Recipe
+from verify.checks import Check
+from verify.fidelity import verify_fidelity
+from verify.report import to_json
+from verify.structure import verify_structure
+from workflows.card import model_card, versions
+from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
+from workflows.progress import Reporter
+from workflows.source import resolve_source
+
+STAGES = ("inspect", "calibrate", "export", "verify")
+
+
+@dataclass
+class Run:
+    """One recipe under way. `open` makes plan and checks; the stage functions do the work in order."""
+
+    recipe: Recipe
+    reporter: Reporter
+    overwrite: bool = False
+    output: Path = field(init=False)
+    directory: RunDirectory = field(init=False)
+    source: Checkpoint = field(init=False)
+    formats: Formats = field(init=False)
+    plan: Plan = field(init=False)
+    checks: list[Check] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.recipe.output)
+        self.directory = RunDirectory(self.output)
+
+    def make_plan(self) -> None:
+        """Opens the source from its headers and makes the plan. Starts and writes nothing."""
+        if self.recipe.method != "calibrate":
+            raise RecipeError(f"method: {self.recipe.method!r} is not available yet; use method: calibrate")
+        self.source = Checkpoint.open(resolve_source(self.recipe.source))
+        self.formats = Formats(self.source)
+        self.plan = make_plan(self.source, self.formats, self.recipe)
+        for warning in self.plan.warnings:
+            self.reporter.say(f"warning: {warning}", "warning")
+
+    def facts(self) -> dict[str, Any]:
+        """The plan and what it predicts, as JSON."""
+        return {
+            "checkpoint": describe_checkpoint(self.source, self.formats),
+            "plan": describe_plan(self.plan, self.source),
+            "predicted": self.predicted(),
+        }
+
+    def predicted(self) -> dict[str, Any]:
+        """Disk and memory that the run needs, in bytes, from headers alone; how each is reckoned stands in docs."""
+        block_bytes: dict[int, int] = {}
+        for name in self.source.tensors:
+            place = self.plan.family.place(name)
+            if place.block is not None and name not in self.formats.companions:
+                numel = 1
+                for size in self.formats.of(name).shape:
+                    numel *= size
+                block_bytes[place.block] = block_bytes.get(place.block, 0) + 2 * numel
+        data = self.recipe.calibration
+        width = int(self.source.config.get("hidden_size", 0)) * int(self.source.config.get("hc_mult", 1))
+        activations = 2 * width * data.num_samples * data.max_seq_length if data else 0
+        return {
+            "output_bytes": self.plan.output_bytes,
+            "source_bytes_read": self.source.total_bytes,
+            "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
+            "activation_bytes_at_a_boundary": activations,
+            "seconds": None,
+        }
+
+
+def inspect(run: Run, stages: list[str]) -> None:
+    """Everything that can fail at the end is tried now: output directory, disk, vLLM environment. Then the plan and
+    the recipe are put into the run directory."""
+    problems: list[str] = []
+    if run.recipe.verify.serving is not None and "verify" in stages:
+        try:
+            check_environment(run.recipe.verify.serving.python)
+        except EnvironmentProblem as error:
+            problems += error.problems
+    if "calibrate" in stages:
+        problems += _output_problems(run) + _disk_problems(run)
+    if problems:
+        raise EnvironmentProblem(problems)
+    run.directory.open()
+    run.reporter.directory = run.directory
+    write_text(run.directory.path / "recipe.yaml", dump_recipe(run.recipe))
+    write_json(run.directory.path / "plan.json", run.facts())
+    facts = run.facts()["plan"]
+    run.reporter.event(
+        "plan", digest=run.plan.digest, recipe=recipe_digest(run.recipe), versions=versions(), actions=facts["actions"]
+    )
+    groups = ", ".join(f"{name}: {g['scheme']} x {g['modules']}" for name, g in facts["groups"].items())
+    run.reporter.say(
+        f"plan {run.plan.digest[:12]}: {groups}; output {facts['output_bytes']:,} bytes, "
+        f"{facts['bits_per_parameter']} bits per parameter"
+    )
+
+
+def calibrate(run: Run) -> None:
+    """Calibrates block by block and writes each finished block's shards."""
+    # torch and llm-compressor take seconds to import: the stages before must not wait for them.
+    from workflows.calibrate import calibrate_blocks
+
+    run.directory.restart()
+    for path in run.output.glob("*.safetensors") if run.output.is_dir() else ():
+        path.unlink()
+    (run.output / INDEX_NAME).unlink(missing_ok=True)
+    calibrate_blocks(run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter)
+
+
+def export(run: Run) -> None:
+    """Writes sidecars, config and, last, the index; needs every shard that the calibrate stage wrote."""
+    done = {
+        name for fact in run.directory.facts("shards") if fact["plan"] == run.plan.digest for name in fact["shards"]
+    }
+    missing = [
+        shard.name for shard in run.plan.shards if shard.name not in done or not (run.output / shard.name).is_file()
+    ]
+    if missing:
+        raise EnvironmentProblem(
+            f"{run.output}: {len(missing)} of {len(run.plan.shards)} shards of this plan are not there (first: {missing[0]}); "
+            "run the calibrate stage first (--from calibrate)"
+        )
+    Exporter(run.plan, run.formats, run.recipe, run.output).finish(dump_recipe(run.recipe))
+    _write_card(run)
+    run.directory.record("exported", plan=run.plan.digest)
+    run.reporter.say(f"output: {run.output} ({run.plan.output_bytes:,} bytes in {len(run.plan.shards)} shards)")
+
+
+def verify(run: Run) -> None:
+    """Runs the levels that the recipe asks for; writes verify.json and the model card with the verdicts."""
+    options = run.recipe.verify
+    if not (run.output / INDEX_NAME).is_file():
+        raise EnvironmentProblem(
+            f"{run.output}: no finished checkpoint there; run the export stage first (--from export)"
+        )
+    if options.structure:
+        run.reporter.say("verify: structure")
+        run.checks += verify_structure(run.output, run.plan, run.source)
+    whole = not any(check.verdict == "FAIL" for check in run.checks)
+    if options.fidelity and whole:
+        run.reporter.say("verify: fidelity")
+        run.checks += verify_fidelity(run.output, run.plan, run.formats)
+    if options.serving is not None:
+        run.reporter.say("verify: serving (vLLM loads the checkpoint in its own process)")
+        checks, result = verify_serving(
+            run.output,
+            options.serving,
+            run.directory.path / "logs",
+            trust_remote_code=run.recipe.source.trust_remote_code,
+        )
+        run.checks += checks
+        run.samples = result.get("samples", [])
+        write_json(run.directory.path / "serving.json", result)
+    write_json(run.directory.path / "verify.json", to_json(run.checks))
+    run.directory.record("verified", **to_json(run.checks)["verdicts"])
+    _write_card(run)
+
+
+def _write_card(run: Run) -> None:
+    facts = {}
+    summary = run.directory.facts("calibrated")
+    if summary:
+        facts = {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
+    write_text(run.output / "README.md", model_card(run.recipe, run.plan, run.source, run.checks, facts))
+
+
+def _output_problems(run: Run) -> list[str]:
+    if not run.output.exists():
+        return []
+    if not run.output.is_dir():
+        return [f"{run.output}: output exists and is no directory; name another output"]
+    if not any(run.output.iterdir()) or run.overwrite:
+        return []
+    unfinished = run.directory.path.is_dir() and not (run.output / INDEX_NAME).exists()
+    if unfinished and any(fact["fact"] == "started" for fact in run.directory.facts()):
+        run.reporter.say(
+            f"{run.output}: an unfinished run is there; calibration starts again from its first block", "warning"
+        )
+        return []
+    return [
+        f"{run.output}: output is not empty; name another, pass --overwrite, or verify what is there with --from verify"
+    ]
+
+
+def _disk_problems(run: Run) -> list[str]:
+    parent = run.output.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free, wanted = shutil.disk_usage(parent).free, run.plan.output_bytes
+    if free >= wanted:
+        return []
+    return [f"{parent}: {free:,} bytes free, the output needs {wanted:,}; free some space or name another output"]
+
+
+def read_samples(run: Run) -> list[dict[str, Any]]:
+    """The generated samples of the last serving verification, for the summary."""
+    path = run.directory.path / "serving.json"
+    if run.samples or not path.exists():
+        return run.samples
+    samples: list[dict[str, Any]] = json.loads(path.read_text()).get("samples", [])
+    return samples
