@@ -231,7 +231,7 @@ class _Walk:
         self.seen += block is not None
         name = "before the blocks" if block is None else source.source_block(source.module_name(block))
         where = name if number is None else f"block {number} ({name})"
-        roots = self._roots(subgraph)
+        roots = self._roots(index)
         run._tell("load", block=number, name=name)
         source.load(roots)
         quantized = [module for root in roots for module in root.modules() if is_module_quantized(module)]
@@ -278,11 +278,17 @@ class _Walk:
             tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
         )  # fmt: skip
 
-    def _roots(self, subgraph: Subgraph) -> list[nn.Module]:
+    def _roots(self, index: int) -> list[nn.Module]:
+        """The modules whose weights a subgraph needs."""
         model = self.run.source.model
-        head = model.get_output_embeddings()
+        roots = _called(self.subgraphs[index], model)
+        if index == 0:
+            # The embedding is called inside wrapped code, which the graph does not show.
+            later = {module for subgraph in self.subgraphs[1:] for module in _called(subgraph, model)}
+            roots += [module for module in self.run.source.outside_blocks() if module not in {*later, *roots}]
         # calibration_forward_context gives the head a forward that needs no weights.
-        return [m for m in _called(subgraph, model) if m is not head or is_module_quantized(m)]
+        head = model.get_output_embeddings()
+        return [module for module in roots if module is not head or is_module_quantized(module)]
 
     def _record_own_calls(self) -> None:
         source = self.run.source

@@ -75,6 +75,12 @@ class SourceModel:
         names = [source for tensor, source in self.sources.items() if tensor.startswith(name + ".")]
         return os.path.commonprefix(names).rpartition(".")[0]
 
+    def outside_blocks(self) -> list[nn.Module]:
+        """The modules outside the blocks that have tensors of their own: embedding, final norm, head, ..."""
+        prefixes = tuple(f"{block}." for block in self.blocks)
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.sources if not name.startswith(prefixes))
+        return [self.model.get_submodule(owner) for owner in owners]
+
     def load(self, roots: Iterable[nn.Module]) -> None:
         """Reads every tensor below `roots` from the source onto `device`; those already there are kept.
 

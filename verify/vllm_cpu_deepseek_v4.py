@@ -347,7 +347,9 @@ def _attend(self: Any, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tenso
     request = window.token_to_req_indices
     positions = positions[: request.shape[0]]
     local = positions.unsqueeze(-1) - torch.arange(self.window_size)
-    tables = [(_rows(self.swa_cache_layer, window.block_size, self.head_dim), local, window.block_table, window.block_size)]
+    tables = [
+        (_rows(self.swa_cache_layer, window.block_size, self.head_dim), local, window.block_table, window.block_size)
+    ]
     if self.compress_ratio > 1:
         compressed = metadata[self.prefix]
         ready = (positions + 1).unsqueeze(-1) // self.compress_ratio

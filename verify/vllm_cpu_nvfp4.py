@@ -65,7 +65,12 @@ class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
         """Keep the dense weight `[M, K]`, in the dtype of the model, next to the packed one."""
         super().process_weights_after_loading(layer)
         layer.dense_weight = dequantize_to_dtype(
-            layer.weight.data, layer.weight_scale.data, layer.weight_global_scale, torch.get_default_dtype(), GROUP, False
+            layer.weight.data,
+            layer.weight_scale.data,
+            layer.weight_global_scale,
+            torch.get_default_dtype(),
+            GROUP,
+            False,
         )
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,7 +105,9 @@ class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mis
         out = torch.nn.functional.linear(quantized, layer.dense_weight.to(x.dtype), bias)
         return out.reshape(*x.shape[:-1], -1)
 
-    def apply_block_scaled_mm(self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor) -> torch.Tensor:
+    def apply_block_scaled_mm(
+        self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
+    ) -> torch.Tensor:
         """Not used: `apply_weights` is overridden."""
         raise NotImplementedError
 
@@ -149,7 +156,12 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
             layer.w13_weight_packed.data, layer.w13_weight_scale.data, 1.0 / w13_divisor, dtype, GROUP, False
         )
         layer.w2_dense = dequantize_to_dtype(
-            layer.w2_weight_packed.data, layer.w2_weight_scale.data, 1.0 / layer.w2_weight_global_scale, dtype, GROUP, False
+            layer.w2_weight_packed.data,
+            layer.w2_weight_scale.data,
+            1.0 / layer.w2_weight_global_scale,
+            dtype,
+            GROUP,
+            False,
         )
         w13_input = layer.w13_input_global_scale.amin(dim=1)
         w2_input = layer.w2_input_global_scale.data
@@ -204,14 +216,14 @@ def activate(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.silu(gate) * up
 
 
-def register(moe_input_scales: str = "stored") -> bool:
+def register(moe_input_scales: str = "stored") -> list[str]:
     """Make vLLM load NVFP4 and block-FP8 compressed-tensors checkpoints on the CPU; call before the engine is built.
 
     moe_input_scales: "stored" uses every expert's own input global scale, "collapsed" one per layer, as FlashInfer
-    does; both agree when a checkpoint shares them. Returns False, having done nothing, when the platform is not CPU.
+    does; both agree when a checkpoint shares them. Returns what is emulated, nothing when the platform is not CPU.
     """
     if not current_platform.is_cpu():
-        return False
+        return []
     if moe_input_scales not in MOE_INPUT_SCALES:
         raise ValueError(f"moe_input_scales: expected one of {MOE_INPUT_SCALES}, got {moe_input_scales!r}")
     register_linear_kernel(CpuNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
@@ -235,4 +247,8 @@ def register(moe_input_scales: str = "stored") -> bool:
             nvfp4 = all(scheme is not None and self._is_nvfp4_format(scheme["weights"]) for scheme in schemes)
             return schemes[0] if nvfp4 else None
 
-    return True
+    return [
+        "NVFP4 linear layers: activations quantized and dequantized, dense weights, torch",
+        f"NVFP4 routed experts: the same, one expert at a time, input global scales {moe_input_scales}",
+        "block-FP8 linear layers where there is no AMX: dynamic FP8 activations, dense weights, torch",
+    ]

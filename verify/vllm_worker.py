@@ -13,13 +13,15 @@ REQUEST.json
     seed                int
     capture_logits      path of a .safetensors file for `prompt.<i>.token_ids` [T] and `prompt.<i>.logits` [T, V]
                         (float32, row t predicts token t + 1), or null
-    kv_cache_bytes      size of the KV cache, or null for vLLM's default
+    kv_cache_bytes      size of the KV cache on a CPU, or null for vLLM's default
     moe_input_scales    "stored" | "collapsed" (see vllm_cpu_nvfp4.register; CPU only)
 
-RESULT.json (written .partial and renamed, always, also after an exception; every key is always there)
+RESULT.json (written .partial and renamed at every stage and at the end, also after an exception; keys always there)
     format 1; ok: no exception. stage: the stage reached, one of STAGES; error: null | {type, message, traceback}
-    engine              {name, version, torch, python, platform, plugin, dtype, kv_cache_dtype}
-    load                {seconds, tensors, missing: [{name, share, where}]}; share 1.0 means never written
+    engine              {name, version, torch, python, platform, emulations, dtype, kv_cache_dtype}; emulations: what
+                        ran as a torch emulation of ours because the platform has no kernel, [] on a GPU
+    load                {seconds, tensors, missing: [{name, share, where}], missing_total}; share 1.0: never written.
+                        Anything missing ends the run after the load with error type UnwrittenParameters
     layers              [{kind, cls, method, scheme, kernel, format, activations_quantized, count, example}]
     w4a4                true: every NVFP4 layer quantizes its activations; false: one does not; null: no such layer, or
                         a kernel this file does not know
@@ -63,7 +65,7 @@ def main(request_path: str, result_path: str) -> int:
         "logits": None,
     }  # fmt: skip
     try:
-        run(json.loads(Path(request_path).read_text()), result)
+        run(json.loads(Path(request_path).read_text()), result, Path(result_path))
         result["ok"] = True
     except BaseException as error:  # the result must be written whatever happened, SystemExit included
         result["error"] = {
@@ -94,30 +96,31 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def run(request: dict[str, Any], result: dict[str, Any]) -> None:
+def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> None:
     """All stages; fills `result` as they go, so that it says how far they got when one raises."""
 
     def stage(name: str) -> float:
         result["stage"] = name
+        write_json(result_path, result)  # what is known so far survives a crash of the engine
         print(f"[vllm_worker] {name}", flush=True)
         return time.monotonic()
 
     began = stage("import")
-    plugin, vllm = import_engine(request)
+    emulations, vllm = import_engine(request)
+    import torch
     from vllm.platforms import current_platform
 
     result["engine"] = {
-        "name": "vllm", "version": vllm.__version__, "torch": vllm.__dict__.get("torch_version", _torch_version()),
-        "python": platform.python_version(), "platform": current_platform.device_name or current_platform.device_type,
-        "plugin": plugin,
+        "name": "vllm", "version": vllm.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        "platform": device_name(current_platform), "emulations": emulations, "dtype": None, "kv_cache_dtype": None,
     }  # fmt: skip
     result["seconds"]["import"] = time.monotonic() - began
 
     began = stage("load")
-    load: dict[str, Any] = {"seconds": None, "tensors": 0, "missing": []}
+    load: dict[str, Any] = {"seconds": None, "tensors": 0, "missing": [], "missing_total": 0}
     result["load"] = load
     watch_loading(load)
-    llm = build_engine(vllm, request)
+    llm = build_engine(vllm, request, on_cpu=current_platform.is_cpu())
     result["seconds"]["load"] = load["seconds"] = time.monotonic() - began
     config = llm.llm_engine.vllm_config
     result["engine"] |= {
@@ -126,6 +129,10 @@ def run(request: dict[str, Any], result: dict[str, Any]) -> None:
     }
     result["layers"] = llm.apply_model(describe_layers)[0]
     result["w4a4"] = all_activations_quantized(result["layers"])
+    if load["missing"]:
+        raise UnwrittenParameters(
+            f"{load['missing_total']} parameters were not written, first {load['missing'][0]['name']}"
+        )
 
     began = stage("forward")
     watch = ForwardWatch(result)
@@ -138,8 +145,6 @@ def run(request: dict[str, Any], result: dict[str, Any]) -> None:
             watch.begin(entry["kind"], len(ids), capture=bool(request.get("capture_logits")))
             score(llm, vllm, entry, ids)
             if watch.logits is not None:
-                import torch
-
                 logits |= {f"prompt.{number}.logits": watch.logits, f"prompt.{number}.token_ids": torch.tensor(ids)}
     result["seconds"]["forward"] = time.monotonic() - began
     losses = [(e["nll"], e["tokens"] - 1) for e in result["prompts"] if e["nll"] is not None]
@@ -160,14 +165,20 @@ def run(request: dict[str, Any], result: dict[str, Any]) -> None:
     stage("done")
 
 
-def _torch_version() -> str:
-    import torch
-
-    return str(torch.__version__)
+class UnwrittenParameters(Exception):
+    """The checkpoint left parameters of the model unwritten; running it would prove nothing."""
 
 
-def import_engine(request: dict[str, Any]) -> tuple[bool, Any]:
-    """vLLM with the CPU plugin registered; returns whether the plugin is active, and the module."""
+def device_name(current_platform: Any) -> str:
+    """The accelerator's name, or the platform's where it has none."""
+    try:
+        return str(current_platform.get_device_name())
+    except (NotImplementedError, RuntimeError):
+        return str(current_platform.device_type)
+
+
+def import_engine(request: dict[str, Any]) -> tuple[list[str], Any]:
+    """vLLM with the CPU plugin registered; returns what the plugin emulates (nothing on other platforms), and vLLM."""
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) != here]
     import vllm
@@ -178,16 +189,18 @@ def import_engine(request: dict[str, Any]) -> tuple[bool, Any]:
         import vllm_cpu_nvfp4
     finally:
         sys.path.remove(here)  # the names of the files next to this one must not shadow vLLM's imports
-    active = bool(vllm_cpu_nvfp4.register(request.get("moe_input_scales", "stored")))
-    vllm_cpu_deepseek_v4.register(float32=request["dtype"] == "float32")
-    return active, vllm
+    emulations: list[str] = vllm_cpu_nvfp4.register(request.get("moe_input_scales", "stored"))
+    config = json.loads((Path(request["checkpoint"]) / "config.json").read_text())
+    if config.get("model_type") == "deepseek_v4":
+        emulations += vllm_cpu_deepseek_v4.register(float32=request["dtype"] == "float32")
+    return emulations, vllm
 
 
-def build_engine(vllm: Any, request: dict[str, Any]) -> Any:
+def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
     """`vllm.LLM` in this process, eager, without prefix caching, prefilling any prompt in one step."""
     tokenizer_files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
     checkpoint = Path(request["checkpoint"])
-    optional = {"kv_cache_memory_bytes": request.get("kv_cache_bytes")}
+    cache = {"kv_cache_memory_bytes": request["kv_cache_bytes"]} if on_cpu and request.get("kv_cache_bytes") else {}
     return vllm.LLM(
         model=str(checkpoint),
         dtype=request["dtype"],
@@ -199,7 +212,7 @@ def build_engine(vllm: Any, request: dict[str, Any]) -> Any:
         enforce_eager=True,
         enable_prefix_caching=False,
         skip_tokenizer_init=not any((checkpoint / name).exists() for name in tokenizer_files),
-        **{key: value for key, value in optional.items() if value is not None},
+        **cache,
     )
 
 

@@ -42,8 +42,10 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     mtp: str = r"(?!)"
     expert: str = r"\.experts\.(\d+)\."
-    #: Projections that transformers does not run as a plain linear layer: they cannot be calibrated.
-    not_calibrated: str = r"(?!)"
+    #: Linear layers that must stay as they are, each pattern with its reason.
+    never_quantized: tuple[tuple[str, str], ...] = ()
+    #: Linear layers that transformers does not run as one matrix product, so that no observer sees their input.
+    not_observed: str = r"(?!)"
     #: Further spellings of a leaf that vLLM's own module tree uses when it resolves quantization targets.
     serving_leaves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     #: Fields of config.json that the serving engine needs changed once routed experts are NVFP4.
@@ -95,6 +97,7 @@ _HF_PARTS = (
 _HF_BLOCK = r"^model\.layers\.(\d+)\."
 _HF_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXPERT_LEAVES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
+_SERVED_EXPERT_LEAVES = tuple((hub, (served,)) for hub, served in _EXPERT_LEAVES)
 
 _DEEPSEEK_V4 = Family(
     name="deepseek_v4",
@@ -115,8 +118,12 @@ _DEEPSEEK_V4 = Family(
         ("embedding", r"^embed(\.|$)"),
         ("head", r"^head(\.|$)"),
     ),
-    fused_leaves=(("w1", "w3"), ("wq_a", "wkv"), ("wkv", "wgate")),
-    not_calibrated=r"\.attn\.wo_a$",
+    fused_leaves=(("w1", "w3"), ("wq_a", "wkv")),
+    never_quantized=(
+        (r"\.compressor\.(wkv|wgate)$", "vLLM runs the compressor unquantized"),
+        (r"\.indexer\.weights_proj$", "vLLM runs the indexer's weights_proj unquantized"),
+    ),
+    not_observed=r"\.attn\.wo_a$",
     renames=(
         (r"^embed\b", "model.embed_tokens"),
         (r"^head\b", "lm_head"),
@@ -144,7 +151,9 @@ _DEEPSEEK_V4 = Family(
         (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
         *((rf"(\.experts\.\d+|\.shared_experts)\.{hub}\b", rf"\1.{hf}") for hub, hf in _EXPERT_LEAVES),
     ),
-    serving_leaves=(("w1", ("gate_proj",)), ("w2", ("down_proj",)), ("w3", ("up_proj",))),
+    serving_leaves=_SERVED_EXPERT_LEAVES,
+    # With "fp4" or no value vLLM renames every `.weight_scale` outside the experts and then misses it.
+    serving_config=(("expert_dtype", "nvfp4"),),
 )
 
 _MIXTRAL = Family(
@@ -157,6 +166,7 @@ _MIXTRAL = Family(
         (r"\.block_sparse_moe\.", ".mlp."),
         *((rf"(\.experts\.\d+)\.{hub}\b", rf"\1.{hf}") for hub, hf in _EXPERT_LEAVES),
     ),
+    serving_leaves=_SERVED_EXPERT_LEAVES,
 )
 
 FAMILIES = (

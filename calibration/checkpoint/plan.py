@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Literal
 
 from calibration.checkpoint.families import NOT_LINEAR, ROUTED, Family, Place, family_of
-from calibration.checkpoint.formats import Formats, module_of
+from calibration.checkpoint.formats import Formats, StoredFormat, module_of
 from calibration.checkpoint.header import tensor_bytes
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
@@ -222,7 +222,7 @@ class _Planner:
                         f"config_groups.{name}.targets: {target!r} matches no module of the source{self._closest(target)}"
                     )
                     continue
-                wanted = [m for m in hits if m not in ignored and self._can_quantize(m, target)]
+                wanted = [m for m in hits if m not in ignored and self._can_quantize(m, target, scheme)]
                 if not wanted:
                     self.problems.append(
                         f"config_groups.{name}.targets: {target!r} matches {len(hits)} modules and none of them can be "
@@ -242,14 +242,17 @@ class _Planner:
                         )
         return assigned
 
-    def _can_quantize(self, module: str, target: str) -> bool:
-        place = self.places[module]
+    def _can_quantize(self, module: str, target: str, scheme: Scheme) -> bool:
+        place, stored = self.places[module], self.formats.of(self.weights[module])
+        never = next((why for pattern, why in self.family.never_quantized if re.search(pattern, module)), None)
         if place.mtp:
             reason = "MTP modules are copied byte for byte"
-        elif re.search(self.family.not_calibrated, module):
-            reason = "transformers does not run this projection as a plain linear layer"
-        elif place.part in NOT_LINEAR or len(self.formats.of(self.weights[module]).shape) != 2:
+        elif never is not None:
+            reason = never
+        elif place.part in NOT_LINEAR or len(stored.shape) != 2:
             reason = f"it is not a linear layer ({place.part})"
+        elif re.search(self.family.not_observed, module) and not _keeps_tiles(scheme, stored):
+            reason = "transformers does not run it as one matrix product, no observer would see its input"
         else:
             return True
         # `Linear` means linear layers by definition: leaving the others out is no news.
@@ -324,7 +327,7 @@ class _Planner:
         if group is None or place.mtp:
             return self._kept(name, place, groups)
         scheme = groups[group]
-        if scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == (128, 128):
+        if _keeps_tiles(scheme, stored):
             return self._keep_tiles(
                 name, group, "FP8 tiles of the source are FP8_BLOCK already: codes kept, scale respelled"
             )
@@ -346,7 +349,7 @@ class _Planner:
                 name, "cast", (OutputTensor(name, dtype, stored.shape),), f"{place.part}: {stored.label} undone"
             )
             return {name: cast} | _consumed(companions, f"used up by {name}")
-        elif stored.kind == "fp8_tiles" and stored.tile == (128, 128):
+        elif _keeps_tiles(FP8_BLOCK, stored):
             groups.setdefault(KEPT_FP8, FP8_BLOCK)
             return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
         else:
@@ -403,6 +406,11 @@ class _Planner:
             self.warnings.append(
                 f"no disk is saved: the quantized modules take {after:,} bytes in the output and {before:,} in the source"
             )
+
+
+def _keeps_tiles(scheme: Scheme, stored: StoredFormat) -> bool:
+    """Whether the stored FP8 tiles are what the scheme asks for, so that codes can stay."""
+    return scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == (128, 128)
 
 
 def _scheme_of(group: ConfigGroup) -> Scheme | None:

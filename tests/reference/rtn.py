@@ -93,7 +93,9 @@ def write_nvfp4(
     """
     tensors = load(source)
     quantized = [n.removesuffix(".weight") for n in tensors if re.search(pattern, n.removesuffix(".weight"))]
-    plain = {module: _plain(tensors.pop(f"{module}.weight"), tensors.pop(f"{module}.scale", None)) for module in quantized}
+    plain = {
+        module: _plain(tensors.pop(f"{module}.weight"), tensors.pop(f"{module}.scale", None)) for module in quantized
+    }
     amax: dict[str, torch.Tensor] = {}
     for module, weight in plain.items():
         group = _fused(module)

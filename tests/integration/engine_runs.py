@@ -1,0 +1,179 @@
+"""What the engine's tests share: one run of our engine, one run of stock llm-compressor, on the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from llmcompressor import oneshot as stock_oneshot
+from llmcompressor.core import create_session
+from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
+
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.plan import make_plan
+from calibration.oneshot import calibrate, quiet
+from calibration.sequential import BlockResult, CalibrationSummary, Callbacks
+from calibration.source_model import SourceModel, build_skeleton
+from recipes.schema import Recipe
+from tests.models import deepseek_v4, standard
+
+STANDARD = ("llama", "qwen3", "mistral", "qwen3_moe", "mixtral")
+STORED = ("bf16", "fp8", "fp8_mxfp4")
+#: NVFP4 linear layers of each family, as the source spells them.
+TARGETS = {
+    "deepseek_v4": r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$",
+    "mixtral": r"re:.*\.(experts\.\d+\.w[123]|[qkvo]_proj)$",
+    "other": r"re:.*\.layers\..*_proj$",
+}
+Scales = dict[str, torch.Tensor]
+
+# On a busy machine with few cores OpenMP's waiting threads cost ten times the work.
+torch.set_num_threads(1)
+
+
+@cache
+def _root() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="engine-models-")
+
+
+@cache
+def model_directory(name: str) -> Path:
+    """A tiny checkpoint: a family of tests.models.standard, or a stored format of tests.models.deepseek_v4."""
+    directory = Path(_root().name) / name
+    if name in STANDARD:
+        return standard.write(directory, name)
+    # No ragged FP8 tiles: transformers cuts 160 rows with 2 tile scales into 80 + 80 rows, the format says 128 + 32.
+    return deepseek_v4.write(directory, name, o_lora_rank=64)
+
+
+def family(name: str) -> str:
+    """Key into TARGETS."""
+    return "deepseek_v4" if name in STORED else name if name == "mixtral" else "other"
+
+
+def batches(count: int = 3, size: int = 2, tokens: int = 40, seed: int = 0) -> DataLoader[dict[str, torch.Tensor]]:
+    """Random tokens; the last sample of the last batch is padded by a quarter on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        {
+            "input_ids": torch.randint(2, 1024, (size, tokens), generator=generator),
+            "attention_mask": torch.ones(size, tokens, dtype=torch.long),
+        }
+        for _ in range(count)
+    ]
+    made[-1]["attention_mask"][-1, -tokens // 4 :] = 0
+    return DataLoader(made, batch_size=None)  # type: ignore[arg-type]
+
+
+@dataclass
+class Run:
+    """A finished run of our engine: scales and weights by `<source module>.<parameter>`."""
+
+    summary: CalibrationSummary
+    source: SourceModel
+    parameters: Scales = field(default_factory=dict)
+    results: list[BlockResult] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def scales(self) -> Scales:
+        return {name: value for name, value in self.parameters.items() if name.endswith("_scale")}
+
+
+def recipe(name: str, modifiers: list[dict[str, Any]] | None = None, **sections: Any) -> Recipe:
+    """A recipe for a tiny model; `sections` are merged over the defaults."""
+    groups = {"group": {"targets": [TARGETS[family(name)]], "scheme": "NVFP4"}}
+    content = {
+        "source": {"checkpoint": str(model_directory(name))},
+        "output": str(Path(_root().name) / "out"),
+        "modifiers": modifiers or [{"QuantizationModifier": {"config_groups": groups}}],
+        "calibration": {"dataset": "bundled"},
+        "export": {"kept": "plain"},
+    }
+    return Recipe.model_validate(content | sections)
+
+
+def skeleton(name: str) -> SourceModel:
+    return build_skeleton(Checkpoint.open(model_directory(name)), Path(_root().name) / f"{name}.run", False)
+
+
+def ours(
+    chosen: Recipe,
+    source: SourceModel,
+    loader: DataLoader[Any] | None = None,
+    watch: Callable[[BlockResult], None] = lambda result: None,
+    takes_edits: bool = False,
+) -> Run:
+    """Runs our engine."""
+    formats = source.formats
+    run = Run(CalibrationSummary(), source)
+
+    def on_block(result: BlockResult) -> None:
+        watch(result)
+        run.results.append(result)
+        for module, linear in result.modules.items():
+            for leaf, value in linear.named_parameters(recurse=False):
+                run.parameters[f"{module}.{leaf}"] = value.data.clone()
+
+    plan = make_plan(formats.checkpoint, formats, chosen)
+    scratch = Path(_root().name) / "scratch"
+    callbacks = Callbacks(on_block, run.events.append, takes_edits)
+    run.summary = calibrate(chosen, source, plan, loader or batches(), callbacks, scratch)
+    return run
+
+
+def stock_model(name: str) -> PreTrainedModel:
+    """transformers' own load (which dequantizes by itself) with linearized experts, weights in BF16 but for what the
+    source stores in F32 beside the norms."""
+    kept = [part for part in DeepseekV4PreTrainedModel._keep_in_fp32_modules_strict if "norm" not in part]
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(DeepseekV4PreTrainedModel, "_keep_in_fp32_modules_strict", kept))
+        stack.enter_context(quiet(lambda event: None))
+        model = AutoModelForCausalLM.from_pretrained(
+            model_directory(name), dtype=torch.bfloat16, attn_implementation="eager"
+        )
+        linearize_moe(model)
+    return model.eval()
+
+
+def stock(name: str, source: SourceModel, loader: DataLoader[Any] | None = None) -> Scales:
+    """Scales that stock llm-compressor's oneshot with its own sequential pipeline gives, under the source's names."""
+    model = stock_model(name)
+    # oneshot refuses the quantized config that the checkpoint has on disk.
+    model.config.name_or_path = source.model.config.name_or_path
+    names = {transformers: name for name, transformers in source.model_modules().items()}
+    wanted = make_plan(source.formats.checkpoint, source.formats, recipe(name)).quantized
+    ignore = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    ignore = [module for module in ignore if names[module] not in wanted]
+    modifier = QuantizationModifier(targets=["Linear"], scheme="NVFP4", ignore=ignore)
+    with create_session(), quiet(lambda event: None):
+        stock_oneshot(
+            model=model, recipe=[modifier], dataset=loader or batches(), pipeline="sequential", processor=object()
+        )
+    return {
+        f"{names[module]}.{leaf}": value.data
+        for module, linear in model.named_modules()
+        if module in names
+        for leaf, value in linear.named_parameters(recurse=False)
+        if leaf.endswith("_scale")
+    }
+
+
+def differing(left: Scales, right: Scales) -> list[str]:
+    """Names that only one has, or whose values differ in any bit."""
+    return sorted(left.keys() ^ right.keys()) + [
+        name for name in left.keys() & right.keys() if not torch.equal(left[name], right[name])
+    ]
+
+

@@ -1,0 +1,110 @@
+"""The engine's float32 logits against the independent reference, for every family: the strict gate for W4A4."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import deepseek_v4, standard
+from tests.reference.compare import compare
+from tests.reference.engine import random_prompts, serve
+from tests.reference.model import logits, reference_model
+from tests.reference.rtn import write_nvfp4
+
+TOP1, KL = 0.995, 1e-4
+
+V4_EXPERTS = r"^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"
+V4_EXPERT_TARGET = r"re:(?:.*\.)?layers\.(?:0|1|2)\.ffn\.experts\.\d+\.(w1|w2|w3|gate_proj|up_proj|down_proj)$"
+V4_SHARED_TARGET = r"re:(?:.*\.)?layers\.(?:0|1|2)\.ffn\.shared_experts\.(w1|w2|w3|down_proj)$"
+V4_ATTENTION = r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)"
+
+
+@dataclass(frozen=True)
+class Case:
+    source: Any  # writes the source checkpoint into a directory
+    pattern: str
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...] = ()
+    block_fp8: tuple[str, tuple[str, ...]] | None = None
+    per_expert_inputs: bool = False
+    config: tuple[tuple[str, str], ...] = ()
+
+
+CASES = {
+    "llama": Case(lambda d: standard.write(d, "llama"), r"layers\.\d+\..*_proj$", (r"re:.*layers.*_proj$",)),
+    "qwen3": Case(lambda d: standard.write(d, "qwen3"), r"layers\.\d+\..*_proj$", (r"re:.*layers.*_proj$",)),
+    "qwen3_moe": Case(lambda d: standard.write(d, "qwen3_moe"), r"layers\.\d+\..*_proj$", (r"re:.*layers.*_proj$",)),
+    "mixtral, input scales per expert": Case(
+        lambda d: standard.write(d, "mixtral"),
+        r"(_proj|\.w[123])$",
+        (r"re:.*_proj$", r"re:.*\.experts\.\d+\.w[123]$"),
+        per_expert_inputs=True,
+    ),
+    "deepseek_v4 bf16": Case(
+        lambda d: deepseek_v4.write(d, "bf16"),
+        r"^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$",
+        (V4_EXPERT_TARGET, V4_SHARED_TARGET),
+    ),
+    "deepseek_v4 fp8, attention and shared experts in FP8": Case(
+        lambda d: deepseek_v4.write(d, "fp8"),
+        V4_EXPERTS,
+        (V4_EXPERT_TARGET,),
+        block_fp8=(
+            rf"^layers\.\d+\.({V4_ATTENTION}|ffn\.shared_experts\.w[123])",
+            (rf"re:.*layers\.(?:0|1|2)\.{V4_ATTENTION}$", V4_SHARED_TARGET),
+        ),
+        config=(("expert_dtype", "nvfp4"),),
+    ),
+    "deepseek_v4 fp8 and mxfp4, attention in FP8": Case(
+        lambda d: deepseek_v4.write(d, "fp8_mxfp4"),
+        r"^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$",
+        (V4_EXPERT_TARGET, V4_SHARED_TARGET),
+        block_fp8=(rf"^layers\.\d+\.{V4_ATTENTION}", (rf"re:.*layers\.(?:0|1|2)\.{V4_ATTENTION}$",)),
+        config=(("expert_dtype", "nvfp4"),),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engine_agrees_with_the_reference(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    source, output = tmp_path / "source", tmp_path / "output"
+    case.source(source)
+    write_nvfp4(
+        source,
+        output,
+        case.pattern,
+        case.targets,
+        ignore=case.ignore,
+        block_fp8=case.block_fp8,
+        per_expert_inputs=case.per_expert_inputs,
+        config=dict(case.config),
+    )
+    checks, result, ids, engine = serve(output, tmp_path / "logs", random_prompts(1024))
+    assert {c.id: c.verdict for c in checks.values() if c.verdict != "PASS"} == {}, checks
+    assert result["w4a4"] is True
+    assert [len(i) for i in ids] == [1, 3, 40, 300]
+
+    agreement = compare(logits(reference_model(output), ids), engine)
+    print(name, agreement)
+    assert agreement.top1 >= TOP1, agreement
+    assert agreement.kl < KL, agreement
+
+    # The gate can tell: without activation quantization the same reference must fail it.
+    control = compare(logits(reference_model(output, quantize_inputs=False), ids), engine)
+    assert control.top1 < TOP1, control
+    assert control.kl > 10 * KL, control
+
+
+def test_collapsed_input_scales_are_another_model(tmp_path: Path) -> None:
+    """One input global scale per layer (FlashInfer) differs from one per expert, and the emulation can do both."""
+    case = CASES["mixtral, input scales per expert"]
+    case.source(tmp_path / "source")
+    write_nvfp4(tmp_path / "source", tmp_path / "output", case.pattern, case.targets, per_expert_inputs=True)
+    _, result, ids, engine = serve(tmp_path / "output", tmp_path / "logs", random_prompts(1024), "collapsed")
+    assert any("collapsed" in text for text in result["engine"]["emulations"])
+    agreement = compare(logits(reference_model(tmp_path / "output"), ids), engine)
+    assert agreement.kl > KL, agreement

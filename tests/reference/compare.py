@@ -1,0 +1,41 @@
+"""Agreement of two sets of logits, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """top1: share of positions with the same arg max; kl: mean KL(reference || other) in nats; over `positions`."""
+
+    positions: int
+    top1: float
+    kl: float
+    max_logprob_difference: float
+
+
+def compare(reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> Agreement:
+    """Compare logits `[T, V]` per prompt."""
+    expected = torch.cat([r.double() for r in reference]).log_softmax(-1)
+    found = torch.cat([o.double() for o in other]).log_softmax(-1)
+    assert expected.shape == found.shape, f"{tuple(expected.shape)} against {tuple(found.shape)}"
+    return Agreement(
+        positions=expected.shape[0],
+        top1=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
+        kl=float((expected.exp() * (expected - found)).sum(-1).mean()),
+        max_logprob_difference=float((expected - found).abs().max()),
+    )
+
+
+def engine_logits(path: Path) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Token ids and logits per prompt, as `verify.vllm_worker` captured them."""
+    tensors = load_file(path)
+    numbers = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".logits"))
+    ids = [tensors[f"prompt.{n}.token_ids"].tolist() for n in numbers]
+    return ids, [tensors[f"prompt.{n}.logits"] for n in numbers]

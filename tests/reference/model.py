@@ -1,0 +1,179 @@
+"""Float32 logits of a compressed-tensors checkpoint, computed slowly and independently of product and engine.
+
+transformers' model code gives the architecture; every weight is dequantized by `tests.reference.nvfp4` and assigned by
+hand (plain transformers loads such checkpoints wrongly and silently). Routed experts run in a loop, each with its own
+input global scale, as stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.reference.nvfp4 import block_fp8_dequantize, block_fp8_fake_quantize, dequantize, fake_quantize
+from tests.reference.rtn import load
+
+DEEPSEEK_V4 = [
+    (r"^mtp\..*", None),
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^norm\.", "model.norm."),
+    (r"^hc_head_", "model.hc_head.hc_"),
+    (r"^layers\.", "model.layers."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.hc_(attn|ffn)_", r".\1_hc."),
+    (r"\.attn\.indexer\.compressor\.", ".attn.compressor.indexer."),
+    (r"\.attn\.indexer\.weights_proj\.", ".attn.compressor.indexer.scorer.weights_proj."),
+    (r"\.attn\.indexer\.wq_b\.", ".attn.compressor.indexer.q_b_proj."),
+    (r"\.ape$", ".position_bias"),
+    (r"(\.compressor\.(?:indexer\.)?)norm\.", r"\1kv_norm."),
+    (r"\.wgate\.", ".gate_proj."),
+    (r"\.wkv\.", ".kv_proj."),
+    (r"\.wq_a\.", ".q_a_proj."),
+    (r"\.attn\.wq_b\.", ".attn.q_b_proj."),
+    (r"\.q_norm\.", ".q_a_norm."),
+    (r"\.wo_a\.", ".o_a_proj."),
+    (r"\.wo_b\.", ".o_b_proj."),
+    (r"\.attn_sink$", ".sinks"),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
+    (r"\.ffn\.", ".mlp."),
+]
+GATED = [(r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj.")]
+MIXTRAL = [(r"\.block_sparse_moe\.", ".mlp.")]
+EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(.*)$")
+LINEAR = re.compile(r"^(.*)\.(weight_packed|weight_scale|weight_global_scale|input_global_scale)$")
+
+
+def rename(name: str, model_type: str) -> str | None:
+    """A checkpoint's tensor name in transformers' spelling, None for tensors that its model does not have."""
+    rules = {"deepseek_v4": DEEPSEEK_V4, "mixtral": MIXTRAL}.get(model_type, [])
+    for pattern, replacement in [*rules, *GATED]:
+        if replacement is None:
+            if re.search(pattern, name):
+                return None
+            continue
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+class Projection(nn.Module):
+    """A linear layer as the checkpoint stores it: plain, NVFP4 (weights and activations) or block FP8.
+
+    quantize_inputs=False leaves activations alone: the control that must not agree with a W4A4 engine.
+    """
+
+    def __init__(self, stored: dict[str, torch.Tensor], quantize_inputs: bool = True) -> None:
+        super().__init__()
+        self.divisor: torch.Tensor | None = None
+        self.fp8 = "weight_scale" in stored and "weight" in stored
+        self.quantize_inputs = quantize_inputs
+        if "weight_packed" in stored:
+            weight = dequantize(stored["weight_packed"], stored["weight_scale"], stored["weight_global_scale"])
+            self.divisor = stored["input_global_scale"].float()
+        elif self.fp8:
+            weight = block_fp8_dequantize(stored["weight"], stored["weight_scale"])
+        else:
+            weight = stored["weight"].float()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = nn.Parameter(stored["bias"].float(), requires_grad=False) if "bias" in stored else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K] -> [..., M]`."""
+        if self.quantize_inputs and self.divisor is not None:
+            x = fake_quantize(x, self.divisor)
+        elif self.quantize_inputs and self.fp8:
+            x = block_fp8_fake_quantize(x)
+        return F.linear(x, self.weight, self.bias)
+
+
+class Experts(nn.Module):
+    """The routed experts of one block, one after the other, with transformers' call signature."""
+
+    def __init__(self, experts: list[dict[str, Projection]], limit: float | None) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.ModuleDict(expert) for expert in experts)
+        self.limit = limit
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`x [T, D]`, `chosen [T, k]`, `weights [T, k]` -> `[T, D]`."""
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == number)
+            if token.numel():
+                gate, up = expert["gate_proj"](x[token]), expert["up_proj"](x[token])
+                if self.limit is not None:
+                    gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+                down = expert["down_proj"](F.silu(gate) * up)
+                out.index_add_(0, token, down * weights[token, slot].unsqueeze(-1))
+        return out
+
+
+def reference_model(checkpoint: Path, *, quantize_inputs: bool = True) -> nn.Module:
+    """The checkpoint as a float32 transformers model whose quantized layers are those of this module.
+
+    Raises KeyError or AssertionError when a tensor of the checkpoint has no place in the model, or the reverse.
+    """
+    content: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    content.pop("quantization_config", None)
+    content["dtype"] = "float32"
+    content.pop("torch_dtype", None)
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    stored: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in load(checkpoint).items():
+        renamed = rename(name, config.model_type)
+        if renamed is not None:
+            module, _, leaf = renamed.rpartition(".")
+            stored.setdefault(module, {})[leaf] = tensor
+
+    experts: dict[str, dict[int, dict[str, Projection]]] = {}
+    assigned: set[str] = set()
+    for module, tensors in stored.items():
+        if (found := EXPERT.match(f"{module}.")) is not None:
+            expert = experts.setdefault(found[1], {}).setdefault(int(found[2]), {})
+            expert[found[3]] = Projection(tensors, quantize_inputs)
+            continue
+        target = model.get_submodule(module)
+        if "weight_packed" in tensors or "weight_scale" in tensors:
+            projection = Projection(tensors, quantize_inputs)
+            if type(target) is nn.Linear:
+                _replace(model, module, projection)
+                continue
+            tensors = {"weight": projection.weight}  # the grouped output projection: vLLM does not quantize its input
+        for leaf, tensor in tensors.items():
+            place = getattr(target, leaf)
+            assert place.shape == tensor.shape, f"{module}.{leaf}: {tuple(tensor.shape)}, model {tuple(place.shape)}"
+            place.data = tensor.to(torch.int64) if not tensor.is_floating_point() else tensor.float()
+            assigned.add(f"{module}.{leaf}")
+    limit = getattr(config, "swiglu_limit", None)
+    for module, numbered in experts.items():
+        _replace(model, module, Experts([numbered[i] for i in range(len(numbered))], limit))
+    left = set(model.state_dict()) - assigned
+    left = {n for n in left if not isinstance(model.get_submodule(n.rpartition(".")[0]), Projection)}
+    left -= {"lm_head.weight"} if config.tie_word_embeddings else set()
+    assert not left, f"no tensor in the checkpoint for {sorted(left)}"
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, replacement)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Float32 logits `[T, V]` of each prompt, run alone and without a cache."""
+    return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float() for ids in prompts]

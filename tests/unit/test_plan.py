@@ -1,0 +1,159 @@
+"""The plan: one action per source tensor, every rule that refuses a recipe, and the output's own config."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.exported import EXPERTS, plan_of, recipe
+from tests.models import deepseek_v4, standard
+
+from calibration.checkpoint.config import output_config
+from calibration.checkpoint.families import family_of
+from calibration.checkpoint.plan import Plan
+from recipes.errors import RecipeError, SourceError
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("sources")
+    made = {stored: deepseek_v4.write(base / stored, stored) for stored in ("bf16", "fp8", "fp8_mxfp4")}
+    return made | {family: standard.write(base / family, family) for family in ("qwen3_moe", "mixtral", "llama")}
+
+
+def make(source: Path, *arguments: Any, **sections: Any) -> Plan:
+    return plan_of(source, recipe(source, Path("/nowhere/out"), *arguments, **sections))[0]
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp8", "fp8_mxfp4"])
+def test_every_source_tensor_has_one_step_and_every_output_one_shard(sources: dict[str, Path], stored: str) -> None:
+    plan, formats = plan_of(sources[stored], recipe(sources[stored], Path("/nowhere/out")))
+    assert plan.steps.keys() == formats.checkpoint.tensors.keys()
+    assert plan.weight_map.keys() == plan.outputs.keys()
+    assert sorted(name for shard in plan.shards for name in shard.sources) == sorted(plan.steps)
+    experts = 3 * (3 * 64 + 3)
+    assert len(plan.quantized) == experts
+    assert Counter(s.action for s in plan.steps.values())["consume"] == (0 if stored == "bf16" else experts)
+    for name, step in plan.steps.items():
+        if name.startswith("mtp."):
+            assert step.action == "copy" and [o.name for o in step.outputs] == [name]
+
+
+def test_outputs_of_a_quantized_module(sources: dict[str, Path]) -> None:
+    plan = make(sources["fp8_mxfp4"])
+    outputs = plan.quantized["layers.1.ffn.experts.7.w2"].outputs
+    assert [(o.name.rpartition(".")[2], o.dtype, o.shape) for o in outputs] == [
+        ("weight_packed", "U8", (64, 64)),
+        ("weight_scale", "F8_E4M3", (64, 8)),
+        ("weight_global_scale", "F32", (1,)),
+        ("input_global_scale", "F32", (1,)),
+    ]
+
+
+def test_kept_fp8_keeps_codes_and_respells_scales_or_is_cast(sources: dict[str, Path]) -> None:
+    plan = make(sources["fp8_mxfp4"])
+    weight, scale = plan.steps["layers.0.attn.wq_a.weight"], plan.steps["layers.0.attn.wq_a.scale"]
+    assert (weight.action, weight.group, weight.outputs[0].dtype) == ("copy", "kept_fp8", "F8_E4M3")
+    assert (scale.action, scale.outputs[0].name, scale.outputs[0].dtype) == ("cast", "layers.0.attn.wq_a.weight_scale", "F32")
+    cast = make(sources["fp8_mxfp4"], export={"kept": "plain"})
+    assert cast.steps["layers.0.attn.wq_a.weight"].outputs[0].dtype == "BF16"
+    assert cast.steps["layers.0.attn.wq_a.scale"].action == "consume"
+    assert "kept_fp8" not in cast.groups
+
+
+def test_input_scales_are_shared_by_projection_or_per_expert(sources: dict[str, Path]) -> None:
+    shared = {frozenset(group) for group in make(sources["bf16"]).shared_input_scales()}
+    gate_up = frozenset(f"layers.0.ffn.experts.{e}.{w}" for e in range(64) for w in ("w1", "w3"))
+    assert gate_up in shared and frozenset(f"layers.0.ffn.experts.{e}.w2" for e in range(64)) in shared
+    alone = {frozenset(g) for g in make(sources["bf16"], export={"input_global_scale": "per_expert"}).shared_input_scales()}
+    assert frozenset({"layers.0.ffn.experts.3.w1", "layers.0.ffn.experts.3.w3"}) in alone
+    assert not any("layers.0.ffn.experts.3.w2" in group for group in alone)
+
+
+def test_shards_hold_whole_blocks_and_respect_the_size(sources: dict[str, Path]) -> None:
+    plan = make(sources["bf16"], export={"max_shard_size": 500_000})
+    for shard in plan.shards:
+        blocks = {plan.family.place(name).block for name in shard.sources}
+        size = sum(o.nbytes for name in shard.sources for o in plan.steps[name].outputs)
+        assert blocks == {shard.block} and (size <= 500_000 or len(shard.sources) == 1)
+    assert len(plan.shards) > 12
+
+
+WRONG = {
+    "no target": ([r"re:^layers\.\d+\.ffn\.expert\.\d+\.w1$"], {}, "matches no module of the source"),
+    "transformers names": (["re:.*self_attn.*"], {}, "spelled as in the source"),
+    "half a fused pair": ([r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[12]$"], {}, "served as one matrix must be quantized alike"),
+    "some experts": ([r"re:^layers\.\d+\.ffn\.experts\.[0-3]\.w[123]$"], {}, "routed experts of block 0 must be quantized alike"),
+    "ignore nothing": (EXPERTS, {"ignore": ["lm_head"]}, "ignore: 'lm_head' matches no module"),
+    "norms only": ([r"re:^layers\.\d+\.attn_norm$"], {}, "none of them can be quantized"),
+    "unwritable scheme": (EXPERTS, {"scheme": "W4A16"}, "scheme W4A16 is not one this project can write"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_targets_are_refused(sources: dict[str, Path], case: str) -> None:
+    targets, sections, message = WRONG[case]
+    scheme = sections.get("scheme", "NVFP4")
+    rest = {key: value for key, value in sections.items() if key != "scheme"}
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        make(sources["bf16"], targets, scheme, **rest)
+
+
+def test_all_problems_at_once(sources: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make(sources["bf16"], [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w1$", "re:nothing.*"], ignore=["absent"])
+    text = str(caught.value)
+    assert all(word in text for word in ("'re:nothing.*'", "'absent'", "served as one matrix"))
+    assert len(caught.value.problems) == 4
+
+
+def test_kept_mxfp4_has_no_output_form(sources: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"stored as MXFP4 and is no target.*export\.kept: plain \(and 575 more"):
+        make(sources["fp8_mxfp4"], [r"re:^layers\.\d+\.ffn\.shared_experts\.w[123]$"])
+
+
+def test_targets_that_also_match_mtp_warn_and_leave_it(sources: dict[str, Path]) -> None:
+    plan = make(sources["bf16"], [r"re:.*\.ffn\.(shared_)?experts\..*"])
+    assert any("MTP modules are copied" in warning for warning in plan.warnings)
+    assert not any(module.startswith("mtp.") for module in plan.quantized)
+
+
+def test_linear_means_linear_layers(sources: dict[str, Path]) -> None:
+    plan = make(sources["qwen3_moe"], "Linear", ignore=["lm_head"])
+    parts = Counter(plan.family.place(step.source).part for step in plan.quantized.values())
+    assert parts.keys() == {"attention", "routed expert"} and not plan.warnings
+
+
+def test_the_plan_is_deterministic_and_its_digest_sees_the_recipe(sources: dict[str, Path]) -> None:
+    one, two = make(sources["fp8"]), make(sources["fp8"])
+    assert one.digest == two.digest
+    assert make(sources["fp8"], export={"kept": "plain"}).digest != one.digest
+
+
+@pytest.mark.parametrize("stored", ["bf16", "fp8_mxfp4"])
+def test_config_targets_name_exactly_what_is_quantized(sources: dict[str, Path], stored: str) -> None:
+    plan, formats = plan_of(sources[stored], recipe(sources[stored], Path("/nowhere/out")))
+    config = output_config(plan, formats.checkpoint.config)
+    source = formats.checkpoint.config
+    assert all(config[k] == v for k, v in source.items() if k not in ("quantization_config", "expert_dtype"))
+    for name, group in config["quantization_config"]["config_groups"].items():
+        patterns = [re.compile(target.removeprefix("re:")) for target in group["targets"]]
+        weights = {n.rpartition(".")[0] for n in formats.checkpoint.tensors if n.endswith(".weight")}
+        assert {m for m in weights if any(p.match(m) for p in patterns)} == set(plan.modules(name))
+        assert not any(p.match(f"model.layers.{number}.ffn.experts.0.gate_proj") for p in patterns for number in (3, 4, 11))
+    experts = config["quantization_config"]["config_groups"]["experts"]["targets"]
+    assert any(re.match(t.removeprefix("re:"), "model.layers.2.ffn.experts.0.gate_proj") for t in experts)
+
+
+def test_transformers_names_of_every_family(sources: dict[str, Path]) -> None:
+    family = family_of({"model_type": "mixtral"})
+    assert family.model_name("model.layers.1.block_sparse_moe.experts.3.w2") == "model.layers.1.mlp.experts.3.down_proj"
+    assert family.model_name("model.layers.1.block_sparse_moe.gate.weight") == "model.layers.1.mlp.gate.weight"
+    v4 = family_of({"model_type": "deepseek_v4"})
+    assert v4.model_name("layers.2.ffn.experts.63.w3.weight") == "model.layers.2.mlp.experts.63.up_proj.weight"
+    assert v4.model_name("mtp.0.ffn.experts.0.w1.weight") is None
+    with pytest.raises(SourceError, match="'gpt9' has no grammar here"):
+        family_of({"model_type": "gpt9"})
