@@ -14,7 +14,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
 from recipes.errors import EnvironmentProblem
 
 
-class ActivationCache(IntermediatesCache):
+class ActivationCache(IntermediatesCache):  # type: ignore[misc]
     """llm-compressor's cache of a batch's named values, with a budget.
 
     A batch that would pass `limit` bytes of host memory is written to `directory` and read back for each use. The files
@@ -53,7 +53,8 @@ class ActivationCache(IntermediatesCache):
         """Appends a batch; its tensors come back on `device`."""
         self.batch_intermediates.append({})
         self._bytes.append(0)
-        offloaded = {name: self._offload_value(value, self.offload_device, self.device) for name, value in values.items()}
+        host, device = self.offload_device, self.device
+        offloaded = {name: self._offload_value(value, host, device) for name, value in values.items()}
         self._keep(len(self) - 1, offloaded)
 
     def fetch(self, batch_index: int, input_names: Collection[str] | None = None) -> dict[str, Any]:
@@ -98,8 +99,8 @@ class ActivationCache(IntermediatesCache):
             torch.save(values, path)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
             raise EnvironmentProblem(
-                f"{self._directory}: activations of batch {index} cannot be written: {error}; give offload.directory more "
-                "space, raise offload.max_host_memory, or use fewer samples"
+                f"{self._directory}: activations of batch {index} cannot be written: {error}; give offload.directory "
+                "more space, raise offload.max_host_memory, or use fewer samples"
             ) from None
         self._files[index] = path
 

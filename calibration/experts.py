@@ -138,11 +138,7 @@ def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int
     filled = set()
     for leaves in INPUT_SHARING:
         observers = {
-            number: [
-                observer
-                for leaf in leaves
-                if isinstance(observer := getattr(getattr(experts[number], leaf, None), "input_observer", None), MIN_MAX)
-            ]
+            number: [o for leaf in leaves if isinstance(o := _input_observer(experts[number], leaf), MIN_MAX)]
             for number in range(experts.num_experts)
         }
         seen = {number: [o for o in group if o.has_statistics] for number, group in observers.items()}
@@ -159,6 +155,10 @@ def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int
                 observer.max_vals = torch.maximum(high, observer.max_vals) if own else high.clone()
                 filled.add(number)
     return sorted(filled)
+
+
+def _input_observer(expert: nn.Module, leaf: str) -> nn.Module | None:
+    return getattr(getattr(expert, leaf, None), "input_observer", None)
 
 
 def _observe_once(observers: list[Observer], hidden: torch.Tensor) -> None:

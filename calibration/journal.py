@@ -42,17 +42,17 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def event(self, kind: str, **facts: Any) -> dict[str, Any]:
+    def event(self, name: str, /, **facts: Any) -> dict[str, Any]:
         """Appends one line to events.jsonl and returns it. `time` is seconds since the epoch."""
-        line = {"time": round(time.time(), 3), "event": kind, **facts}
+        line = {"time": round(time.time(), 3), "event": name, **facts}
         with (self.path / "events.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         return line
 
-    def record(self, kind: str, **facts: Any) -> None:
+    def record(self, name: str, /, **facts: Any) -> None:
         """Appends one durable fact to journal.jsonl: on disk before this returns."""
         with (self.path / "journal.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "fact": kind, **facts}) + "\n")
+            file.write(json.dumps({"time": round(time.time(), 3), "fact": name, **facts}) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

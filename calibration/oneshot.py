@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import tqdm
+import tqdm  # type: ignore[import-untyped]
 from compressed_tensors.quantization import DynamicType, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.utils import patch_attr
 from llmcompressor import oneshot
@@ -64,8 +64,8 @@ def calibrate(
     """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
 
     `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration.
-    Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and log
-    lines are left out unless `verbose`; its warnings become `log` events.
+    Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and
+    log lines are left out unless `verbose`; its warnings become `log` events.
     Raises RecipeError for arguments that llm-compressor refuses and modifiers that cannot run block by block,
     SourceError for NaN and Inf, ParityError and WorkflowError for a calibration that would be wrong.
     """
@@ -97,7 +97,7 @@ def calibrate(
                 dataset=batches,
                 pipeline=PIPELINE,
                 moe_calibrate_all_experts=calibration.all_experts,
-                # The batches are tokens already; without an object here oneshot looks for a tokenizer beside config.json.
+                # The batches are tokens already; without an object here oneshot looks for a tokenizer.
                 processor=object(),
             )
         except (ValueError, TypeError, AssertionError) as error:
@@ -124,7 +124,9 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
             problems.append(f"{where}: {REFUSED[entry.name]}; remove it")
             continue
         if entry.name in SCALING and not takes_edits:
-            problems.append(f"{where}: changes norms and other tensors that the output copies from the source; remove it")
+            problems.append(
+                f"{where}: changes norms and other tensors that the output copies from the source; remove it"
+            )
             continue
         if arguments.get("kv_cache_scheme") is not None:
             problems.append(f"{where}.kv_cache_scheme: the output has no place for cache scales yet; remove it")

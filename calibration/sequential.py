@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
-from llmcompressor.observers import ACTIVATION_OBS, Observer
+from llmcompressor.observers import Observer
 from llmcompressor.observers.fusion import FusionHandler
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
@@ -35,6 +36,7 @@ from torch.utils.data import DataLoader
 
 from calibration import tracing
 from calibration.activations import ActivationCache
+from calibration.checks import first_non_finite, is_finite, require_scales, require_statistics
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
 from calibration.source_model import SourceModel
 from calibration.tracing import BlockCall, hidden_of, own_block_calls, require_parity
@@ -97,11 +99,12 @@ class CalibrationSummary:
 
 
 @CalibrationPipeline.register(PIPELINE)
-class StreamingSequentialPipeline(CalibrationPipeline):
+class StreamingSequentialPipeline(CalibrationPipeline):  # type: ignore[misc]
     """Registered with llm-compressor; `oneshot(pipeline=PIPELINE)` runs the current CalibrationRun."""
 
     @staticmethod
     def __call__(model: nn.Module, dataloader: DataLoader[Any], dataset_args: Any) -> None:
+        """Called by oneshot with its model, the batches and its DatasetArguments."""
         _current.get().execute(dataloader, dataset_args.tracing_ignore)
 
 
@@ -202,8 +205,8 @@ class CalibrationRun:
                     owners = {next((b for b in self.source.blocks if f"{n}.".startswith(f"{b}.")), n) for n in names}
                     if len(owners) > 1:
                         problems.append(
-                            f"{type(modifier).__name__}: the mapping {names[0]} -> {names[1]} crosses blocks; blocks are "
-                            "calibrated one at a time, so give `mappings` that stay inside a block"
+                            f"{type(modifier).__name__}: the mapping {names[0]} -> {names[1]} crosses blocks; blocks "
+                            "are calibrated one at a time, so give `mappings` that stay inside a block"
                         )
         if problems:
             raise RecipeError(collapsed(problems))
@@ -234,24 +237,28 @@ class _Walk:
         roots = self._roots(index)
         run._tell("load", block=number, name=name)
         source.load(roots)
-        quantized = [module for root in roots for module in root.modules() if is_module_quantized(module)]
-        _attach_again(quantized)
+        quantized = {
+            source.source_module(source.module_name(module)): module
+            for root in roots
+            for module in root.modules()
+            if is_module_quantized(module)
+        }
+        _attach_again(quantized.values())
         if index == 0:
             self._record_own_calls()
         parity = self._calibrate(index, block, number, where)
         experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
         tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
         filled = self._fill(experts)
-        self._require_statistics(quantized, where)
+        require_statistics(quantized, where)
         with patch_attr(run.experts, "kind", Pass.PROPAGATE):
             LifecycleCallbacks.sequential_epoch_end(subgraph.submodules(source.model))
         nearest = self._round_to_nearest(quantized)
         if self.edits:
             self._propagate(index, number, block, where)
-        self._require_scales(quantized, where)
-        modules = {source.source_module(source.module_name(module)): module for module in quantized}
+        require_scales(quantized, where)
         result = BlockResult(
-            number, len(source.blocks), name, modules, self._edited(roots, modules, where), tokens, filled, nearest,
+            number, len(source.blocks), name, quantized, self._edited(roots, quantized, where), tokens, filled, nearest,
             parity, time.monotonic() - started, peak_rss(),
         )  # fmt: skip
         self._finish(result)
@@ -301,10 +308,10 @@ class _Walk:
         """The pass that observes. Returns the largest difference to the model's own forward."""
         worst = 0.0
         with self.run.experts.running(Pass.CALIBRATE):
-            for batch, inputs, outputs, passed in self._forward(index, block, number, "calibrate"):
+            for batch, outputs, passed in self._forward(index, block, number, "calibrate"):
                 if block is not None and passed is not None:
                     hidden, made = passed
-                    self._require_finite(block, hidden, made, where, batch, index, inputs)
+                    self._require_finite(index, block, made, batch, where)
                     if batch in self.calls and number is not None:
                         worst = max(worst, self._parity(block, number, batch, hidden, made))
                 if not self.edits:
@@ -314,15 +321,15 @@ class _Walk:
     def _propagate(self, index: int, number: int | None, block: nn.Module | None, where: str) -> None:
         """The pass that computes the outputs of the edited weights."""
         with self.run.experts.running(Pass.PROPAGATE):
-            for batch, inputs, outputs, passed in self._forward(index, block, number, "propagate"):
+            for batch, outputs, passed in self._forward(index, block, number, "propagate"):
                 if block is not None and passed is not None:
-                    self._require_finite(block, *passed, where, batch, index, inputs)
+                    self._require_finite(index, block, passed[1], batch, where)
                 self._keep(index, batch, outputs)
 
     def _forward(
         self, index: int, block: nn.Module | None, number: int | None, kind: str
-    ) -> Iterator[tuple[int, dict[str, Any], dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
-        """Yields batch, inputs, outputs, and what entered and left the block."""
+    ) -> Iterator[tuple[int, dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
+        """Yields batch, outputs, and the hidden states that entered and left the block."""
         subgraph, passed = self.subgraphs[index], list[tuple[torch.Tensor, torch.Tensor]]()
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -336,7 +343,7 @@ class _Walk:
             if handle is not None:
                 handle.remove()
             self.run._tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
-            yield batch, inputs, outputs, passed.pop() if passed else None
+            yield batch, outputs, passed.pop() if passed else None
 
     def _keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
         if index + 1 < len(self.subgraphs):
@@ -350,31 +357,18 @@ class _Walk:
             own = self.calls[batch][number](block, hidden)
         return max(worst, require_parity(f"block {number}", made, own))
 
-    def _require_finite(
-        self,
-        block: nn.Module,
-        hidden: torch.Tensor,
-        made: torch.Tensor,
-        where: str,
-        batch: int,
-        index: int,
-        inputs: dict[str, Any],
-    ) -> None:
-        if bool(torch.isfinite(made).all()):
+    def _require_finite(self, index: int, block: nn.Module, made: torch.Tensor, batch: int, where: str) -> None:
+        if is_finite(made):
             return
-        culprit: list[str] = []
-        handles = [
-            module.register_forward_hook(_non_finite_watch(name, culprit))
-            for name, module in block.named_modules(prefix=self.run.source.module_name(block))
-        ]
+        source, subgraph = self.run.source, self.subgraphs[index]
+        name = source.module_name(block)
         with self.run.experts.running(Pass.PROPAGATE):
-            self.subgraphs[index].forward(self.run.source.model, **inputs)
-        for handle in handles:
-            handle.remove()
-        first = culprit[0] if culprit else self.run.source.module_name(block)
+            inputs = self.cache.fetch(batch, subgraph.input_names)
+            forward = partial(subgraph.forward, source.model, **inputs)
+            first = first_non_finite(block.named_modules(prefix=name), forward)
         raise SourceError(
-            f"{where}, batch {batch}: the hidden states are not finite; the first module with NaN or Inf is {first}; "
-            "the source overflows in BF16 on this text, or is damaged"
+            f"{where}, batch {batch}: the hidden states are not finite; the first module with NaN or Inf is "
+            f"{first or name}; the source overflows in BF16 on this text, or is damaged"
         )
 
     def _fill(self, experts: list[LinearExperts2D]) -> list[int]:
@@ -383,40 +377,13 @@ class _Walk:
         least = self.run.min_tokens_per_expert
         return [n for module in experts for n in fill_from_peers(module, self.run.experts.tokens(module), least)]
 
-    def _require_statistics(self, quantized: list[nn.Module], where: str) -> None:
-        blind = [
-            self.run.source.source_module(self.run.source.module_name(module))
-            for module in quantized
-            for base in ACTIVATION_OBS
-            if (observer := getattr(module, f"{base}_observer", None)) is not None and not observer.has_statistics
-        ]
-        if blind:
-            more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
-            raise WorkflowError(
-                f"{where}: no calibration token reached {', '.join(blind[:4])}{more}; their input scales would be "
-                "arbitrary: set calibration.all_experts: true, or use more samples"
-            )
-
-    def _round_to_nearest(self, quantized: list[nn.Module]) -> list[str]:
+    @staticmethod
+    def _round_to_nearest(quantized: dict[str, nn.Module]) -> list[str]:
         """Gives weight scales to modules that the modifier left without: GPTQ skips an expert that saw no token."""
-        left = [m for m in quantized if hasattr(m, "weight_scale") and not bool(torch.isfinite(m.weight_scale).all())]
-        observe(left, "weight")
-        update_qparams(left, "weight")
-        return [self.run.source.source_module(self.run.source.module_name(module)) for module in left]
-
-    def _require_scales(self, quantized: list[nn.Module], where: str) -> None:
-        problems = []
-        for module in quantized:
-            for leaf, scale in module._parameters.items():
-                if scale is None or not leaf.endswith("_scale"):
-                    continue
-                value = scale.float()
-                bad = value[~(torch.isfinite(value) & (value > 0))]
-                if bad.numel():
-                    name = self.run.source.source_module(self.run.source.module_name(module))
-                    problems.append(f"{where}: {name}.{leaf}: {bad[0].item()} is not a finite positive scale")
-        if problems:
-            raise WorkflowError(collapsed(problems))
+        left = {n: m for n, m in quantized.items() if not is_finite(getattr(m, "weight_scale", torch.zeros(())))}
+        observe(list(left.values()), "weight")
+        update_qparams(list(left.values()), "weight")
+        return list(left)
 
     def _edited(self, roots: list[nn.Module], modules: dict[str, nn.Module], where: str) -> dict[str, torch.Tensor]:
         edited = self.run.source.edited(roots)
@@ -444,7 +411,7 @@ def _called(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
-def _attach_again(modules: list[nn.Module]) -> None:
+def _attach_again(modules: Iterable[nn.Module]) -> None:
     """Observers that keep state of their own (imatrix) made it on meta: they start again beside loaded weights."""
     for module in modules:
         for child in list(module.children()):
@@ -466,12 +433,3 @@ def _parity_samples(cache: ActivationCache) -> dict[int, dict[str, Any]]:
         if len(samples) == PARITY_SAMPLES:
             break
     return samples
-
-
-def _non_finite_watch(name: str, culprit: list[str]) -> Callable[[nn.Module, Any, Any], None]:
-    def watch(module: nn.Module, args: Any, output: Any) -> None:
-        tensors = output if isinstance(output, tuple | list) else (output,)
-        if any(isinstance(t, torch.Tensor) and t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
-            culprit.append(name)
-
-    return watch

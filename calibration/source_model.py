@@ -7,8 +7,8 @@ until `SourceModel.load` reads them, and go back there with `SourceModel.unload`
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -60,7 +60,8 @@ class SourceModel:
 
     def module_name(self, module: nn.Module) -> str:
         """The name of a module of the skeleton in transformers' tree."""
-        return self._names[module]
+        name: str = self._names[module]
+        return name
 
     def source_module(self, name: str) -> str:
         """The source checkpoint's spelling of a module (one with a weight) of transformers' tree."""
@@ -72,8 +73,9 @@ class SourceModel:
 
     def source_block(self, name: str) -> str:
         """The source's spelling of a block: `model.layers.3` -> `layers.3` for DeepSeek-V4."""
-        names = [source for tensor, source in self.sources.items() if tensor.startswith(name + ".")]
-        return os.path.commonprefix(names).rpartition(".")[0]
+        split = [source.split(".") for tensor, source in self.sources.items() if tensor.startswith(name + ".")]
+        common = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*split, strict=False))
+        return ".".join(parts[0] for parts in common)
 
     def outside_blocks(self) -> list[nn.Module]:
         """The modules outside the blocks that have tensors of their own: embedding, final norm, head, ..."""
@@ -106,7 +108,8 @@ class SourceModel:
 
     def loaded(self) -> set[str]:
         """Names of the source-backed tensors that are in memory now."""
-        return {full for _, _, full, tensor in self._tensors([self.model]) if full in self.sources and not tensor.is_meta}
+        everything = self._tensors([self.model])
+        return {full for _, _, full, tensor in everything if full in self.sources and not tensor.is_meta}
 
     def edited(self, roots: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
         """Source tensors below `roots` whose values were written to since `load` (GPTQ, AWQ, SmoothQuant)."""

@@ -1,8 +1,8 @@
 """Trace repair and trace parity: the traced blocks must compute what the model's own forward computes.
 
 Stock llm-compressor loses the causal mask of models that write `mask_function = create_causal_mask if ... else ...`
-(Mixtral, Qwen3-MoE, Mistral in transformers 5.17): the call then is not wrapped with its surroundings but becomes a node
-of its own, whose config argument is rebuilt from `config.to_dict()`. The rebuilt config has forgotten
+(Mixtral, Qwen3-MoE, Mistral in transformers 5.17): the call then is not wrapped with its surroundings but becomes a
+node of its own, whose config argument is rebuilt from `config.to_dict()`. The rebuilt config has forgotten
 `_attn_implementation`, the mask function takes it for SDPA and returns no mask, and eager attention runs without one.
 """
 
@@ -18,7 +18,7 @@ import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pipelines.sequential import helpers
 from torch import nn
-from torch.fx.proxy import Argument
+from torch.fx.node import Argument
 from transformers.configuration_utils import PretrainedConfig
 
 from recipes.errors import WorkflowError
@@ -35,12 +35,15 @@ class ConfigKeepingTracer(helpers.SequentialTracer):  # type: ignore[misc]
     """llm-compressor's tracer, except that a config of the model itself is passed on as that very object."""
 
     def create_arg(self, a: Any) -> Argument:
+        """The graph's form of one argument `a`."""
         if isinstance(a, PretrainedConfig):
             for name, module in self.root.named_modules():
                 for attribute, value in vars(module).items():
                     if value is a:
-                        return self.create_node("get_attr", f"{name}.{attribute}".lstrip("."), (), {})
-        return super().create_arg(a)
+                        node: Argument = self.create_node("get_attr", f"{name}.{attribute}".lstrip("."), (), {})
+                        return node
+        argument: Argument = super().create_arg(a)
+        return argument
 
 
 @contextmanager

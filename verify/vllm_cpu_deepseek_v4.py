@@ -6,9 +6,9 @@ Two parts, both plain torch:
   `build_tile_scheduler`. With them vLLM's own CPU model runs in bfloat16, with its own kernels and FP8 KV cache.
 - `register(float32=True)` also replaces the parts whose kernels compute or store in bfloat16 or FP8: hyper-connections,
   query/KV preparation, KV cache, compressor, sparse attention and the grouped output projection. Slots, block tables
-  and masks stay vLLM's; only the arithmetic and the rows behind the slots change. A float32 run then really is one,
-  and can be compared to a float32 reference. Contexts in which the indexer must choose (more than 4 * index_topk
-  tokens) raise NotImplementedError in float32: vLLM's indexer scores in FP8.
+  and masks stay vLLM's; only the arithmetic and the rows behind the slots change: float32 values, sums in float64. A
+  float32 run then really is one, and can be compared to a reference. Contexts in which the indexer must choose (more
+  than 4 * index_topk tokens) raise NotImplementedError in float32: vLLM's indexer scores in FP8.
 
 Runs inside vLLM's interpreter: imports the standard library, torch and vLLM only. Written against vLLM 0.32.
 """
@@ -160,9 +160,9 @@ def _replace_hyper_connections() -> None:
 
 
 def _mixes(x: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.Tensor:
-    """`x [T, n, D]` flattened, RMS-normalized without weight and projected: `[T, outputs]`, float32."""
-    flat = x.flatten(-2).float()
-    return F.linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps), fn)
+    """`x [T, n, D]` flattened, RMS-normalized without weight and projected: `[T, outputs]`, float64."""
+    flat = x.flatten(-2).double()
+    return F.linear(flat * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps), fn.double())
 
 
 def hyper_connection_pre(
@@ -189,7 +189,7 @@ def hyper_connection_pre(
     for _ in range(sinkhorn_repeat - 1):
         comb = comb / (comb.sum(-1, keepdim=True) + hc_sinkhorn_eps)
         comb = comb / (comb.sum(-2, keepdim=True) + hc_sinkhorn_eps)
-    collapsed = (pre.unsqueeze(-1) * residual.float()).sum(-2)
+    collapsed = (pre.unsqueeze(-1) * residual.double()).sum(-2)
     return post.unsqueeze(-1), comb, collapsed.to(residual.dtype)
 
 
@@ -197,8 +197,8 @@ def hyper_connection_post(
     self: Any, x: torch.Tensor, residual: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
 ) -> torch.Tensor:
     """mHC behind a sublayer: `post * x + comb^T @ residual`, `[T, n, D]`."""
-    mixed = torch.matmul(comb.float().transpose(-1, -2), residual.float())
-    return (mixed + post.float() * x.unsqueeze(-2).float()).to(residual.dtype)
+    mixed = torch.matmul(comb.double().transpose(-1, -2), residual.double())
+    return (mixed + post.double() * x.unsqueeze(-2).double()).to(residual.dtype)
 
 
 def hyper_connection_head(
@@ -212,7 +212,7 @@ def hyper_connection_head(
 ) -> torch.Tensor:
     """The last collapse of the streams, `[T, n, D] -> [T, D]`."""
     pre = torch.sigmoid(_mixes(hidden_states, hc_fn, rms_norm_eps) * hc_scale + hc_base) + hc_eps
-    return (pre.unsqueeze(-1) * hidden_states.float()).sum(-2).to(hidden_states.dtype)
+    return (pre.unsqueeze(-1) * hidden_states.double()).sum(-2).to(hidden_states.dtype)
 
 
 def _replace_attention() -> None:
@@ -285,9 +285,9 @@ def _prepare_query_and_store(
     slots = metadata.slot_mapping
     stored = slots >= 0
     rows = _rows(self.swa_cache_layer, metadata.block_size, self.head_dim)
-    rows[slots[stored]] = rope(kv, positions, cos_sin)[: slots.shape[0]][stored].float()
-    q = q.float()
-    return rope(q * torch.rsqrt(q.square().mean(-1, keepdim=True) + self.eps), positions, cos_sin)
+    rows[slots[stored]] = rope(kv, positions, cos_sin)[: slots.shape[0]][stored]
+    q = q.double()
+    return rope(q * torch.rsqrt(q.square().mean(-1, keepdim=True) + self.eps), positions, cos_sin).float()
 
 
 def _compress(self: Any, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: Any) -> None:
@@ -321,7 +321,7 @@ def _compress(self: Any, kv_score: torch.Tensor, positions: torch.Tensor, rotary
         local, state.token_to_req_indices[:count][closes], state.block_table, state.block_size
     )
     gathered = pages[slots.clamp(min=0) // state.block_size, slots.clamp(min=0) % state.block_size]
-    kv, gate = gathered.chunk(2, dim=-1)
+    kv, gate = gathered.double().chunk(2, dim=-1)
     if self.overlap:
         half = self.compress_ratio
         kv = torch.cat((kv[:, :half, : self.head_dim], kv[:, half:, self.head_dim :]), dim=1)
@@ -329,10 +329,12 @@ def _compress(self: Any, kv_score: torch.Tensor, positions: torch.Tensor, rotary
     absent = (slots < 0).unsqueeze(-1)
     weights = gate.masked_fill(absent, float("-inf")).softmax(dim=1)
     pooled = (weights * kv.masked_fill(absent, 0.0)).sum(dim=1)
-    pooled = pooled * torch.rsqrt(pooled.square().mean(-1, keepdim=True) + self.rms_norm_eps) * self.norm.weight.float()
+    pooled = (
+        pooled * torch.rsqrt(pooled.square().mean(-1, keepdim=True) + self.rms_norm_eps) * self.norm.weight.double()
+    )
     layer = self._static_forward_context[self.k_cache_prefix]
     rows = _rows(layer, layer.kv_cache.shape[1], self.head_dim)
-    rows[target[closes]] = rope(pooled, position[closes] - self.compress_ratio + 1, rotary_emb.cos_sin_cache)
+    rows[target[closes]] = rope(pooled, position[closes] - self.compress_ratio + 1, rotary_emb.cos_sin_cache).float()
 
 
 def _attend(self: Any, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tensor, output: torch.Tensor) -> None:
@@ -368,10 +370,10 @@ def _attend(self: Any, q: torch.Tensor, kv: torch.Tensor, positions: torch.Tenso
             slots = map_local_to_global_slots_cpu(index[part], request[part], block_table, size)
             present.append(slots >= 0)
             gathered.append(rows[slots.clamp(min=0)].masked_fill(~present[-1].unsqueeze(-1), 0.0))
-        keys, valid = torch.cat(gathered, dim=1), torch.cat(present, dim=1)
-        scores = torch.einsum("thd,tkd->thk", q[part].float(), keys) * self.scale
+        keys, valid = torch.cat(gathered, dim=1).double(), torch.cat(present, dim=1)
+        scores = torch.einsum("thd,tkd->thk", q[part].double(), keys) * self.scale
         scores = scores.masked_fill(~valid.unsqueeze(1), float("-inf"))
-        sink = self.attn_sink[: q.shape[1]].view(1, -1, 1).expand(scores.shape[0], -1, 1)
+        sink = self.attn_sink[: q.shape[1]].double().view(1, -1, 1).expand(scores.shape[0], -1, 1)
         weights = torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
         output[part] = torch.einsum("thk,tkd->thd", weights, keys).to(output.dtype)
 
@@ -380,6 +382,6 @@ def _project_output(self: Any, o: torch.Tensor, positions: torch.Tensor) -> torc
     """Undo the rotation of `o [T, H, 512]`, project the groups of heads with wo_a, then wo_b."""
     if get_forward_context().attn_metadata is None:
         return torch.zeros((o.shape[0], self.hidden_size), dtype=o.dtype)
-    turned = rope(o.float(), positions, self.rotary_emb.cos_sin_cache, inverse=True)
+    turned = rope(o.double(), positions, self.rotary_emb.cos_sin_cache, inverse=True)
     grouped = turned.reshape(o.shape[0], self.n_local_groups, -1)
-    return self.wo_b(torch.einsum("tgk,grk->tgr", grouped, self.wo_a_float32).flatten(1).to(o.dtype))
+    return self.wo_b(torch.einsum("tgk,grk->tgr", grouped, self.wo_a_float32.double()).flatten(1).to(o.dtype))

@@ -35,27 +35,25 @@ from vllm.platforms import PlatformEnum, current_platform
 logger = init_logger(__name__)
 
 GROUP = 16  # weights per group scale
-FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 MOE_INPUT_SCALES = ("stored", "collapsed")
-
-
-def fp8_quant_dequant(x: torch.Tensor, group: int) -> torch.Tensor:
-    """Dynamic FP8 activation quantization as block-FP8 kernels do it: one scale per token and `group` features.
-
-    x: `[T, K]`; the last group may be shorter. Returns the dequantized `[T, K]` in x's dtype, computed in float32.
-    """
-    width = x.shape[-1]
-    grouped = torch.nn.functional.pad(x.float(), (0, -width % group)).unflatten(-1, (-1, group))
-    scale = (grouped.abs().amax(dim=-1, keepdim=True) / FP8_MAX).clamp(min=1e-10 / FP8_MAX)
-    code = (grouped / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    return (code.float() * scale).flatten(-2)[..., :width].to(x.dtype)
 
 
 def fp8_block_dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """Float32 weight `[M, K]` from E4M3 codes `[M, K]` and tile scales `[ceil(M/bm), ceil(K/bk)]` (F32 or E8M0)."""
     rows = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
     return weight.float() * rows.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x [..., K]`, `weight [M, K]` -> `[..., M]` in x's dtype; float32 is accumulated in float64.
+
+    A float32 run is compared to a reference, and an activation that rounds to another code because of the order of
+    a sum changes every later token: the less rounding noise, the fewer of those.
+    """
+    if x.dtype != torch.float32:
+        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+    return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
 
 
 class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
@@ -77,12 +75,15 @@ class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
         """`x [..., K] -> [..., M]`: the input is quantized to NVFP4 and back, then multiplied."""
         flat = x.reshape(-1, x.shape[-1])
         quantized = ref_nvfp4_quant_dequant(flat, layer.input_global_scale_inv, GROUP)
-        out = torch.nn.functional.linear(quantized, layer.dense_weight.to(x.dtype), bias)
+        out = multiply(quantized, layer.dense_weight, bias)
         return out.reshape(*x.shape[:-1], -1)
 
 
 class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
-    """Block-FP8 (W8A8) linear where the CPU has no AMX: dynamic FP8 activations, dequantized weights."""
+    """Block-FP8 linear where the CPU has no AMX: dequantized weights, activations left alone.
+
+    Weight-only like vLLM's own AMX kernel (CPUFp8BlockScaledMMKernel); GPU kernels quantize the activations to FP8.
+    """
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -100,10 +101,7 @@ class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mis
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """`x [..., K] -> [..., M]`."""
-        flat = x.reshape(-1, x.shape[-1])
-        quantized = fp8_quant_dequant(flat, self.weight_group_shape.col)
-        out = torch.nn.functional.linear(quantized, layer.dense_weight.to(x.dtype), bias)
-        return out.reshape(*x.shape[:-1], -1)
+        return multiply(x, layer.dense_weight, bias)
 
     def apply_block_scaled_mm(
         self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor
@@ -188,13 +186,9 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
             token, slot = torch.where(topk_ids == expert)
             weight = topk_weights[token, slot].unsqueeze(-1)
             rows = x[token] * weight.to(x.dtype) if layer.apply_router_weight_on_input else x[token]
-            hidden = torch.nn.functional.linear(
-                self._quantize(rows, layer.w13_input_divisor[expert]), layer.w13_dense[expert]
-            )
+            hidden = multiply(self._quantize(rows, layer.w13_input_divisor[expert]), layer.w13_dense[expert])
             hidden = activate(layer, hidden)
-            result = torch.nn.functional.linear(
-                self._quantize(hidden, layer.w2_input_divisor[expert]), layer.w2_dense[expert]
-            ).float()
+            result = multiply(self._quantize(hidden, layer.w2_input_divisor[expert]), layer.w2_dense[expert]).float()
             out.index_add_(0, token, result if layer.apply_router_weight_on_input else result * weight.float())
         return out.to(x.dtype)
 
@@ -250,5 +244,5 @@ def register(moe_input_scales: str = "stored") -> list[str]:
     return [
         "NVFP4 linear layers: activations quantized and dequantized, dense weights, torch",
         f"NVFP4 routed experts: the same, one expert at a time, input global scales {moe_input_scales}",
-        "block-FP8 linear layers where there is no AMX: dynamic FP8 activations, dense weights, torch",
+        "block-FP8 linear layers where there is no AMX: weights only, like vLLM's AMX kernel, torch",
     ]

@@ -1,1 +1,6 @@
 """Command lines: run, inspect_checkpoint. The top layer; nothing imports it."""
+
+import os
+
+# Before torch loads OpenMP: idle threads that spin cost ten times the work where cores are shared.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -5,6 +5,7 @@ Apart from `stages` because it imports torch's and llm-compressor's model code, 
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -16,12 +17,15 @@ from calibration.checkpoint.plan import Plan
 from calibration.data import load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
-from calibration.oneshot import calibrate
+from calibration.oneshot import calibrate, quiet
 from calibration.sequential import BlockResult, Callbacks
 from calibration.source_model import build_skeleton
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
 from workflows.progress import Reporter
+
+#: Warnings of llm-compressor that are true of every run here and ask nothing of anybody.
+_EXPECTED = ("No accelerator available", "Calibration pipeline is set to")
 
 
 def calibrate_blocks(
@@ -42,8 +46,8 @@ def calibrate_blocks(
     tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
     data = load_batches(recipe.calibration, tokenizer, source_directory=source.directory)
     reporter.say(f"data: {data.description}")
-    model = build_skeleton(source, directory.path, recipe.source.trust_remote_code)
     exporter = Exporter(plan, formats, recipe, output)
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     directory.record("started", plan=plan.digest, data=data.digest)
 
     def on_block(result: BlockResult) -> None:
@@ -76,13 +80,15 @@ def calibrate_blocks(
 
     def on_progress(event: dict[str, Any]) -> None:
         kind = event.pop("event")
-        if kind == "log":
+        if kind == "log" and not any(part in event["message"] for part in _EXPECTED):
             reporter.say(f"llm-compressor: {event['message']}", event["level"])
         elif kind == "trace":
             reporter.say(f"tracing {event['blocks']} blocks; {event['batches']} batches")
-        if kind != "block":
+        if kind not in ("batch", "block"):
             reporter.event(kind, **event)
 
+    with quiet(on_progress):
+        model = build_skeleton(source, directory.path, recipe.source.trust_remote_code)
     with reporter.counting("calibrating blocks", len(model.blocks)):
         summary = calibrate(recipe, model, plan, data.batches, Callbacks(on_block, on_progress), directory.path / "activations")
     counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]

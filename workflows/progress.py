@@ -42,10 +42,10 @@ class Reporter:
             style = {"warning": "yellow", "error": "bold red"}.get(level)
             self.console.print(text, style=style, markup=False, soft_wrap=True)
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, name: str, /, **facts: Any) -> None:
         """One line of events.jsonl; nothing before the run directory is open."""
         if self.directory is not None:
-            self.directory.event(kind, **facts)
+            self.directory.event(name, **facts)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -72,7 +72,8 @@ def batches(count: int = 3, size: int = 2, tokens: int = 40, seed: int = 0) -> D
         }
         for _ in range(count)
     ]
-    made[-1]["attention_mask"][-1, -tokens // 4 :] = 0
+    if made:
+        made[-1]["attention_mask"][-1, -tokens // 4 :] = 0
     return DataLoader(made, batch_size=None)  # type: ignore[arg-type]
 
 
@@ -129,7 +130,7 @@ def ours(
     plan = make_plan(formats.checkpoint, formats, chosen)
     scratch = Path(_root().name) / "scratch"
     callbacks = Callbacks(on_block, run.events.append, takes_edits)
-    run.summary = calibrate(chosen, source, plan, loader or batches(), callbacks, scratch)
+    run.summary = calibrate(chosen, source, plan, batches() if loader is None else loader, callbacks, scratch)
     return run
 
 
@@ -159,7 +160,11 @@ def stock(name: str, source: SourceModel, loader: DataLoader[Any] | None = None)
     modifier = QuantizationModifier(targets=["Linear"], scheme="NVFP4", ignore=ignore)
     with create_session(), quiet(lambda event: None):
         stock_oneshot(
-            model=model, recipe=[modifier], dataset=loader or batches(), pipeline="sequential", processor=object()
+            model=model,
+            recipe=[modifier],
+            dataset=batches() if loader is None else loader,
+            pipeline="sequential",
+            processor=object(),
         )
     return {
         f"{names[module]}.{leaf}": value.data
@@ -175,5 +180,3 @@ def differing(left: Scales, right: Scales) -> list[str]:
     return sorted(left.keys() ^ right.keys()) + [
         name for name in left.keys() & right.keys() if not torch.equal(left[name], right[name])
     ]
-
-

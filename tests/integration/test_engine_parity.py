@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from llmcompressor.modeling.moe.context import moe_calibration_context
+from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import calibration_forward_context
 
 from calibration import tracing
@@ -57,16 +58,14 @@ def test_unrepaired_tracing_is_right_for_the_others(name: str, monkeypatch: pyte
 
 
 def test_a_block_that_computes_something_else_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A difference in one later block, smaller than one BF16 rounding of most values, stops the run at that block."""
+    """One per cent in one value of a later block stops the run at that block."""
     source = skeleton("qwen3")
     block = source.blocks["model.layers.1"]
-    original, calls = block.forward, 0
+    original = block.forward
 
     def unsteady(*args: Any, **kwargs: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
         output: torch.Tensor = original(*args, **kwargs).clone()
-        if calls > 1:
+        if HooksMixin._HOOKS_DISABLED:  # the comparison's own call
             output[0, 0, 0] *= 1.01
         return output
 

@@ -1,4 +1,4 @@
-"""Float32 logits of a compressed-tensors checkpoint, computed slowly and independently of product and engine.
+"""Float64 logits of a compressed-tensors checkpoint, computed slowly and independently of product and engine.
 
 transformers' model code gives the architecture; every weight is dequantized by `tests.reference.nvfp4` and assigned by
 hand (plain transformers loads such checkpoints wrongly and silently). Routed experts run in a loop, each with its own
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.reference.nvfp4 import block_fp8_dequantize, block_fp8_fake_quantize, dequantize, fake_quantize
+from tests.reference.nvfp4 import block_fp8_dequantize, dequantize, fake_quantize
 from tests.reference.rtn import load
 
 DEEPSEEK_V4 = [
@@ -67,7 +67,8 @@ def rename(name: str, model_type: str) -> str | None:
 
 
 class Projection(nn.Module):
-    """A linear layer as the checkpoint stores it: plain, NVFP4 (weights and activations) or block FP8.
+    """A linear layer as the checkpoint stores it: plain, NVFP4 (weights and activations) or block FP8 (weights only, as
+    vLLM does on CPUs).
 
     quantize_inputs=False leaves activations alone: the control that must not agree with a W4A4 engine.
     """
@@ -75,24 +76,21 @@ class Projection(nn.Module):
     def __init__(self, stored: dict[str, torch.Tensor], quantize_inputs: bool = True) -> None:
         super().__init__()
         self.divisor: torch.Tensor | None = None
-        self.fp8 = "weight_scale" in stored and "weight" in stored
         self.quantize_inputs = quantize_inputs
         if "weight_packed" in stored:
             weight = dequantize(stored["weight_packed"], stored["weight_scale"], stored["weight_global_scale"])
-            self.divisor = stored["input_global_scale"].float()
-        elif self.fp8:
+            self.divisor = stored["input_global_scale"].double()
+        elif "weight_scale" in stored:
             weight = block_fp8_dequantize(stored["weight"], stored["weight_scale"])
         else:
-            weight = stored["weight"].float()
+            weight = stored["weight"].double()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(stored["bias"].float(), requires_grad=False) if "bias" in stored else None
+        self.bias = nn.Parameter(stored["bias"].double(), requires_grad=False) if "bias" in stored else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K] -> [..., M]`."""
         if self.quantize_inputs and self.divisor is not None:
             x = fake_quantize(x, self.divisor)
-        elif self.quantize_inputs and self.fp8:
-            x = block_fp8_fake_quantize(x)
         return F.linear(x, self.weight, self.bias)
 
 
@@ -119,17 +117,17 @@ class Experts(nn.Module):
 
 
 def reference_model(checkpoint: Path, *, quantize_inputs: bool = True) -> nn.Module:
-    """The checkpoint as a float32 transformers model whose quantized layers are those of this module.
+    """The checkpoint as a float64 transformers model whose quantized layers are those of this module.
 
     Raises KeyError or AssertionError when a tensor of the checkpoint has no place in the model, or the reverse.
     """
     content: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
     content.pop("quantization_config", None)
-    content["dtype"] = "float32"
+    content["dtype"] = "float64"
     content.pop("torch_dtype", None)
     config = AutoConfig.for_model(content.pop("model_type"), **content)
     with torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     stored: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in load(checkpoint).items():
         renamed = rename(name, config.model_type)
@@ -154,7 +152,7 @@ def reference_model(checkpoint: Path, *, quantize_inputs: bool = True) -> nn.Mod
         for leaf, tensor in tensors.items():
             place = getattr(target, leaf)
             assert place.shape == tensor.shape, f"{module}.{leaf}: {tuple(tensor.shape)}, model {tuple(place.shape)}"
-            place.data = tensor.to(torch.int64) if not tensor.is_floating_point() else tensor.float()
+            place.data = tensor.to(torch.int64) if not tensor.is_floating_point() else tensor.double()
             assigned.add(f"{module}.{leaf}")
     limit = getattr(config, "swiglu_limit", None)
     for module, numbered in experts.items():
@@ -175,5 +173,5 @@ def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
 
 @torch.no_grad()
 def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Float32 logits `[T, V]` of each prompt, run alone and without a cache."""
-    return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float() for ids in prompts]
+    """Float64 logits `[T, V]` of each prompt, run alone and without a cache."""
+    return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0] for ids in prompts]

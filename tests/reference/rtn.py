@@ -99,9 +99,9 @@ def write_nvfp4(
     amax: dict[str, torch.Tensor] = {}
     for module, weight in plain.items():
         group = _fused(module)
-        amax[group] = torch.maximum(amax.get(group, torch.zeros(())), weight.abs().amax())
+        amax[group] = torch.maximum(amax.get(group, torch.zeros((), dtype=torch.float64)), weight.abs().amax())
     for module in quantized:
-        divisor = (448.0 * 6.0 / amax[_fused(module)]).reshape(1)
+        divisor = (448.0 * 6.0 / amax[_fused(module)]).float().reshape(1)
         packed, scale = quantize(plain[module], divisor)
         expert = re.search(r"\.experts\.(\d+)\.", module)
         spread = 1.0 + (int(expert[1]) % 5) / 4 if expert and per_expert_inputs else 1.0
@@ -135,15 +135,15 @@ def write_nvfp4(
 
 
 def _plain(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Float32 `[M, K]` of a stored weight: plain, E4M3 with 128 x 128 tiles, or MXFP4 (int8 nibbles, 32 per scale)."""
+    """Float64 `[M, K]` of a stored weight: plain, E4M3 with 128 x 128 tiles, or MXFP4 (int8 nibbles, 32 per scale)."""
     if scale is None:
-        return weight.float()
+        return weight.double()
     if weight.dtype == torch.float8_e4m3fn:
         return block_fp8_dequantize(weight, scale)
     packed = weight.view(torch.uint8)
     nibbles = torch.stack((packed & 0xF, packed >> 4), -1).flatten(-2).long()
     values = torch.where(nibbles >= 8, -E2M1[nibbles & 7], E2M1[nibbles & 7])
-    return values * scale.float().repeat_interleave(32, -1)
+    return values * scale.double().repeat_interleave(32, -1)
 
 
 def _fused(module: str) -> str:

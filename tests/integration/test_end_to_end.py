@@ -1,0 +1,105 @@
+"""The main job: a recipe, the real llm-compressor, the real vLLM, and the strict float32 gate on what came out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.exported import EXPERTS
+from tests.models import deepseek_v4, standard
+from tests.reference.compare import compare
+from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
+from tests.reference.model import logits, reference_model
+
+from calibration.checkpoint.index import INDEX_NAME
+
+TOP1, KL = 0.995, 1e-4
+ROOT = Path(__file__).parents[2]
+LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
+CASES: dict[str, tuple[Any, list[str]]] = {
+    "deepseek_v4-bf16": (lambda path: deepseek_v4.write(path, "bf16"), EXPERTS),
+    "deepseek_v4-fp8": (lambda path: deepseek_v4.write(path, "fp8"), EXPERTS),
+    "deepseek_v4-fp8_mxfp4": (lambda path: deepseek_v4.write(path, "fp8_mxfp4"), EXPERTS),
+    "qwen3_moe": (lambda path: standard.write(path, "qwen3_moe"), LINEAR),
+    "mixtral": (lambda path: standard.write(path, "mixtral"), LINEAR),
+    "llama": (lambda path: standard.write(path, "llama"), LINEAR),
+}
+
+
+def write_recipe(directory: Path, source: Path, targets: list[str], **sections: Any) -> Path:
+    """A recipe file whose output is `<directory>/output`, small enough for a test, serving included."""
+    body: dict[str, Any] = {
+        "source": {"checkpoint": str(source)},
+        "output": str(directory / "output"),
+        "modifiers": [{"QuantizationModifier": {"targets": targets, "scheme": "NVFP4"}}],
+        "calibration": {"dataset": "bundled", "num_samples": 8, "max_seq_length": 128, "batch_size": 4},
+        "verify": {"serving": {"python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"]}},
+    }
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(body | sections))
+    return path
+
+
+def run(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m workflows.run RECIPE ...` as a user runs it."""
+    command = [sys.executable, "-m", "workflows.run", str(recipe), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
+    write, targets = CASES[case]
+    recipe = write_recipe(tmp_path, write(tmp_path / "source"), targets)
+    done = run(recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["verdicts"] == {"structure": "PASS", "fidelity": "PASS", "serving": "PASS"}
+    assert len(result["samples"]) >= 2 and all(sample["text"] for sample in result["samples"][:2])
+    output = tmp_path / "output"
+    card = (output / "README.md").read_text()
+    assert "structure PASS, fidelity PASS, serving PASS" in card and "serving.w4a4 | PASS" in card
+    events = [json.loads(line) for line in (tmp_path / "output.run" / "events.jsonl").read_text().splitlines()]
+    blocks = [event for event in events if event["event"] == "block"]
+    assert [event["block"] for event in blocks] == list(range(1, blocks[0]["blocks"] + 1))
+    if case != "llama":
+        experts = 64 if "deepseek" in case else len(blocks[0]["tokens_per_expert"])
+        assert all(len(event["tokens_per_expert"]) == experts for event in blocks)
+
+    checks, served, ids, engine = serve(output, tmp_path / "logs", random_prompts(1024))
+    assert served["w4a4"] is True and {c.id for c in checks.values() if c.verdict == "FAIL"} == set()
+    agreement = compare(logits(reference_model(output), ids), engine)
+    print(case, agreement)
+    assert agreement.top1 >= TOP1 and agreement.kl < KL, agreement
+    # The gate can tell: the same reference without activation quantization must not pass it.
+    control = compare(logits(reference_model(output, quantize_inputs=False), ids), engine)
+    assert control.kl > 10 * KL, control
+
+
+def test_stages_can_be_run_again_and_skipped(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "llama")
+    recipe = write_recipe(tmp_path, source, LINEAR, verify={"structure": True, "fidelity": True})
+    output = tmp_path / "output"
+    assert run(recipe, "--dry-run").returncode == 0 and not output.exists() and not (tmp_path / "output.run").exists()
+    export_first = run(recipe, "--from", "export")
+    assert export_first.returncode == 4 and "run the calibrate stage first" in export_first.stderr
+    assert run(recipe, "--stages", "inspect,calibrate").returncode == 0
+    assert list(output.glob("*.safetensors")) and not (output / INDEX_NAME).exists()
+    assert run(recipe, "--from", "export").returncode == 0
+    before = {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
+
+    again = run(recipe)
+    assert again.returncode == 4 and "output is not empty" in again.stderr and "--overwrite" in again.stderr
+    assert {path.name: path.read_bytes() for path in output.glob("*.safetensors")} == before
+    assert run(recipe, "--overwrite").returncode == 0
+    assert {path.name: path.read_bytes() for path in output.glob("*.safetensors")} == before
+
+    shard = sorted(output.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    broken = run(recipe, "--from", "verify", "--json")
+    assert broken.returncode == 5 and "truncated" in broken.stderr
+    assert json.loads(broken.stdout)["verdicts"]["structure"] == "FAIL"

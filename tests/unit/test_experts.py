@@ -1,0 +1,214 @@
+"""The calibration forward of experts against llm-compressor's own, on llm-compressor's own classes and observers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.initialize import initialize_module_for_quantization
+from llmcompressor.modeling.moe.context import moe_calibration_context
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.quantization.calibration import calibrate_input_hook, initialize_observer
+from llmcompressor.observers import Observer
+from torch import nn
+from transformers import DeepseekV4Config, MixtralConfig
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from calibration.experts import ExpertCalibration, Pass, fill_from_peers
+
+EXPERTS, HIDDEN, TOP_K = 8, 64, 2
+
+
+def make_experts(kind: str = "mixtral") -> LinearExperts2D:
+    """8 experts of 64 -> 96 -> 64 in BF16, with random weights; deepseek_v4 clamps gate and up."""
+    sizes = {"hidden_size": HIDDEN, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K, "dtype": "bfloat16"}
+    if kind == "mixtral":
+        config: Any = MixtralConfig(**sizes, intermediate_size=96)
+        original: type[nn.Module] = MixtralExperts
+    else:
+        config, original = DeepseekV4Config(**sizes, moe_intermediate_size=96, swiglu_limit=0.5), DeepseekV4Experts
+    experts: LinearExperts2D = LinearExperts2D.get_linear_experts_cls(original)(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in experts.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).mul_(0.2).to(torch.bfloat16)
+    return experts.eval()
+
+
+def watch(
+    experts: LinearExperts2D, observer: str = "static_minmax", leaves: tuple[str, ...] = ()
+) -> QuantizationModifier:
+    """Puts NVFP4 observers on the linear layers, with llm-compressor's own hooks."""
+    preset = preset_name_to_scheme("NVFP4", ["Linear"])
+    activations = QuantizationArgs(**preset.input_activations.model_dump(exclude={"observer"}), observer=observer)
+    scheme = QuantizationScheme(targets=["Linear"], weights=preset.weights, input_activations=activations)
+    modifier = QuantizationModifier(targets=["Linear"], scheme="NVFP4")
+    for name, module in experts.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(leaves or ("proj",)):
+            initialize_module_for_quantization(module, scheme)
+            module.quantization_enabled = False
+            initialize_observer(module, "input")
+            modifier.register_hook(module, calibrate_input_hook, "forward_pre")
+    return modifier
+
+
+def batches(count: int = 3, tokens: int = 50) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(hidden [T, D], top_k_index [T, k], top_k_weights [T, k]); expert 7 is never chosen, expert 6 once."""
+    generator = torch.Generator().manual_seed(2)
+    made = []
+    for number in range(count):
+        hidden = torch.randn(tokens, HIDDEN, generator=generator).to(torch.bfloat16)
+        index = torch.rand(tokens, EXPERTS - 2, generator=generator).topk(TOP_K).indices
+        if number == 0:
+            index[3, 1] = EXPERTS - 2
+        made.append((hidden, index, torch.rand(tokens, TOP_K, generator=generator).to(torch.bfloat16)))
+    return made
+
+
+def statistics(experts: LinearExperts2D) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, module in experts.named_modules()
+        if isinstance(module, Observer) and module.has_statistics
+        for key, value in module.get_statistics().items()
+    }
+
+
+def run(
+    experts: LinearExperts2D, calibration: ExpertCalibration | None, all_experts: bool = True
+) -> list[torch.Tensor]:
+    """Outputs per batch; stock's forward where calibration is None."""
+    installed = nullcontext() if calibration is None else calibration.installed()
+    flag = moe_calibration_context() if all_experts else nullcontext()
+    with torch.no_grad(), installed, flag:
+        return [experts(*batch) for batch in batches()]
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v4"])
+@pytest.mark.parametrize("observer", ["static_minmax", "minmax", "memoryless_minmax"])
+@pytest.mark.parametrize("leaves", [(), ("down_proj",), ("gate_proj", "up_proj")])
+@pytest.mark.parametrize("all_experts", [True, False])
+def test_statistics_and_outputs_equal_stock(
+    kind: str, observer: str, leaves: tuple[str, ...], all_experts: bool
+) -> None:
+    mine, theirs = make_experts(kind), make_experts(kind)
+    hooks = [watch(experts, observer, leaves) for experts in (mine, theirs)]
+    made, wanted = run(mine, ExpertCalibration(), all_experts), run(theirs, None, all_experts)
+    assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+    assert statistics(theirs)
+    assert same(statistics(mine), statistics(theirs))
+    del hooks
+
+
+@pytest.mark.parametrize("all_experts", [True, False])
+def test_routed_tokens_are_counted(all_experts: bool) -> None:
+    experts, calibration = make_experts(), ExpertCalibration()
+    run(experts, calibration, all_experts)
+    chosen = torch.cat([index.flatten() for _, index, _ in batches()]).tolist()
+    assert calibration.tokens(experts) == {number: chosen.count(number) for number in range(EXPERTS)}
+    assert calibration.tokens(experts)[EXPERTS - 1] == 0
+    calibration.forget(experts)
+    assert calibration.tokens(experts) == {}
+
+
+def test_shared_input_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One observation for gate and up of all experts, one for each down projection: not 3 per expert."""
+    experts, calls = make_experts(), list[Observer]()
+    hooks = watch(experts)
+    forward = Observer.forward
+    monkeypatch.setattr(Observer, "forward", lambda self, value: calls.append(self) or forward(self, value))
+    run(experts, ExpertCalibration())
+    assert len(calls) == 3 * (1 + EXPERTS)
+    del hooks
+
+
+def test_down_runs_on_routed_tokens_only() -> None:
+    experts, rows = make_experts(), list[int]()
+    hooks = watch(experts)
+    linear = nn.functional.linear
+
+    def counted(value: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        if weight.shape[0] == HIDDEN:
+            rows.append(value.shape[0])
+        return linear(value, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.functional, "linear", counted)
+        run(experts, ExpertCalibration())
+    assert sum(rows) == 3 * 50 * TOP_K
+    del hooks
+
+
+def test_other_hooks_see_every_token_of_every_expert() -> None:
+    """GPTQ collects its Hessian in forward hooks: they must not be bypassed."""
+    experts, seen = make_experts(), dict[str, int]()
+    hooks = watch(experts)
+    for name, module in experts.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(
+                lambda m, args, out, name=name: seen.__setitem__(name, seen.get(name, 0) + args[0].shape[0])
+            )
+    run(experts, ExpertCalibration())
+    assert seen == {f"{e}.{leaf}_proj": 150 for e in range(EXPERTS) for leaf in ("gate", "up", "down")}
+    del hooks
+
+
+def test_observers_that_keep_more_than_extremes_go_the_long_way() -> None:
+    mine, theirs = make_experts(), make_experts()
+    hooks = [watch(experts, "mse") for experts in (mine, theirs)]
+    run(mine, ExpertCalibration())
+    run(theirs, None)
+    assert statistics(theirs)
+    assert same(statistics(mine), statistics(theirs))
+    del hooks
+
+
+@pytest.mark.parametrize("kind", [Pass.REPEAT, Pass.PROPAGATE])
+def test_other_passes_neither_observe_nor_count(kind: Pass) -> None:
+    experts, calibration = make_experts(), ExpertCalibration()
+    hooks = watch(experts)
+    first = run(experts, calibration)
+    before, tokens = statistics(experts), calibration.tokens(experts)
+    with calibration.running(kind):
+        again = run(experts, calibration)
+    assert same(before, statistics(experts))
+    assert calibration.tokens(experts) == tokens
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    del hooks
+
+
+def test_peers_fill_experts_with_too_few_tokens() -> None:
+    experts, calibration = make_experts(), ExpertCalibration()
+    hooks = watch(experts)
+    run(experts, calibration, all_experts=False)
+    tokens, before = calibration.tokens(experts), statistics(experts)
+    assert (tokens[6], tokens[7]) == (1, 0)
+    assert fill_from_peers(experts, tokens, 2) == [6, 7]
+    after = statistics(experts)
+    for leaf, group in (("gate_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        peers = [f"{e}.{name}.input_observer" for e in range(6) for name in group]
+        low = torch.stack([before[f"{peer}.min_vals"] for peer in peers]).amin(0)
+        high = torch.stack([before[f"{peer}.max_vals"] for peer in peers]).amax(0)
+        assert torch.equal(after[f"7.{leaf}.input_observer.min_vals"], low)
+        assert torch.equal(after[f"7.{leaf}.input_observer.max_vals"], high)
+        own = before[f"6.{leaf}.input_observer.max_vals"]
+        assert torch.equal(after[f"6.{leaf}.input_observer.max_vals"], torch.maximum(own, high))
+    untouched = {name: value for name, value in before.items() if int(name.split(".")[0]) < 6}
+    assert all(torch.equal(after[name], value) for name, value in untouched.items())
+    del hooks
+
+
+def test_no_peer_with_statistics_fills_nothing() -> None:
+    experts = make_experts()
+    hooks = watch(experts)
+    assert fill_from_peers(experts, {}, 1) == []
+    assert statistics(experts) == {}
+    del hooks
