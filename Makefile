@@ -8,6 +8,8 @@ PIP_FLAGS ?= --quiet --disable-pip-version-check --no-compile
 DEMO := build/demo/tiny-deepseek-v4
 RUN := .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
+# Without bytecode every start of Python pays for compiling torch, transformers and vLLM again: 23 s instead of 6.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-gpu lint venv venv-vllm schema clean
 

@@ -93,14 +93,14 @@ def load_batches(
         usable = (sample for sample in found if len(sample) >= MIN_TOKENS)
         samples = list(islice(usable, options.num_samples))
         available = len(samples)
-    if len(samples) < options.num_samples:
+    if available < options.num_samples:
+        remedies = ["name a larger data set"]
+        remedies += [f"set calibration.num_samples: {available}"] if available else []
+        remedies += ["lower calibration.max_seq_length"] if bundled or books else []
         raise SourceError(
             f"calibration.dataset {options.dataset!r}: {options.num_samples} samples of at most "
             f"{options.max_seq_length} tokens wanted (calibration.num_samples), {available} there, {encoder.skipped} rows "
-            f"skipped with fewer than {MIN_TOKENS} tokens. "
-            + (f"Set calibration.num_samples to {available} or n" if available else "N")
-            + "ame a larger data set"
-            + ("; a lower calibration.max_seq_length gives more samples" if bundled or books else "")
+            f"skipped with fewer than {MIN_TOKENS} tokens. Remedy: {', or '.join(remedies)}"
         )
     tokens = sum(map(len, samples))
     notes = [

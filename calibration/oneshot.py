@@ -40,6 +40,13 @@ ACTIVATION_OBSERVER = "static_minmax"
 SCALING = ("AWQModifier", "SmoothQuantModifier", "LogarithmicEqualizationModifier")
 _WHOLE_MODEL = "transforms the weights of all blocks before calibration, and only one block is in memory at a time"
 _PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
+#: Warnings of llm-compressor that say nothing about a run of this engine.
+_NOISE = (
+    "Calibration pipeline is set to",
+    "No accelerator available!",
+    "Disabling tokenizer parallelism",
+    "Overriding weight observer for lower memory usage",
+)
 REFUSED = {
     "SpinQuantModifier": _WHOLE_MODEL,
     "QuIPModifier": _WHOLE_MODEL,
@@ -187,16 +194,18 @@ def _pattern_regex(pattern: str, hits: list[str], members: list[str]) -> str:
 
 @contextlib.contextmanager
 def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """No bars and no log lines of llm-compressor inside; its warnings become `log` events."""
-    original = tqdm.std.tqdm.__init__
+    """No bars and no log lines of llm-compressor inside; its warnings become `log` events, each text once."""
+    original, told = tqdm.std.tqdm.__init__, set[str]()
 
     @wraps(original)
     def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **(kwargs | {"disable": True}))
 
     def report(message: Any) -> None:
-        record = message.record
-        on_progress({"event": "log", "level": record["level"].name.lower(), "message": record["message"]})
+        text, level = message.record["message"], message.record["level"].name.lower()
+        if level != "metric" and text not in told and not text.startswith(_NOISE):
+            told.add(text)
+            on_progress({"event": "log", "level": level, "message": text})
 
     logger.remove()
     sink = logger.add(report, level="WARNING", format="{message}", catch=False)

@@ -62,6 +62,17 @@ class Calibration(Section):
     """The run fails when an expert saw fewer tokens than this."""
 
 
+class Conversion(Section):
+    """How `method: convert` and `method: plain` work; calibrate does not look at it."""
+
+    input_amax: float = Field(default=2688.0, ge=1e-30, le=1e30)
+    """Largest activation that NVFP4 (W4A4) assumes without calibration; input_global_scale is 2688 / input_amax."""
+    mxfp4: Literal["lossless", "requantize"] = "lossless"
+    """lossless keeps the codes of MXFP4 weights where the scales allow it and requantizes the others; requantize all."""
+    workers: int | None = Field(default=None, ge=1, le=256)
+    """Threads that read and compute; one per processor when left out. The output does not depend on it."""
+
+
 class Offload(Section):
     """Where weights wait that are not being worked on."""
 
@@ -139,6 +150,8 @@ class Recipe(Section):
     """llm-compressor modifiers in order, one name per entry. Exactly one of them names the modules to quantize."""
     calibration: Calibration | None = Field(default=None, validate_default=True)
     """Calibration data; required when method is calibrate."""
+    convert: Conversion = Conversion()
+    """Settings of the methods that need no data."""
     offload: Offload = Offload()
     """Where waiting weights go."""
     export: Export = Export()
@@ -158,7 +171,12 @@ class Recipe(Section):
     @classmethod
     def _one_modifier_quantizes(cls, modifiers: list[ModifierEntry], info: ValidationInfo) -> list[ModifierEntry]:
         found = [entry.name for entry in quantization_entries(modifiers)]
-        if len(found) > 1 or (not found and info.data.get("method") in ("calibrate", "convert")):
+        method = info.data.get("method")
+        if method == "plain" and modifiers:
+            raise ValueError("must be left out with method 'plain', which quantizes nothing")
+        if method == "convert" and [entry.name for entry in modifiers] not in ([], ["QuantizationModifier"]):
+            raise ValueError("must be one QuantizationModifier with method 'convert': the others need method 'calibrate'")
+        if len(found) > 1 or (not found and method in ("calibrate", "convert")):
             raise ValueError(
                 f"exactly one modifier must name the modules to quantize (config_groups, or targets and scheme), "
                 f"found {', '.join(found) or 'none'}"

@@ -74,8 +74,8 @@ def check_environment(python: str) -> None:
 
 def environment() -> dict[str, str]:
     """The engine's environment: this one without what would leak our interpreter, plus what vLLM needs here."""
-    leaks = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH")
-    leaks += ("PYTHONDONTWRITEBYTECODE",)  # importing vLLM takes 24 s without bytecode, 6 s with it
+    leaks = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH"}
+    leaks.add("PYTHONDONTWRITEBYTECODE")  # importing vLLM takes 24 s without bytecode, 6 s with it
     inherited = {name: value for name, value in os.environ.items() if name not in leaks}
     threads = str(max(1, (os.cpu_count() or 1) // 2))  # more threads than free cores make MoE decoding 40 x slower
     defaults = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "VLLM_NO_USAGE_STATS": "1"}
@@ -130,10 +130,17 @@ def verify_serving(
     request_path.write_text(json.dumps(request, indent=1))
     result_path.unlink(missing_ok=True)
     began = time.monotonic()
-    exit_code, timed_out = _run(
-        [options.python, str(WORKER), str(request_path), str(result_path)], log, options.timeout
-    )
+    command = [options.python, str(WORKER), str(request_path), str(result_path)]
+    try:
+        exit_code, timed_out = _run(command, log, options.timeout)
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        raise EnvironmentProblem(f"{options.python}: no such interpreter (verify.serving.python); {REMEDY}") from None
     result = _read_json(result_path) or {"ok": False, "stage": "request", "error": None}
+    error = result.get("error") or {}
+    if result.get("stage") == "import" and error.get("type") in ("ImportError", "ModuleNotFoundError"):
+        raise EnvironmentProblem(
+            f"{options.python}: vLLM cannot be imported there (verify.serving.python): {error['message']}; {REMEDY}"
+        )
     result |= {"exit_code": exit_code, "timed_out": timed_out, "log": str(log), "samples": samples(result)}
     result.setdefault("seconds", {})["wall"] = time.monotonic() - began
     return judge(result, options, config, _tail(log)), result

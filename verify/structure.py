@@ -173,6 +173,8 @@ def _target_problems(output: Checkpoint, family: Family) -> list[str]:
         for name, header in output.tensors.items()
         if name.endswith(".weight") and header.dtype == "F8_E4M3" and not family.place(name).mtp
     }
+    if config is None and not quantized and not kept_fp8:
+        return []
     if not isinstance(config, dict) or config.get("quant_method") != "compressed-tensors":
         return ["quantization_config: quant_method is not compressed-tensors"]
     ignore = config.get("ignore") or []

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS, register_linear_kernel
 from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
@@ -32,8 +31,6 @@ from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import 
 )
 from vllm.platforms import PlatformEnum, current_platform
 
-logger = init_logger(__name__)
-
 GROUP = 16  # weights per group scale
 
 MOE_INPUT_SCALES = ("stored", "collapsed")
@@ -51,22 +48,27 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = 
     A float32 run is compared to a reference, and an activation that rounds to another code because of the order of
     a sum changes every later token: the less rounding noise, the fewer of those.
     """
-    if x.dtype != torch.float32:
-        return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
-    return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double()).float()
+    wide = accumulator(x.dtype)
+    bias = None if bias is None else bias.to(wide)
+    return torch.nn.functional.linear(x.to(wide), weight.to(wide), bias).to(x.dtype)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which `multiply` works, and in which dense weights are therefore kept."""
+    return torch.float64 if dtype == torch.float32 else dtype
 
 
 class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
     """vLLM's own NVFP4 emulation with the weight dequantized once at load instead of at every call."""
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Keep the dense weight `[M, K]`, in the dtype of the model, next to the packed one."""
+        """Keep the dense weight `[M, K]`, in the dtype `multiply` works in, next to the packed one."""
         super().process_weights_after_loading(layer)
         layer.dense_weight = dequantize_to_dtype(
             layer.weight.data,
             layer.weight_scale.data,
             layer.weight_global_scale,
-            torch.get_default_dtype(),
+            accumulator(layer.params_dtype),
             GROUP,
             False,
         )
@@ -91,11 +93,11 @@ class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mis
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Keep the dense weight `[M, K]`, in the dtype of the model, next to the codes."""
+        """Keep the dense weight `[M, K]`, in the dtype `multiply` works in, next to the codes."""
         params = self._get_layer_params(layer)
         group = self.weight_group_shape
         dense = fp8_block_dequantize(params.weight.data, params.block_scale.data, (group.row, group.col))
-        layer.dense_weight = dense.to(torch.get_default_dtype())
+        layer.dense_weight = dense.to(accumulator(layer.params_dtype))
 
     def apply_weights(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
@@ -148,7 +150,7 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
         divisors; the smaller of gate and up wins, which is the larger scale. Stored per expert `[E]` and used so
         (VLLM_CUTLASS), or one for the whole layer in "collapsed" mode (FlashInfer and vLLM's emulation).
         """
-        dtype = torch.get_default_dtype()
+        dtype = accumulator(layer.params_dtype)
         w13_divisor = layer.w13_weight_global_scale[:, 0]
         layer.w13_dense = dequantize_to_dtype(
             layer.w13_weight_packed.data, layer.w13_weight_scale.data, 1.0 / w13_divisor, dtype, GROUP, False

@@ -15,9 +15,12 @@ FORMAT_VERSION = "0.19.0"
 
 def output_config(plan: Plan, source_config: dict[str, Any]) -> dict[str, Any]:
     """The output's config: every field of the source's in its order, `quantization_config` replaced, and the fields
-    of the family's `serving_config` where the plan quantizes routed experts."""
+    of the family's `serving_config`. A plan that quantizes nothing and keeps nothing quantized (method plain) has
+    neither, and loses the fields of `serving_config`, which describe quantized experts."""
     config = dict(source_config)
     config.pop("quantization_config", None)
+    if not plan.groups:
+        return {key: value for key, value in config.items() if key not in dict(plan.family.serving_config)}
     config |= dict(plan.family.serving_config)
     return config | {"quantization_config": quantization_config(plan)}
 

@@ -7,7 +7,11 @@ Source: compressed_tensors.quantization.lifecycle.forward_helpers._quantize, com
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
+
+from calibration.checkpoint import native
 
 GROUP = 16
 #: Values of the E2M1 codes 0..15; bit 3 is the sign.
@@ -42,8 +46,10 @@ def pack(weight: torch.Tensor, group_scale: torch.Tensor, global_scale: torch.Te
     if columns % GROUP:
         raise ValueError(f"K = {columns} is not a multiple of {GROUP}")
     effective = group_scale.to(torch.float32) / global_scale.to(torch.float32)
-    values = torch.tensor(E2M1, dtype=torch.float32, device=weight.device)
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8, device=weight.device)
+    if native.compiled() and weight.device.type == "cpu" and weight.dtype in native.TORCH_FLOATS:
+        return packed, _pack_compiled(weight.contiguous(), effective.contiguous(), packed)
+    values = torch.tensor(E2M1, dtype=torch.float32, device=weight.device)
     error = torch.zeros((), dtype=torch.float64, device=weight.device)
     norm = torch.zeros_like(error)
     step = _ROWS if weight.device.type == "cpu" else rows
@@ -56,6 +62,15 @@ def pack(weight: torch.Tensor, group_scale: torch.Tensor, global_scale: torch.Te
         codes = codes.flatten(-2)
         packed[begin : begin + step] = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return packed, float((error / norm.clamp_min(1e-300)).sqrt())
+
+
+def _pack_compiled(weight: torch.Tensor, effective: torch.Tensor, packed: torch.Tensor) -> float:
+    sums = (ctypes.c_double * 2)()
+    dtype, groups = native.TORCH_FLOATS[weight.dtype], weight.numel() // GROUP
+    native.call(
+        "pack_scaled", dtype, weight.data_ptr(), groups, effective.data_ptr(), packed.data_ptr(), ctypes.addressof(sums)
+    )
+    return float((sums[0] / max(sums[1], 1e-300)) ** 0.5)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

@@ -193,6 +193,8 @@ class _Planner:
 
     def _schemes(self) -> dict[str, Scheme]:
         schemes: dict[str, Scheme] = {}
+        if self.recipe.method == "plain":
+            return schemes
         for name, group in self.recipe.quantization_modifier.config_groups.items():
             scheme = _scheme_of(group)
             if scheme is None:
@@ -206,6 +208,8 @@ class _Planner:
 
     def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
         """Module -> config group, after ignore."""
+        if self.recipe.method == "plain":
+            return {}
         modifier = self.recipe.quantization_modifier
         ignored: set[str] = set()
         for entry in modifier.ignore:
@@ -316,6 +320,8 @@ class _Planner:
         stored = self.formats.of(name)
         module, place = module_of(name), self.family.place(name)
         companions = list(stored.companions.values())
+        if self.recipe.method == "plain":
+            return self._undone(name, f"{stored.label} undone") if stored.kind != "plain" else self._copied(name, "plain")
         group = assigned.get(module) if self.weights.get(module) == name else None
         if stored.kind in ("nvfp4", "modelopt_nvfp4") and not place.mtp:
             if stored.kind not in kinds:
@@ -336,19 +342,13 @@ class _Planner:
         return steps | _consumed(companions, f"used up by {name}")
 
     def _kept(self, name: str, place: Place, groups: dict[str, Scheme]) -> dict[str, Step]:
-        header, stored = self.checkpoint.tensors[name], self.formats.of(name)
-        companions = list(stored.companions.values())
-        as_stored = (OutputTensor(name, header.dtype, header.shape),)
+        stored = self.formats.of(name)
         if place.mtp:
             reason = "MTP is copied byte for byte"
         elif stored.kind == "plain":
             reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
         elif self.recipe.export.kept == "plain":
-            dtype = _SAFETENSORS_DTYPE[self.recipe.export.plain_dtype]
-            cast = Step(
-                name, "cast", (OutputTensor(name, dtype, stored.shape),), f"{place.part}: {stored.label} undone"
-            )
-            return {name: cast} | _consumed(companions, f"used up by {name}")
+            return self._undone(name, f"{place.part}: {stored.label} undone")
         elif _keeps_tiles(FP8_BLOCK, stored):
             groups.setdefault(KEPT_FP8, FP8_BLOCK)
             return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
@@ -358,11 +358,21 @@ class _Planner:
                 "checkpoints cannot keep that form: quantize it or set export.kept: plain"
             )
             return {}
-        copies = {name: Step(name, "copy", as_stored, reason)}
-        for companion in companions:
-            header = self.checkpoint.tensors[companion]
-            copies[companion] = Step(companion, "copy", (OutputTensor(companion, header.dtype, header.shape),), reason)
+        return self._copied(name, reason)
+
+    def _copied(self, name: str, reason: str) -> dict[str, Step]:
+        """A tensor and its scale companions, byte for byte."""
+        copies: dict[str, Step] = {}
+        for source in (name, *self.formats.of(name).companions.values()):
+            header = self.checkpoint.tensors[source]
+            copies[source] = Step(source, "copy", (OutputTensor(source, header.dtype, header.shape),), reason)
         return copies
+
+    def _undone(self, name: str, reason: str) -> dict[str, Step]:
+        """A weight in the recipe's plain dtype under its plain name; its scale companions are used up."""
+        stored, dtype = self.formats.of(name), _SAFETENSORS_DTYPE[self.recipe.export.plain_dtype]
+        output = OutputTensor(f"{module_of(name)}.weight", dtype, stored.shape)
+        return {name: Step(name, "cast", (output,), reason)} | _consumed(list(stored.companions.values()), f"used up by {name}")
 
     def _keep_tiles(self, name: str, group: str, reason: str) -> dict[str, Step]:
         header, stored = self.checkpoint.tensors[name], self.formats.of(name)

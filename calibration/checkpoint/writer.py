@@ -58,7 +58,7 @@ def write_safely(path: Path, write: Callable[[Path], object], nbytes: int) -> No
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         if not full and not isinstance(error, OSError) and "Error while serializing" not in str(error):
             raise
-        raise EnvironmentProblem(_explain(path, error, nbytes, full)) from error
+        raise EnvironmentProblem(explain(path, error, nbytes, full)) from error
 
 
 def file_digest(path: Path) -> str:
@@ -67,7 +67,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _explain(path: Path, error: Exception, nbytes: int, full: bool) -> str:
+def explain(path: Path, error: Exception, nbytes: int, full: bool) -> str:
+    """What went wrong while `path` was written, in one sentence with its remedy; `full`: the disk is."""
     if not full:
         return f"{path}: cannot be written: {error}; check the path and the permissions"
     disk = os.statvfs(path.parent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +15,9 @@ import torch
 from llmcompressor import oneshot as stock_oneshot
 from llmcompressor.core import create_session
 from llmcompressor.modeling.moe.linearize import linearize_moe
+from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
@@ -84,6 +86,7 @@ class Run:
     summary: CalibrationSummary
     source: SourceModel
     parameters: Scales = field(default_factory=dict)
+    edited: Scales = field(default_factory=dict)
     results: list[BlockResult] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -123,6 +126,7 @@ def ours(
     def on_block(result: BlockResult) -> None:
         watch(result)
         run.results.append(result)
+        run.edited.update({name: value.clone() for name, value in result.edited.items()})
         for module, linear in result.modules.items():
             for leaf, value in linear.named_parameters(recurse=False):
                 run.parameters[f"{module}.{leaf}"] = value.data.clone()
@@ -148,8 +152,11 @@ def stock_model(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def stock(name: str, source: SourceModel, loader: DataLoader[Any] | None = None) -> Scales:
-    """Scales that stock llm-compressor's oneshot with its own sequential pipeline gives, under the source's names."""
+def stock(
+    name: str, source: SourceModel, modifiers: Sequence[Modifier] | None = None, loader: DataLoader[Any] | None = None
+) -> Scales:
+    """Parameters that stock llm-compressor's oneshot with its own sequential pipeline leaves behind, under the source's
+    names: scales and weights of the quantized linear layers, weights of all other modules."""
     model = stock_model(name)
     # oneshot refuses the quantized config that the checkpoint has on disk.
     model.config.name_or_path = source.model.config.name_or_path
@@ -157,11 +164,15 @@ def stock(name: str, source: SourceModel, loader: DataLoader[Any] | None = None)
     wanted = make_plan(source.formats.checkpoint, source.formats, recipe(name)).quantized
     ignore = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     ignore = [module for module in ignore if names[module] not in wanted]
-    modifier = QuantizationModifier(targets=["Linear"], scheme="NVFP4", ignore=ignore)
-    with create_session(), quiet(lambda event: None):
+    chosen = [QuantizationModifier()] if modifiers is None else list(modifiers)
+    chosen[-1] = type(chosen[-1])(targets=["Linear"], scheme="NVFP4", ignore=ignore)
+    with ExitStack() as stack:
+        stack.enter_context(create_session())
+        stack.enter_context(quiet(lambda event: None))
+        stack.enter_context(patch.object(IntermediatesCache, "pin_memory", lambda *_, **__: None))
         stock_oneshot(
             model=model,
-            recipe=[modifier],
+            recipe=chosen,
             dataset=batches() if loader is None else loader,
             pipeline="sequential",
             processor=object(),
@@ -171,7 +182,6 @@ def stock(name: str, source: SourceModel, loader: DataLoader[Any] | None = None)
         for module, linear in model.named_modules()
         if module in names
         for leaf, value in linear.named_parameters(recurse=False)
-        if leaf.endswith("_scale")
     }
 
 

@@ -1,10 +1,17 @@
-"""Our engine's scales against stock llm-compressor's, bit for bit."""
+"""Our engine's results against stock llm-compressor's, bit for bit."""
 
 from __future__ import annotations
 
 import pytest
+from llmcompressor.modifiers import Modifier
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-from tests.integration.engine_runs import differing, ours, recipe, skeleton, stock
+from tests.integration.engine_runs import TARGETS, differing, ours, recipe, skeleton, stock
+
+SCALES = {"weight_scale", "weight_global_scale", "input_global_scale"}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "bf16", "fp8", "fp8_mxfp4"])
@@ -12,7 +19,41 @@ def test_scales_equal_stock_llm_compressor(name: str) -> None:
     """For FP8 and MXFP4 the stock side is dequantized by transformers, independently of formats.py."""
     source = skeleton(name)
     run = ours(recipe(name), source)
-    theirs = stock(name, source)
-    assert run.scales.keys() == theirs.keys()
-    assert {name.rpartition(".")[2] for name in theirs} == {"weight_scale", "weight_global_scale", "input_global_scale"}
+    theirs = {key: value for key, value in stock(name, source).items() if key.endswith("_scale")}
+    assert {key.rpartition(".")[2] for key in theirs} == SCALES
     assert differing(run.scales, theirs) == []
+
+
+@pytest.mark.parametrize(
+    "modifiers",
+    [
+        [GPTQModifier()],
+        [AWQModifier(n_grid=3), QuantizationModifier()],
+        [SmoothQuantModifier(), QuantizationModifier()],
+    ],
+    ids=["GPTQ", "AWQ", "SmoothQuant"],
+)
+def test_edited_weights_equal_stock(modifiers: list[Modifier]) -> None:
+    """Weights that the modifier changed, the norms that it scales among them: two passes, on one block at a time."""
+    source = skeleton("llama")
+    groups = {"config_groups": {"group": {"targets": [TARGETS["other"]], "scheme": "NVFP4"}}}
+    entries = [{type(m).__name__: m.model_dump(include={"n_grid"}, exclude_unset=True)} for m in modifiers[:-1]]
+    run = ours(recipe("llama", [*entries, {type(modifiers[-1]).__name__: groups}]), source, takes_edits=True)
+    theirs, mine = stock("llama", source, modifiers), run.parameters | run.edited
+    norms = [key for key in theirs if "layers." in key and key.endswith("layernorm.weight")] if entries else []
+    assert sorted(run.edited) == sorted(norms)
+    assert differing(mine, {key: value for key, value in theirs.items() if key in mine}) == []
+    plain = ours(recipe("llama"), skeleton("llama")).parameters
+    # AWQ leaves o and down alone here: their inputs come from a grouped-query v and a gated up.
+    leaves = ("q_proj.weight", "gate_proj.weight")
+    assert {key for key in plain if key.endswith(leaves)} <= set(differing(run.parameters, plain))
+
+
+def test_projections_that_are_served_as_one_share_their_weight_global_scale() -> None:
+    """vLLM fuses wq_a and wkv; llm-compressor does not know and gives them different scales."""
+    targets = [r"re:^layers\.\d+\.attn\.(wq_a|wkv)$"]
+    modifiers = [{"QuantizationModifier": {"config_groups": {"attention": {"targets": targets, "scheme": "NVFP4"}}}}]
+    scales = ours(recipe("bf16", modifiers), skeleton("bf16")).scales
+    for block in range(3):
+        pair = [scales[f"layers.{block}.attn.{leaf}.weight_global_scale"] for leaf in ("wq_a", "wkv")]
+        assert pair[0] == pair[1]

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import pytest
 import torch
 from tokenizers import Tokenizer, processors
@@ -160,12 +160,17 @@ def test_a_directory_of_books(v4: Any, tmp_path: Path) -> None:
     assert [text[:7] for text in decoded(v4, data)] == ["Book a.", "Book b."]
 
 
-def test_messages_through_the_template_carry_one_bos(templated: Any, tmp_path: Path) -> None:
+def test_messages_through_the_template_carry_one_bos(
+    templated: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_rows(tmp_path / "chat.jsonl", [{"messages": [SYSTEM, *DIALOGUE]}])
     data = load(templated, path)
     expected = f"{BEGIN}You are a helpful assistant.{USER}Hello{ASSISTANT}Hi there.{END}"
     assert decoded(templated, data) == [expected] and "chat: template" in data.description
     assert token_rows(data)[0].count(0) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(templated, "chat_template", templated.chat_template.replace("{{ bos_token }}", ""))
+        assert decoded(templated, load(templated, path)) == [expected.removeprefix(BEGIN)]
     forced = load(templated, path, chat="deepseek_v4")
     assert decoded(templated, forced) == [expected.replace(ASSISTANT, ASSISTANT + "</think>")]
 
@@ -301,8 +306,15 @@ def test_the_bundled_set_is_small_mixed_and_has_its_notice() -> None:
 def test_the_bundled_set_gives_64_full_samples(v4: Any) -> None:
     data = load(v4, "bundled", num_samples=64, max_seq_length=2048)
     assert [len(row) for row in token_rows(data)] == [2048] * 64 and data.num_tokens == 64 * 2048
-    text = "".join(decoded(v4, load(v4, "bundled", num_samples=8, max_seq_length=2048)))
-    assert f"{USER}" in text and "Alice" in text + "".join(decoded(v4, data)) and text.count(END) > 8
+
+
+def test_every_bundled_row_is_closed_by_eos(v4: Any) -> None:
+    rows = bundled_rows()
+    whole = load(v4, "bundled", num_samples=1, max_seq_length=1_000_000, shuffle=False)
+    parts = decoded(v4, whole)[0].split(END)
+    answers = sum(m["role"] == "assistant" for row in rows for m in row.get("messages", []))
+    assert parts[-1] == "" and len(parts) - 1 == answers + sum("text" in row for row in rows)
+    assert parts[0] == rows[0]["text"]
 
 
 def test_the_bundled_set_serves_a_tokenizer_without_chat(bare: Any) -> None:
@@ -314,7 +326,7 @@ def test_rows_without_tokens_are_skipped_and_counted(v4: Any, tmp_path: Path) ->
     path = write_rows(tmp_path / "texts.jsonl", [{"text": ""}, {"text": "a"}, {"text": TEXTS[0]}, {"text": None}])
     data = load(v4, path, shuffle=False)
     assert decoded(v4, data) == [TEXTS[0]] and "2 rows skipped" in data.description
-    with pytest.raises(SourceError, match=r"2 samples .* wanted .*, 1 there, 3 rows skipped.* num_samples to 1 or"):
+    with pytest.raises(SourceError, match=r"2 samples .* wanted .*, 1 there, 3 rows skipped.*num_samples: 1"):
         load(v4, path, num_samples=2)
 
 

@@ -1,0 +1,256 @@
+"""Weight statistics and NVFP4 quantization of stored weights, stripe by stripe, without a dequantized copy where C runs.
+
+A stripe is some whole rows of one weight as it is stored: uint8 `[rows, bytes of a row]` and its scale companion. The
+bytes equal those of compressed-tensors in float32 for the same global scale:
+code = e4m3(gs * (amax / 6)), 0 becomes 0.125; effective = code / gs; v = x / effective; ties to even.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from calibration.checkpoint import native, nvfp4
+from calibration.checkpoint.formats import MXFP4_GROUP, StoredFormat, dequantize
+from calibration.checkpoint.nvfp4 import GROUP, RANGE
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+
+TORCH = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
+    "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+#: float32 values of the 256 E4M3 and E8M0 codes (0x7f, 0xff of E4M3 and 0xff of E8M0 are NaN).
+E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
+E8M0 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32).numpy()
+#: E4M3 code of 2^-9 ... 2^8, and the largest of these exponents.
+_POWERS = torch.exp2(torch.arange(-9.0, 9.0)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+LARGEST_POWER, POWERS = 8, len(_POWERS)
+#: Rows that torch dequantizes at a time; a multiple of every usual tile height.
+_TORCH_ROWS = 128
+_E8M0_BIAS = 127
+
+
+class NotFinite(ValueError):
+    """A weight or its scale holds NaN, Inf or a negative scale; the caller adds the tensor's name."""
+
+
+@dataclass
+class Stripe:
+    """Whole rows of a stored weight. `codes` is uint8 `[rows, row bytes]`; `scales` is float32 `[tile rows, tile
+    columns]` for FP8 tiles (the stripe begins at a tile), uint8 E8M0 codes `[rows, K/32]` for MXFP4, otherwise None.
+    `maxima` is filled by `amax` and spares `quantize` a second look at FP8 codes."""
+
+    stored: StoredFormat
+    dtype: str
+    codes: Bytes
+    scales: Floats | Bytes | None = None
+    maxima: Bytes | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def columns(self) -> int:
+        return self.stored.shape[1]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether C knows this format; torch knows them all."""
+        if not native.compiled():
+            return False
+        if self.stored.kind == "fp8_tiles":
+            return self.stored.tile is not None and self.stored.tile[1] % GROUP == 0
+        return self.stored.kind == "mxfp4" or (self.stored.kind == "plain" and self.dtype in native.FLOATS)
+
+
+def global_scale(amax: float) -> np.float32:
+    """The weight global scale of a largest magnitude: compressed-tensors' generate_gparam, whose `2688 / amax` is a
+    float32 reciprocal times 2688; 1.0 where that overflows (all weights zero)."""
+    with np.errstate(over="ignore"):
+        scale = np.float32(1) / np.float32(max(amax, float(np.finfo(np.float32).tiny))) * np.float32(RANGE)
+    return scale if np.isfinite(scale) else np.float32(1)
+
+
+def amax(stripe: Stripe) -> float:
+    """Largest magnitude of the stripe's values, exact in float32. Raises NotFinite."""
+    check_scales(stripe)
+    if not stripe.compiled:
+        largest = max(float(part.abs().amax()) for _, part in _parts(stripe))
+    elif stripe.stored.kind == "fp8_tiles":
+        largest = _fp8_amax(stripe)
+    elif stripe.stored.kind == "mxfp4":
+        assert stripe.scales is not None
+        maxima = _mxfp4_maxima(stripe)
+        # 2^127 * 6 overflows to Inf, which is then refused.
+        with np.errstate(over="ignore"):
+            largest = float((np.float32(nvfp4.E2M1)[maxima] * E8M0[stripe.scales.reshape(-1)]).max(initial=0))
+    else:
+        bits = native.call("float_amax", native.FLOATS[stripe.dtype], stripe.codes.ctypes.data,
+                           stripe.rows * stripe.columns)  # fmt: skip
+        largest = float(torch.tensor([bits], dtype=torch.uint32).view(torch.float32)) if stripe.dtype == "F32" else float(
+            torch.tensor([bits], dtype=torch.uint16).view(TORCH[stripe.dtype])
+        )  # fmt: skip
+    if not np.isfinite(largest):
+        raise NotFinite("holds NaN or Inf, or its values overflow float32")
+    return largest
+
+
+def quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
+    """Quantizes with global scale `scale` into `packed` uint8 `[rows, K/2]` and `group_scales` uint8 (E4M3)
+    `[rows, K/16]`, both C-contiguous. The stripe must have gone through `amax`."""
+    if not stripe.compiled:
+        _torch_quantize(stripe, scale, packed, group_scales)
+        return
+    codes, out, scales = stripe.codes.ctypes.data, packed.ctypes.data, group_scales.ctypes.data
+    if stripe.stored.kind == "fp8_tiles":
+        assert stripe.stored.tile is not None and stripe.scales is not None
+        if stripe.maxima is None:
+            _fp8_amax(stripe)
+        assert stripe.maxima is not None
+        native.call("fp8_quantize", codes, stripe.rows, stripe.columns, stripe.maxima.ctypes.data,
+                    stripe.scales.ctypes.data, *stripe.stored.tile, float(scale), out, scales)  # fmt: skip
+    elif stripe.stored.kind == "mxfp4":
+        assert stripe.scales is not None
+        values = np.ascontiguousarray(E8M0[stripe.scales])
+        native.call("mxfp4_quantize", codes, values.ctypes.data, values.size, float(scale), out, scales)
+    else:
+        groups = stripe.rows * stripe.columns // GROUP
+        native.call("float_quantize", native.FLOATS[stripe.dtype], codes, groups, float(scale), out, scales)
+
+
+def exponents(stripe: Stripe) -> tuple[int, int] | None:
+    """Smallest and largest exponent of two among an MXFP4 stripe's group scales that scale anything but zeros; None
+    where all is zero. Raises NotFinite."""
+    check_scales(stripe)
+    assert stripe.scales is not None
+    used = stripe.scales.reshape(-1)
+    low, high = int(used.min()), int(used.max())
+    if high - low >= POWERS:
+        used = used[_mxfp4_maxima(stripe) > 0]
+        if not used.size:
+            return None
+        low, high = int(used.min()), int(used.max())
+    return low - _E8M0_BIAS, high - _E8M0_BIAS
+
+
+def lossless_scale(low: int, high: int) -> np.float32 | None:
+    """The power-of-two global scale that makes every 2^low ... 2^high an exact E4M3 group scale, or None: E4M3 holds
+    the powers 2^-9 ... 2^8, and the global scale must be a normal float32."""
+    exponent = LARGEST_POWER - high
+    if high - low >= POWERS or not -126 <= exponent <= 127:
+        return None
+    return np.float32(2.0**exponent)
+
+
+def respell(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
+    """MXFP4 -> NVFP4 without loss: codes verbatim, each E8M0 scale twice as E4M3 under `scale` (see lossless_scale)."""
+    assert stripe.scales is not None
+    shift = int(np.log2(scale)) - _E8M0_BIAS - (LARGEST_POWER - POWERS + 1)
+    # A group of zeros may have any scale; it gets the nearest that E4M3 holds.
+    table = _POWERS[np.clip(np.arange(256) + shift, 0, POWERS - 1)]
+    packed[:] = stripe.codes
+    spelled = group_scales.reshape(stripe.rows, -1, MXFP4_GROUP // GROUP)
+    spelled[:] = table[stripe.scales][..., None]
+
+
+def check_scales(stripe: Stripe) -> None:
+    """Raises NotFinite where a scale companion is NaN, Inf or negative."""
+    if stripe.stored.kind == "mxfp4":
+        assert stripe.scales is not None
+        if bool((stripe.scales == 0xFF).any()):
+            raise NotFinite("has a NaN among its group scales")
+    elif stripe.scales is not None and not bool(((stripe.scales >= 0) & np.isfinite(stripe.scales)).all()):
+        raise NotFinite("has a negative or non-finite scale")
+
+
+def finite(dtype: str, data: Bytes) -> bool:
+    """Whether all values are finite; integers always are. `data` is flat and whole elements long."""
+    if not data.size:
+        return True
+    if native.compiled() and dtype in native.FLOATS:
+        bits = native.call("float_amax", native.FLOATS[dtype], data.ctypes.data, data.nbytes // TORCH[dtype].itemsize)
+        return bits < {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}[dtype]
+    if native.compiled() and dtype == "F8_E4M3" and data.size % GROUP == 0:
+        return bool((_group_maxima(data) != 0x7F).all())
+    if dtype not in TORCH or not TORCH[dtype].is_floating_point:
+        return True
+    value = torch.from_numpy(data).view(TORCH[dtype])
+    return bool(torch.isfinite(value.to(torch.float32) if value.element_size() == 1 else value).all())
+
+
+def cast(stripe: Stripe, dtype: torch.dtype) -> torch.Tensor:
+    """The stripe's values `[rows, K]` in a plain dtype, one rounding from float32. Raises NotFinite."""
+    check_scales(stripe)
+    value = torch.cat([part.to(dtype) for _, part in _parts(stripe)])
+    if not bool(torch.isfinite(value).all()):
+        raise NotFinite(f"holds NaN or Inf, or its values overflow {dtype}")
+    return value
+
+
+def _fp8_amax(stripe: Stripe) -> float:
+    assert stripe.stored.tile is not None and stripe.scales is not None
+    stripe.maxima = _group_maxima(stripe.codes)
+    by_group = stripe.maxima.reshape(stripe.rows, stripe.columns // GROUP)
+    by_row = np.maximum.reduceat(by_group, np.arange(0, stripe.rows, stripe.stored.tile[0]), axis=0)
+    tiles = np.maximum.reduceat(by_row, np.arange(0, by_row.shape[1], stripe.stored.tile[1] // GROUP), axis=1)
+    if bool((tiles == 0x7F).any()):
+        return float("nan")
+    with np.errstate(over="ignore"):
+        return float((E4M3[tiles] * stripe.scales).max(initial=0))
+
+
+def _group_maxima(codes: Bytes) -> Bytes:
+    maxima = np.empty(codes.size // GROUP, np.uint8)
+    native.call("fp8_maxima", codes.ctypes.data, maxima.size, maxima.ctypes.data)
+    return maxima
+
+
+def _mxfp4_maxima(stripe: Stripe) -> Bytes:
+    """Largest magnitude code 0..7 of every group of 32, flat."""
+    groups = stripe.codes.size // (MXFP4_GROUP // 2)
+    if native.compiled():
+        maxima = np.empty(groups, np.uint8)
+        native.call("mxfp4_maxima", stripe.codes.ctypes.data, groups, maxima.ctypes.data)
+        return maxima
+    grouped = stripe.codes.reshape(groups, -1)
+    both: Bytes = np.maximum(grouped & 7, grouped >> 4 & 7).max(axis=1)
+    return both
+
+
+def _parts(stripe: Stripe) -> list[tuple[int, torch.Tensor]]:
+    """(first row, float32 values) in steps small enough for the cache; on the GPU where the level says so."""
+    device = "cuda" if native.level() == "cuda" else "cpu"
+    tile_rows = stripe.stored.tile[0] if stripe.stored.tile else 1
+    step = stripe.rows if device == "cuda" else max(_TORCH_ROWS // tile_rows, 1) * tile_rows
+    return [(begin, _values(stripe, begin, min(begin + step, stripe.rows), device)) for begin in range(0, stripe.rows, step)]
+
+
+def _values(stripe: Stripe, begin: int, end: int, device: str) -> torch.Tensor:
+    codes = torch.from_numpy(stripe.codes[begin:end]).to(device).view(TORCH[stripe.dtype])
+    scales: dict[str, torch.Tensor] = {}
+    if stripe.stored.kind == "fp8_tiles":
+        assert stripe.stored.tile is not None and stripe.scales is not None
+        rows = stripe.stored.tile[0]
+        grid = torch.from_numpy(stripe.scales[begin // rows : -(-end // rows)])
+        scales = {"tile_scale": grid.to(device)}
+    elif stripe.stored.kind == "mxfp4":
+        assert stripe.scales is not None
+        scales = {"group_scale": torch.from_numpy(E8M0[stripe.scales[begin:end]]).to(device)}
+    return dequantize(stripe.stored, codes, scales, torch.float32)
+
+
+def _torch_quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
+    glob = torch.tensor([scale])
+    for begin, values in _parts(stripe):
+        end = begin + values.shape[0]
+        largest = values.reshape(values.shape[0], -1, GROUP).abs().amax(-1)
+        codes = (glob.to(values.device) * (largest / 6)).clamp(max=448).to(torch.float8_e4m3fn)
+        codes = torch.where(codes.to(torch.float32) == 0, 0.125, codes.to(torch.float32)).to(torch.float8_e4m3fn)
+        packed[begin:end] = nvfp4.pack(values, codes, glob.to(values.device))[0].cpu().numpy()
+        group_scales[begin:end] = codes.view(torch.uint8).cpu().numpy()

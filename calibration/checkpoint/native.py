@@ -1,0 +1,89 @@
+"""The compiled loops of `_kernels.c`, where they were built and the processor can run them; `level()` says which.
+
+Levels: torch (no compiled code), portable, avx2, avx512 (C on the CPU), cuda (torch on the first GPU). All give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+
+LEVELS = ("portable", "avx2", "avx512")
+#: Dtypes of the C float loops, by safetensors' spelling.
+FLOATS = {"F32": 0, "BF16": 1, "F16": 2}
+TORCH_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "kernels_level": (_INT, ()),
+    "float_amax": (ctypes.c_uint32, (_INT, _INT, _POINTER, _LONG)),
+    "float_quantize": (None, (_INT, _INT, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER)),
+    "pack_scaled": (None, (_INT, _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER)),
+    "mxfp4_maxima": (None, (_INT, _POINTER, _LONG, _POINTER)),
+    "mxfp4_quantize": (None, (_INT, _POINTER, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER)),
+    "fp8_maxima": (None, (_INT, _POINTER, _LONG, _POINTER)),
+    "fp8_quantize": (
+        None,
+        (_INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER, _POINTER),
+    ),
+}
+_forced: str | None = None
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled module, None where pip built none (no compiler)."""
+    try:
+        module = importlib.import_module("calibration.checkpoint._kernels")
+        library = ctypes.CDLL(str(module.__file__))
+    except (ImportError, OSError):
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+@cache
+def levels() -> tuple[str, ...]:
+    """Every level that runs on this machine, slowest first."""
+    library = _library()
+    compiled = LEVELS[: library.kernels_level() + 1] if library is not None else ()
+    return ("torch", *compiled, *(("cuda",) if torch.cuda.is_available() else ()))
+
+
+def level() -> str:
+    """The level in use: the fastest, unless `use` says otherwise."""
+    return _forced or levels()[-1]
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Takes level `name` inside the `with` block, in every thread. Raises ValueError where it does not run here."""
+    global _forced
+    if name not in levels():
+        raise ValueError(f"level {name!r} does not run here; these do: {', '.join(levels())}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def compiled() -> bool:
+    """Whether the level in use is one of the C ones, so that the functions below may be called."""
+    return level() in LEVELS
+
+
+def call(name: str, *arguments: object) -> int:
+    """Calls a C function (see `_kernels.c`) at the level in use, without the interpreter lock. Pointers are integers
+    (`ndarray.ctypes.data`, `Tensor.data_ptr()`); the caller keeps the arrays alive and right in size and dtype."""
+    library = _library()
+    assert library is not None
+    result: int = getattr(library, name)(LEVELS.index(level()), *arguments)
+    return result

@@ -1,0 +1,113 @@
+"""The empty model and its source: every tensor has its place, and what comes into memory is what the source holds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from calibration.checkpoint.index import Checkpoint
+from calibration.source_model import build_skeleton
+from recipes.errors import SourceError
+from tests.integration.engine_runs import STANDARD, STORED, model_directory, skeleton, stock_model
+
+
+@pytest.mark.parametrize("name", [*STANDARD, *STORED])
+def test_loaded_model_equals_transformers_own_load(name: str) -> None:
+    """Every parameter and buffer, computed ones included, in value and dtype."""
+    source = skeleton(name)
+    source.load([source.model])
+    own, mine = stock_model(name), dict(source.model.named_parameters()) | dict(source.model.named_buffers())
+    theirs = dict(own.named_parameters(remove_duplicate=False)) | dict(own.named_buffers())
+    assert mine.keys() <= theirs.keys()
+    assert theirs.keys() - mine.keys() <= {"lm_head.weight"}
+    for key, value in mine.items():
+        assert (value.dtype, value.shape) == (theirs[key].dtype, theirs[key].shape), key
+        assert torch.equal(value, theirs[key]), key
+
+
+def test_only_what_is_asked_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = skeleton("fp8_mxfp4"), list[str]()
+    original = source.formats.checkpoint.read
+    monkeypatch.setattr(source.formats.checkpoint, "read", lambda name: read.append(name) or original(name))
+    block = source.blocks["model.layers.1"]
+    source.load([block])
+    assert {name.split(".")[1] for name in read} == {"1"}
+    assert len(read) == len(set(read))
+    assert source.source_block("model.layers.1") == "layers.1"
+    source.unload([block])
+    assert source.loaded() == set()
+
+
+def test_parameters_that_the_source_does_not_know_become_nan() -> None:
+    source = skeleton("llama")
+    block = source.blocks["model.layers.0"]
+    block.register_parameter("weight_scale", torch.nn.Parameter(torch.empty(3, device="meta"), requires_grad=False))
+    source.load([block])
+    assert block.weight_scale.isnan().all()
+
+
+def test_edited_names_only_what_was_written_to() -> None:
+    source = skeleton("llama")
+    block = source.blocks["model.layers.0"]
+    source.load([block])
+    assert source.edited([block]) == {}
+    with torch.no_grad():
+        block.input_layernorm.weight.mul_(2)
+    assert list(source.edited([block])) == ["model.layers.0.input_layernorm.weight"]
+
+
+def changed(directory: Path, name: str, config: dict[str, Any], drop: str = "", add: str = "") -> Checkpoint:
+    """A copy of a tiny model with other config entries, one tensor less, one more."""
+    shutil.copytree(model_directory(name), directory)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in directory.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    tensors.pop(drop, None)
+    if add:
+        tensors[add] = torch.zeros(1)
+    save_file(tensors, directory / "model.safetensors")
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return Checkpoint.open(directory)
+
+
+def test_all_mismatches_are_told_at_once(tmp_path: Path) -> None:
+    checkpoint = changed(
+        tmp_path / "model",
+        "llama",
+        {"hidden_size": 64, "num_hidden_layers": 3},
+        drop="model.layers.0.mlp.up_proj.weight",
+        add="model.layers.0.mlp.unknown.weight",
+    )
+    with pytest.raises(SourceError) as caught:
+        build_skeleton(checkpoint, tmp_path / "run", False)
+    message = str(caught.value)
+    assert "model.layers.0.mlp.up_proj.weight" in message
+    assert "have no source tensor" in message and "model.layers.2." in message
+    assert "1 source tensors have no place in LlamaForCausalLM: model.layers.0.mlp.unknown.weight" in message
+    assert "model.embed_tokens.weight" in message and "[1024, 64]" in message
+
+
+def test_mtp_and_scale_companions_need_no_place(tmp_path: Path) -> None:
+    source = skeleton("fp8_mxfp4")
+    tensors = source.formats.checkpoint.tensors
+    assert any(name.startswith("mtp.") for name in tensors)
+    used = {name for name in source.sources.values()}
+    assert {name for name in tensors if not name.startswith("mtp.")} - used == {
+        name for name in source.formats.companions if not name.startswith("mtp.")
+    }
+
+
+def test_config_on_disk_has_no_quantization(tmp_path: Path) -> None:
+    source = skeleton("fp8")
+    config = json.loads((Path(source.model.config.name_or_path) / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["model_type"] == "deepseek_v4"

@@ -1,0 +1,91 @@
+"""What vLLM accepts in silence or dies of, and the verdict that comes out: the real engine on damaged checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.models import standard
+from tests.reference.engine import random_prompts, serve
+from tests.reference.rtn import load, write_nvfp4
+
+EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
+SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"
+NORM = "model.layers.2.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("qwen3_moe")
+    standard.write(directory / "source", "qwen3_moe")
+    write_nvfp4(directory / "source", directory / "output", r"layers\.\d+\..*_proj$", [r"re:.*layers.*_proj$"])
+    return directory / "output"
+
+
+def variant(checkpoint: Path, directory: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A copy of the checkpoint with other tensors; everything else is linked."""
+    directory.mkdir()
+    for path in checkpoint.iterdir():
+        if path.suffix != ".safetensors":
+            os.link(path, directory / path.name)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+def test_missing_tensors_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    """vLLM loads all three in silence; the sentinel names each parameter and, in a stack of experts, the expert."""
+    tensors = load(checkpoint)
+    for name in (EXPERT, SCALE, NORM):
+        del tensors[name]
+    checks, result, _, _ = serve(variant(checkpoint, tmp_path / "damaged", tensors), tmp_path, random_prompts(1024))
+    assert checks["serving.load"].verdict == "PASS"
+    found = checks["serving.tensors"]
+    assert found.verdict == "FAIL" and found.figure.startswith("3 left"), found
+    missing = {entry["name"]: entry for entry in result["load"]["missing"]}
+    assert set(missing) == {
+        "model.layers.1.mlp.experts.routed_experts.w13_weight_packed",
+        "model.layers.0.self_attn.o_proj.input_global_scale",
+        "model.layers.2.input_layernorm.weight",
+    }
+    assert missing[NORM]["share"] == 1.0
+    packed = missing["model.layers.1.mlp.experts.routed_experts.w13_weight_packed"]
+    assert packed["share"] == pytest.approx(1 / 16) and packed["where"].startswith("index 3 ")
+    assert {checks[name].verdict for name in ("serving.finite", "serving.logprobs", "serving.generate")} == {
+        "UNCHECKED"
+    }
+
+
+def test_infinity_is_traced_to_its_module(checkpoint: Path, tmp_path: Path) -> None:
+    """Every value in the file is finite; what the engine makes of them is not."""
+    tensors = load(checkpoint)
+    tensors[SCALE.replace("input_global_scale", "weight_global_scale")] = torch.tensor([2e-38])
+    checks, result, _, _ = serve(
+        variant(checkpoint, tmp_path / "damaged", tensors), tmp_path, random_prompts(1024, (5,))
+    )
+    assert checks["serving.tensors"].verdict == "PASS"
+    assert checks["serving.finite"].verdict == "FAIL"
+    assert result["nonfinite"]["module"] == "model.layers.0.self_attn.o_proj"
+    assert checks["serving.logprobs"].verdict == "FAIL"
+
+
+def test_a_checkpoint_that_does_not_load_fails_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:
+    damaged = variant(checkpoint, tmp_path / "damaged", load(checkpoint))
+    shard = damaged / "model.safetensors"
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size // 2)
+    checks, _, _, _ = serve(damaged, tmp_path, random_prompts(1024, (5,)))
+    assert checks["serving.load"].verdict == "FAIL"
+    assert "Safetensor" in checks["serving.load"].figure or "incomplete" in checks["serving.load"].figure
+    assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
+
+
+def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path) -> None:
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), timeout=2.0)
+    assert result["timed_out"] and result["seconds"]["wall"] < 30
+    assert checks["serving.load"].verdict == "FAIL" and "time-out" in checks["serving.load"].figure
+    assert json.loads((tmp_path / "serving-request.json").read_text())["checkpoint"] == str(checkpoint)
