@@ -59,7 +59,7 @@ class Calibration(Section):
     all_experts: bool = True
     """Show every token to every expert while calibrating, so that no expert stays without statistics."""
     min_tokens_per_expert: int = Field(default=1, ge=1)
-    """The run fails when an expert saw fewer tokens than this."""
+    """With all_experts: false, an expert that saw fewer tokens takes its input scales from the largest of its peers."""
 
 
 class Conversion(Section):
@@ -74,12 +74,12 @@ class Conversion(Section):
 
 
 class Offload(Section):
-    """Where weights wait that are not being worked on."""
+    """Where activations wait between blocks. Weights are never offloaded: they are read from the source block by block."""
 
     directory: PathText | None = None
-    """Directory on a fast local disk; nothing is offloaded to disk when left out."""
+    """Directory on a fast local disk for activations; the run directory when left out."""
     max_host_memory: Bytes | None = None
-    """Host memory that weights may take, for example 500GiB; the rest goes to the directory."""
+    """Host memory that activations may take, for example 500GiB; the rest goes to the directory."""
 
 
 class Export(Section):
@@ -153,7 +153,7 @@ class Recipe(Section):
     convert: Conversion = Conversion()
     """Settings of the methods that need no data."""
     offload: Offload = Offload()
-    """Where waiting weights go."""
+    """Where waiting activations go."""
     export: Export = Export()
     """Form of the output checkpoint."""
     verify: Verify = Verify()
@@ -175,7 +175,9 @@ class Recipe(Section):
         if method == "plain" and modifiers:
             raise ValueError("must be left out with method 'plain', which quantizes nothing")
         if method == "convert" and [entry.name for entry in modifiers] not in ([], ["QuantizationModifier"]):
-            raise ValueError("must be one QuantizationModifier with method 'convert': the others need method 'calibrate'")
+            raise ValueError(
+                "must be one QuantizationModifier with method 'convert': the others need method 'calibrate'"
+            )
         if len(found) > 1 or (not found and method in ("calibrate", "convert")):
             raise ValueError(
                 f"exactly one modifier must name the modules to quantize (config_groups, or targets and scheme), "

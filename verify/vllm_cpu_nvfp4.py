@@ -13,7 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS, register_linear_kernel
+from vllm.model_executor.kernels.linear import (
+    _POSSIBLE_FP8_BLOCK_KERNELS,
+    NvFp4LinearLayerConfig,
+    register_linear_kernel,
+)
 from vllm.model_executor.kernels.linear.nvfp4.emulation import EmulationNvFp4LinearKernel
 from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel import Fp8BlockScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -24,6 +28,9 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_nvfp4 as nvfp4_moe,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+    compressed_tensors_w4a4_nvfp4 as nvfp4_linear,
 )
 from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import (
     dequantize_to_dtype,
@@ -79,6 +86,14 @@ class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
         quantized = ref_nvfp4_quant_dequant(flat, layer.input_global_scale_inv, GROUP)
         out = multiply(quantized, layer.dense_weight, bias)
         return out.reshape(*x.shape[:-1], -1)
+
+
+class CpuNvFp4WeightOnlyLinearKernel(CpuNvFp4LinearKernel):
+    """NVFP4A16: the same dense weight, activations left alone. vLLM's own weight-only kernels are GPU code."""
+
+    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`x [..., K] -> [..., M]`."""
+        return multiply(x, layer.dense_weight, bias)
 
 
 class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
@@ -223,6 +238,13 @@ def register(moe_input_scales: str = "stored") -> list[str]:
     if moe_input_scales not in MOE_INPUT_SCALES:
         raise ValueError(f"moe_input_scales: expected one of {MOE_INPUT_SCALES}, got {moe_input_scales!r}")
     register_linear_kernel(CpuNvFp4LinearKernel, PlatformEnum.CPU, "nvfp4")
+    kernel_for = nvfp4_linear.init_nvfp4_linear_kernel
+
+    def kernel(use_a16: bool = False) -> Any:
+        # vLLM forces a GPU kernel on weight-only layers without a look at the platform's list.
+        return CpuNvFp4WeightOnlyLinearKernel(NvFp4LinearLayerConfig()) if use_a16 else kernel_for(use_a16)
+
+    nvfp4_linear.init_nvfp4_linear_kernel = kernel
     _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).append(CpuFp8BlockLinearKernel)
 
     @register_quantization_config("compressed-tensors")

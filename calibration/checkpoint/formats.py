@@ -75,12 +75,13 @@ class Formats:
 
     def read(self, name: str, dtype: torch.dtype | None = torch.bfloat16) -> torch.Tensor:
         """Tensor `name` in `dtype`, its stored format undone; `dtype=None` leaves plain tensors as stored and gives
-        BF16 for the others. Integer tensors are never cast. Raises SourceError for NaN or Inf, by tensor name."""
+        BF16 for the others. Integer tensors are never cast. The tensor is the caller's own. Raises SourceError for NaN or Inf, by tensor name."""
         stored, tensor = self._formats[name], self.checkpoint.read(name)
         if stored.kind == "plain":
             if not tensor.is_floating_point():
-                return tensor
-            value = tensor if dtype is None else tensor.to(dtype)
+                return tensor.clone()
+            # A copy: the library hands out its memory map, and what a modifier writes there the next read would return.
+            value = tensor.to(tensor.dtype if dtype is None else dtype, copy=True)
         else:
             scales = {role: self.checkpoint.read(scale) for role, scale in stored.companions.items()}
             value = dequantize(stored, tensor, scales, dtype or torch.bfloat16)

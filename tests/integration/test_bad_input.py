@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.integration.test_end_to_end import LINEAR, run, write_recipe
-from tests.models import standard
 
 from calibration.checkpoint.index import INDEX_NAME
+from tests.integration.test_end_to_end import LINEAR, run, write_recipe
+from tests.models import standard
 
 RECIPE, SOURCE, ENVIRONMENT = 2, 3, 4
 
@@ -121,7 +121,7 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
         {"modifiers": [{"SpinQuantModifier": {}}, {"QuantizationModifier": {"targets": LINEAR, "scheme": "NVFP4"}}],
          "verify": {}}, (), RECIPE, "SpinQuantModifier"),
     "an unknown stage": ({}, ("--stages", "inspect,bake"), RECIPE, "bake"),
-    "no such source": ({"source": {"checkpoint": "/nowhere/at/all"}}, (), SOURCE, "/nowhere/at/all"),
+    "no such source": ({}, ("--set", "source.checkpoint=/nowhere/at/all"), SOURCE, "/nowhere/at/all"),
     "no such data set": ({"calibration": {"dataset": "absent.jsonl"}, "verify": {}}, (), SOURCE, "absent.jsonl"),
     "too few samples": ({"calibration": {"dataset": "bundled", "num_samples": 1000000}, "verify": {}}, (), SOURCE, "1000000"),
     "no vLLM environment": ({"verify": {"serving": {"python": "/nowhere/python"}}}, (), ENVIRONMENT, "make venv-vllm"),

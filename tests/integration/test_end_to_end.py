@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+
+from calibration.checkpoint.index import INDEX_NAME
 from tests.exported import EXPERTS
 from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
 from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
-from tests.reference.model import logits, reference_model
-
-from calibration.checkpoint.index import INDEX_NAME
+from tests.reference.model import decided, logits, reference_model
 
 TOP1, KL = 0.995, 1e-4
 ROOT = Path(__file__).parents[2]
@@ -70,14 +70,19 @@ def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
         experts = 64 if "deepseek" in case else len(blocks[0]["tokens_per_expert"])
         assert all(len(event["tokens_per_expert"]) == experts for event in blocks)
 
-    checks, served, ids, engine = serve(output, tmp_path / "logs", random_prompts(1024))
+    # Short prompts keep one undecided code from reaching far; DeepSeek-V4's windows of 128 need a long one as well.
+    lengths = (1, 3, 40, *(24,) * 12, *((300,) if "deepseek" in case else ()))
+    checks, served, ids, engine = serve(output, tmp_path / "logs", random_prompts(1024, lengths))
     assert served["w4a4"] is True and {c.id for c in checks.values() if c.verdict == "FAIL"} == set()
-    agreement = compare(logits(reference_model(output), ids), engine)
-    print(case, agreement)
-    assert agreement.top1 >= TOP1 and agreement.kl < KL, agreement
+    reference = reference_model(output)
+    expected = logits(reference, ids)
+    masks = decided(reference, ids, expected)
+    agreement = compare(expected, engine, masks)
+    print(case, agreement, compare(expected, engine))
+    assert agreement.share >= 0.4 and agreement.top1 >= TOP1 and agreement.kl < KL, agreement
     # The gate can tell: the same reference without activation quantization must not pass it.
-    control = compare(logits(reference_model(output, quantize_inputs=False), ids), engine)
-    assert control.kl > 10 * KL, control
+    control = compare(logits(reference_model(output, quantize_inputs=False), ids), engine, masks)
+    assert control.top1 < TOP1 and control.kl > 10 * KL, control
 
 
 def test_stages_can_be_run_again_and_skipped(tmp_path: Path) -> None:

@@ -66,6 +66,13 @@ def rename(name: str, model_type: str) -> str | None:
     return name
 
 
+#: Noise of `decided`, relative to a vector's root mean square: what float32 sums in another order differ by.
+NOISE = 5e-7
+TRIALS = 4
+#: Log-probability difference that noise of NOISE makes only through a changed code or expert.
+CHAOS = 1e-3
+
+
 class Projection(nn.Module):
     """A linear layer as the checkpoint stores it: plain, NVFP4 (weights and activations) or block FP8 (weights only, as
     vLLM does on CPUs).
@@ -175,3 +182,31 @@ def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
 def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Float64 logits `[T, V]` of each prompt, run alone and without a cache."""
     return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0] for ids in prompts]
+
+
+@torch.no_grad()
+def decided(model: nn.Module, prompts: Sequence[Sequence[int]], reference: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Positions `[T]` (bool) per prompt where the reference agrees with itself under float32-sized noise.
+
+    An activation that lies on the border of two E2M1 codes, or a token between two experts, goes either way with the
+    last bit of a float32 sum, and changes every later token of a model with random weights. Such positions say nothing
+    about the engine: the reference finds them by running again with noise of NOISE on the input of every quantized
+    layer, TRIALS times.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        first = inputs[0]
+        size = NOISE * first.square().mean(-1, keepdim=True).sqrt()
+        return (first + size * torch.randn(first.shape, generator=generator, dtype=first.dtype), *inputs[1:])
+
+    masks = [torch.ones(len(ids), dtype=torch.bool) for ids in prompts]
+    hooks = [m.register_forward_pre_hook(shake) for m in model.modules() if isinstance(m, Projection | Experts)]
+    try:
+        for _ in range(TRIALS):
+            for mask, expected, found in zip(masks, reference, logits(model, prompts), strict=True):
+                mask &= (expected.log_softmax(-1) - found.log_softmax(-1)).abs().amax(-1) < CHAOS
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return masks

@@ -13,7 +13,6 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize as ct_dequantize
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from safetensors.torch import load_file, save_file
-from tests.models import deepseek_v4
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from calibration.checkpoint import nvfp4
@@ -21,6 +20,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from recipes.errors import SourceError
+from tests.models import deepseek_v4
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,9 @@ def copy(source: Path, tmp_path: Path) -> Path:
 
 def test_headers_agree_with_the_library(source: Path) -> None:
     for path in source.glob("*.safetensors"):
-        assert {n: h.shape for n, h in read_header(path).items()} == {n: tuple(t.shape) for n, t in load_file(path).items()}
+        assert {n: h.shape for n, h in read_header(path).items()} == {
+            n: tuple(t.shape) for n, t in load_file(path).items()
+        }
 
 
 def test_bytes_and_tensors_agree_with_the_library(source: Path) -> None:
@@ -133,7 +135,9 @@ def test_odd_tile_edges() -> None:
 
     weight = torch.ones(576, 130).to(torch.float8_e4m3fn)
     scale = torch.arange(1.0, 11.0).reshape(5, 2)
-    value = dequantize(StoredFormat("fp8_tiles", (576, 130), {}, (128, 128)), weight, {"tile_scale": scale}, torch.float32)
+    value = dequantize(
+        StoredFormat("fp8_tiles", (576, 130), {}, (128, 128)), weight, {"tile_scale": scale}, torch.float32
+    )
     assert value[511, 0] == 7 and value[512, 0] == 9 and value[575, 129] == 10 and value[575, 127] == 9
 
 
@@ -154,8 +158,19 @@ def test_nan_names_its_tensor(copy: Path) -> None:
     tensors["layers.1.attn_norm.weight"][5] = torch.nan
     save_file(tensors, shard)
     formats = Formats(Checkpoint.open(copy))
-    with pytest.raises(SourceError, match=r"layers\.1\.attn_norm\.weight: 1 of 64 values are NaN or Inf, the first at \[5\]"):
+    with pytest.raises(
+        SourceError, match=r"layers\.1\.attn_norm\.weight: 1 of 64 values are NaN or Inf, the first at \[5\]"
+    ):
         formats.read("layers.1.attn_norm.weight", None)
+
+
+def test_what_a_modifier_writes_into_a_weight_is_not_read_again(source: Path) -> None:
+    formats = Formats(Checkpoint.open(source))
+    for name, dtype in (("layers.0.ffn.gate.weight", torch.bfloat16), ("layers.0.ffn.gate.tid2eid", None)):
+        before = formats.checkpoint.read_bytes(name)
+        formats.read(name, dtype).zero_()
+        again = formats.read(name, dtype)
+        assert again.any() and formats.checkpoint.read(name).view(torch.uint8).numpy().tobytes() == before
 
 
 def scales_of(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,91 @@
+"""`python -m verify CHECKPOINT`: verifies a compressed-tensors NVFP4 checkpoint, ours or not.
+
+Exit codes as in workflows.run: 0 no check says FAIL, 2 command line or recipe, 3 source, 4 environment, 5 a check says
+FAIL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.plan import Plan, make_plan
+from recipes.errors import RecipeError, SourceError, VerificationFailed, WorkflowError
+from recipes.loader import load_recipe
+from recipes.schema import Serving
+from verify.checks import Check
+from verify.levels import print_samples, verify_levels
+from verify.report import LEVELS, failed, print_checks, to_json
+from verify.serving import check_environment
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--source", type=Path, help="the checkpoint it was made from; needs a recipe")
+    parser.add_argument(
+        "--recipe", type=Path, help="the recipe it was made with (default: recipe.yaml in the checkpoint)"
+    )
+    parser.add_argument("--level", choices=LEVELS, default="serving", help="check up to this level (default: serving)")
+    parser.add_argument("--python", help="interpreter of the vLLM environment (default: the recipe's)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    options = parser.parse_args(arguments)
+    try:
+        checks, samples = verify(options.checkpoint, options.source, options.recipe, options.level, options.python)
+        if options.json:
+            print(json.dumps(to_json(checks) | {"samples": samples}, indent=2))
+        else:
+            console = Console(width=None if sys.stdout.isatty() else 160)
+            print_checks(checks, console)
+            print_samples(samples, console)
+        bad = failed(checks)
+        if bad:
+            raise VerificationFailed([f"{options.checkpoint}: {len(bad)} of {len(checks)} checks say FAIL"])
+    except WorkflowError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def verify(
+    checkpoint: Path, source: Path | None, recipe: Path | None, level: str, python: str | None
+) -> tuple[list[Check], list[dict[str, str]]]:
+    """Checks up to `level`; returns the checks and generated samples. Raises WorkflowError for a wrong command, source
+    or environment, never for a broken checkpoint."""
+    if not checkpoint.is_dir():
+        raise SourceError(f"{checkpoint}: no such checkpoint directory")
+    plan: Plan | None = None
+    formats: Formats | None = None
+    serving = Serving()
+    recipe = recipe or (checkpoint / "recipe.yaml" if (checkpoint / "recipe.yaml").exists() else None)
+    if recipe is not None:
+        loaded = load_recipe(recipe)
+        serving = loaded.verify.serving or serving
+        if source is not None:
+            formats = Formats(Checkpoint.open(source))
+            plan = make_plan(formats.checkpoint, formats, loaded)
+    elif source is not None:
+        raise RecipeError(
+            f"{checkpoint}: holds no recipe.yaml, and a comparison with --source needs one: give --recipe"
+        )
+    wanted = LEVELS[: LEVELS.index(level) + 1]
+    serving = serving.model_copy(update={"python": python}) if python else serving
+    if "serving" in wanted:
+        check_environment(serving.python)
+    with TemporaryDirectory(prefix="verify-") as logs:
+        checks, result = verify_levels(checkpoint, wanted, Path(logs), plan=plan, source=formats, serving=serving)
+    return checks, result.get("samples", [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""The levels of a verification in their order, as the stage of a run and the command line both want them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.plan import Plan
+from recipes.schema import Serving
+from verify.checks import Check
+from verify.fidelity import verify_fidelity
+from verify.serving import verify_serving
+from verify.structure import verify_structure
+
+_FIDELITY = "no quantized weight is far from the source's"
+
+
+def verify_levels(
+    directory: Path,
+    levels: Collection[str],
+    log_dir: Path,
+    *,
+    plan: Plan | None = None,
+    source: Formats | None = None,
+    serving: Serving | None = None,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Check], dict[str, Any]]:
+    """Makes the checks of `levels` (structure, fidelity, serving) and returns them with the serving engine's result.
+
+    Fidelity needs a plan, a source and a whole structure, else it is UNCHECKED. A broken checkpoint gives verdicts, not
+    exceptions; EnvironmentProblem is raised where there is no engine to ask.
+    """
+    checks: list[Check] = []
+    if "structure" in levels:
+        say("verify: structure")
+        checks += verify_structure(directory, plan, source.checkpoint if source else None)
+    if "fidelity" in levels:
+        broken = any(check.verdict == "FAIL" for check in checks)
+        if plan is None or source is None or broken:
+            why = "the structure is broken" if broken else "no source given"
+            checks.append(Check("fidelity.weights", "UNCHECKED", _FIDELITY, why, "", "not run"))
+        else:
+            say("verify: fidelity")
+            checks += verify_fidelity(directory, plan, source)
+    if "serving" not in levels or serving is None:
+        return checks, {}
+    say("verify: serving (vLLM loads the checkpoint in its own process)")
+    served, result = verify_serving(directory, serving, log_dir, trust_remote_code=trust_remote_code)
+    return checks + served, result
+
+
+def print_samples(samples: list[dict[str, Any]], console: Console, most: int = 2) -> None:
+    """The first samples, a line each, long prompts cut."""
+    for sample in samples[:most]:
+        prompt = sample["prompt"] if len(sample["prompt"]) <= 80 else sample["prompt"][:77] + "..."
+        console.print(f"sample ({sample['kind']}): {prompt!r} -> {sample['text']!r}", markup=False, soft_wrap=True)
