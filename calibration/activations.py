@@ -1,33 +1,44 @@
-"""Activations between blocks: in host memory up to a limit, beyond it in one scratch file per batch."""
+"""Activations between blocks: in host memory up to a limit, beyond it in one file per batch; kept on disk at every
+block boundary where a run must be able to go on from there."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
 
+from calibration.checkpoint.header import fsync_directory
+from calibration.checkpoint.writer import PARTIAL
+from calibration.resume import Boundary
 from recipes.errors import EnvironmentProblem
 
 
 class ActivationCache(IntermediatesCache):  # type: ignore[misc]
-    """llm-compressor's cache of a batch's named values, with a budget.
+    """llm-compressor's cache of a batch's named values, with a budget and with boundaries.
 
-    A batch that would pass `limit` bytes of host memory is written to `directory` and read back for each use. The files
-    are scratch: they are removed when the context ends.
+    A batch that would pass `limit` bytes of host memory lies in a file below `directory` and is read back for each use.
+    `aim` names the boundary that values belong to from now on: each boundary has a folder of its own, so that the one
+    before stays whole until the next is. With `lasting`, `directory` belongs to this run alone and boundaries that were
+    committed survive an error; else everything lies in a temporary folder inside it.
     """
 
-    def __init__(self, device: torch.device, directory: Path, limit: int | None = None) -> None:
+    def __init__(self, device: torch.device, directory: Path, limit: int | None = None, lasting: bool = False) -> None:
         super().__init__([], torch.device("cpu"))
-        self.device, self.limit = device, limit
+        self.device, self.limit, self.lasting = device, limit, lasting
         self._directory = directory
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._root: Path | None = directory if lasting else None
+        self._number, self._saving = 0, False
         self._bytes: list[int] = []
         self._files: dict[int, Path] = {}
+        self._digests: dict[int, str] = {}
 
     def __enter__(self) -> ActivationCache:
         return self
@@ -36,8 +47,8 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.batch_intermediates.clear()
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        if self._root is not None and not (self.lasting and kind):
+            shutil.rmtree(self._root, ignore_errors=True)
 
     @property
     def held_bytes(self) -> int:
@@ -46,7 +57,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
 
     @property
     def spilled(self) -> list[Path]:
-        """The scratch files there are now."""
+        """The files of the batches that are not in memory."""
         return list(self._files.values())
 
     def add(self, values: dict[str, Any]) -> None:
@@ -56,6 +67,55 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         host, device = self.offload_device, self.device
         offloaded = {name: self._offload_value(value, host, device) for name, value in values.items()}
         self._keep(len(self) - 1, offloaded)
+
+    def aim(self, number: int, save: bool) -> None:
+        """Values kept from now on belong to boundary `number`; with `save` every batch is written to its file as well,
+        for `commit`."""
+        self._number, self._saving = number, save and self.lasting
+        self._digests.clear()
+
+    def commit(self) -> Boundary | None:
+        """Makes the boundary that was aimed at durable: every file fsynced and renamed. None when it is not saved."""
+        if not self._saving:
+            return None
+        folder, files = self._folder(), dict[str, str]()
+        try:
+            for index, digest in sorted(self._digests.items()):
+                path = self._path(index)
+                partial = path.with_name(path.name + PARTIAL)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(path)
+                files[path.name] = digest
+                if index in self._files:
+                    self._files[index] = path
+            fsync_directory(folder)
+            fsync_directory(folder.parent)
+        except OSError as error:
+            raise self._problem("activations", error) from None
+        self._saving = False
+        return Boundary(folder, files)
+
+    def restore(self, boundary: Boundary) -> None:
+        """Replaces the values of all batches by those of a boundary whose digests were checked."""
+        empty: list[dict[str, IntermediateValue]] = [{} for _ in boundary.files]
+        self.batch_intermediates = empty
+        self._files = {}
+        self._bytes = [0] * len(boundary.files)
+        for index, name in enumerate(boundary.files):
+            path = boundary.directory / name
+            values = torch.load(path, weights_only=False)
+            size = _nbytes(values)
+            if self._fits(size):
+                self.batch_intermediates[index], self._bytes[index] = values, size
+            else:
+                self._files[index] = path
+
+    def forget(self, before: int) -> None:
+        """Removes the folders of the boundaries below number `before`."""
+        for folder in self._root.glob("boundary-*") if self._root is not None else ():
+            if int(folder.name.rpartition("-")[2]) < before:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def fetch(self, batch_index: int, input_names: Collection[str] | None = None) -> dict[str, Any]:
         """The values of a batch by name, on the device they came from."""
@@ -82,27 +142,67 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
     def _keep(self, index: int, values: dict[str, IntermediateValue]) -> None:
         self.batch_intermediates[index], self._bytes[index] = {}, 0
         size = _nbytes(values)
-        if self.limit is not None and self.held_bytes + size > self.limit:
-            self._spill(index, values)
-            return
-        path = self._files.pop(index, None)
-        if path is not None:
-            path.unlink()
-        self.batch_intermediates[index], self._bytes[index] = values, size
+        held = self._fits(size)
+        path = self._write(index, values) if self._saving or not held else None
+        self._files.pop(index, None)
+        if held:
+            self.batch_intermediates[index], self._bytes[index] = values, size
+        elif path is not None:
+            self._files[index] = path
 
-    def _spill(self, index: int, values: dict[str, IntermediateValue]) -> None:
+    def _fits(self, size: int) -> bool:
+        return self.limit is None or self.held_bytes + size <= self.limit
+
+    def _write(self, index: int, values: dict[str, IntermediateValue]) -> Path:
+        path = self._path(index)
+        if self._saving:
+            path = path.with_name(path.name + PARTIAL)
+        hashed = _Hashed()
         try:
-            if self._scratch is None:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._scratch = tempfile.TemporaryDirectory(prefix="activations-", dir=self._directory)
-            path = Path(self._scratch.name) / f"batch-{index:06d}.pt"
-            torch.save(values, path)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise EnvironmentProblem(
-                f"{self._directory}: activations of batch {index} cannot be written: {error}; give offload.directory "
-                "more space, raise offload.max_host_memory, or use fewer samples"
-            ) from None
-        self._files[index] = path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as hashed.file:
+                torch.save(values, cast(IO[bytes], hashed))
+        except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind one of its own
+            path.unlink(missing_ok=True)
+            raise self._problem(f"activations of batch {index}", hashed.error or error) from None
+        self._digests[index] = hashed.digest.hexdigest()
+        return path
+
+    def _folder(self) -> Path:
+        if self._root is None:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._root = Path(tempfile.mkdtemp(prefix="activations-", dir=self._directory))
+        return self._root / f"boundary-{self._number:04d}"
+
+    def _path(self, index: int) -> Path:
+        return self._folder() / f"batch-{index:06d}.pt"
+
+    def _problem(self, what: str, error: Exception) -> EnvironmentProblem:
+        return EnvironmentProblem(
+            f"{self._directory}: {what} cannot be written: {error}; give offload.directory more space, raise "
+            "offload.max_host_memory, or use fewer samples; the same command goes on from the last finished block"
+        )
+
+
+class _Hashed:
+    """A file that knows the sha256 of what was written to it, without reading it again."""
+
+    file: BinaryIO
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def _nbytes(value: Any) -> int:

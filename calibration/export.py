@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from compressed_tensors.quantization.lifecycle.forward import quantize
 
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.config import output_config
@@ -101,6 +100,9 @@ class Exporter:
         _check_scale(f"{step.module}.weight_scale", scale)
         names = [output.name for output in step.outputs]
         if scheme is FP8_BLOCK:
+            # compressed-tensors imports transformers: seconds that the stages without calibration need not wait.
+            from compressed_tensors.quantization.lifecycle.forward import quantize
+
             arguments = module.quantization_scheme.weights  # type: ignore[union-attr]
             codes = quantize(weight, scale, None, arguments, dtype=torch.float8_e4m3fn)
             return dict(zip(names, (codes, scale.to(torch.float32)), strict=True))

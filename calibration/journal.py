@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import socket
 import time
 from pathlib import Path
 from typing import IO, Any
 
+from calibration.checkpoint.header import fsync_directory
 from recipes.errors import EnvironmentProblem
 
 
 class RunDirectory:
     """`<output>.run/` of one output: plan.json, recipe.yaml, journal.jsonl (durable facts), events.jsonl (progress),
-    logs/, model_config/, activations/ and verify.json. One process at a time holds its lock."""
+    logs/, skeleton/, activations/ and verify.json. One process at a time holds its lock."""
 
     def __init__(self, output: Path) -> None:
         self.path = output.with_name(output.name + ".run")
@@ -27,6 +31,11 @@ class RunDirectory:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.truncate(0)
+            self._lock.write(
+                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())})
+            )
+            self._lock.flush()
         except BlockingIOError:
             raise EnvironmentProblem(
                 f"{self.path}: another process works on this output; wait for it, or name another output"
@@ -39,36 +48,97 @@ class RunDirectory:
 
     def close(self) -> None:
         if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 
+    def holder(self) -> str | None:
+        """Who works on this output now, as `pid N` or `host H`; None when nobody does. Does not touch the lock."""
+        try:
+            told = json.loads((self.path / "lock").read_text())
+            if told["host"] != socket.gethostname():
+                return f"host {told['host']} (if it still lives)"
+            return f"pid {told['pid']}" if _began(told["pid"]) == told["began"] is not None else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def event(self, name: str, /, **facts: Any) -> dict[str, Any]:
-        """Appends one line to events.jsonl and returns it. `time` is seconds since the epoch."""
+        """Appends one line to events.jsonl and returns it. `time` is seconds since the epoch. A full disk loses it:
+        events inform, and only the journal must hold."""
         line = {"time": round(time.time(), 3), "event": name, **facts}
-        with (self.path / "events.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with contextlib.suppress(OSError):
+            _append(self.path / "events.jsonl", line, durable=False)
         return line
 
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of events.jsonl, oldest first; a line cut off by a kill is left out."""
+        return _lines(self.path / "events.jsonl")
+
     def record(self, name: str, /, **facts: Any) -> None:
-        """Appends one durable fact to journal.jsonl: on disk before this returns."""
-        with (self.path / "journal.jsonl").open("a") as file:
-            file.write(json.dumps({"time": round(time.time(), 3), "fact": name, **facts}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Appends one durable fact to journal.jsonl: on disk before this returns. Raises EnvironmentProblem."""
+        path = self.path / "journal.jsonl"
+        try:
+            _append(path, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{path}: cannot be written: {error.strerror}; free some space and run the same command again"
+            ) from None
 
     def facts(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The journal's lines, oldest first; a line cut off by a kill is left out."""
-        facts = []
-        path = self.path / "journal.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                fact = json.loads(line)
-            except ValueError:
-                continue
-            if kind is None or fact.get("fact") == kind:
-                facts.append(fact)
-        return facts
+        return [fact for fact in _lines(self.path / "journal.jsonl") if kind is None or fact.get("fact") == kind]
 
-    def restart(self) -> None:
-        """Forgets the journal: the run begins anew."""
-        (self.path / "journal.jsonl").unlink(missing_ok=True)
+    def restart(self, name: str | None = None, /, **facts: Any) -> None:
+        """Forgets the journal: the run begins anew, with the fact `name` where one is given, in one step."""
+        path = self.path / "journal.jsonl"
+        if name is None:
+            path.unlink(missing_ok=True)
+            return
+        partial = path.with_name("journal.jsonl.partial")
+        try:
+            partial.unlink(missing_ok=True)
+            _append(partial, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
+            partial.replace(path)
+            fsync_directory(self.path)
+        except OSError as error:
+            raise EnvironmentProblem(f"{path}: cannot be written: {error.strerror}; free some space") from None
+
+
+def _append(path: Path, line: dict[str, Any], durable: bool) -> None:
+    new = not path.exists()
+    # Opened for reading too, to see how the last writer ended: a line that a kill cut off must not swallow this one.
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if size:
+            file.seek(size - 1)
+        text = (b"\n" if size and file.read(1) != b"\n" else b"") + json.dumps(line).encode() + b"\n"
+        written = file.write(text)
+        if written != len(text):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if durable:
+            os.fsync(file.fileno())
+    if durable and new:
+        fsync_directory(path.parent)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    found = []
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):
+            fact = json.loads(line)
+            if isinstance(fact, dict):
+                found.append(fact)
+    return found
+
+
+def _began(pid: int) -> str | None:
+    """When a process of this machine began, in the kernel's ticks: a process number alone may be another's by now."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return None

@@ -27,7 +27,9 @@ from torch import accelerator
 from torch.utils.data import DataLoader
 
 from calibration.checkpoint.plan import Plan
-from calibration.sequential import PIPELINE, CalibrationRun, CalibrationSummary, Callbacks
+from calibration.results import CalibrationSummary, Callbacks
+from calibration.resume import Resume
+from calibration.sequential import PIPELINE, CalibrationRun
 from calibration.source_model import SourceModel
 from recipes.errors import RecipeError
 from recipes.modifiers import ConfigGroup
@@ -67,12 +69,14 @@ def calibrate(
     callbacks: Callbacks,
     scratch: Path,
     verbose: bool = False,
+    resume: Resume | None = None,
 ) -> CalibrationSummary:
     """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
 
     `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration.
     Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and
-    log lines are left out unless `verbose`; its warnings become `log` events.
+    log lines are left out unless `verbose`; its warnings become `log` events. With `resume` the blocks that it names as
+    finished are left out, and the run's activations go where it says and stay there after an error.
     Raises RecipeError for arguments that llm-compressor refuses and modifiers that cannot run block by block,
     SourceError for NaN and Inf, ParityError and WorkflowError for a calibration that would be wrong.
     """
@@ -88,6 +92,7 @@ def calibrate(
         fused=[tuple(names[module] for module in group if module in names) for group in plan.fused],
         min_tokens_per_expert=calibration.min_tokens_per_expert,
         max_host_memory=recipe.offload.max_host_memory,
+        resume=resume,
     )
     with contextlib.ExitStack() as stack:
         stack.enter_context(create_session())

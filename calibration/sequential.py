@@ -8,9 +8,8 @@ forward, every observer must have seen something, every scale must be finite and
 
 from __future__ import annotations
 
-import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,64 +37,18 @@ from calibration import tracing
 from calibration.activations import ActivationCache
 from calibration.checks import first_non_finite, is_finite, require_scales, require_statistics
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
+from calibration.memory import PeakMemory
+from calibration.results import BlockResult, CalibrationSummary, Callbacks
+from calibration.resume import Boundary, Resume
 from calibration.source_model import SourceModel
 from calibration.tracing import BlockCall, hidden_of, own_block_calls, require_parity
-from recipes.errors import RecipeError, SourceError, WorkflowError, collapsed
+from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError, collapsed
 
 PIPELINE = "streaming_sequential"
 #: Batches compared with the model's own forward: one per kind of batch (shape, padded or not), at most this many.
 PARITY_SAMPLES = 2
 
 _current: ContextVar[CalibrationRun] = ContextVar("calibration run")
-
-
-@dataclass
-class BlockResult:
-    """A calibrated block, valid during `on_block` only: its weights leave memory afterwards.
-
-    `modules` maps source module names to the calibrated linear layers with their scales as parameters; `block` counts
-    from 0 and is None for what stands before the first block; what stands behind the last block comes with it.
-    `edited` holds source tensors outside `modules` that a modifier wrote to (AWQ, SmoothQuant). `parity` is the largest
-    absolute difference to the model's own forward. Times in seconds, memory in bytes (peak of the process so far).
-    """
-
-    block: int | None
-    blocks: int
-    name: str
-    modules: dict[str, nn.Module]
-    edited: dict[str, torch.Tensor]
-    tokens_per_expert: dict[int, int]
-    filled_experts: list[int]
-    rounded_to_nearest: list[str]
-    parity: float
-    seconds: float
-    peak_rss: int
-
-
-@dataclass
-class Callbacks:
-    """What a run tells its caller. `on_block` takes each block as it is finished; `on_progress` gets small JSON-ready
-    facts, with `event` one of trace, load, batch, block, log. `takes_edits` says that `on_block` writes
-    `BlockResult.edited` into the output as well; without it modifiers that need it are refused."""
-
-    on_block: Callable[[BlockResult], None]
-    on_progress: Callable[[dict[str, Any]], None] = lambda event: None
-    takes_edits: bool = False
-
-
-@dataclass
-class CalibrationSummary:
-    """Totals of a run; `tokens_per_expert` by block and expert, `parity` by block."""
-
-    blocks: int = 0
-    batches: int = 0
-    modules: int = 0
-    tokens_per_expert: dict[int, dict[int, int]] = field(default_factory=dict)
-    filled_experts: dict[int, list[int]] = field(default_factory=dict)
-    rounded_to_nearest: list[str] = field(default_factory=list)
-    parity: dict[int, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    peak_rss: int = 0
 
 
 @CalibrationPipeline.register(PIPELINE)
@@ -113,7 +66,7 @@ class CalibrationRun:
     """One run of the pipeline: where weights come from, where activations may go, whom to tell.
 
     `fused` are groups of transformers module names that must share a weight global scale; `scratch` takes activations
-    beyond `max_host_memory` bytes.
+    beyond `max_host_memory` bytes. With `resume` the blocks it names are left out and every boundary is saved.
     """
 
     source: SourceModel
@@ -122,8 +75,10 @@ class CalibrationRun:
     fused: Sequence[tuple[str, ...]] = ()
     min_tokens_per_expert: int = 1
     max_host_memory: int | None = None
+    resume: Resume | None = None
     experts: ExpertCalibration = field(default_factory=ExpertCalibration)
     summary: CalibrationSummary = field(default_factory=CalibrationSummary)
+    memory: PeakMemory = field(default_factory=PeakMemory)
     #: Whether the modifiers have been accepted and the forward passes have begun.
     calibrating: bool = False
 
@@ -140,7 +95,11 @@ class CalibrationRun:
         """Calibrates every block. Raises ParityError, SourceError (non-finite values), WorkflowError (scales)."""
         started, model = time.monotonic(), self.source.model
         with ExitStack() as stack:
-            cache = stack.enter_context(ActivationCache(self.source.device, self.scratch, self.max_host_memory))
+            scratch, lasting = (self.resume.activations, True) if self.resume else (self.scratch, False)
+            cache = ActivationCache(self.source.device, scratch, self.max_host_memory, lasting)
+            stack.enter_context(cache)
+            stack.enter_context(self.memory)
+            stack.callback(self.source.stop_reading)
             for batch in dataloader:
                 cache.add(batch)
             if not len(cache):
@@ -158,12 +117,10 @@ class CalibrationRun:
             session = active_session()
             session.state.loss_masks, session.state.sequential_prefetch = None, False
             edits = any(type(modifier) is not QuantizationModifier for modifier in session.lifecycle.recipe.modifiers)
-            walk = _Walk(self, cache, subgraphs, samples, edits)
-            for index in range(len(subgraphs)):
-                walk.step(index)
+            _Walk(self, cache, subgraphs, samples, edits).walk()
             LifecycleCallbacks.calibration_end()
         self.summary.blocks, self.summary.batches = len(self.source.blocks), len(dataloader)
-        self.summary.seconds, self.summary.peak_rss = time.monotonic() - started, peak_rss()
+        self.summary.seconds = time.monotonic() - started
 
     def _tell(self, event: str, **facts: Any) -> None:
         self.callbacks.on_progress({"event": event, **facts})
@@ -221,22 +178,88 @@ class _Walk:
     subgraphs: list[Subgraph]
     samples: dict[int, dict[str, Any]]
     edits: bool
-    seen: int = 0
+    #: Block number by subgraph; None for what stands before the first block (or behind the last).
+    numbers: list[int | None] = field(default_factory=list)
     entering: dict[int, torch.Tensor] = field(default_factory=dict)
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
 
-    def step(self, index: int) -> None:
-        """Loads, calibrates, checks, hands over and unloads one subgraph."""
+    def walk(self) -> None:
+        """Takes every batch through every block that is not finished, from the nearest saved activations on."""
+        run, resume = self.run, self.run.resume or Resume(self.run.scratch)
+        numbers = iter(range(len(run.source.blocks)))
+        self.numbers = [next(numbers) if run._blocks_in(subgraph) else None for subgraph in self.subgraphs]
+        for number, facts in sorted(resume.finished.items()):
+            run.summary.take(number, facts)
+        where = {number: index for index, number in enumerate(self.numbers) if number is not None}
+        route = self._route(where, resume)
+        for (index, saved), (following, _) in zip(route, [*route[1:], (None, None)], strict=True):
+            if saved is not None:
+                if index == route[0][0]:
+                    self._look_before_the_blocks()
+                run._tell("resume", block=self.numbers[index], directory=str(saved.directory))
+                self.cache.restore(saved)
+            self.step(index, following)
+
+    def _route(self, where: dict[int, int], resume: Resume) -> list[tuple[int, Boundary | None]]:
+        """The subgraphs to step through, in order, each with the saved activations to take up before it. `where` maps
+        block numbers to subgraphs."""
+        route: list[tuple[int, Boundary | None]] = []
+        begin = 0
+        for pending in (index for number, index in where.items() if number not in resume.finished):
+            saved = max((n for n in resume.boundaries if begin < where[n] <= pending), default=None)
+            start = begin if saved is None else where[saved]
+            route += [(start, None if saved is None else resume.boundaries[saved])]
+            route += [(index, None) for index in range(start + 1, pending + 1)]
+            begin = pending + 1
+        return route + [(index, None) for index in range(begin, len(self.subgraphs)) if begin > max(where.values())]
+
+    def _look_before_the_blocks(self) -> None:
+        """Records the model's own calls of its blocks, for parity, where the walk does not begin at the text."""
+        roots = self._roots(0)
+        self.run.source.load(roots)
+        self._record_own_calls()
+        self.run.source.unload(roots)
+
+    def step(self, index: int, following: int | None) -> None:
+        """Loads, calibrates, checks, hands over and unloads one subgraph while the `following` one's weights are read;
+        then makes its end durable."""
         run, subgraph, started = self.run, self.subgraphs[index], time.monotonic()
-        source = run.source
+        source, number = run.source, self.numbers[index]
         block = next(iter(run._blocks_in(subgraph)), None)
-        number = None if block is None else self.seen
-        self.seen += block is not None
         name = "before the blocks" if block is None else source.source_block(source.module_name(block))
         where = name if number is None else f"block {number} ({name})"
         roots = self._roots(index)
         run._tell("load", block=number, name=name)
         source.load(roots)
+        if following is not None and source.reads_ahead:
+            source.prefetch(self._roots(following))
+        self.cache.aim(index + 1, save=block is not None and index + 1 < len(self.subgraphs))
+        if index == 0:
+            self._record_own_calls()
+        known = run.resume is not None and number in run.resume.finished and not self.edits
+        result = None if known else self._work(index, block, number, name, where, roots, started)
+        if result is not None:
+            self._hand_over(result)
+        else:
+            self._repeat(index, block, number, where)
+        for module in (module for root in roots for module in root.modules()):
+            run.experts.forget(module)
+        source.unload(roots)
+        if number is not None:
+            facts = None if result is None else result.facts()
+            run.callbacks.on_finished(number, facts, self.cache.commit())
+        self.cache.forget(before=index + 1)
+        if number is not None and run.callbacks.should_stop():
+            total = len(source.blocks)
+            rest = "writes the index" if number + 1 == total else f"continues with block {number + 2}"
+            raise Interrupted(f"stopped behind block {number + 1} of {total}; the same command {rest}")
+
+    def _work(
+        self, index: int, block: nn.Module | None, number: int | None, name: str, where: str, roots: list[nn.Module],
+        started: float,
+    ) -> BlockResult:  # fmt: skip
+        """Calibrates and checks what is loaded."""
+        run, source = self.run, self.run.source
         quantized = {
             source.source_module(source.module_name(module)): module
             for root in roots
@@ -244,46 +267,43 @@ class _Walk:
             if is_module_quantized(module)
         }
         _attach_again(quantized.values())
-        if index == 0:
-            self._record_own_calls()
         parity = self._calibrate(index, block, number, where)
         experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
         tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
         filled = self._fill(experts)
         require_statistics(quantized, where)
         with patch_attr(run.experts, "kind", Pass.PROPAGATE):
-            LifecycleCallbacks.sequential_epoch_end(subgraph.submodules(source.model))
+            LifecycleCallbacks.sequential_epoch_end(self.subgraphs[index].submodules(source.model))
         nearest = self._round_to_nearest(quantized)
         if self.edits:
             self._propagate(index, number, block, where)
         require_scales(quantized, where)
-        result = BlockResult(
+        return BlockResult(
             number, len(source.blocks), name, quantized, self._edited(roots, quantized, where), tokens, filled, nearest,
-            parity, time.monotonic() - started, peak_rss(),
+            parity, time.monotonic() - started, run.memory.take(),
         )  # fmt: skip
-        self._finish(result)
-        for module in experts:
-            run.experts.forget(module)
-        source.unload(roots)
 
-    def _finish(self, result: BlockResult) -> None:
-        summary = self.run.summary
+    def _hand_over(self, result: BlockResult) -> None:
         if result.block is not None or result.modules:
             self.run.callbacks.on_block(result)
-        summary.modules += len(result.modules)
-        summary.rounded_to_nearest += result.rounded_to_nearest
         if result.block is None:
+            self.run.summary.modules += len(result.modules)
             return
-        summary.parity[result.block] = result.parity
-        if result.tokens_per_expert:
-            summary.tokens_per_expert[result.block] = result.tokens_per_expert
-        if result.filled_experts:
-            summary.filled_experts[result.block] = result.filled_experts
+        if self.run.resume is None or result.block not in self.run.resume.finished:
+            self.run.summary.take(result.block, result.facts())
         self.run._tell(
             "block", block=result.block, blocks=result.blocks, name=result.name, modules=len(result.modules),
             seconds=round(result.seconds, 3), peak_rss=result.peak_rss, parity=result.parity,
             tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
         )  # fmt: skip
+
+    def _repeat(self, index: int, block: nn.Module | None, number: int | None, where: str) -> None:
+        """The pass that computes the outputs of a block again, to the same bits, and observes nothing."""
+        with self.run.experts.running(Pass.REPEAT):
+            for batch, outputs, passed in self._forward(index, block, number, "repeat"):
+                if block is not None and passed is not None:
+                    self._require_finite(index, block, passed[1], batch, where)
+                self._keep(index, batch, outputs)
 
     def _roots(self, index: int) -> list[nn.Module]:
         """The modules whose weights a subgraph needs."""
@@ -391,11 +411,6 @@ class _Walk:
         if outside and not self.run.callbacks.takes_edits:
             raise RecipeError(f"{where}: the modifiers changed {', '.join(outside)}, which the output copies unchanged")
         return outside
-
-
-def peak_rss() -> int:
-    """Peak resident memory of this process in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _called(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:

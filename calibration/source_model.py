@@ -6,12 +6,14 @@ until `SourceModel.load` reads them, and go back there with `SourceModel.unload`
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import json
 import shutil
+import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from calibration.checkpoint.families import Family, family_of
@@ -57,6 +60,10 @@ class SourceModel:
             if name.endswith(WEIGHT)
         }
         self._versions: dict[str, int] = {}
+        #: Whether reading the next block ahead gains time: on the CPU it takes the time that the forward pass needs,
+        #: and the memory of a block on top.
+        self.reads_ahead = device.type != "cpu"
+        self._ahead: _Ahead | None = None
 
     def module_name(self, module: nn.Module) -> str:
         """The name of a module of the skeleton in transformers' tree."""
@@ -89,14 +96,37 @@ class SourceModel:
         Tensors that the source does not know (scales and zero points that modifiers allocated on meta) become NaN, or
         zero where integer, so that nothing uninitialised can reach the output. Raises SourceError for NaN or Inf.
         """
+        ahead = {} if self._ahead is None else self._ahead.take()
+        self._ahead = None
         for module, leaf, full, tensor in self._tensors(roots):
             if not tensor.is_meta:
                 continue
             source = self.sources.get(full)
-            value = self._empty(leaf, tensor) if source is None else self._read(source, tensor.dtype)
+            value = ahead.pop(full, None)
+            if value is None:
+                value = self._empty(leaf, tensor) if source is None else self._read(source, tensor.dtype)
             self._place(module, leaf, value)
             if source is not None:
                 self._versions[full] = _tensor(module, leaf)._version
+
+    def prefetch(self, roots: Iterable[nn.Module]) -> None:
+        """Begins to read what `load` of the same roots will need, in a thread; it takes the memory of one more block.
+        Tensors that cannot be read are left to `load`, which raises where they are needed."""
+        self.stop_reading()
+        wanted = [
+            (full, self.sources[full], tensor.dtype)
+            for _, _, full, tensor in self._tensors(roots)
+            if tensor.is_meta and full in self.sources
+        ]
+        self._ahead = _Ahead(self._read, wanted)
+        self._ahead.start()
+
+    def stop_reading(self) -> None:
+        """Ends `prefetch` and drops what it read."""
+        if self._ahead is not None:
+            self._ahead.stopped = True
+            self._ahead.take()
+            self._ahead = None
 
     def unload(self, roots: Iterable[nn.Module]) -> None:
         """Puts every tensor below `roots` back on meta and returns the freed memory to the system."""
@@ -152,6 +182,31 @@ class SourceModel:
             module._buffers[leaf] = value
 
 
+class _Ahead(threading.Thread):
+    """Reads tensors before they are asked for."""
+
+    def __init__(
+        self, read: Callable[[str, torch.dtype], torch.Tensor], wanted: list[tuple[str, str, torch.dtype]]
+    ) -> None:
+        super().__init__(name="next block's weights", daemon=True)
+        self.stopped = False
+        self._read_one, self._wanted = read, wanted
+        self._values: dict[str, torch.Tensor] = {}
+
+    def run(self) -> None:
+        """Ends early when stopped or at the first tensor that cannot be read."""
+        with torch.no_grad(), contextlib.suppress(Exception):
+            for full, source, dtype in self._wanted:
+                if self.stopped:
+                    return
+                self._values[full] = self._read_one(source, dtype)
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """What was read, by the model's tensor names; waits for the end."""
+        self.join()
+        return self._values
+
+
 def build_skeleton(
     checkpoint: Checkpoint, run_directory: Path, trust_remote_code: bool, device: torch.device | None = None
 ) -> SourceModel:
@@ -200,11 +255,22 @@ def _clean_config(checkpoint: Checkpoint, run_directory: Path) -> Path:
     return directory
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty` gives meta tensors where no device is named. accelerate moves a parameter to meta only once it is
+    allocated: V4-Pro's experts of one block would take 34 GB for that moment."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     config.dtype = torch.bfloat16
     # Non-persistent buffers (rotary frequencies) are computed by the constructor and must be real.
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
         )

@@ -19,9 +19,14 @@ from recipes.schema import Recipe
 EXPERTS = [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$", r"re:^layers\.\d+\.ffn\.shared_experts\.w[123]$"]
 
 
-def recipe(source: Path, output: Path, targets: list[str] | str = EXPERTS, scheme: str = "NVFP4", **sections: object) -> Recipe:
+def recipe(
+    source: Path, output: Path, targets: list[str] | str = EXPERTS, scheme: str = "NVFP4", **sections: object
+) -> Recipe:
     """A recipe with one config group named `experts`."""
-    modifier = {"config_groups": {"experts": {"targets": targets, "scheme": scheme}}, "ignore": sections.pop("ignore", [])}
+    modifier = {
+        "config_groups": {"experts": {"targets": targets, "scheme": scheme}},
+        "ignore": sections.pop("ignore", []),
+    }
     base = {
         "source": {"checkpoint": str(source)},
         "output": str(output),

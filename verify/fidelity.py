@@ -34,7 +34,8 @@ def relative_errors(directory: Path, plan: Plan, source: Formats) -> dict[str, f
 
 def verify_fidelity(directory: Path, plan: Plan, source: Formats) -> list[Check]:
     """Two checks: the worst module's relative weight error against WORST_ERROR, and outliers against their peers (the
-    same projection in all blocks and experts), which WARN beyond twice the median. Never raises for a bad output."""
+    same projection of the same part in all blocks and experts), which WARN beyond twice the median. Never raises for a
+    bad output."""
     what, how = "no quantized weight is far from the source's", "output and source dequantized, Frobenius norms"
     try:
         errors = relative_errors(directory, plan, source)
@@ -46,9 +47,10 @@ def verify_fidelity(directory: Path, plan: Plan, source: Formats) -> list[Check]
     figure = f"worst {errors[worst]:.4f} ({worst}), median {statistics.median(errors.values()):.4f} of {len(errors)}"
     verdict: Verdict = "PASS" if errors[worst] <= WORST_ERROR else "FAIL"
     checks = [Check("fidelity.weights", verdict, what, figure, f"<= {WORST_ERROR}", how)]
-    peers: dict[str, dict[str, float]] = {}
+    peers: dict[tuple[str, str], dict[str, float]] = {}
     for module, error in errors.items():
-        peers.setdefault(module.rpartition(".")[2], {})[module] = error
+        # By part too: routed experts of an MXFP4 source lose less than the FP8 shared experts beside them.
+        peers.setdefault((plan.family.place(module).part, module.rpartition(".")[2]), {})[module] = error
     outliers = [
         f"{module} {error:.4f}"
         for group in peers.values()
@@ -58,6 +60,6 @@ def verify_fidelity(directory: Path, plan: Plan, source: Formats) -> list[Check]
     shown = ", ".join(outliers[:5]) + (f" and {len(outliers) - 5} more" if len(outliers) > 5 else "")
     checks.append(
         Check("fidelity.outliers", "WARN" if outliers else "PASS", "no module is far worse than its peers",
-              shown or "none", "<= 2 x the median of the same projection", how)
+              shown or "none", "<= 2 x the median of the same part and projection", how)
     )  # fmt: skip
     return checks

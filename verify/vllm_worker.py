@@ -234,6 +234,7 @@ def watch_loading(load: dict[str, Any]) -> None:
             for name, parameter in model.named_parameters()
             if not parameter.is_meta and parameter.numel() and name.rsplit(".", 1)[-1] not in NOT_LOADED
             and not name.endswith("attn_sink")  # padded with -inf on purpose
+            and not unused_input_scale(model, name)
         }  # fmt: skip
 
     def load_weights(self: Any, model: Any, model_config: Any) -> None:
@@ -257,6 +258,12 @@ def watch_loading(load: dict[str, Any]) -> None:
         load["missing_total"] = len(problems)
 
     DefaultModelLoader.load_weights = load_weights
+
+
+def unused_input_scale(model: Any, name: str) -> bool:
+    """Whether the parameter is an input scale of weight-only experts: vLLM allocates it, no checkpoint has it."""
+    method = getattr(model.get_submodule(name.rpartition(".")[0]), "quant_method", None)
+    return name.endswith("input_global_scale") and bool(getattr(method, "use_a16", False))
 
 
 def unwritten(name: str, data: Any) -> dict[str, Any] | None:

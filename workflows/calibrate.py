@@ -6,22 +6,29 @@ Apart from `stages` because it imports torch's and llm-compressor's model code, 
 from __future__ import annotations
 
 import logging
+import shutil
 import statistics
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
+from calibration.checkpoint.writer import remove_unfinished
 from calibration.data import load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
 from calibration.oneshot import calibrate, quiet
-from calibration.sequential import BlockResult, Callbacks
+from calibration.results import BlockResult, CalibrationSummary, Callbacks
+from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume
 from calibration.source_model import build_skeleton
 from recipes.errors import RecipeError
 from recipes.schema import Recipe
+from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
 
 #: Warnings of llm-compressor that are true of every run here and ask nothing of anybody.
@@ -36,35 +43,76 @@ def calibrate_blocks(
     output: Path,
     directory: RunDirectory,
     reporter: Reporter,
+    interrupts: Interrupts,
+    restart: bool = False,
+    overwrite: bool = False,
 ) -> None:
-    """Calibrates every block of `plan` and writes its shards as it is finished; then the shards outside the blocks.
+    """Calibrates every block of `plan` that is not finished and writes its shards; then the shards outside the blocks.
 
-    Raises the errors of `load_batches`, `build_skeleton`, `calibrate` and `Exporter`; what is written stays.
+    Goes on where an earlier run of the same recipe ended; see `open_resume` for `restart` and `overwrite`. Raises the
+    errors of `load_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished stays.
     """
     if recipe.calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
     tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
     data = load_batches(recipe.calibration, tokenizer, source_directory=source.directory)
     reporter.say(f"data: {data.description}")
-    exporter = Exporter(plan, formats, recipe, output)
+    scratch = Path(recipe.offload.directory) if recipe.offload.directory else None
+    activations = activations_directory(scratch, directory.path, output)
+    now = fingerprint(recipe, plan, source, data.digest, device_name())
+    resume = open_resume(directory, plan, output, activations, now, restart, overwrite)
+    remove_unfinished(output)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    directory.record("started", plan=plan.digest, data=data.digest)
+    blocks = _Blocks(plan, Exporter(plan, formats, recipe, output), directory, reporter, resume)
+    pending = [number for number in plan.block_numbers if number not in resume.finished]
+    _say_where(resume, pending, plan, reporter)
+    if pending:
+        with quiet(blocks.on_progress):
+            model = build_skeleton(source, directory.path, recipe.source.trust_remote_code)
+        callbacks = Callbacks(
+            blocks.on_block,
+            blocks.on_progress,
+            on_finished=blocks.on_finished,
+            should_stop=lambda: interrupts.requested,
+        )
+        with interrupts.deferring(), reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)):
+            summary = calibrate(recipe, model, plan, data.batches, callbacks, activations, resume=resume)
+    else:
+        summary = CalibrationSummary(blocks=len(resume.finished))
+        for number, facts in resume.finished.items():
+            summary.take(number, facts)
+    blocks.write_rest()
+    counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]
+    seen = f"min {min(counts)}, median {statistics.median(counts):.0f}" if counts else "no routed experts"
+    directory.record("calibrated", data=data.description, tokens_per_expert=seen, seconds=round(summary.seconds, 1))
+    reporter.say(f"calibrated {summary.modules} modules in {summary.blocks} blocks; tokens per expert: {seen}")
 
-    def on_block(result: BlockResult) -> None:
+
+@dataclass
+class _Blocks:
+    """Each block on its way from the engine to disk, journal and operator."""
+
+    plan: Plan
+    exporter: Exporter
+    directory: RunDirectory
+    reporter: Reporter
+    resume: Resume
+    _shards: dict[str, str] = field(default_factory=dict)
+    _facts: dict[str, Any] = field(default_factory=dict)
+
+    def on_block(self, result: BlockResult) -> None:
+        """Writes the shards of a calibrated block, and with the last one those outside the blocks."""
         started = time.monotonic()
-        inside = {name: m for name, m in result.modules.items() if plan.family.place(name).block is not None}
+        inside = {name: m for name, m in result.modules.items() if self.plan.family.place(name).block is not None}
         outside = {name: m for name, m in result.modules.items() if name not in inside}
-        shards: dict[str, str] = {}
-        if result.block is not None:
-            shards = exporter.block(result.block, inside)
+        self._shards = {} if result.block is None else self.exporter.block(result.block, inside)
         if result.block == result.blocks - 1:
-            shards |= exporter.rest(outside)
-        directory.record("shards", plan=plan.digest, block=result.block, shards=shards)
-        if result.block is None:
-            return
-        errors = [exporter.errors[name] for name in inside if name in exporter.errors]
-        facts = {
+            self._shards |= self.exporter.rest(outside)
+            self.resume.rest = True
+        errors = [self.exporter.errors[name] for name in inside if name in self.exporter.errors]
+        self._facts = {
             "name": result.name,
+            "blocks": result.blocks,
             "seconds": round(result.seconds, 2),
             "export_seconds": round(time.monotonic() - started, 2),
             "modules": len(inside),
@@ -73,25 +121,69 @@ def calibrate_blocks(
             "worst_error": max(errors, default=None),
             "parity": result.parity,
             "peak_memory": result.peak_rss,
-            "bytes_written": sum((output / shard).stat().st_size for shard in shards),
-            "shards": sorted(shards),
+            "bytes_written": sum((self.exporter.output / shard).stat().st_size for shard in self._shards),
+            "shards": sorted(self._shards),
         }
-        reporter.block(result.block + 1, result.blocks, facts)
 
-    def on_progress(event: dict[str, Any]) -> None:
+    def on_finished(self, block: int, facts: dict[str, Any] | None, boundary: Boundary | None) -> None:
+        """Puts a block into the journal: from here on it is finished."""
+        saved = None if boundary is None else {"directory": str(boundary.directory.absolute()), "files": boundary.files}
+        if facts is None:
+            self.directory.record("boundary", plan=self.plan.digest, block=block, activations=saved)
+            self.reporter.say(f"block {block + 1}: finished before, its outputs calculated again")
+        else:
+            self.directory.record(
+                "shards", plan=self.plan.digest, block=block, shards=self._shards, activations=saved, result=facts
+            )
+            self.reporter.block(block + 1, self._facts.pop("blocks"), self._facts)
+        for number, old in self.resume.boundaries.items():
+            if number <= block:  # it may lie in the directory of an earlier offload.directory
+                shutil.rmtree(old.directory, ignore_errors=True)
+
+    def write_rest(self) -> None:
+        """The shards outside the blocks, where these alone are missing or damaged."""
+        if not self.resume.rest:
+            shards = self.exporter.rest({})
+            self.directory.record("shards", plan=self.plan.digest, block=None, shards=shards)
+
+    def on_progress(self, event: dict[str, Any]) -> None:
+        """Engine events for the run directory; what an operator must know is said."""
         kind = event.pop("event")
         if kind == "log" and not any(part in event["message"] for part in _EXPECTED):
-            reporter.say(f"llm-compressor: {event['message']}", event["level"])
+            self.reporter.say(f"llm-compressor: {event['message']}", event["level"])
         elif kind == "trace":
-            reporter.say(f"tracing {event['blocks']} blocks; {event['batches']} batches")
+            self.reporter.say(f"tracing {event['blocks']} blocks; {event['batches']} batches")
         if kind not in ("batch", "block"):
-            reporter.event(kind, **event)
+            self.reporter.event(kind, **event)
 
-    with quiet(on_progress):
-        model = build_skeleton(source, directory.path, recipe.source.trust_remote_code)
-    with reporter.counting("calibrating blocks", len(model.blocks)):
-        summary = calibrate(recipe, model, plan, data.batches, Callbacks(on_block, on_progress), directory.path / "activations")
-    counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]
-    seen = f"min {min(counts)}, median {statistics.median(counts):.0f}" if counts else "no routed experts"
-    directory.record("calibrated", data=data.description, tokens_per_expert=seen, seconds=round(summary.seconds, 1))
-    reporter.say(f"calibrated {summary.modules} modules in {summary.blocks} blocks; tokens per expert: {seen}")
+
+def device_name() -> str:
+    """The arithmetic that calibration runs on: the accelerator, or the processor's vector instructions."""
+    device = torch.accelerator.current_accelerator()
+    if device is None:
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _say_where(resume: Resume, pending: list[int], plan: Plan, reporter: Reporter) -> None:
+    total = len(plan.block_numbers)
+    if resume.damaged:
+        shown = ", ".join(resume.damaged[:3]) + (
+            f" and {len(resume.damaged) - 3} more" if len(resume.damaged) > 3 else ""
+        )
+        redone = f"; {len(pending)} of {total} blocks are calibrated (again)" if pending else ""
+        reporter.say(f"damaged or missing since they were finished: {shown}{redone}", "warning")
+    if not resume.finished:
+        return
+    if not pending:
+        reporter.say(f"all {total} blocks are finished and intact: nothing to calibrate")
+        return
+    start = resume.starting_point(pending[0])
+    reporter.say(f"{len(resume.finished)} of {total} blocks are finished; going on with block {pending[0] + 1}")
+    if start < pending[0]:
+        origin = f"the saved activations of block {start + 1}" if start else "the text"
+        reporter.say(
+            f"the activations that enter block {pending[0] + 1} are gone: blocks {start + 1} to {pending[0]} are "
+            f"calculated again from {origin}",
+            "warning",
+        )

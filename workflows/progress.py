@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -35,6 +35,7 @@ class Reporter:
         self.directory: RunDirectory | None = None
         self._bar: tuple[Progress, TaskID] | None = None
         self._started = 0.0
+        self._pending = self._steps = 0
 
     def say(self, text: str, level: str = "info") -> None:
         """One line for people."""
@@ -62,9 +63,10 @@ class Reporter:
         self.say(f"[{name}] done in {_since(started):.1f} s")
 
     @contextmanager
-    def counting(self, description: str, total: int) -> Iterator[None]:
-        """A progress bar of `total` steps around `step` calls; lines instead of a bar where nobody watches."""
-        self._started = time.monotonic()
+    def counting(self, description: str, total: int, done: int = 0) -> Iterator[None]:
+        """A progress bar of `total` steps, `done` of them by an earlier run, around `block` calls; lines instead of a
+        bar where nobody watches."""
+        self._started, self._pending, self._steps = time.monotonic(), total - done, 0
         if not self.console.is_terminal or self.level > 1:
             yield
             return
@@ -76,22 +78,42 @@ class Reporter:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as bar:
-            self._bar = (bar, bar.add_task(description, total=total))
+            self._bar = (bar, bar.add_task(description, total=total, completed=done))
             try:
                 yield
             finally:
                 self._bar = None
 
+    @contextmanager
+    def transfer(self, description: str) -> Iterator[Callable[[int, int], None]]:
+        """Gives a callback `(bytes done, bytes in all)`; a line with rate and ETA at every tenth of the way."""
+        started, said = time.monotonic(), 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            tenth = 10 * done // total if total else 10
+            if tenth > said:
+                said, elapsed = tenth, time.monotonic() - started
+                eta = elapsed / done * (total - done)
+                self.event("bytes", done=done, total=total, elapsed=round(elapsed, 1), eta=round(eta, 1))
+                rate = done / max(elapsed, 1e-9) / 1e6
+                self.say(
+                    f"{description} {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate:,.0f} MB/s, ETA {clock(eta)}"
+                )
+
+        yield progress
+
     def block(self, number: int, total: int, facts: dict[str, Any]) -> None:
         """A finished block: the line that an operator at 3 a.m. needs."""
         elapsed = time.monotonic() - self._started
-        eta = elapsed / number * (total - number)
+        self._steps += 1
+        eta = elapsed / self._steps * max(self._pending - self._steps, 0)
         self.event("block", block=number, blocks=total, elapsed=round(elapsed, 1), eta=round(eta, 1), **facts)
         tokens = list(facts.get("tokens_per_expert", {}).values())
         seen = f", tokens/expert min {min(tokens)} median {statistics.median(tokens):.0f}" if tokens else ""
         error = f", worst relative error {facts['worst_error']:.3f}" if facts.get("worst_error") is not None else ""
         self.say(
-            f"block {number}/{total}  elapsed {_clock(elapsed)}, ETA {_clock(eta)}{seen}{error}, "
+            f"block {number}/{total}  elapsed {clock(elapsed)}, ETA {clock(eta)}{seen}{error}, "
             f"peak memory {facts['peak_memory'] / 1e9:.2f} GB, written {facts['bytes_written'] / 1e6:.1f} MB"
         )
         if self._bar is not None:
@@ -102,5 +124,6 @@ def _since(started: float) -> float:
     return round(time.monotonic() - started, 3)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """`h:mm:ss`."""
     return str(timedelta(seconds=round(seconds)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,35 @@ from rich.console import Console
 
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe
+from verify.levels import print_samples
 from verify.report import failed, level_verdicts, print_checks
 from workflows import stages
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
+from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
 from workflows.stages import STAGES, Run
+from workflows.status import read_status, render_status
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code. Tracebacks are for defects alone."""
     options = _parser().parse_args(arguments)
     reporter = Reporter(options.log_level)
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupts = Interrupts()
+    interrupts.install()
     run: Run | None = None
     try:
         try:
             chosen = _chosen(options)
-            run = Run(load_recipe(options.recipe, options.set, options.output), reporter, options.overwrite)
+            recipe = load_recipe(options.recipe, options.set, options.output)
+            if options.status:
+                status = read_status(Path(recipe.output))
+                print(json.dumps(status, indent=2) if options.json else "\n".join(render_status(status)))
+                return 0
+            run = Run(recipe, reporter, options.overwrite, options.restart, interrupts)
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is written stays; run the same command again") from None
+            raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
     except WorkflowError as error:
         reporter.event("error", exit_code=error.exit_code, problems=error.problems)
         reporter.say(f"error: {error}", "error")
@@ -88,8 +96,7 @@ def _summarize(run: Run, as_json: bool) -> None:
         return
     console = Console(width=None if sys.stdout.isatty() else 160)
     print_checks(run.checks, console)
-    for sample in stages.read_samples(run)[:2]:
-        console.print(f"sample ({sample['kind']}): {sample['prompt']!r} -> {sample['text']!r}", markup=False)
+    print_samples(stages.read_samples(run), console)
     console.print(f"output: {run.output}", markup=False, soft_wrap=True)
     console.print(
         f"run directory: {run.directory.path} (events.jsonl, verify.json, serving.json, logs/)",
@@ -131,14 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--output", help="override the recipe's output directory")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already in the output")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an unfinished run has finished; begin anew"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what it needs; start nothing")
+    parser.add_argument("--status", action="store_true", help="tell where the run is; start nothing")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
     return parser
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -8,23 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verify.serving import check_environment, verify_serving
-
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.writer import write_json, write_text
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
-from recipes.errors import EnvironmentProblem, RecipeError
+from recipes.errors import EnvironmentProblem
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
 from verify.checks import Check
-from verify.fidelity import verify_fidelity
+from verify.levels import verify_levels
 from verify.report import to_json
-from verify.structure import verify_structure
+from verify.serving import check_environment
 from workflows.card import model_card, versions
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
+from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
 from workflows.source import resolve_source
 
@@ -38,6 +37,8 @@ class Run:
     recipe: Recipe
     reporter: Reporter
     overwrite: bool = False
+    restart: bool = False
+    interrupts: Interrupts = field(default_factory=Interrupts)
     output: Path = field(init=False)
     directory: RunDirectory = field(init=False)
     source: Checkpoint = field(init=False)
@@ -52,8 +53,6 @@ class Run:
 
     def make_plan(self) -> None:
         """Opens the source from its headers and makes the plan. Starts and writes nothing."""
-        if self.recipe.method != "calibrate":
-            raise RecipeError(f"method: {self.recipe.method!r} is not available yet; use method: calibrate")
         self.source = Checkpoint.open(resolve_source(self.recipe.source))
         self.formats = Formats(self.source)
         self.plan = make_plan(self.source, self.formats, self.recipe)
@@ -100,7 +99,7 @@ def inspect(run: Run, stages: list[str]) -> None:
         except EnvironmentProblem as error:
             problems += error.problems
     if "calibrate" in stages:
-        problems += _output_problems(run) + _disk_problems(run)
+        problems += _output_problems(run, stages) + _disk_problems(run)
     if problems:
         raise EnvironmentProblem(problems)
     run.directory.open()
@@ -119,15 +118,36 @@ def inspect(run: Run, stages: list[str]) -> None:
 
 
 def calibrate(run: Run) -> None:
-    """Calibrates block by block and writes each finished block's shards."""
+    """Calibrates block by block and writes each finished block's shards, or, for the methods without calibration,
+    converts shard by shard; goes on where an earlier run ended."""
+    if run.recipe.method != "calibrate":
+        return _convert(run)
     # torch and llm-compressor take seconds to import: the stages before must not wait for them.
     from workflows.calibrate import calibrate_blocks
 
-    run.directory.restart()
-    for path in run.output.glob("*.safetensors") if run.output.is_dir() else ():
-        path.unlink()
+    calibrate_blocks(
+        run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter, run.interrupts,
+        run.restart, run.overwrite,
+    )  # fmt: skip
+
+
+def _convert(run: Run) -> None:
+    # Reads and writes with threads and a compiled kernel; the other stages need neither.
+    from calibration.convert import convert
+
+    if run.overwrite or run.restart:
+        run.directory.restart()
+    # Until the export stage has run, nothing may take shards of two runs for a checkpoint.
     (run.output / INDEX_NAME).unlink(missing_ok=True)
-    calibrate_blocks(run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter)
+    with run.reporter.transfer(run.recipe.method) as progress:
+        done = convert(run.recipe, run.plan, run.formats, run.output, run.directory, progress)
+    run.reporter.event("converted", level=done.level, workers=done.workers, seconds=round(done.seconds, 3))
+    run.reporter.say(
+        f"{done.quantized} weights quantized ({done.lossless} MXFP4 without loss, {done.requantized} requantized), "
+        f"{done.cast} cast, {done.copied} copied, {done.consumed} scales used up; {done.resumed} of {done.shards} shards "
+        f"were finished before; {done.bytes_read / 1e6:,.1f} MB read, {done.bytes_written / 1e6:,.1f} MB written in "
+        f"{done.seconds:.1f} s, kernel {done.level}, {done.workers} workers"
+    )
 
 
 def export(run: Run) -> None:
@@ -156,27 +176,23 @@ def verify(run: Run) -> None:
         raise EnvironmentProblem(
             f"{run.output}: no finished checkpoint there; run the export stage first (--from export)"
         )
-    if options.structure:
-        run.reporter.say("verify: structure")
-        run.checks += verify_structure(run.output, run.plan, run.source)
-    whole = not any(check.verdict == "FAIL" for check in run.checks)
-    if options.fidelity and whole:
-        run.reporter.say("verify: fidelity")
-        run.checks += verify_fidelity(run.output, run.plan, run.formats)
-    if options.serving is not None:
-        run.reporter.say("verify: serving (vLLM loads the checkpoint in its own process)")
-        checks, result = verify_serving(
-            run.output,
-            options.serving,
-            run.directory.path / "logs",
-            trust_remote_code=run.recipe.source.trust_remote_code,
-        )
-        run.checks += checks
-        run.samples = result.get("samples", [])
+    asked = {"structure": options.structure, "fidelity": options.fidelity, "serving": options.serving is not None}
+    run.checks, result = verify_levels(
+        run.output,
+        [level for level, wanted in asked.items() if wanted],
+        run.directory.path / "logs",
+        plan=run.plan,
+        source=run.formats,
+        serving=options.serving,
+        trust_remote_code=run.recipe.source.trust_remote_code,
+        say=run.reporter.say,
+    )
+    run.samples = result.get("samples", [])
+    if result:
         write_json(run.directory.path / "serving.json", result)
     write_json(run.directory.path / "verify.json", to_json(run.checks))
-    run.directory.record("verified", **to_json(run.checks)["verdicts"])
     _write_card(run)
+    run.directory.record("verified", **to_json(run.checks)["verdicts"])
 
 
 def _write_card(run: Run) -> None:
@@ -187,18 +203,18 @@ def _write_card(run: Run) -> None:
     write_text(run.output / "README.md", model_card(run.recipe, run.plan, run.source, run.checks, facts))
 
 
-def _output_problems(run: Run) -> list[str]:
+def _output_problems(run: Run, stages: list[str]) -> list[str]:
     if not run.output.exists():
         return []
     if not run.output.is_dir():
         return [f"{run.output}: output exists and is no directory; name another output"]
     if not any(run.output.iterdir()) or run.overwrite:
         return []
-    unfinished = run.directory.path.is_dir() and not (run.output / INDEX_NAME).exists()
-    if unfinished and any(fact["fact"] == "started" for fact in run.directory.facts()):
-        run.reporter.say(
-            f"{run.output}: an unfinished run is there; calibration starts again from its first block", "warning"
-        )
+    facts = {fact.get("fact") for fact in run.directory.facts()}
+    begun, complete = bool(facts & {"fingerprint", "started"}), "verified" in facts
+    if begun and (run.restart or not complete or stages != list(STAGES)):
+        if not run.restart and not complete:
+            run.reporter.say(f"{run.output}: an unfinished run is there; this one goes on from what it finished")
         return []
     return [
         f"{run.output}: output is not empty; name another, pass --overwrite, or verify what is there with --from verify"
@@ -209,7 +225,9 @@ def _disk_problems(run: Run) -> list[str]:
     parent = run.output.absolute()
     while not parent.exists():
         parent = parent.parent
-    free, wanted = shutil.disk_usage(parent).free, run.plan.output_bytes
+    # What an earlier run wrote is kept, or removed before anything is written.
+    there = sum(path.stat().st_size for path in run.output.glob("*.safetensors"))
+    free, wanted = shutil.disk_usage(parent).free, max(run.plan.output_bytes - there, 0)
     if free >= wanted:
         return []
     return [f"{parent}: {free:,} bytes free, the output needs {wanted:,}; free some space or name another output"]

@@ -10,6 +10,8 @@
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 
 typedef float vf __attribute__((vector_size(64)));
+typedef float v8f __attribute__((vector_size(32)));
+typedef int32_t v8i __attribute__((vector_size(32)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef uint8_t vb __attribute__((vector_size(16)));
@@ -18,8 +20,8 @@ typedef uint16_t vp __attribute__((vector_size(16)));
 typedef uint8_t vh __attribute__((vector_size(8)));
 
 static const float e2m1_values[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
-/* Between codes k - 1 and k; a tie goes to the even code. */
-static const float midpoints[8] = {0.f, .25f, .75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.f};
+/* Tiles side by side whose thresholds are held at once: 64 KiB of them. */
+#define PANEL 32
 static float e4m3_values[128];
 
 #define HAVE_AVX2 0
@@ -89,6 +91,10 @@ EXPORT void mxfp4_quantize(int level, const uint8_t *codes, const float *group_s
 
 EXPORT void fp8_maxima(int level, const uint8_t *codes, int64_t groups, uint8_t *maxima) {
     CALL(fp8_maxima, codes, groups, maxima);
+}
+
+EXPORT float fp8_amax(int level, const uint8_t *maxima, int64_t rows, int64_t groups, const float *grid, int64_t tile_rows, int64_t wide, uint8_t *row) {
+    return CALL(fp8_amax, maxima, rows, groups, grid, tile_rows, wide, row);
 }
 
 EXPORT void fp8_quantize(int level, const uint8_t *codes, int64_t rows, int64_t columns, const uint8_t *maxima, const float *grid,

@@ -6,6 +6,7 @@ out of memory. Where a file system refuses O_DIRECT the same code goes through t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -95,7 +96,7 @@ class DirectReader:
 
     def _fill(self, run: Extent, target: Bytes) -> int:
         """Bytes read; fewer than asked for at the end of the file alone."""
-        got, view = 0, memoryview(target)
+        got, view = 0, memoryview(target.data)
         while got < len(target):
             try:
                 count = os.preadv(self._open(run.shard), [view[got:]], run.begin + got)
@@ -140,14 +141,15 @@ class DirectWriter:
         try:
             os.posix_fallocate(self._file, 0, max(nbytes, 1))
         except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
+            # EINVAL: the C library imitates it with single bytes, which O_DIRECT refuses.
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 self.abandon()
                 raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from None
 
     def append(self, buffer: Buffer, nbytes: int) -> None:
         """Writes `nbytes` that begin at `buffer.array[position % PAGE]`."""
         begin = self._position % PAGE
-        self.crc = zlib.crc32(buffer.array[begin : begin + nbytes], self.crc)
+        self.crc = zlib.crc32(buffer.array[begin : begin + nbytes].data, self.crc)
         buffer.array[:begin] = self._last.array[:begin]
         whole = (begin + nbytes) // PAGE * PAGE
         self._write(buffer.array[:whole], self._position - begin)
@@ -172,11 +174,12 @@ class DirectWriter:
 
     def abandon(self) -> None:
         """Closes and removes the partial file."""
-        os.close(self._file)
+        with contextlib.suppress(OSError):
+            os.close(self._file)
         self._partial.unlink(missing_ok=True)
 
     def _write(self, data: Bytes, offset: int) -> None:
-        view, done = memoryview(data), 0
+        view, done = memoryview(data.data), 0
         try:
             while done < len(data):
                 done += os.pwrite(self._file, view[done:], offset + done)
@@ -192,7 +195,7 @@ def digest(path: Path, buffer: Buffer) -> str:
     try:
         for begin in range(0, size, step):
             extent = Extent(path.name, begin, min(begin + step, size))
-            crc = zlib.crc32(reader.read([extent], buffer)[extent], crc)
+            crc = zlib.crc32(reader.read([extent], buffer)[extent].data, crc)
     finally:
         reader.close()
     return _spell(crc, size)

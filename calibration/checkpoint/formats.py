@@ -75,7 +75,8 @@ class Formats:
 
     def read(self, name: str, dtype: torch.dtype | None = torch.bfloat16) -> torch.Tensor:
         """Tensor `name` in `dtype`, its stored format undone; `dtype=None` leaves plain tensors as stored and gives
-        BF16 for the others. Integer tensors are never cast. The tensor is the caller's own. Raises SourceError for NaN or Inf, by tensor name."""
+        BF16 for the others. Integer tensors are never cast. The tensor is the caller's own.
+        Raises SourceError for NaN or Inf, by tensor name."""
         stored, tensor = self._formats[name], self.checkpoint.read(name)
         if stored.kind == "plain":
             if not tensor.is_floating_point():

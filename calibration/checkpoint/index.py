@@ -66,7 +66,8 @@ class Checkpoint:
         return self.directory / self.tensors[name].shard
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, on the CPU, in the file's memory map: not to be written to. Raises SourceError where the file vanished or does not open."""
+        """The tensor as stored, on the CPU, in the file's memory map: not to be written to. Raises SourceError where
+        the file vanished or does not open."""
         shard = self.tensors[name].shard
         try:
             if shard not in self._handles:

@@ -27,6 +27,7 @@ TORCH = {
 #: float32 values of the 256 E4M3 and E8M0 codes (0x7f, 0xff of E4M3 and 0xff of E8M0 are NaN).
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 E8M0 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32).numpy()
+_E2M1 = np.array(nvfp4.E2M1, np.float32)
 #: E4M3 code of 2^-9 ... 2^8, and the largest of these exponents.
 _POWERS = torch.exp2(torch.arange(-9.0, 9.0)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 LARGEST_POWER, POWERS = 8, len(_POWERS)
@@ -53,7 +54,7 @@ class Stripe:
 
     @property
     def rows(self) -> int:
-        return self.codes.shape[0]
+        return int(self.codes.shape[0])
 
     @property
     def columns(self) -> int:
@@ -81,7 +82,7 @@ def amax(stripe: Stripe) -> float:
     """Largest magnitude of the stripe's values, exact in float32. Raises NotFinite."""
     check_scales(stripe)
     if not stripe.compiled:
-        largest = max(float(part.abs().amax()) for _, part in _parts(stripe))
+        largest = max(float(part.abs().amax()) for _, part in parts(stripe))
     elif stripe.stored.kind == "fp8_tiles":
         largest = _fp8_amax(stripe)
     elif stripe.stored.kind == "mxfp4":
@@ -89,10 +90,10 @@ def amax(stripe: Stripe) -> float:
         maxima = _mxfp4_maxima(stripe)
         # 2^127 * 6 overflows to Inf, which is then refused.
         with np.errstate(over="ignore"):
-            largest = float((np.float32(nvfp4.E2M1)[maxima] * E8M0[stripe.scales.reshape(-1)]).max(initial=0))
+            largest = float((_E2M1[maxima] * E8M0[stripe.scales.reshape(-1)]).max(initial=0))
     else:
-        bits = native.call("float_amax", native.FLOATS[stripe.dtype], stripe.codes.ctypes.data,
-                           stripe.rows * stripe.columns)  # fmt: skip
+        bits = int(native.call("float_amax", native.FLOATS[stripe.dtype], stripe.codes.ctypes.data,
+                               stripe.rows * stripe.columns))  # fmt: skip
         largest = float(torch.tensor([bits], dtype=torch.uint32).view(torch.float32)) if stripe.dtype == "F32" else float(
             torch.tensor([bits], dtype=torch.uint16).view(TORCH[stripe.dtype])
         )  # fmt: skip
@@ -184,25 +185,13 @@ def finite(dtype: str, data: Bytes) -> bool:
     return bool(torch.isfinite(value.to(torch.float32) if value.element_size() == 1 else value).all())
 
 
-def cast(stripe: Stripe, dtype: torch.dtype) -> torch.Tensor:
-    """The stripe's values `[rows, K]` in a plain dtype, one rounding from float32. Raises NotFinite."""
-    check_scales(stripe)
-    value = torch.cat([part.to(dtype) for _, part in _parts(stripe)])
-    if not bool(torch.isfinite(value).all()):
-        raise NotFinite(f"holds NaN or Inf, or its values overflow {dtype}")
-    return value
-
-
 def _fp8_amax(stripe: Stripe) -> float:
     assert stripe.stored.tile is not None and stripe.scales is not None
     stripe.maxima = _group_maxima(stripe.codes)
-    by_group = stripe.maxima.reshape(stripe.rows, stripe.columns // GROUP)
-    by_row = np.maximum.reduceat(by_group, np.arange(0, stripe.rows, stripe.stored.tile[0]), axis=0)
-    tiles = np.maximum.reduceat(by_row, np.arange(0, by_row.shape[1], stripe.stored.tile[1] // GROUP), axis=1)
-    if bool((tiles == 0x7F).any()):
-        return float("nan")
-    with np.errstate(over="ignore"):
-        return float((E4M3[tiles] * stripe.scales).max(initial=0))
+    groups, (tile_rows, tile_columns) = stripe.columns // GROUP, stripe.stored.tile
+    row = np.empty(groups, np.uint8)
+    return native.call("fp8_amax", stripe.maxima.ctypes.data, stripe.rows, groups, stripe.scales.ctypes.data,
+                       tile_rows, tile_columns // GROUP, row.ctypes.data)  # fmt: skip
 
 
 def _group_maxima(codes: Bytes) -> Bytes:
@@ -223,12 +212,14 @@ def _mxfp4_maxima(stripe: Stripe) -> Bytes:
     return both
 
 
-def _parts(stripe: Stripe) -> list[tuple[int, torch.Tensor]]:
+def parts(stripe: Stripe) -> list[tuple[int, torch.Tensor]]:
     """(first row, float32 values) in steps small enough for the cache; on the GPU where the level says so."""
     device = "cuda" if native.level() == "cuda" else "cpu"
     tile_rows = stripe.stored.tile[0] if stripe.stored.tile else 1
     step = stripe.rows if device == "cuda" else max(_TORCH_ROWS // tile_rows, 1) * tile_rows
-    return [(begin, _values(stripe, begin, min(begin + step, stripe.rows), device)) for begin in range(0, stripe.rows, step)]
+    return [
+        (begin, _values(stripe, begin, min(begin + step, stripe.rows), device)) for begin in range(0, stripe.rows, step)
+    ]
 
 
 def _values(stripe: Stripe, begin: int, end: int, device: str) -> torch.Tensor:
@@ -247,7 +238,7 @@ def _values(stripe: Stripe, begin: int, end: int, device: str) -> torch.Tensor:
 
 def _torch_quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
     glob = torch.tensor([scale])
-    for begin, values in _parts(stripe):
+    for begin, values in parts(stripe):
         end = begin + values.shape[0]
         largest = values.reshape(values.shape[0], -1, GROUP).abs().amax(-1)
         codes = (glob.to(values.device) * (largest / 6)).clamp(max=448).to(torch.float8_e4m3fn)

@@ -181,113 +181,148 @@ static void LEVEL(fp8_maxima)(const uint8_t *codes, int64_t groups, uint8_t *max
 }
 
 /* For one tile scale and group maximum: byte k (1..7) is the least magnitude byte whose code is at least k, byte 0 the
- * least that is not zero after the division, byte 8 the scale code. 0x80 means that no byte reaches it.
+ * least that is not zero after the division, byte 8 the scale code; 0x7f and above are reached by no byte.
  *
  * A magnitude byte's value grows with the byte, and so does every rounding of it: seven thresholds say all. Each is
  * guessed from a reciprocal (wrong by far less than one E4M3 step) and settled by the exact operations. */
-static void LEVEL(thresholds)(float tile_scale, unsigned maximum, float global_scale, uint8_t *record) {
-    const float amax = e4m3_values[maximum] * tile_scale;
-    const unsigned code = LEVEL(scale_code)(amax, global_scale);
+static inline void LEVEL(thresholds)(float tile_scale, unsigned maximum, float global_scale, uint8_t *record) {
+    const unsigned code = LEVEL(scale_code)(e4m3_values[maximum] * tile_scale, global_scale);
     const float effective = e4m3_values[code] / global_scale;
     const float ratio = effective / tile_scale;
+    const v8f middle = {0.f, .25f, .75f, 1.25f, 1.75f, 2.5f, 3.5f, 5.f};
+    const v8i even = {0, 0, -1, 0, -1, 0, -1, 0}; /* a tie goes to the even code */
+    const v8f guess = middle * ratio;
+    const v8i below = guess < 448.0f; /* false for NaN and Inf too */
+    v8i at;
+    for (int k = 0; k < 8; k++) at[k] = (int)LEVEL(to_e4m3)(below[k] ? guess[k] : 448.0f) - 1;
+    at &= at >= 0;
+    at[0] = 1;
+    v8i missed = at - at;
+    for (int i = 0; i < 3; i++) {
+        /* An E4M3 code is the top of the float with the same bits, scaled by 2^120. */
+        const v8f v = (v8f)((at + i) << 20) * 0x1p120f * tile_scale / effective;
+        missed += ~((v > middle) | ((v == middle) & even)) & 1;
+    }
+    for (int k = 0; k < 8; k++) {
+        int found = at[k] + missed[k];
+        if (missed[k] == 3)
+            for (; found < 0x7f; found++) {
+                const float v = e4m3_values[found] * tile_scale / effective;
+                if (v > middle[k] || (v == middle[k] && even[k])) break;
+            }
+        record[k] = (uint8_t)(found < 0x7f ? found : 0x80);
+    }
     record[8] = (uint8_t)code;
-    record[0] = 1;
-    while (record[0] < 0x80 && e4m3_values[record[0]] * tile_scale / effective == 0.0f) record[0]++;
-    for (int k = 1; k < 8; k++) {
-        const float guess = midpoints[k] * ratio;
-        int at = (int)LEVEL(to_e4m3)(guess < 448.0f ? guess : 448.0f) - 1;
-        if (at < 0) at = 0;
-        for (; at < 0x7f; at++) {
-            const float v = e4m3_values[at] * tile_scale / effective;
-            if (k & 1 ? v > midpoints[k] : v >= midpoints[k]) break;
-        }
-        record[k] = (uint8_t)(at < 0x7f ? at : 0x80);
-    }
 }
 
-/* One tile: `rows` x `columns` bytes (columns a multiple of 16) at `codes` with a row stride of `stride` bytes. */
-static void LEVEL(fp8_tile)(const uint8_t *codes, int64_t rows, int64_t columns, int64_t stride, const uint8_t *maxima,
-                            float tile_scale, float global_scale, uint8_t *packed, uint8_t *scales) {
-    uint8_t records[128][16] __attribute__((aligned(64)));
-    uint8_t present[128] = {0};
-    const int64_t groups = columns / 16;
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t g = 0; g < groups; g++) present[maxima[r * (stride / 16) + g] & 0x7f] = 1;
-    for (int m = 0; m < 128; m++)
-        if (present[m]) LEVEL(thresholds)(tile_scale, (unsigned)m, global_scale, records[m]);
-    for (int64_t r = 0; r < rows; r++) {
-        const uint8_t *row = codes + r * stride;
-        const uint8_t *most = maxima + r * (stride / 16);
-        uint8_t *out = packed + r * (stride / 2), *scale = scales + r * (stride / 16);
-        int64_t g = 0;
+/* A row's part inside one tile: `groups` groups of 16 codes. */
+static inline void LEVEL(fp8_row)(const uint8_t *row, const uint8_t *most, int64_t groups, uint8_t (*records)[16],
+                                  uint8_t *out, uint8_t *scale) {
+    int64_t g = 0;
 #if HAVE_AVX512
-        for (; g + 4 <= groups; g += 4) {
-            const __m512i bytes = _mm512_loadu_si512(row + g * 16);
-            const __m512i a = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
-            __m512i record = _mm512_castsi128_si512(_mm_load_si128((const __m128i *)records[most[g]]));
-            record = _mm512_inserti32x4(record, _mm_load_si128((const __m128i *)records[most[g + 1]]), 1);
-            record = _mm512_inserti32x4(record, _mm_load_si128((const __m128i *)records[most[g + 2]]), 2);
-            record = _mm512_inserti32x4(record, _mm_load_si128((const __m128i *)records[most[g + 3]]), 3);
-            __m512i code = _mm512_setzero_si512();
-            for (int k = 1; k < 8; k++) {
-                const __m512i least = _mm512_shuffle_epi8(record, _mm512_set1_epi8((char)k));
-                code = _mm512_mask_add_epi8(code, _mm512_cmpge_epu8_mask(a, least), code, _mm512_set1_epi8(1));
-            }
-            const __m512i least = _mm512_shuffle_epi8(record, _mm512_setzero_si512());
-            const __mmask64 negative = _mm512_movepi8_mask(bytes) & _mm512_cmpge_epu8_mask(a, least);
-            code = _mm512_mask_add_epi8(code, negative, code, _mm512_set1_epi8(8));
-            const __m512i pairs = _mm512_maddubs_epi16(code, _mm512_set1_epi16(0x1001));
-            _mm256_storeu_si256((__m256i *)(out + g * 8), _mm512_cvtepi16_epi8(pairs));
-            for (int i = 0; i < 4; i++) scale[g + i] = records[most[g + i]][8];
+    for (; g + 4 <= groups; g += 4) {
+        const __m512i bytes = _mm512_loadu_si512(row + g * 16);
+        const __m512i a = _mm512_and_si512(bytes, _mm512_set1_epi8(0x7f));
+        __m512i record = _mm512_castsi128_si512(_mm_load_si128((const __m128i *)records[most[g]]));
+        record = _mm512_inserti32x4(record, _mm_load_si128((const __m128i *)records[most[g + 1]]), 1);
+        record = _mm512_inserti32x4(record, _mm_load_si128((const __m128i *)records[most[g + 2]]), 2);
+        record = _mm512_inserti32x4(record, _mm_load_si128((const __m128i *)records[most[g + 3]]), 3);
+        __m512i code = _mm512_setzero_si512();
+        for (int k = 1; k < 8; k++) {
+            const __m512i least = _mm512_shuffle_epi8(record, _mm512_set1_epi8((char)k));
+            code = _mm512_mask_add_epi8(code, _mm512_cmpge_epu8_mask(a, least), code, _mm512_set1_epi8(1));
         }
+        const __m512i least = _mm512_shuffle_epi8(record, _mm512_setzero_si512());
+        const __mmask64 negative = _mm512_movepi8_mask(bytes) & _mm512_cmpge_epu8_mask(a, least);
+        code = _mm512_mask_add_epi8(code, negative, code, _mm512_set1_epi8(8));
+        const __m512i pairs = _mm512_maddubs_epi16(code, _mm512_set1_epi16(0x1001));
+        _mm256_storeu_si256((__m256i *)(out + g * 8), _mm512_cvtepi16_epi8(pairs));
+        for (int i = 0; i < 4; i++) scale[g + i] = records[most[g + i]][8];
+    }
 #elif HAVE_AVX2
-        for (; g + 2 <= groups; g += 2) {
-            const __m256i bytes = _mm256_loadu_si256((const __m256i *)(row + g * 16));
-            const __m256i a = _mm256_and_si256(bytes, _mm256_set1_epi8(0x7f));
-            const __m256i record = _mm256_set_m128i(_mm_load_si128((const __m128i *)records[most[g + 1]]),
-                                                    _mm_load_si128((const __m128i *)records[most[g]]));
-            __m256i code = _mm256_setzero_si256();
-            for (int k = 1; k < 8; k++) {
-                const __m256i least = _mm256_shuffle_epi8(record, _mm256_set1_epi8((char)k));
-                code = _mm256_sub_epi8(code, _mm256_cmpeq_epi8(_mm256_max_epu8(a, least), a));
-            }
-            const __m256i least = _mm256_shuffle_epi8(record, _mm256_setzero_si256());
-            const __m256i nonzero = _mm256_cmpeq_epi8(_mm256_max_epu8(a, least), a);
-            const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
-            code = _mm256_or_si256(code, _mm256_and_si256(_mm256_and_si256(negative, nonzero), _mm256_set1_epi8(8)));
-            const __m256i pairs = _mm256_maddubs_epi16(code, _mm256_set1_epi16(0x1001));
-            const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
-            _mm_storeu_si128((__m128i *)(out + g * 8), _mm256_castsi256_si128(halves));
-            scale[g] = records[most[g]][8];
-            scale[g + 1] = records[most[g + 1]][8];
+    for (; g + 2 <= groups; g += 2) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(row + g * 16));
+        const __m256i a = _mm256_and_si256(bytes, _mm256_set1_epi8(0x7f));
+        const __m256i record = _mm256_set_m128i(_mm_load_si128((const __m128i *)records[most[g + 1]]),
+                                                _mm_load_si128((const __m128i *)records[most[g]]));
+        __m256i code = _mm256_setzero_si256();
+        for (int k = 1; k < 8; k++) {
+            const __m256i least = _mm256_shuffle_epi8(record, _mm256_set1_epi8((char)k));
+            code = _mm256_sub_epi8(code, _mm256_cmpeq_epi8(_mm256_max_epu8(a, least), a));
         }
+        const __m256i least = _mm256_shuffle_epi8(record, _mm256_setzero_si256());
+        const __m256i nonzero = _mm256_cmpeq_epi8(_mm256_max_epu8(a, least), a);
+        const __m256i negative = _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
+        code = _mm256_or_si256(code, _mm256_and_si256(_mm256_and_si256(negative, nonzero), _mm256_set1_epi8(8)));
+        const __m256i pairs = _mm256_maddubs_epi16(code, _mm256_set1_epi16(0x1001));
+        const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+        _mm_storeu_si128((__m128i *)(out + g * 8), _mm256_castsi256_si128(halves));
+        scale[g] = records[most[g]][8];
+        scale[g + 1] = records[most[g + 1]][8];
+    }
 #endif
-        for (; g < groups; g++) {
-            const uint8_t *record = records[most[g]];
-            uint8_t code[16];
-            for (int i = 0; i < 16; i++) {
-                const uint8_t byte = row[g * 16 + i], a = byte & 0x7f;
-                uint8_t c = 0;
-                for (int k = 1; k < 8; k++) c += a >= record[k];
-                code[i] = c | (uint8_t)((byte >> 7 & (a >= record[0])) << 3);
-            }
-            for (int i = 0; i < 8; i++) out[g * 8 + i] = (uint8_t)(code[2 * i] | code[2 * i + 1] << 4);
-            scale[g] = record[8];
+    for (; g < groups; g++) {
+        const uint8_t *record = records[most[g]];
+        uint8_t code[16];
+        for (int i = 0; i < 16; i++) {
+            const uint8_t byte = row[g * 16 + i], a = byte & 0x7f;
+            uint8_t c = 0;
+            for (int k = 1; k < 8; k++) c += a >= record[k];
+            code[i] = c | (uint8_t)((byte >> 7 & (a >= record[0])) << 3);
         }
+        for (int i = 0; i < 8; i++) out[g * 8 + i] = (uint8_t)(code[2 * i] | code[2 * i + 1] << 4);
+        scale[g] = record[8];
     }
 }
 
+/* Tiles are walked row by row in panels: a tile's own rows lie a power of two apart and would fall into one cache set. */
 static void LEVEL(fp8_quantize)(const uint8_t *codes, int64_t rows, int64_t columns, const uint8_t *maxima,
                                 const float *grid, int64_t tile_rows, int64_t tile_columns, float global_scale,
                                 uint8_t *packed, uint8_t *scales) {
-    const int64_t across = (columns + tile_columns - 1) / tile_columns;
-    for (int64_t r = 0; r < rows; r += tile_rows)
-        for (int64_t c = 0; c < columns; c += tile_columns) {
-            const int64_t height = rows - r < tile_rows ? rows - r : tile_rows;
-            const int64_t width = columns - c < tile_columns ? columns - c : tile_columns;
-            const int64_t at = r * columns + c;
-            LEVEL(fp8_tile)(codes + at, height, width, columns, maxima + at / 16,
-                            grid[r / tile_rows * across + c / tile_columns], global_scale, packed + at / 2,
-                            scales + at / 16);
+    const int64_t across = (columns + tile_columns - 1) / tile_columns, groups = columns / 16, wide = tile_columns / 16;
+    uint8_t records[PANEL][128][16] __attribute__((aligned(64)));
+    uint8_t present[PANEL][256];
+    for (int64_t top = 0; top < rows; top += tile_rows) {
+        const int64_t bottom = top + tile_rows < rows ? top + tile_rows : rows;
+        for (int64_t left = 0; left < across; left += PANEL) {
+            const int64_t right = left + PANEL < across ? left + PANEL : across;
+            memset(present, 0, sizeof present);
+            for (int64_t r = top; r < bottom; r++)
+                for (int64_t t = left; t < right; t++) {
+                    const int64_t end = (t + 1) * wide < groups ? (t + 1) * wide : groups;
+                    for (int64_t g = t * wide; g < end; g++) present[t - left][maxima[r * groups + g]] = 1;
+                }
+            for (int64_t t = left; t < right; t++)
+                for (unsigned m = 0; m < 128; m++)
+                    if (present[t - left][m])
+                        LEVEL(thresholds)(grid[top / tile_rows * across + t], m, global_scale, records[t - left][m]);
+            for (int64_t r = top; r < bottom; r++)
+                for (int64_t t = left; t < right; t++) {
+                    const int64_t first = t * wide, end = first + wide < groups ? first + wide : groups;
+                    const int64_t g = r * groups + first;
+                    LEVEL(fp8_row)(codes + g * 16, maxima + g, end - first, records[t - left], packed + g * 8, scales + g);
+                }
         }
+    }
+}
+
+/* Largest value of all tiles from the group maxima; `row` is scratch of `groups` bytes. NaN where a code is NaN. */
+static float LEVEL(fp8_amax)(const uint8_t *maxima, int64_t rows, int64_t groups, const float *grid, int64_t tile_rows,
+                             int64_t wide, uint8_t *row) {
+    float most = 0;
+    const int64_t across = (groups + wide - 1) / wide;
+    for (int64_t top = 0; top < rows; top += tile_rows) {
+        const int64_t bottom = top + tile_rows < rows ? top + tile_rows : rows;
+        memset(row, 0, (size_t)groups);
+        for (int64_t r = top; r < bottom; r++)
+            for (int64_t g = 0; g < groups; g++) row[g] = row[g] > maxima[r * groups + g] ? row[g] : maxima[r * groups + g];
+        for (int64_t t = 0; t < across; t++) {
+            uint8_t tile = 0;
+            for (int64_t g = t * wide; g < groups && g < (t + 1) * wide; g++) tile = row[g] > tile ? row[g] : tile;
+            if (tile == 0x7f) return __builtin_nanf("");
+            const float value = e4m3_values[tile] * grid[top / tile_rows * across + t];
+            most = value > most ? value : most;
+        }
+    }
+    return most;
 }

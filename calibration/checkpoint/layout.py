@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from calibration.checkpoint.direct import PAGE, Extent, capacity
-from calibration.checkpoint.formats import MXFP4_GROUP, Formats, StoredFormat, module_of
-from calibration.checkpoint.header import DTYPE_BYTES
-from calibration.checkpoint.nvfp4 import GROUP
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.plan import OutputTensor, Plan, PlannedShard, Step
+from calibration.checkpoint.schemes import FP8_BLOCK
 
 #: Source bytes (or output bytes, where there are more) of an ordinary job, and of a fused group that is worked on in one
 #: piece so that it is read once; a larger group is read twice, first for its maxima.
@@ -30,7 +30,8 @@ class Piece:
     """Rows [begin, end) of a weight, or for a copy its bytes [begin, end).
 
     `kind`: copy, cast, quantize; statistics (maxima alone, no output); scales (group scales that `quantize` pieces of
-    the same step kept back); constant (a global scale). `inline`: group scales directly follow the packed rows."""
+    the same step kept back); constant (a global scale). `inline`: group scales directly follow the packed rows.
+    `measures`: the worker takes the maxima of this piece itself; otherwise statistics pieces before it do."""
 
     kind: str
     step: Step
@@ -39,6 +40,7 @@ class Piece:
     output_bytes: int
     extents: dict[str, Extent] = field(default_factory=dict)
     inline: bool = False
+    measures: bool = False
     output: OutputTensor | None = None
 
 
@@ -96,7 +98,8 @@ class ShardLayout:
         """The shard's steps; those of a fused group that lie in this shard together, at the place of the first."""
         steps = [self.plan.steps[source] for source in self.shard.sources if self.plan.steps[source].outputs]
         quantized = {step.module: step for step in steps if step.action == "quantize"}
-        units, done = [], set()
+        units: list[list[Step]] = []
+        done: set[str] = set()
         for step in steps:
             if step.source in done:
                 continue
@@ -116,14 +119,17 @@ class ShardLayout:
                     yield from self._plain_pieces(step)
                 continue
             members = [m for m in self._fused.get(unit[0].module, (unit[0].module,)) if m in self.plan.quantized]
-            whole = [piece for step in unit for piece in self._rows(step, "quantize", 0, None)]
-            fits = sum(_input_bytes(piece) for piece in whole) <= FUSED
+            whole = [piece for step in unit for piece in self._rows(step, "quantize", 0, None, whole=True)]
+            tiles = self.plan.groups[str(unit[0].group)] is FP8_BLOCK
+            fits = not tiles and sum(_input_bytes(piece) for piece in whole) <= FUSED
             here = {step.module for step in unit} if fits else set()
-            for module in members:
+            for module in () if tiles else members:
                 if module not in here and module not in measured:
                     measured.add(module)
                     yield from ([piece] for piece in self._striped(self.plan.quantized[module], "statistics"))
             if fits:
+                for piece in whole:
+                    piece.measures = True
                 yield whole
                 continue
             for step in unit:
@@ -131,8 +137,10 @@ class ShardLayout:
                 if self._scales(step).name in self._in_front:
                     yield [self._kept_back(step)]
         for step, output in self.back:
-            if step.action != "quantize":
-                yield [self._tail(step, output)]
+            if step.action == "copy":
+                yield from self._copies(step)
+            elif step.action == "cast":
+                yield [self._whole(step, output)]
             elif output.shape == (1,):
                 yield [Piece("constant", step, 0, 1, output.nbytes, output=output)]
             else:
@@ -145,21 +153,20 @@ class ShardLayout:
             if step.action == "cast" and len(output.shape) == 2:
                 yield from ([piece] for piece in self._striped(step, "cast"))
             elif step.action == "cast":
-                yield [self._tail(step, output)]
+                yield [self._whole(step, output)]
             else:
-                for begin in range(0, output.nbytes, JOB):
-                    yield [self._copy(step, begin, min(begin + JOB, output.nbytes))]
+                yield from self._copies(step)
 
-    def _copy(self, step: Step, begin: int, end: int) -> Piece:
+    def _copies(self, step: Step) -> Iterator[list[Piece]]:
         header = self.formats.checkpoint.tensors[step.source]
-        extent = Extent(header.shard, header.begin + begin, header.begin + end)
-        return Piece("copy", step, begin, end, end - begin, {"weight": extent})
+        for begin in range(0, header.nbytes, JOB):
+            end = min(begin + JOB, header.nbytes)
+            extent = Extent(header.shard, header.begin + begin, header.begin + end)
+            yield [Piece("copy", step, begin, end, end - begin, {"weight": extent})]
 
-    def _tail(self, step: Step, output: OutputTensor) -> Piece:
-        """A small or odd tensor whole."""
+    def _whole(self, step: Step, output: OutputTensor) -> Piece:
+        """The cast of a tensor of any shape in one piece."""
         header = self.formats.checkpoint.tensors[step.source]
-        if step.action == "copy":
-            return self._copy(step, 0, header.nbytes)
         if len(output.shape) == 2:
             return next(self._rows(step, "cast", 0, None))
         return Piece("cast", step, 0, 1, output.nbytes, {"weight": Extent(header.shard, header.begin, header.end)})
@@ -180,7 +187,7 @@ class ShardLayout:
         for begin in range(0, max(rows, 1), stride):
             yield from self._rows(step, kind, begin, min(begin + stride, rows))
 
-    def _rows(self, step: Step, kind: str, begin: int, end: int | None) -> Iterator[Piece]:
+    def _rows(self, step: Step, kind: str, begin: int, end: int | None, whole: bool = False) -> Iterator[Piece]:
         stored, tensors = self.formats.of(step.source), self.formats.checkpoint.tensors
         rows = stored.shape[0]
         end = rows if end is None else end
@@ -194,7 +201,7 @@ class ShardLayout:
             yield Piece(kind, step, begin, end, out, extents)
             return
         scales = self._scales(step)
-        inline = begin == 0 and end == rows and scales.name in self._in_front
+        inline = whole and scales.name in self._in_front
         out = step.outputs[0].nbytes * (end - begin) // max(rows, 1) + (scales.nbytes if inline else 0)
         yield Piece(kind, step, begin, end, out, extents, inline)
 
@@ -213,10 +220,8 @@ class ShardLayout:
         return struct.pack("<Q", len(text)) + text
 
 
-def _part(header: object, begin: int, end: int) -> Extent:
-    from calibration.checkpoint.header import TensorHeader
-
-    assert isinstance(header, TensorHeader)
+def _part(header: TensorHeader, begin: int, end: int) -> Extent:
+    """The bytes of rows [begin, end); of everything where the tensor has no such rows (a scalar)."""
     if not header.shape or header.shape[0] == 1 or end > header.shape[0]:
         return Extent(header.shard, header.begin, header.end)
     row = header.nbytes // header.shape[0]

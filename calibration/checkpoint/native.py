@@ -27,6 +27,7 @@ _SIGNATURES = {
     "mxfp4_maxima": (None, (_INT, _POINTER, _LONG, _POINTER)),
     "mxfp4_quantize": (None, (_INT, _POINTER, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER)),
     "fp8_maxima": (None, (_INT, _POINTER, _LONG, _POINTER)),
+    "fp8_amax": (_FLOAT, (_INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER)),
     "fp8_quantize": (
         None,
         (_INT, _POINTER, _LONG, _LONG, _POINTER, _POINTER, _LONG, _LONG, _FLOAT, _POINTER, _POINTER),
@@ -80,10 +81,10 @@ def compiled() -> bool:
     return level() in LEVELS
 
 
-def call(name: str, *arguments: object) -> int:
+def call(name: str, *arguments: object) -> float:
     """Calls a C function (see `_kernels.c`) at the level in use, without the interpreter lock. Pointers are integers
     (`ndarray.ctypes.data`, `Tensor.data_ptr()`); the caller keeps the arrays alive and right in size and dtype."""
     library = _library()
     assert library is not None
-    result: int = getattr(library, name)(LEVELS.index(level()), *arguments)
+    result: float = getattr(library, name)(LEVELS.index(level()), *arguments)
     return result

@@ -166,8 +166,9 @@ class _Planner:
         self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
 
     def plan(self) -> Plan:
-        groups = self._schemes()
-        assigned = self._assign(groups)
+        plain = self.recipe.method == "plain"
+        groups: dict[str, Scheme] = {} if plain else self._schemes()
+        assigned = {} if plain else self._assign(groups)
         self._check_whole_groups(assigned)
         steps = self._steps(assigned, groups)
         if self.problems:
@@ -193,8 +194,6 @@ class _Planner:
 
     def _schemes(self) -> dict[str, Scheme]:
         schemes: dict[str, Scheme] = {}
-        if self.recipe.method == "plain":
-            return schemes
         for name, group in self.recipe.quantization_modifier.config_groups.items():
             scheme = _scheme_of(group)
             if scheme is None:
@@ -208,8 +207,6 @@ class _Planner:
 
     def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
         """Module -> config group, after ignore."""
-        if self.recipe.method == "plain":
-            return {}
         modifier = self.recipe.quantization_modifier
         ignored: set[str] = set()
         for entry in modifier.ignore:
@@ -319,9 +316,8 @@ class _Planner:
         """The steps of one tensor and its scale companions."""
         stored = self.formats.of(name)
         module, place = module_of(name), self.family.place(name)
-        companions = list(stored.companions.values())
         if self.recipe.method == "plain":
-            return self._undone(name, f"{stored.label} undone") if stored.kind != "plain" else self._copied(name, "plain")
+            return self._copied(name, place.part) if stored.kind == "plain" else self._undone(name, place.part)
         group = assigned.get(module) if self.weights.get(module) == name else None
         if stored.kind in ("nvfp4", "modelopt_nvfp4") and not place.mtp:
             if stored.kind not in kinds:
@@ -339,7 +335,7 @@ class _Planner:
             )
         outputs = tuple(OutputTensor(*output) for output in scheme.outputs(module, stored.shape))
         steps = {name: Step(name, "quantize", outputs, f"target of {group} ({scheme.name})", group)}
-        return steps | _consumed(companions, f"used up by {name}")
+        return steps | _consumed(list(stored.companions.values()), f"used up by {name}")
 
     def _kept(self, name: str, place: Place, groups: dict[str, Scheme]) -> dict[str, Step]:
         stored = self.formats.of(name)
@@ -348,7 +344,7 @@ class _Planner:
         elif stored.kind == "plain":
             reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
         elif self.recipe.export.kept == "plain":
-            return self._undone(name, f"{place.part}: {stored.label} undone")
+            return self._undone(name, place.part)
         elif _keeps_tiles(FP8_BLOCK, stored):
             groups.setdefault(KEPT_FP8, FP8_BLOCK)
             return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
@@ -368,11 +364,12 @@ class _Planner:
             copies[source] = Step(source, "copy", (OutputTensor(source, header.dtype, header.shape),), reason)
         return copies
 
-    def _undone(self, name: str, reason: str) -> dict[str, Step]:
+    def _undone(self, name: str, part: str) -> dict[str, Step]:
         """A weight in the recipe's plain dtype under its plain name; its scale companions are used up."""
         stored, dtype = self.formats.of(name), _SAFETENSORS_DTYPE[self.recipe.export.plain_dtype]
         output = OutputTensor(f"{module_of(name)}.weight", dtype, stored.shape)
-        return {name: Step(name, "cast", (output,), reason)} | _consumed(list(stored.companions.values()), f"used up by {name}")
+        consumed = _consumed(list(stored.companions.values()), f"used up by {name}")
+        return {name: Step(name, "cast", (output,), f"{part}: {stored.label} undone")} | consumed
 
     def _keep_tiles(self, name: str, group: str, reason: str) -> dict[str, Step]:
         header, stored = self.checkpoint.tensors[name], self.formats.of(name)

@@ -18,14 +18,30 @@ from calibration.checkpoint.header import fsync_directory
 from recipes.errors import EnvironmentProblem
 
 PARTIAL = ".partial"
+#: safetensors writes to a temporary file of its own beside the target, readable by its owner alone, and renames it.
+_SAFETENSORS_TEMPORARY = ".tmp??????"
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Writes one safetensors shard and returns its sha256 (hex). Raises EnvironmentProblem when it cannot."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_safely(path, lambda partial: save_file(contiguous, partial, metadata={"format": "pt"}), nbytes)
+
+    def save(partial: Path) -> None:
+        save_file(contiguous, partial, metadata={"format": "pt"})
+        partial.chmod(0o666 & ~_UMASK)
+
+    write_safely(path, save, nbytes)
     return file_digest(path)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what a kill left of half-written files in `directory` itself: our own and those of safetensors."""
+    for pattern in ("*" + PARTIAL, _SAFETENSORS_TEMPORARY):
+        for path in directory.glob(pattern):
+            path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -85,6 +85,25 @@ def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
     assert control.top1 < TOP1 and control.kl > 10 * KL, control
 
 
+@pytest.mark.parametrize("method", ["convert", "plain"])
+def test_the_methods_without_calibration(method: str, tmp_path: Path) -> None:
+    """Serving of what they write is tested in test_convert_serving."""
+    source = deepseek_v4.write(tmp_path / "source", "fp8_mxfp4")
+    modifiers = [{"QuantizationModifier": {"targets": EXPERTS, "scheme": "NVFP4A16"}}] if method == "convert" else []
+    recipe = write_recipe(tmp_path, source, EXPERTS, method=method, modifiers=modifiers, verify={})
+    done = run(recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    verdicts = json.loads(done.stdout)["verdicts"]
+    assert verdicts["structure"] == "PASS" and verdicts["fidelity"] == ("PASS" if method == "convert" else "UNCHECKED")
+    assert ("quantization_config" in json.loads((tmp_path / "output" / "config.json").read_text())) == (
+        method == "convert"
+    )
+    before = {path.name: path.read_bytes() for path in (tmp_path / "output").glob("*.safetensors")}
+    again = run(recipe, "--from", "calibrate")
+    assert again.returncode == 0 and "5 of 5 shards were finished before" in again.stderr, again.stderr
+    assert {path.name: path.read_bytes() for path in (tmp_path / "output").glob("*.safetensors")} == before
+
+
 def test_stages_can_be_run_again_and_skipped(tmp_path: Path) -> None:
     source = standard.write(tmp_path / "source", "llama")
     recipe = write_recipe(tmp_path, source, LINEAR, verify={"structure": True, "fidelity": True})

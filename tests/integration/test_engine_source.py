@@ -14,7 +14,16 @@ from safetensors.torch import load_file, save_file
 from calibration.checkpoint.index import Checkpoint
 from calibration.source_model import build_skeleton
 from recipes.errors import SourceError
-from tests.integration.engine_runs import STANDARD, STORED, model_directory, skeleton, stock_model
+from tests.integration.engine_runs import (
+    STANDARD,
+    STORED,
+    differing,
+    model_directory,
+    ours,
+    recipe,
+    skeleton,
+    stock_model,
+)
 
 
 @pytest.mark.parametrize("name", [*STANDARD, *STORED])
@@ -100,7 +109,7 @@ def test_mtp_and_scale_companions_need_no_place(tmp_path: Path) -> None:
     source = skeleton("fp8_mxfp4")
     tensors = source.formats.checkpoint.tensors
     assert any(name.startswith("mtp.") for name in tensors)
-    used = {name for name in source.sources.values()}
+    used = set(source.sources.values())
     assert {name for name in tensors if not name.startswith("mtp.")} - used == {
         name for name in source.formats.companions if not name.startswith("mtp.")
     }
@@ -111,3 +120,44 @@ def test_config_on_disk_has_no_quantization(tmp_path: Path) -> None:
     config = json.loads((Path(source.model.config.name_or_path) / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["model_type"] == "deepseek_v4"
+
+
+def test_prefetched_weights_are_the_same_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, read = skeleton("fp8_mxfp4"), list[str]()
+    first, second = list(source.blocks.values())[:2]
+    original = source.formats.checkpoint.read
+    monkeypatch.setattr(source.formats.checkpoint, "read", lambda name: read.append(name) or original(name))
+    source.load([first])
+    source.prefetch([second])
+    source.load([second])
+    assert len(read) == len(set(read)) and {name.split(".")[1] for name in read} == {"0", "1"}
+    ahead = {name: tensor.clone() for name, tensor in second.state_dict().items()}
+    assert source.edited([second]) == {}
+    source.unload([second])
+    source.load([second])
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in ahead.items())
+
+
+def test_what_cannot_be_read_ahead_is_told_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = skeleton("llama")
+    first, second = source.blocks.values()
+    original = source.formats.checkpoint.read
+
+    def broken(name: str) -> torch.Tensor:
+        if name == "model.layers.1.mlp.up_proj.weight":
+            raise SourceError(f"{name}: vanished")
+        return original(name)
+
+    monkeypatch.setattr(source.formats.checkpoint, "read", broken)
+    source.prefetch([second])
+    source.load([first])
+    source.prefetch([second])
+    with pytest.raises(SourceError, match=r"layers\.1\.mlp\.up_proj\.weight: vanished"):
+        source.load([second])
+
+
+def test_a_run_that_reads_ahead_gives_the_same_scales() -> None:
+    plain, ahead = skeleton("mixtral"), skeleton("mixtral")
+    ahead.reads_ahead = True
+    one, two = ours(recipe("mixtral"), plain), ours(recipe("mixtral"), ahead)
+    assert differing(one.parameters, two.parameters) == [] and ahead.loaded() == set()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.integration.test_end_to_end import LINEAR, run, write_recipe
 from tests.models import smollm2
 from tests.reference.engine import VLLM_PYTHON

@@ -86,7 +86,8 @@ class Projection(nn.Module):
         self.quantize_inputs = quantize_inputs
         if "weight_packed" in stored:
             weight = dequantize(stored["weight_packed"], stored["weight_scale"], stored["weight_global_scale"])
-            self.divisor = stored["input_global_scale"].double()
+            # Weight-only checkpoints (NVFP4A16) have none.
+            self.divisor = stored["input_global_scale"].double() if "input_global_scale" in stored else None
         elif "weight_scale" in stored:
             weight = block_fp8_dequantize(stored["weight"], stored["weight_scale"])
         else:
@@ -185,7 +186,9 @@ def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Ten
 
 
 @torch.no_grad()
-def decided(model: nn.Module, prompts: Sequence[Sequence[int]], reference: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def decided(
+    model: nn.Module, prompts: Sequence[Sequence[int]], reference: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
     """Positions `[T]` (bool) per prompt where the reference agrees with itself under float32-sized noise.
 
     An activation that lies on the border of two E2M1 codes, or a token between two experts, goes either way with the

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.exported import EXPERTS, plan_of, recipe
-from tests.models import deepseek_v4, standard
 
 from calibration.checkpoint.config import output_config
 from calibration.checkpoint.families import family_of
 from calibration.checkpoint.plan import Plan
 from recipes.errors import RecipeError, SourceError
+from tests.exported import EXPERTS, plan_of, recipe
+from tests.models import deepseek_v4, standard
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,11 @@ def test_kept_fp8_keeps_codes_and_respells_scales_or_is_cast(sources: dict[str, 
     plan = make(sources["fp8_mxfp4"])
     weight, scale = plan.steps["layers.0.attn.wq_a.weight"], plan.steps["layers.0.attn.wq_a.scale"]
     assert (weight.action, weight.group, weight.outputs[0].dtype) == ("copy", "kept_fp8", "F8_E4M3")
-    assert (scale.action, scale.outputs[0].name, scale.outputs[0].dtype) == ("cast", "layers.0.attn.wq_a.weight_scale", "F32")
+    assert (scale.action, scale.outputs[0].name, scale.outputs[0].dtype) == (
+        "cast",
+        "layers.0.attn.wq_a.weight_scale",
+        "F32",
+    )
     cast = make(sources["fp8_mxfp4"], export={"kept": "plain"})
     assert cast.steps["layers.0.attn.wq_a.weight"].outputs[0].dtype == "BF16"
     assert cast.steps["layers.0.attn.wq_a.scale"].action == "consume"
@@ -68,7 +72,9 @@ def test_input_scales_are_shared_by_projection_or_per_expert(sources: dict[str, 
     shared = {frozenset(group) for group in make(sources["bf16"]).shared_input_scales()}
     gate_up = frozenset(f"layers.0.ffn.experts.{e}.{w}" for e in range(64) for w in ("w1", "w3"))
     assert gate_up in shared and frozenset(f"layers.0.ffn.experts.{e}.w2" for e in range(64)) in shared
-    alone = {frozenset(g) for g in make(sources["bf16"], export={"input_global_scale": "per_expert"}).shared_input_scales()}
+    alone = {
+        frozenset(g) for g in make(sources["bf16"], export={"input_global_scale": "per_expert"}).shared_input_scales()
+    }
     assert frozenset({"layers.0.ffn.experts.3.w1", "layers.0.ffn.experts.3.w3"}) in alone
     assert not any("layers.0.ffn.experts.3.w2" in group for group in alone)
 
@@ -85,8 +91,16 @@ def test_shards_hold_whole_blocks_and_respect_the_size(sources: dict[str, Path])
 WRONG = {
     "no target": ([r"re:^layers\.\d+\.ffn\.expert\.\d+\.w1$"], {}, "matches no module of the source"),
     "transformers names": (["re:.*self_attn.*"], {}, "spelled as in the source"),
-    "half a fused pair": ([r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[12]$"], {}, "served as one matrix must be quantized alike"),
-    "some experts": ([r"re:^layers\.\d+\.ffn\.experts\.[0-3]\.w[123]$"], {}, "routed experts of block 0 must be quantized alike"),
+    "half a fused pair": (
+        [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[12]$"],
+        {},
+        "served as one matrix must be quantized alike",
+    ),
+    "some experts": (
+        [r"re:^layers\.\d+\.ffn\.experts\.[0-3]\.w[123]$"],
+        {},
+        "routed experts of block 0 must be quantized alike",
+    ),
     "ignore nothing": (EXPERTS, {"ignore": ["lm_head"]}, "ignore: 'lm_head' matches no module"),
     "norms only": ([r"re:^layers\.\d+\.attn_norm$"], {}, "none of them can be quantized"),
     "unwritable scheme": (EXPERTS, {"scheme": "W4A16"}, "scheme W4A16 is not one this project can write"),
@@ -143,7 +157,9 @@ def test_config_targets_name_exactly_what_is_quantized(sources: dict[str, Path],
         patterns = [re.compile(target.removeprefix("re:")) for target in group["targets"]]
         weights = {n.rpartition(".")[0] for n in formats.checkpoint.tensors if n.endswith(".weight")}
         assert {m for m in weights if any(p.match(m) for p in patterns)} == set(plan.modules(name))
-        assert not any(p.match(f"model.layers.{number}.ffn.experts.0.gate_proj") for p in patterns for number in (3, 4, 11))
+        assert not any(
+            p.match(f"model.layers.{number}.ffn.experts.0.gate_proj") for p in patterns for number in (3, 4, 11)
+        )
     experts = config["quantization_config"]["config_groups"]["experts"]["targets"]
     assert any(re.match(t.removeprefix("re:"), "model.layers.2.ffn.experts.0.gate_proj") for t in experts)
 

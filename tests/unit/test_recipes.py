@@ -88,7 +88,7 @@ def field_rows(model: type[BaseModel], prefix: str = "") -> list[str]:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipe_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(path)
-    assert recipe.quantization_modifier.config_groups
+    assert recipe.method == "plain" or recipe.quantization_modifier.config_groups
     again = load_recipe(write(tmp_path, dump_recipe(recipe)))
     assert again == recipe
     assert recipe_digest(again) == recipe_digest(recipe)
@@ -113,7 +113,7 @@ def test_enough_recipes_are_shipped() -> None:
 
 
 def test_no_shipped_deepseek_target_reaches_mtp() -> None:
-    for path in SHIPPED:
+    for path in (path for path in SHIPPED if load_recipe(path).method != "plain"):
         for group in load_recipe(path).quantization_modifier.config_groups.values():
             patterns = [target.removeprefix("re:") for target in group.targets]
             assert not any(re.match(pattern, "mtp.0.ffn.experts.3.w1") for pattern in patterns)

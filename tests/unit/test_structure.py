@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.exported import export, recipe
-from tests.models import deepseek_v4
 
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from tests.exported import export, recipe
+from tests.models import deepseek_v4
 from verify.checks import Check
 from verify.fidelity import verify_fidelity
 from verify.report import level_verdicts
@@ -63,7 +63,7 @@ def rewrite(output: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], N
     save_file({n: t.contiguous() for n, t in tensors.items()}, shard, metadata={"format": "pt"})
     for gone in before.keys() - tensors.keys():
         del index["weight_map"][gone]
-    index["weight_map"] |= {new: shard.name for new in tensors.keys() - before.keys()}
+    index["weight_map"] |= dict.fromkeys(tensors.keys() - before.keys(), shard.name)
     index["metadata"]["total_size"] += sum(t.nbytes for t in tensors.values()) - sum(t.nbytes for t in before.values())
     (output / INDEX_NAME).write_text(json.dumps(index))
 
@@ -183,5 +183,8 @@ def test_sidecars_travel_and_caches_do_not(good: tuple, tmp_path: Path) -> None:
     export(source, tmp_path / "out")
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
     expected = {str(p.relative_to(good[0])) for p in good[0].rglob("*") if p.is_file()}
-    assert names == expected and {"tokenizer.json", "generation_config.json", "recipe.yaml", CONFIG_NAME, INDEX_NAME} <= names
+    assert (
+        names == expected
+        and {"tokenizer.json", "generation_config.json", "recipe.yaml", CONFIG_NAME, INDEX_NAME} <= names
+    )
     assert any("encoding" in name for name in names)

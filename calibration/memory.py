@@ -1,0 +1,50 @@
+"""The memory that a run itself holds: anonymous pages, not the source's mapped files, which the system may drop."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from pathlib import Path
+from types import TracebackType
+
+_STATUS = Path("/proc/self/status")
+_SECONDS = 0.02
+
+
+class PeakMemory:
+    """Samples this process's anonymous memory while its context is open, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._peak = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def take(self) -> int:
+        """The highest sample since the last call, in bytes."""
+        peak, self._peak = max(self._peak, anonymous_memory()), 0
+        return peak
+
+    def _sample(self) -> None:
+        while not self._done.wait(_SECONDS):
+            self._peak = max(self._peak, anonymous_memory())
+
+
+def anonymous_memory() -> int:
+    """Anonymous resident memory of this process in bytes; where the system does not tell, its peak of all resident."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,244 @@
+"""What a run may go on from: its fingerprint, the blocks that are finished on disk, the activations between them.
+
+A block is finished when its journal line is there and every shard that the line names has the digest it names. The
+line is written last: first the shards, then the activations that enter the next block, then the line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.plan import Plan
+from calibration.checkpoint.writer import file_digest
+from calibration.journal import RunDirectory
+from recipes.errors import EnvironmentProblem, SourceError
+from recipes.schema import Recipe
+
+#: Packages whose arithmetic or file format the output depends on, this one included.
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "nvfp4-workflows")
+#: Sections of a recipe that change nothing in what the calibrate stage computes.
+_WITHOUT_EFFECT = {"verify", "output", "offload", "convert"}
+_SAMPLE_BYTES = 1 << 16
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The saved activations that enter a block: file name -> sha256 below `directory`, in the order of the batches."""
+
+    directory: Path
+    files: dict[str, str]
+
+    def intact(self) -> bool:
+        """Whether every file is there with its digest."""
+        return intact(self.directory, self.files)
+
+
+@dataclass
+class Resume:
+    """What earlier runs left. `finished` maps the number of a block to the `block` part of its journal line;
+    `boundaries` maps the number of a block to the activations that enter it, checked; `activations` is the directory
+    for further ones; `damaged` names the finished blocks' files that no longer are what was written."""
+
+    activations: Path
+    finished: dict[int, dict[str, Any]] = field(default_factory=dict)
+    boundaries: dict[int, Boundary] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)
+    #: Whether the shards outside the blocks are there.
+    rest: bool = False
+
+    def starting_point(self, first: int) -> int:
+        """The block whose input activations are at hand nearest before block `first`, 0 being the text itself."""
+        return max((number for number in self.boundaries if number <= first), default=0)
+
+
+def fingerprint(
+    recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str, world_size: int = 1
+) -> dict[str, Any]:
+    """All that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write equal
+    files. `device` names the arithmetic (processor capability or accelerator)."""
+    settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    try:
+        tokenizer = _digest_of(path for pattern in _TOKENIZER_FILES for path in source.directory.glob(pattern))
+        files = _source_digest(source)
+    except OSError as error:
+        raise SourceError(f"{error.filename}: cannot be read: {error.strerror}; is the source whole?") from None
+    return {
+        **{f"recipe {key}": value for key, value in sorted(_flat(settings))},
+        "data": data_digest,
+        "tokenizer": tokenizer,
+        "source files": files,
+        "plan": plan.digest,
+        **{f"version of {package}": _version(package) for package in PACKAGES},
+        "device": device,
+        "world size": world_size,
+    }
+
+
+def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Path, finished: int) -> None:
+    """Raises EnvironmentProblem that names every key whose value changed since the run began, old -> new."""
+    changed = [key for key in {**recorded, **now} if recorded.get(key) != now.get(key)]
+    if not changed:
+        return
+    lines = [f"  {key}: {_shown(recorded.get(key))} -> {_shown(now.get(key))}" for key in changed]
+    raise EnvironmentProblem(
+        f"{where}: this run began with other settings, and its {finished} finished blocks would not fit what would be "
+        "calculated now. Changed since:\n" + "\n".join(lines) + "\nRemedy: set it back and run the same command again, "
+        "or pass --restart, which begins anew and discards the finished blocks"
+    )
+
+
+def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: Path) -> Resume:
+    """What the journal says is finished and the files prove; later lines count before earlier ones."""
+    resume, blocks = Resume(activations), plan.block_numbers
+    lines: dict[int, dict[str, Any]] = {}
+    boundaries: dict[int, Boundary] = {}
+    digests: dict[str, str] = {}
+    for fact in directory.facts():
+        if fact.get("fact") not in ("shards", "boundary") or fact.get("plan") != plan.digest:
+            continue
+        if fact["fact"] == "shards":
+            digests |= fact["shards"]
+            if fact.get("block") is not None:
+                lines[fact["block"]] = fact
+        saved = fact.get("activations")
+        if saved:
+            boundaries[fact["block"] + 1] = Boundary(Path(saved["directory"]), saved["files"])
+    wanted = {shard.name: shard.block for shard in plan.shards}
+    journaled = {name: digest for name, digest in digests.items() if name in wanted}
+    broken = {name for name in wanted if name not in journaled} | different(output, journaled)
+    resume.damaged = sorted(name for name in broken if name in journaled)
+    resume.rest = not any(wanted[name] is None for name in broken)
+    unfinished = {wanted[name] for name in broken}
+    if not resume.rest and any(plan.family.place(step.source).block is None for step in plan.quantized.values()):
+        # What is quantized outside the blocks (a head) is calibrated with the last block.
+        unfinished.add(blocks[-1])
+    resume.finished = {
+        number: lines[number]["result"] for number in blocks if number in lines and number not in unfinished
+    }
+    pending = [number for number in blocks if number not in resume.finished]
+    resume.boundaries = {
+        n: boundary for n, boundary in boundaries.items() if pending and n <= pending[-1] and boundary.intact()
+    }
+    return resume
+
+
+def open_resume(
+    directory: RunDirectory,
+    plan: Plan,
+    output: Path,
+    activations: Path,
+    now: dict[str, Any],
+    restart: bool = False,
+    overwrite: bool = False,
+) -> Resume:
+    """Goes on with the run in `directory` when its fingerprint is `now`, else begins anew: journal, shards and
+    activations are removed, and the fingerprint is recorded.
+
+    `restart` always begins anew; `overwrite` where the run there is complete (verified) or has another fingerprint.
+    Raises EnvironmentProblem where finished blocks have another fingerprint and neither is given.
+    """
+    facts, now = directory.facts(), json.loads(json.dumps(now))
+    begun = [fact["parts"] for fact in facts if fact.get("fact") == "fingerprint"]
+    finished = {fact["block"] for fact in facts if fact.get("fact") == "shards"} if begun else set()
+    complete = any(fact.get("fact") == "verified" for fact in facts)
+    if finished and not restart:
+        if begun[-1] == now and not (overwrite and complete):
+            resume = read_resume(directory, plan, output, activations)
+            _clear(resume)
+            return resume
+        if not overwrite:
+            require_same(begun[-1], now, directory.path, len(finished))
+    # The index goes first: nothing may look like a checkpoint that is being taken apart.
+    (output / INDEX_NAME).unlink(missing_ok=True)
+    directory.restart("fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now)
+    for path in output.glob("*.safetensors") if output.is_dir() else ():
+        path.unlink()
+    resume = Resume(activations)
+    _clear(resume)
+    return resume
+
+
+def _clear(resume: Resume) -> None:
+    kept = {boundary.directory for boundary in resume.boundaries.values()}
+    for folder in resume.activations.glob("boundary-*"):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def activations_directory(scratch: Path | None, run_directory: Path, output: Path) -> Path:
+    """Where a run's activations lie: in its run directory, or below a scratch directory that runs may share."""
+    if scratch is None:
+        return run_directory / "activations"
+    tag = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:12]
+    return scratch.absolute() / f"{output.name}-{tag}.activations"
+
+
+def different(directory: Path, digests: Mapping[str, str]) -> set[str]:
+    """The files that are missing or have another sha256; read in parallel, for a terabyte of shards takes a while."""
+
+    def bad(name: str) -> bool:
+        try:
+            return file_digest(directory / name) != digests[name]
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return {name for name, is_bad in zip(digests, pool.map(bad, digests), strict=True) if is_bad}
+
+
+def intact(directory: Path, digests: Mapping[str, str]) -> bool:
+    """Whether every file is there with its digest."""
+    return not different(directory, digests)
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}" if prefix else key)]
+    return [(prefix, value)]
+
+
+def _source_digest(source: Checkpoint) -> str:
+    """Names, sizes and a sample of the bytes of every shard, and the config: reading all of it would take hours."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_NAME, INDEX_NAME, *source.shards):
+        path = source.directory / name
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{name} {size}\n".encode())
+        with path.open("rb") as file:
+            file.seek(max(0, (size - _SAMPLE_BYTES) // 2) if name in source.shards else 0)
+            digest.update(file.read(_SAMPLE_BYTES if name in source.shards else size))
+    return digest.hexdigest()
+
+
+def _digest_of(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(set(paths)):
+        digest.update(f"{path.name} {file_digest(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text):
+        return text[:12]
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,83 @@
+"""Runs of the command line in real processes that can be killed, started by fork from one process that has imported
+everything: an import costs seconds, a run of a tiny model tenths of one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.integration.interrupted_runs", "workflows.run", "workflows.calibrate"])
+#: What changes files for good; a kill just before and just after each is every state that a crash can leave, but for
+#: half-written files, which random kills leave.
+STEPS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (shutil, "copyfile"))
+
+Prepare = Callable[[], None]
+
+
+def start(arguments: list[str], log: Path, prepare: Prepare | None = None) -> BaseProcess:
+    """Starts `python -m workflows.run ARGUMENTS` in a process of its own; `prepare` (a picklable function) runs in it
+    first, stdout and stderr go to `log`."""
+    process = _CONTEXT.Process(target=_main, args=(arguments, log, prepare))  # type: ignore[attr-defined]
+    process.start()
+    return process  # type: ignore[no-any-return]
+
+
+def finish(arguments: list[str], log: Path, prepare: Prepare | None = None) -> tuple[int, str]:
+    """Runs to the end; returns the exit code (-9 when killed) and what this run printed."""
+    begin = log.stat().st_size if log.exists() else 0
+    process = start(arguments, log, prepare)
+    process.join(120)
+    code, text = process.exitcode, log.read_text()[begin:]
+    if code is None:
+        process.kill()
+    assert code is not None, f"still running after 120 s: {text}"
+    return code, text
+
+
+class KillAt:
+    """Kills its own process with SIGKILL at the `number`-th step, or counts the steps into `count_to`."""
+
+    def __init__(self, number: int, count_to: Path | None = None) -> None:
+        self.number, self.count_to, self.seen = number, count_to, 0
+
+    def __call__(self) -> None:
+        for owner, name in STEPS:
+            setattr(owner, name, self._around(getattr(owner, name)))
+
+    def _around(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            self._tick()
+            result = original(*args, **kwargs)
+            self._tick()
+            return result
+
+        return step
+
+    def _tick(self) -> None:
+        self.seen += 1
+        if self.count_to is not None:
+            self.count_to.write_text(str(self.seen))
+        if self.seen == self.number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _main(arguments: list[str], log: Path, prepare: Prepare | None) -> None:
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from workflows.run import main
+
+    torch.set_num_threads(1)
+    if prepare is not None:
+        prepare()
+    sys.exit(main(arguments))

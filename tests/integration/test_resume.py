@@ -1,0 +1,170 @@
+"""Killed at any moment, the same command goes on at the first unfinished block and writes the very same bytes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from calibration.journal import RunDirectory
+from tests.integration.interrupted_runs import KillAt, finish, start
+from tests.models import standard
+
+TARGETS = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
+MODIFIERS = ("QuantizationModifier", "GPTQModifier")
+
+
+class Case:
+    """A recipe of a tiny model, and what an uninterrupted run of it writes."""
+
+    def __init__(self, directory: Path, source: Path, modifier: str) -> None:
+        self.directory = directory
+        directory.mkdir()
+        self.body: dict[str, Any] = {
+            "source": {"checkpoint": str(source)},
+            "output": "unset",
+            "modifiers": [{modifier: {"targets": TARGETS, "scheme": "NVFP4"}}],
+            "calibration": {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
+            "verify": {"structure": False, "fidelity": False},
+        }
+        began = time.monotonic()
+        self.reference = Attempt(self, "reference", KillAt(0, directory / "steps"))
+        self.seconds = time.monotonic() - began
+        self.steps = int((directory / "steps").read_text())
+        assert self.reference.code == 0, self.reference.text
+
+
+class Attempt:
+    """One output directory and the runs that work on it."""
+
+    def __init__(self, case: Case, name: str, prepare: Any = None, run: bool = True, **sections: Any) -> None:
+        # The output's name stands in the model card, so every attempt has the same one.
+        self.directory = case.directory / name
+        self.output, self.run_directory = self.directory / "output", self.directory / "output.run"
+        self.log, self.recipe = self.directory / "log", self.directory / "recipe.yaml"
+        self.directory.mkdir()
+        self.write(case.body | sections)
+        if run:
+            self.go(prepare)
+
+    def write(self, body: dict[str, Any]) -> None:
+        self.recipe.write_text(yaml.safe_dump(body | {"output": str(self.output)}))
+
+    def go(self, prepare: Any = None, *options: str) -> int:
+        self.code, self.text = finish([str(self.recipe), *options], self.log, prepare)
+        return self.code
+
+    def journal(self, fact: str = "shards") -> list[dict[str, Any]]:
+        """The lines of one kind; a torn one is left out."""
+        return RunDirectory(self.output).facts(fact)
+
+    def loaded(self) -> list[int | None]:
+        """The blocks that the last run loaded, in order; None is what stands before the blocks."""
+        events = RunDirectory(self.output).events()
+        begin = max(number for number, event in enumerate(events) if event["event"] == "plan")
+        return [event["block"] for event in events[begin:] if event["event"] == "load"]
+
+    def files(self) -> dict[str, bytes]:
+        """Everything in the output; the run's own path in recipe.yaml and README.md made equal."""
+        return {
+            str(path.relative_to(self.output)): path.read_bytes().replace(str(self.directory).encode(), b"")
+            for path in sorted(self.output.rglob("*"))
+            if path.is_file()
+        }
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    root = tmp_path_factory.mktemp("resume")
+    source = standard.write(root / "source", "qwen3_moe")
+    finish(["--help"], root / "log")  # the first start imports everything, and would be measured
+    return {modifier: Case(root / modifier, source, modifier) for modifier in MODIFIERS}
+
+
+def same(attempt: Attempt, case: Case) -> None:
+    assert attempt.code == 0, attempt.text
+    mine, reference = attempt.files(), case.reference.files()
+    assert mine.keys() == reference.keys()
+    assert [name for name in reference if mine[name] != reference[name]] == []
+    assert list(attempt.run_directory.glob("activations/*")) == []
+
+
+def kill_once(case: Case, name: str, moment: float) -> None:
+    """One kill, `moment` seconds after the start or, where the run was done by then, earlier; then the same command."""
+    for number in range(20):
+        attempt = Attempt(case, f"{name}-{number}", run=False)
+        process = start([str(attempt.recipe)], attempt.log)
+        process.join(moment * 0.7**number)
+        process.kill()
+        process.join()
+        if process.exitcode == -9:
+            settle(attempt, case)
+            return
+    pytest.fail("every run was done before it could be killed")
+
+
+def settle(attempt: Attempt, case: Case) -> None:
+    """The same command again, unless the last thing before the kill was that the run was complete. No block that the
+    journal names is calculated again."""
+    finished = {line["block"] for line in attempt.journal()}
+    if attempt.journal("verified"):
+        attempt.code = 0
+    else:
+        attempt.go()
+        assert [block for block in attempt.loaded() if block is not None] == [b for b in range(3) if b not in finished]
+    same(attempt, case)
+
+
+@pytest.mark.parametrize(
+    ("modifier", "kills"),
+    [
+        ("QuantizationModifier", 6),
+        ("GPTQModifier", 2),
+        pytest.param("QuantizationModifier", 60, marks=pytest.mark.slow),
+        pytest.param("GPTQModifier", 40, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments(cases: dict[str, Case], modifier: str, kills: int) -> None:
+    case, moments = cases[modifier], random.Random(f"{modifier} {kills}")
+    for number in range(kills):
+        kill_once(case, f"random-{kills}-{number}", moments.uniform(0.1, 0.95) * case.seconds)
+
+
+def crash_at(case: Case, step: int, name: str) -> None:
+    attempt = Attempt(case, name, KillAt(step))
+    assert attempt.code == -9, f"step {step} of {case.steps} was not reached: {attempt.text}"
+    settle(attempt, case)
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_killed_at_a_step_that_changes_files(cases: dict[str, Case], part: int) -> None:
+    """Between shard and activations, activations and journal line, journal line and removal, last block and index."""
+    case = cases["QuantizationModifier"]
+    crash_at(case, 1 + part * (case.steps - 1) // 7, f"step-{part}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_killed_at_every_step_that_changes_files(cases: dict[str, Case], modifier: str) -> None:
+    case = cases[modifier]
+    for step in range(1, case.steps + 1):
+        crash_at(case, step, f"every-{step}")
+
+
+@pytest.mark.parametrize("modifier", MODIFIERS)
+def test_lost_activations_are_calculated_again(cases: dict[str, Case], modifier: str) -> None:
+    """Round to nearest repeats the forward pass alone; edited weights must be calibrated again to be known."""
+    case = cases[modifier]
+    attempt = Attempt(case, "lost", KillAt(case.steps // 2))
+    lost = list(attempt.run_directory.glob("activations/*"))
+    assert attempt.code == -9 and lost
+    for folder in lost:
+        shutil.rmtree(folder)
+    attempt.go()
+    assert "are calculated again from the text" in attempt.text
+    same(attempt, case)

@@ -1,0 +1,123 @@
+"""A DeepSeek-V4 checkpoint of any size whose shards have complete headers and no data: their bytes are holes in sparse
+files. What it takes to plan a run and to build the empty model of V4-Pro is measured on it.
+
+    python -m tests.models.headers_only OUT [--blocks 61] [--shards 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tests.models.deepseek_v4 import Sizes, config, entries, specs
+from tests.models.storage import Entry, new_directory
+from tests.models.tokenizer import write_json
+
+_DTYPES = {
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+
+
+@dataclass(frozen=True)
+class ProSizes(Sizes):
+    """DeepSeek-V4-Pro's dimensions (its config.json on the hub)."""
+
+    hidden: int = 7168
+    layers: int = 61
+    hash_layers: int = 3
+    experts: int = 384
+    moe_intermediate: int = 3072
+    heads: int = 128
+    q_lora_rank: int = 1536
+    o_lora_rank: int = 1024
+    o_groups: int = 16
+    index_heads: int = 64
+    index_topk: int = 1024
+    vocab: int = 129280
+
+    @property
+    def compress_ratios(self) -> tuple[int, ...]:
+        """128, 128, 4, 128, 4, ... for the blocks."""
+        return tuple(128 if i < 2 or i % 2 else 4 for i in range(self.layers))
+
+
+def takes_holes(directory: Path) -> bool:
+    """Whether the file system of `directory` keeps a truncated-up file without allocating its bytes."""
+    probe = directory / ".hole"
+    try:
+        probe.touch()
+        os.truncate(probe, 2**30)
+        return probe.stat().st_blocks * 512 < 2**20
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
+    """Writes config, index and shards (FP8 tiles, MXFP4 experts) into the new or empty `directory`; returns it.
+
+    Never copy it: a copy that does not keep holes takes all the bytes that the index promises.
+    Raises FileExistsError when the directory holds something, OSError where the file system takes no holes.
+    """
+    new_directory(directory)
+    if not takes_holes(directory):
+        raise OSError(f"{directory}: the file system has no sparse files; name a directory on another one")
+    stored = [entry for spec in specs(sizes) for entry in entries(spec, "fp8_mxfp4")]
+    total = sum(entry.nbytes for entry in stored)
+    parts: list[list[Entry]] = [[] for _ in range(shards)]
+    begin = 0
+    for entry in stored:
+        parts[begin * shards // total].append(entry)
+        begin += entry.nbytes
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
+        _write_hollow(directory / name, part)
+        weight_map |= {entry.name: name for entry in part}
+    write_json(
+        directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+    )
+    content = config(sizes, "fp8_mxfp4")
+    content["max_position_embeddings"] = 1048576
+    content["rope_scaling"] |= {"original_max_position_embeddings": 65536}
+    write_json(directory / "config.json", content)
+    return directory
+
+
+def _write_hollow(path: Path, part: Sequence[Entry]) -> None:
+    header, begin = {}, 0
+    for entry in part:
+        end = begin + entry.nbytes
+        header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": entry.shape, "data_offsets": (begin, end)}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + begin)
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description="Write the headers of a DeepSeek-V4-Pro checkpoint.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--blocks", type=int, default=ProSizes.layers)
+    parser.add_argument("--shards", type=int, default=64)
+    given = parser.parse_args()
+    print(write(given.directory, ProSizes(layers=given.blocks), given.shards))
+
+
+if __name__ == "__main__":
+    main()

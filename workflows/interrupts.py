@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM: the first lets the block under way be finished, the second stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from recipes.errors import Interrupted
+
+_NOTICE = b"\nstopping behind the block under way; once more stops at once, and that block is lost\n"
+
+
+class Interrupts:
+    """Turns both signals into KeyboardInterrupt; inside `deferring` the first of them only sets `requested`."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._deferring = False
+
+    def install(self) -> None:
+        """Takes over SIGINT and SIGTERM of this process."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Work inside looks at `requested` itself. Raises Interrupted when it ended without having done so."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self.requested:
+            raise Interrupted("stopped behind the last block; the same command goes on from there")
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._deferring or self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        os.write(2, _NOTICE)  # not through the console, which may be in the middle of a line
