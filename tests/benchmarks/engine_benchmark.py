@@ -1,0 +1,199 @@
+"""This engine against stock llm-compressor's oneshot and save_pretrained, from the same weights and batches.
+
+    python -m tests.benchmarks.engine_benchmark [--directory DIR] [--cases v4-bf16 v4-fp8_mxfp4 qwen3_moe] [--rounds 2]
+    python -m tests.benchmarks.engine_benchmark --quick
+
+Interleaved rounds, every run in a process of its own with one thread; CPU-seconds from the open source to the finished
+checkpoint, imports left out. Asserts that packed weights, group scales, global scales and input global scales are
+identical, and prints peak memory per block over 6 and 24 blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import yaml
+
+from calibration.checkpoint.families import Family, family_of
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from tests.benchmarks.convert_benchmark import forget
+from tests.models import deepseek_v4, standard
+
+LEAVES = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+CASES = ("v4-bf16", "v4-fp8_mxfp4", "qwen3_moe")
+TARGETS = {
+    "v4": r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$",
+    "qwen3_moe": r"re:^model\.layers\.\d+\..*_proj$",
+}
+MID = {"hidden": 1024, "moe_intermediate": 512, "experts": 64, "layers": 6, "heads": 8, "q_lora_rank": 256,
+       "o_lora_rank": 128, "o_groups": 4}  # fmt: skip
+FLAT = {"hidden": 512, "moe_intermediate": 256, "heads": 2, "o_lora_rank": 64}
+TINY = {"layers": 2, "o_lora_rank": 64}
+MB = 1e6
+
+
+def write_source(directory: Path, case: str, quick: bool) -> Path:
+    """The source of a case: half a billion parameters or a sixth of one; with `quick` the smallest of its family."""
+    if case == "qwen3_moe":
+        form = standard.FORMS["qwen3_moe"]
+        extra = dict(form.extra) | {"moe_intermediate_size": 768, "num_experts": 32, "num_experts_per_tok": 8}
+        mid = dataclasses.replace(
+            form, blocks=4, hidden=512, experts=32, moe_intermediate=768, extra=tuple(extra.items())
+        )
+        with patch.dict(standard.FORMS, {} if quick else {"qwen3_moe": mid}):
+            return standard.write(directory, "qwen3_moe")
+    # No ragged tiles: transformers cuts 160 rows with 2 tile scales into 80 + 80, the format says 128 + 32.
+    stored: Any = case.removeprefix("v4-")
+    return deepseek_v4.write(directory, stored, **(TINY if quick else MID))
+
+
+def write_recipe(base: Path, source: Path, case: str, samples: int, tokens: int) -> Path:
+    """A recipe with input global scales per expert, as stock has them."""
+    base.mkdir(parents=True, exist_ok=True)
+    quantize = {"QuantizationModifier": {"targets": [TARGETS[case.partition("-")[0]]], "scheme": "NVFP4"}}
+    body = {
+        "source": {"checkpoint": str(source)},
+        "output": str(base / "output"),
+        "modifiers": [quantize],
+        "calibration": {"dataset": "bundled", "num_samples": samples, "max_seq_length": tokens},
+        "export": {"kept": "plain", "input_global_scale": "per_expert"},
+        "verify": {"structure": False, "fidelity": False},
+    }
+    path = base / "recipe.yaml"
+    path.write_text(yaml.safe_dump(body))
+    return path
+
+
+def measure(method: str, recipe: Path) -> dict[str, Any]:
+    """One run in a new process, the source dropped from the page cache."""
+    content = yaml.safe_load(recipe.read_text())
+    for old in (Path(content["output"]), Path(content["output"] + ".run")):
+        shutil.rmtree(old, ignore_errors=True)
+    forget(Path(content["source"]["checkpoint"]))
+    command = [sys.executable, "-m", "tests.benchmarks.engine_once", method, str(recipe)]
+    # Waiting threads of OpenMP would spin, and count as work.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{method}: {done.stderr[-3000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(ours: Path, stock: Path) -> int:
+    """Asserts that every quantized tensor of `ours` is the same in `stock`; returns how many there are."""
+    left, right = Checkpoint.open(ours), Checkpoint.open(stock)
+    family = family_of(left.config)
+    names = {_canonical(family, name): name for name in left.tensors if name.endswith(LEAVES)}
+    theirs_by_name = {_canonical(family, name): name for name in right.tensors if name.endswith(LEAVES)}
+    assert names and names.keys() == theirs_by_name.keys(), sorted(names.keys() ^ theirs_by_name.keys())[:4]
+    for canonical, name in names.items():
+        mine, theirs = left.read(name), right.read(theirs_by_name[canonical])
+        assert mine.dtype == theirs.dtype and mine.numel() == theirs.numel(), name
+        assert torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)), name
+    return len(names)
+
+
+def _canonical(family: Family, name: str) -> str | None:
+    """transformers' name of a quantized tensor, which stock's save_pretrained half renames: for DeepSeek-V4 it writes
+    `model.layers.0.ffn.experts.0.wgate`, of the hub's `layers.0.ffn.experts.0.w1`."""
+    if family.name != "deepseek_v4":
+        return name
+    return family.model_name(name.removeprefix("model.").replace(".wgate.", ".gate_proj."))
+
+
+def block_bytes(source: Path) -> int:
+    """BF16 bytes of the largest block."""
+    checkpoint, totals = Checkpoint.open(source), dict[int | None, int]()
+    formats, family = Formats(checkpoint), family_of(checkpoint.config)
+    for name in checkpoint.tensors:
+        if name not in formats.companions:
+            block = family.place(name).block
+            totals[block] = totals.get(block, 0) + 2 * torch.Size(formats.of(name).shape).numel()
+    return max(size for block, size in totals.items() if block is not None)
+
+
+def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: int, quick: bool) -> None:
+    """Prints the rows of one case."""
+    source = write_source(base / "source", case, quick)
+    recipes = {method: write_recipe(base / method, source, case, samples, tokens) for method in ("ours", "stock")}
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
+    for _ in range(rounds):
+        for method, recipe in recipes.items():
+            runs[method].append(measure(method, recipe))
+        same = compare(base / "ours" / "output", base / "stock" / "output")
+    block = block_bytes(source)
+    cpu = {method: statistics.median(run["cpu_seconds"] for run in runs[method]) for method in runs}
+    for method, found in runs.items():
+        seconds = " ".join(f"{run['cpu_seconds']:.1f}" for run in found)
+        peak = max(run["peak_above_base"] for run in found)
+        written, files = max(run["written"] for run in found), max(run["files"] for run in found)
+        print(
+            f"| {case} | {method} | {seconds} | {cpu['stock'] / cpu[method]:.2f} | {peak / MB:.0f} | {peak / block:.2f} | "
+            f"{written / MB:.0f} | {max(run['peak_disk'] for run in found) / MB:.0f} | {files} |",
+            flush=True,
+        )
+    output = Checkpoint.open(base / "ours" / "output").total_bytes
+    width = int(Checkpoint.open(source).config["hidden_size"]) * int(Checkpoint.open(source).config.get("hc_mult", 1))
+    print(
+        f"{case}: {same} tensors identical; block {block / MB:.0f} MB in BF16, output {output / MB:.0f} MB, activations at a "
+        f"boundary {2 * width * samples * tokens / MB:.0f} MB, of stock's CPU-seconds "
+        f"{statistics.median(run['save_cpu_seconds'] for run in runs['stock']):.1f} in save_pretrained",
+        flush=True,
+    )
+
+
+def flatness(base: Path, blocks: int, samples: int, tokens: int, sizes: dict[str, int]) -> None:
+    """Prints peak memory above baseline of the second and the last block, in MB and in BF16 blocks."""
+    source = deepseek_v4.write(base / "source", "fp8_mxfp4", **(sizes | {"layers": blocks}))
+    run = measure("ours", write_recipe(base / "ours", source, "v4", samples, tokens))
+    peaks, block = [peak - run["base"] for peak in run["block_peaks"]], block_bytes(source)
+    assert len(peaks) == blocks
+    print(
+        f"| {blocks} | {block / MB:.1f} | {peaks[1] / MB:.0f} | {statistics.median(peaks) / MB:.0f} | {peaks[-1] / MB:.0f} | "
+        f"{max(peaks) / MB:.0f} | {run['cpu_seconds']:.1f} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, default=Path("build/engine-benchmark"))
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--flat-blocks", type=int, nargs="*", default=[6, 24])
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round: whether it runs at all")
+    options = parser.parse_args()
+    rounds, samples, tokens = options.rounds, options.samples, options.tokens
+    if options.quick:
+        rounds, samples, tokens, options.flat_blocks = 1, 2, 64, [2]
+    shutil.rmtree(options.directory, ignore_errors=True)
+    if options.cases:
+        print("| case | engine | CPU-s per round | speed | peak MB | peak in blocks | written MB | disk MB | files |")
+        print("|---|---|---|---|---|---|---|---|---|")
+    for case in options.cases:
+        compare_engines(options.directory / case, case, rounds, samples, tokens, options.quick)
+        shutil.rmtree(options.directory / case)
+    if options.flat_blocks:
+        print("| blocks | block MB | second block MB | median MB | last MB | peak MB | CPU-s |\n|---|---|---|---|---|---|---|")
+    for blocks in options.flat_blocks:
+        flatness(options.directory / f"flat-{blocks}", blocks, 4, 128, TINY if options.quick else FLAT)
+        shutil.rmtree(options.directory / f"flat-{blocks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What each method costs on a real model: perplexity in vLLM of SmolLM2-135M-Instruct, before and after.
+
+`python -m tests.benchmarks.perplexity --directory DIR [--windows 32]`: windows of 512 tokens of the Python language
+reference (`pydoc_data.topics`), which no calibration text holds; bfloat16, all linear layers but the head quantized.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from recipes.schema import Serving
+from tests.integration.test_end_to_end import LINEAR, run, write_recipe
+from tests.models import smollm2
+from tests.reference.engine import VLLM_PYTHON
+from verify.serving import verify_serving
+
+WINDOW = 512
+SAMPLES = {"dataset": "bundled", "num_samples": 64, "max_seq_length": 512, "batch_size": 4}
+
+
+def quantized(scheme: str) -> list[dict[str, Any]]:
+    return [{"QuantizationModifier": {"targets": LINEAR, "scheme": scheme}}]
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "convert, NVFP4A16": {"method": "convert", "modifiers": quantized("NVFP4A16")},
+    "convert, NVFP4 (uncalibrated W4A4)": {"method": "convert", "modifiers": quantized("NVFP4")},
+    "calibrate, NVFP4 (W4A4)": {"modifiers": quantized("NVFP4"), "calibration": SAMPLES},
+    "calibrate, NVFP4 with GPTQ (W4A4)": {
+        "modifiers": [{"GPTQModifier": {"targets": LINEAR, "scheme": "NVFP4"}}],
+        "calibration": SAMPLES,
+    },
+}
+
+
+def windows(checkpoint: Path, count: int) -> list[dict[str, Any]]:
+    """The first `count` windows of WINDOW tokens, as vllm_worker takes prompts."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer("\n".join(pydoc_data.topics.topics.values()), add_special_tokens=False).input_ids
+    return [{"kind": f"window {n}", "token_ids": ids[n * WINDOW : (n + 1) * WINDOW]} for n in range(count)]
+
+
+def nll(checkpoint: Path, logs: Path, prompts: list[dict[str, Any]]) -> list[float]:
+    """Mean negative log-likelihood per window, in nats."""
+    serving = Serving(python=VLLM_PYTHON, max_tokens=1, max_model_len=WINDOW + 8, dtype="bfloat16")
+    _, result = verify_serving(checkpoint, serving, logs, prompts=prompts)
+    assert result["ok"], result["error"]
+    return [prompt["nll"] for prompt in result["prompts"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=32)
+    options = parser.parse_args()
+    source = options.directory / "source"
+    if not source.exists():
+        smollm2.write(source)
+    prompts = windows(source, options.windows)
+    base = nll(source, options.directory / "logs", prompts)
+    mean = sum(base) / len(base)
+    print(
+        f"| method | perplexity | NLL above BF16, nats |\n|---|---|---|\n| BF16 source | {math.exp(mean):.2f} | |",
+        flush=True,
+    )
+    for number, (name, sections) in enumerate(METHODS.items()):
+        directory = options.directory / str(number)
+        directory.mkdir(exist_ok=True)
+        done = run(write_recipe(directory, source, LINEAR, **({"verify": {}} | sections)), "--overwrite")
+        assert done.returncode == 0, done.stderr
+        found = nll(directory / "output", directory / "logs", prompts)
+        delta = [a - b for a, b in zip(found, base, strict=True)]
+        average = sum(delta) / len(delta)
+        error = math.sqrt(sum((d - average) ** 2 for d in delta) / (len(delta) - 1) / len(delta))
+        print(f"| {name} | {math.exp(sum(found) / len(found)):.2f} | {average:+.3f} +- {error:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
