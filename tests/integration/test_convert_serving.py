@@ -16,7 +16,7 @@ TOP1, KL = 0.995, 1e-4
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "NVFP4"])
-@pytest.mark.parametrize("source", ["fp8_mxfp4", "fp8", "llama"])
+@pytest.mark.parametrize("source", ["fp8_mxfp4", "fp8", "bf16", "llama"])
 def test_converted_checkpoints_serve_and_agree_with_the_reference(tmp_path: Path, source: str, scheme: str) -> None:
     if source == "llama":
         made = converting(standard.write(tmp_path / "source", source), tmp_path / "out", LINEAR, scheme)
