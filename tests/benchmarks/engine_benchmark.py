@@ -189,7 +189,9 @@ def main() -> None:
         compare_engines(options.directory / case, case, rounds, samples, tokens, options.quick)
         shutil.rmtree(options.directory / case)
     if options.flat_blocks:
-        print("| blocks | block MB | second block MB | median MB | last MB | peak MB | CPU-s |\n|---|---|---|---|---|---|---|")
+        print(
+            "| blocks | block MB | second block MB | median MB | last MB | peak MB | CPU-s |\n|---|---|---|---|---|---|---|"
+        )
     for blocks in options.flat_blocks:
         flatness(options.directory / f"flat-{blocks}", blocks, 4, 128, TINY if options.quick else FLAT)
         shutil.rmtree(options.directory / f"flat-{blocks}")

@@ -1,7 +1,7 @@
 """A DeepSeek-V4 checkpoint of any size whose shards have complete headers and no data: their bytes are holes in sparse
 files. What it takes to plan a run and to build the empty model of V4-Pro is measured on it.
 
-    python -m tests.models.headers_only OUT [--blocks 61] [--shards 64]
+    python -m tests.models.headers_only OUT [--model pro] [--blocks 61] [--shards 64]
 """
 
 from __future__ import annotations
@@ -51,6 +51,28 @@ class ProSizes(Sizes):
     def compress_ratios(self) -> tuple[int, ...]:
         """128, 128, 4, 128, 4, ... for the blocks."""
         return tuple(128 if i < 2 or i % 2 else 4 for i in range(self.layers))
+
+
+@dataclass(frozen=True)
+class FlashSizes(Sizes):
+    """DeepSeek-V4-Flash's dimensions (its config.json on the hub)."""
+
+    hidden: int = 4096
+    layers: int = 43
+    hash_layers: int = 3
+    experts: int = 256
+    moe_intermediate: int = 2048
+    heads: int = 64
+    q_lora_rank: int = 1024
+    o_lora_rank: int = 1024
+    o_groups: int = 8
+    index_heads: int = 64
+    vocab: int = 129280
+
+    @property
+    def compress_ratios(self) -> tuple[int, ...]:
+        """0, 0, 4, 128, 4, ... for the blocks."""
+        return tuple(0 if i < 2 else 128 if i % 2 else 4 for i in range(self.layers))
 
 
 def takes_holes(directory: Path) -> bool:
@@ -111,12 +133,14 @@ def _write_hollow(path: Path, part: Sequence[Entry]) -> None:
 
 def main() -> None:
     """Command line of this module."""
-    parser = argparse.ArgumentParser(description="Write the headers of a DeepSeek-V4-Pro checkpoint.")
+    parser = argparse.ArgumentParser(description="Write the headers of a DeepSeek-V4 checkpoint.")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--blocks", type=int, default=ProSizes.layers)
+    parser.add_argument("--model", choices=("pro", "flash"), default="pro")
+    parser.add_argument("--blocks", type=int, help="all of them when left out")
     parser.add_argument("--shards", type=int, default=64)
     given = parser.parse_args()
-    print(write(given.directory, ProSizes(layers=given.blocks), given.shards))
+    sizes = ProSizes if given.model == "pro" else FlashSizes
+    print(write(given.directory, sizes(layers=given.blocks or sizes.layers), given.shards))
 
 
 if __name__ == "__main__":
