@@ -15,7 +15,7 @@ from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
 from calibration.checkpoint.plan import Plan, PlannedShard, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
-from calibration.checkpoint.writer import write_json, write_safely, write_shard
+from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Recipe
 
@@ -51,7 +51,7 @@ class Exporter:
         for path in sidecars(source.directory):
             target = self.output / path.relative_to(source.directory)
             write_safely(target, functools.partial(shutil.copyfile, path), path.stat().st_size)
-        write_safely(self.output / "recipe.yaml", lambda partial: partial.write_text(recipe_text), len(recipe_text))
+        write_text(self.output / "recipe.yaml", recipe_text)
         write_json(self.output / CONFIG_NAME, output_config(self.plan, source.config))
         index = {
             "metadata": {"total_size": self.plan.output_bytes},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,10 +74,7 @@ class Run:
         for name in self.source.tensors:
             place = self.plan.family.place(name)
             if place.block is not None and name not in self.formats.companions:
-                numel = 1
-                for size in self.formats.of(name).shape:
-                    numel *= size
-                block_bytes[place.block] = block_bytes.get(place.block, 0) + 2 * numel
+                block_bytes[place.block] = block_bytes.get(place.block, 0) + 2 * math.prod(self.formats.of(name).shape)
         data = self.recipe.calibration
         width = int(self.source.config.get("hidden_size", 0)) * int(self.source.config.get("hc_mult", 1))
         activations = 2 * width * data.num_samples * data.max_seq_length if data else 0
@@ -105,8 +103,9 @@ def inspect(run: Run, stages: list[str]) -> None:
     run.directory.open()
     run.reporter.directory = run.directory
     write_text(run.directory.path / "recipe.yaml", dump_recipe(run.recipe))
-    write_json(run.directory.path / "plan.json", run.facts())
-    facts = run.facts()["plan"]
+    described = run.facts()
+    write_json(run.directory.path / "plan.json", described)
+    facts = described["plan"]
     run.reporter.event(
         "plan", digest=run.plan.digest, recipe=recipe_digest(run.recipe), versions=versions(), actions=facts["actions"]
     )
