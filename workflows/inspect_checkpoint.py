@@ -50,7 +50,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
         "shards": len(checkpoint.shards),
         "tensors": len(checkpoint.tensors),
         "bytes": checkpoint.total_bytes,
-        "parameters": _parameters(checkpoint, formats),
+        "parameters": formats.parameters,
         "blocks": len(blocks),
         "routed_experts_per_block": sorted({len(found) for found in experts.values()}),
         "blocks_with_shared_experts": len(
@@ -173,17 +173,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
-
-
-def _parameters(checkpoint: Checkpoint, formats: Formats) -> int:
-    total = 0
-    for name in checkpoint.tensors:
-        if name not in formats.companions:
-            count = 1
-            for size in formats.of(name).shape:
-                count *= size
-            total += count
-    return total
 
 
 def _size(nbytes: float) -> str:

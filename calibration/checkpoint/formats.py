@@ -73,6 +73,11 @@ class Formats:
         """The stored format of tensor `name`."""
         return self._formats[name]
 
+    @property
+    def parameters(self) -> int:
+        """Logical values in all tensors but the scale companions."""
+        return sum(math.prod(found.shape) for name, found in self._formats.items() if name not in self.companions)
+
     def read(self, name: str, dtype: torch.dtype | None = torch.bfloat16) -> torch.Tensor:
         """Tensor `name` in `dtype`, its stored format undone; `dtype=None` leaves plain tensors as stored and gives
         BF16 for the others. Integer tensors are never cast. The tensor is the caller's own.

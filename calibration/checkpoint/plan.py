@@ -173,11 +173,7 @@ class _Planner:
         steps = self._steps(assigned, groups)
         if self.problems:
             raise RecipeError(collapsed(self.problems))
-        parameters = sum(
-            _numel(self.formats.of(name).shape)
-            for name in self.checkpoint.tensors
-            if name not in self.formats.companions
-        )
+        parameters = self.formats.parameters
         plan = Plan(
             family=self.family,
             steps=steps,
@@ -440,10 +436,3 @@ def _pattern(module: str) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
