@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from verify.checks import Check
+from verify.checks import Check, Verdict
 
 LEVELS = ("structure", "fidelity", "serving")
 _STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
 
 
-def level_verdicts(checks: Sequence[Check]) -> dict[str, str]:
+def level_verdicts(checks: Sequence[Check]) -> dict[str, Verdict]:
     """Level -> FAIL if a check of it failed, UNCHECKED if none was made or a check of it stayed unchecked, WARN, PASS.
     A level is the part of a check's id before the first dot."""
-    verdicts = {}
-    for level in LEVELS:
-        found = {check.verdict for check in checks if check.id.split(".")[0] == level}
-        verdicts[level] = next((v for v in ("FAIL", "UNCHECKED", "WARN", "PASS") if v in found), "UNCHECKED")
-    return verdicts
+    return {level: _worst(c.verdict for c in checks if c.id.split(".")[0] == level) for level in LEVELS}
+
+
+def overall(checks: Sequence[Check]) -> Verdict:
+    """The worst verdict of all levels: a level without a check makes it UNCHECKED, unless another says FAIL."""
+    return _worst(level_verdicts(checks).values())
+
+
+def _worst(found: Iterable[Verdict]) -> Verdict:
+    order: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
+    have = set(found)
+    return next((verdict for verdict in order if verdict in have), "UNCHECKED")
 
 
 def failed(checks: Sequence[Check]) -> list[Check]:
@@ -31,8 +38,12 @@ def failed(checks: Sequence[Check]) -> list[Check]:
 
 
 def to_json(checks: Sequence[Check]) -> dict[str, Any]:
-    """`{"verdicts": {level: verdict}, "checks": [...]}`."""
-    return {"verdicts": level_verdicts(checks), "checks": [asdict(check) for check in checks]}
+    """`{"verdict": overall, "verdicts": {level: verdict}, "checks": [...]}`."""
+    return {
+        "verdict": overall(checks),
+        "verdicts": level_verdicts(checks),
+        "checks": [asdict(check) for check in checks],
+    }
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:
@@ -43,7 +54,7 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
             check.id, f"[{_STYLE[check.verdict]}]{check.verdict}[/]", check.what, _cell(check.figure), check.threshold
         )
     console.print(table)
-    verdicts = level_verdicts(checks)
+    verdicts = {"overall": overall(checks), **level_verdicts(checks)}
     console.print("  ".join(f"{level}: [{_STYLE[v]}]{v}[/]" for level, v in verdicts.items()))
 
 
