@@ -17,11 +17,12 @@ from rich.console import Console
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import RecipeError, SourceError, VerificationFailed, WorkflowError
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe
 from recipes.schema import Serving
 from verify.checks import Check
 from verify.levels import print_samples, verify_levels
+from verify.page import Report
 from verify.report import LEVELS, failed, print_checks, to_json
 from verify.serving import check_environment
 
@@ -38,10 +39,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--level", choices=LEVELS, default="serving", help="check up to this level (default: serving)")
     parser.add_argument("--python", help="interpreter of the vLLM environment (default: the recipe's)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page as well")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     try:
         checks, samples = verify(options.checkpoint, options.source, options.recipe, options.level, options.python)
+        if options.html is not None:
+            write_page(options.html, Report(options.checkpoint.name, checks, samples=samples))
         if options.json:
             print(json.dumps(to_json(checks) | {"samples": samples}, indent=2))
         else:
@@ -55,6 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def write_page(path: Path, report: Report) -> None:
+    """Writes the page of a report. Raises EnvironmentProblem where it cannot be written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(report.html(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: --html: cannot be written: {error.strerror}; name another file") from None
 
 
 def verify(

@@ -12,6 +12,8 @@ from rich.table import Table
 from verify.checks import Check, Verdict
 
 LEVELS = ("structure", "fidelity", "serving")
+#: The verdicts, worst first.
+SEVERITY: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
 _STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
 
 
@@ -27,9 +29,8 @@ def overall(checks: Sequence[Check]) -> Verdict:
 
 
 def _worst(found: Iterable[Verdict]) -> Verdict:
-    order: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
     have = set(found)
-    return next((verdict for verdict in order if verdict in have), "UNCHECKED")
+    return next((verdict for verdict in SEVERITY if verdict in have), "UNCHECKED")
 
 
 def failed(checks: Sequence[Check]) -> list[Check]:

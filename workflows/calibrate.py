@@ -109,7 +109,7 @@ class _Blocks:
         if result.block == result.blocks - 1:
             self._shards |= self.exporter.rest(outside)
             self.resume.rest = True
-        errors = [self.exporter.errors[name] for name in inside if name in self.exporter.errors]
+        errors = {name: self.exporter.errors[name] for name in inside if name in self.exporter.errors}
         self._facts = {
             "name": result.name,
             "blocks": result.blocks,
@@ -118,12 +118,21 @@ class _Blocks:
             "modules": len(inside),
             "tokens_per_expert": result.tokens_per_expert,
             "filled_experts": result.filled_experts,
-            "worst_error": max(errors, default=None),
+            "worst_error": max(errors.values(), default=None),
+            "expert_errors": self._worst_by_expert(errors),
             "parity": result.parity,
             "peak_memory": result.peak_rss,
             "bytes_written": sum((self.exporter.output / shard).stat().st_size for shard in self._shards),
             "shards": sorted(self._shards),
         }
+
+    def _worst_by_expert(self, errors: dict[str, float]) -> dict[int, float]:
+        worst: dict[int, float] = {}
+        for name, error in errors.items():
+            expert = self.plan.family.place(name).expert
+            if expert is not None:
+                worst[expert] = max(worst.get(expert, 0.0), round(error, 5))
+        return worst
 
     def on_finished(self, block: int, facts: dict[str, Any] | None, boundary: Boundary | None) -> None:
         """Puts a block into the journal: from here on it is finished."""

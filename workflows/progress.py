@@ -33,6 +33,8 @@ class Reporter:
         self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
         self.level = _LEVELS.index(level)
         self.directory: RunDirectory | None = None
+        #: Called after every event: what is kept up to date from events.
+        self.watch: Callable[[], None] = lambda: None
         self._bar: tuple[Progress, TaskID] | None = None
         self._started = 0.0
         self._pending = self._steps = 0
@@ -47,6 +49,7 @@ class Reporter:
         """One line of events.jsonl; nothing before the run directory is open."""
         if self.directory is not None:
             self.directory.event(name, **facts)
+            self.watch()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if run is not None:
             run.directory.close()
+            if reporter.directory is not None:
+                run.page.update(now=True)
     if options.json and not options.dry_run:
         print(json.dumps(_result(run, None), indent=2))
     return 0
@@ -99,7 +101,7 @@ def _summarize(run: Run, as_json: bool) -> None:
     print_samples(stages.read_samples(run), console)
     console.print(f"output: {run.output}", markup=False, soft_wrap=True)
     console.print(
-        f"run directory: {run.directory.path} (events.jsonl, verify.json, serving.json, logs/)",
+        f"run directory: {run.directory.path} (report.html, events.jsonl, verify.json, serving.json, logs/)",
         markup=False,
         soft_wrap=True,
     )

@@ -26,6 +26,7 @@ from workflows.card import model_card, versions
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
+from workflows.report import ReportPage
 from workflows.source import resolve_source
 
 STAGES = ("inspect", "calibrate", "export", "verify")
@@ -45,12 +46,14 @@ class Run:
     source: Checkpoint = field(init=False)
     formats: Formats = field(init=False)
     plan: Plan = field(init=False)
+    page: ReportPage = field(init=False)
     checks: list[Check] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.output = Path(self.recipe.output)
         self.directory = RunDirectory(self.output)
+        self.page = ReportPage(self.output)
 
     def make_plan(self) -> None:
         """Opens the source from its headers and makes the plan. Starts and writes nothing."""
@@ -102,6 +105,7 @@ def inspect(run: Run, stages: list[str]) -> None:
         raise EnvironmentProblem(problems)
     run.directory.open()
     run.reporter.directory = run.directory
+    run.reporter.watch = run.page.update
     write_text(run.directory.path / "recipe.yaml", dump_recipe(run.recipe))
     described = run.facts()
     write_json(run.directory.path / "plan.json", described)

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.integration.interrupted_runs", "workflows.run", "workflows.calibrate"])
+_CONTEXT.set_forkserver_preload(
+    ["tests.integration.interrupted_runs", "workflows.run", "workflows.calibrate", "verify.page"]
+)
 #: What changes files for good; a kill just before and just after each is every state that a crash can leave, but for
 #: half-written files, which random kills leave.
 STEPS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (shutil, "copyfile"))

@@ -1,0 +1,199 @@
+"""The plots of a report, as SVG text that stands inside a page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogLocator, MaxNLocator
+
+_INK, _FIRST, _SECOND = "#33373c", "#2f6f9f", "#c0702a"
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "svg.fonttype": "none",  # text stays text: smaller, and readers can search it
+    "font.family": "sans-serif",
+    "text.color": _INK,
+    "axes.edgecolor": "#9aa0a6",
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "report",
+}
+_WIDTH = 8.6
+#: Strangers of a heat map that are ringed at most.
+_RINGS = 20
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One plot: `svg` is markup, `caption` says what is shown and how it was obtained."""
+
+    title: str
+    caption: str
+    svg: Markup
+
+
+def expert_map(
+    values: Mapping[tuple[int, int], float], title: str, caption: str, label: str, logarithmic: bool = False
+) -> Figure | None:
+    """A heat map, blocks down and experts across; `values` maps (block, expert) to a figure. None without values.
+
+    Colors span what 99 % of the experts have, so that one stranger does not make all others look alike; the strangers
+    have rings.
+    """
+    if not values:
+        return None
+    blocks = sorted({block for block, _ in values})
+    experts = max(expert for _, expert in values) + 1
+    rows = {block: row for row, block in enumerate(blocks)}
+    grid = np.full((len(blocks), experts), np.nan)
+    for (block, expert), value in values.items():
+        grid[rows[block], expert] = value
+    positive = grid[grid > 0] if logarithmic and (grid > 0).any() else grid[np.isfinite(grid)]
+    low = np.percentile(positive, 0.5, method="higher")
+    high = np.percentile(positive, 99.5, method="lower")
+    norm = LogNorm(low, high) if positive.min() > 0 and logarithmic and high > low else Normalize(low, high)
+    # The scale as numbers from 0 to 1: whoever lies a whole span outside it is a stranger.
+    place = np.ma.filled(norm(np.ma.masked_invalid(grid)), 0.5) if high > low else np.where(grid == low, 0.5, 9.0)
+    rings = np.argwhere(((place > 2) | (place < -1)) & np.isfinite(grid))[:_RINGS]
+    with rc_context(_STYLE):
+        drawing = Drawing(figsize=(_WIDTH, min(1.6 + 0.09 * len(blocks), 6.5)), layout="constrained")
+        axes = drawing.subplots()
+        axes.set_facecolor("#d9d9d9")  # what has no value: a dense block, an expert without tokens
+        image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
+        axes.scatter(rings[:, 1], rings[:, 0], s=120, facecolors="none", edgecolors="#ff2d20", linewidths=2.2)
+        bar = drawing.colorbar(image, ax=axes, label=label, pad=0.01, extend="both")
+        if isinstance(norm, LogNorm):
+            bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            bar.ax.yaxis.set_major_formatter("{x:,g}")
+            bar.ax.minorticks_off()
+        axes.set_xlabel("expert")
+        axes.set_ylabel("block")
+        step = max(1, len(blocks) // 12)
+        axes.set_yticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return Figure(title, caption, _svg(drawing))
+
+
+def lines(
+    series: Mapping[str, Mapping[int, float]], title: str, caption: str, label: str, logarithmic: bool = False
+) -> Figure | None:
+    """One line per name over blocks; on a logarithmic axis what is not positive is left out. None without a point."""
+    kept = {
+        name: {block: value for block, value in points.items() if not logarithmic or value > 0}
+        for name, points in series.items()
+    }
+    if not any(kept.values()):
+        return None
+    with rc_context(_STYLE):
+        drawing = Drawing(figsize=(_WIDTH, 2.5), layout="constrained")
+        axes = drawing.subplots()
+        for (name, points), color in zip(kept.items(), (_FIRST, _SECOND, "#5f8f4e", "#7a5ea8"), strict=False):
+            axes.plot(
+                list(points), list(points.values()), color=color, label=name, linewidth=1.4, marker="o", markersize=2.5
+            )
+        if logarithmic:
+            axes.set_yscale("log")
+        _over_blocks(axes, label)
+        if len(kept) > 1:
+            axes.legend(frameon=False)
+        return Figure(title, caption, _svg(drawing))
+
+
+def time_and_memory(seconds: Mapping[int, float], memory: Mapping[int, float], caption: str) -> Figure | None:
+    """Seconds (bars) and peak memory in bytes (line of its own axes) of each block. None without a block."""
+    if not seconds:
+        return None
+    with rc_context(_STYLE):
+        drawing = Drawing(figsize=(_WIDTH, 3.4), layout="constrained")
+        above, below = drawing.subplots(2, 1, sharex=True)
+        above.bar(list(seconds), list(seconds.values()), color=_FIRST)
+        above.set_ylabel("seconds")
+        below.plot(
+            list(memory),
+            [value / 1e9 for value in memory.values()],
+            color=_SECOND,
+            linewidth=1.4,
+            marker="o",
+            markersize=2.5,
+        )
+        below.set_ylim(bottom=0)
+        _over_blocks(below, "peak GB")
+        return Figure("Time and memory per block", caption, _svg(drawing))
+
+
+def scale_histogram(scales: Mapping[str, Any], caption: str) -> Figure | None:
+    """Counts of group scales by power of two, per part; `scales` is `group_scales` of fidelity.json."""
+    edges, counts = scales.get("edges_log2", ()), scales.get("counts", {})
+    if len(edges) < 2 or not counts:
+        return None
+    with rc_context(_STYLE):
+        drawing = Drawing(figsize=(_WIDTH, 2.5), layout="constrained")
+        axes = drawing.subplots()
+        for (part, numbers), color in zip(counts.items(), (_FIRST, _SECOND, "#5f8f4e", "#7a5ea8"), strict=False):
+            share = np.asarray(numbers, dtype=float)
+            axes.stairs(share / max(share.sum(), 1.0), edges, color=color, label=part, linewidth=1.4)
+        axes.set_xlabel("log2 of the group scale as stored (E4M3)")
+        axes.set_ylabel("share of groups")
+        axes.legend(frameon=False)
+        return Figure("Group scales", caption, _svg(drawing))
+
+
+def fidelity_figures(fidelity: Mapping[str, Any]) -> list[Figure]:
+    """What fidelity.json can show: error per block and expert, forward cosine per block, group scales."""
+    how = str(fidelity.get("source", ""))
+    blocks: Sequence[Mapping[str, Any]] = fidelity.get("blocks", ())
+    cosines = {
+        "each block fed the source's hidden states": _complement(blocks, "cosine"),
+        "errors carried from block to block": _complement(blocks, "cosine_propagated"),
+    }
+    found = (
+        expert_map(
+            worst_by_expert(fidelity), "Weight error by block and expert",
+            f"Largest relative error |output - source| / |source| of an expert's projections. {how}", "relative error",
+        ),
+        lines(
+            cosines, "Forward error by block",
+            "1 - cosine between the source's block and the quantized one on calibration tokens; activations quantized "
+            "as the serving engine does.", "1 - cosine", logarithmic=True,
+        ),
+        scale_histogram(fidelity.get("group_scales", {}), "Read from the output's weight_scale tensors."),
+    )  # fmt: skip
+    return [figure for figure in found if figure is not None]
+
+
+def worst_by_expert(fidelity: Mapping[str, Any]) -> dict[tuple[int, int], float]:
+    """(block, expert) -> largest relative error of its projections, from the table of fidelity.json."""
+    columns = {name: number for number, name in enumerate(fidelity.get("columns", ()))}
+    worst: dict[tuple[int, int], float] = {}
+    for row in fidelity.get("rows", ()):
+        block, expert, error = (row[columns[name]] for name in ("block", "expert", "relative_error"))
+        if block is not None and expert is not None and error is not None:
+            worst[block, expert] = max(worst.get((block, expert), 0.0), error)
+    return worst
+
+
+def _complement(blocks: Sequence[Mapping[str, Any]], key: str) -> dict[int, float]:
+    return {int(block["block"]): 1.0 - block[key] for block in blocks if block.get(key) is not None}
+
+
+def _over_blocks(axes: Axes, label: str) -> None:
+    axes.set_ylabel(label)
+    axes.set_xlabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _svg(drawing: Drawing) -> Markup:
+    text = io.StringIO()
+    drawing.savefig(text, format="svg", dpi=160, metadata={"Date": None, "Creator": None})
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])
