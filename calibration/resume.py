@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,6 +63,15 @@ class Resume:
         return max((number for number in self.boundaries if number <= first), default=0)
 
 
+def versions() -> dict[str, str]:
+    """The version of each of PACKAGES."""
+    found = dict.fromkeys(PACKAGES, "not installed")
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def fingerprint(
     recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str, world_size: int = 1
 ) -> dict[str, Any]:
@@ -79,7 +89,7 @@ def fingerprint(
         "tokenizer": tokenizer,
         "source files": files,
         "plan": plan.digest,
-        **{f"version of {package}": _version(package) for package in PACKAGES},
+        **{f"version of {package}": number for package, number in versions().items()},
         "device": device,
         "world size": world_size,
     }
@@ -228,13 +238,6 @@ def _digest_of(paths: Iterable[Path]) -> str:
     for path in sorted(set(paths)):
         digest.update(f"{path.name} {file_digest(path)}\n".encode())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _shown(value: Any) -> str:

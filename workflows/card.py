@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
+from calibration.resume import versions
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from verify.checks import Check
 from verify.report import level_verdicts, markdown
-
-_PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch", "safetensors")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries whose arithmetic or file formats the output depends on."""
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def model_card(

@@ -15,6 +15,7 @@ from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.writer import write_json, write_text
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
+from calibration.resume import versions
 from recipes.errors import EnvironmentProblem
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
@@ -22,7 +23,7 @@ from verify.checks import Check
 from verify.levels import verify_levels
 from verify.report import to_json
 from verify.serving import check_environment
-from workflows.card import model_card, versions
+from workflows.card import model_card
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
