@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from recipes.errors import collapsed
 
 Verdict = Literal["PASS", "FAIL", "WARN", "UNCHECKED"]
 
@@ -19,3 +22,18 @@ class Check:
     figure: str
     threshold: str
     how: str
+
+
+def verdict(
+    id: str, what: str, problems: Sequence[str], doubts: Sequence[str], how: str, figure: str = "no problem"
+) -> Check:
+    """FAIL with the first problems, WARN with the first doubts, else PASS with `figure`."""
+    found = list(problems) or list(doubts)
+    alike = collapsed(found)
+    shown = "; ".join(alike[:5]) + (f"; and {len(alike) - 5} more" if len(alike) > 5 else "")
+    return Check(id, "FAIL" if problems else "WARN" if doubts else "PASS", what, shown or figure, "no problem", how)
+
+
+def unchecked(id: str, what: str, why: str) -> Check:
+    """A check that was not made, and why."""
+    return Check(id, "UNCHECKED", what, why, "", "not run")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,19 @@ def verify_levels(
     source: Formats | None = None,
     serving: Serving | None = None,
     trust_remote_code: bool = False,
+    digests: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Check], dict[str, Any]]:
     """Makes the checks of `levels` (structure, fidelity, serving) and returns them with the serving engine's result.
 
-    Fidelity needs a plan, a source and a whole structure, else it is UNCHECKED. A broken checkpoint gives verdicts, not
-    exceptions; EnvironmentProblem is raised where there is no engine to ask.
+    `digests` are the shards' as the run wrote them (see `verify_structure`). Fidelity needs a plan, a source and a whole
+    structure, else it is UNCHECKED. A broken checkpoint gives verdicts, not exceptions; EnvironmentProblem is raised
+    where there is no engine to ask.
     """
     checks: list[Check] = []
     if "structure" in levels:
         say("verify: structure")
-        checks += verify_structure(directory, plan, source.checkpoint if source else None)
+        checks += verify_structure(directory, plan, source.checkpoint if source else None, digests=digests)
     if "fidelity" in levels:
         broken = any(check.verdict == "FAIL" for check in checks)
         if plan is None or source is None or broken:

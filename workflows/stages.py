@@ -189,6 +189,7 @@ def verify(run: Run) -> None:
         source=run.formats,
         serving=options.serving,
         trust_remote_code=run.recipe.source.trust_remote_code,
+        digests=_written(run),
         say=run.reporter.say,
     )
     run.samples = result.get("samples", [])
@@ -197,6 +198,12 @@ def verify(run: Run) -> None:
     write_json(run.directory.path / "verify.json", to_json(run.checks))
     _write_card(run)
     run.directory.record("verified", **to_json(run.checks)["verdicts"])
+
+
+def _written(run: Run) -> dict[str, str]:
+    """Shard -> digest as the journal has it: what the verification reads must be what was written."""
+    facts = [fact for fact in run.directory.facts("shards") if fact["plan"] == run.plan.digest]
+    return {shard: digest for fact in facts for shard, digest in fact["shards"].items()}
 
 
 def _write_card(run: Run) -> None:

@@ -48,6 +48,10 @@ class Family:
     not_observed: str = r"(?!)"
     #: Further spellings of a leaf that vLLM's own module tree uses when it resolves quantization targets.
     serving_leaves: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    #: vLLM's module tree from source modules, as `renames`.
+    serving_renames: tuple[tuple[str, str], ...] = ()
+    #: Parts beside the linear layers that vLLM quantizes where a target names them.
+    serving_quantizes: tuple[str, ...] = ()
     #: Fields of config.json that the serving engine needs changed once routed experts are NVFP4.
     serving_config: tuple[tuple[str, Any], ...] = ()
 
@@ -67,6 +71,22 @@ class Family:
         for pattern, replacement in self.renames:
             name = re.sub(pattern, replacement, name)
         return name
+
+    def serving_names(self, module: str) -> tuple[str, ...]:
+        """The names under which vLLM resolves quantization targets for a source module, its own tree's first: routed
+        experts through expert 0 alone and by one spelling or the other (its CUDA and CPU models differ), a fused
+        projection by its own leaf, another one by the tree's. Empty for MTP."""
+        if re.search(self.mtp, module):
+            return ()
+        tree = re.sub(self.expert, ".experts.0.", module)
+        for pattern, replacement in self.serving_renames:
+            tree = re.sub(pattern, replacement, tree)
+        parent, _, leaf = tree.rpartition(".")
+        served = dict(self.serving_leaves).get(leaf, ())
+        if self.place(module).part == ROUTED:
+            return tuple(f"{parent}.{name}" for name in (leaf, *served))
+        fused = any(leaf in group for group in self.fused_leaves)
+        return (tree,) if fused or not served else tuple(f"{parent}.{name}" for name in served)
 
     def fused(self, modules: Iterable[str]) -> list[tuple[str, ...]]:
         """Groups of these source modules that the serving engine runs as one matrix (gate/up, q/k/v, ...)."""
@@ -152,6 +172,11 @@ _DEEPSEEK_V4 = Family(
         *((rf"(\.experts\.\d+|\.shared_experts)\.{hub}\b", rf"\1.{hf}") for hub, hf in _EXPERT_LEAVES),
     ),
     serving_leaves=_SERVED_EXPERT_LEAVES,
+    serving_renames=(
+        (r"^(layers|norm|hc_head)", r"model.\1"),
+        (r"^embed\b", "model.embed_tokens"),
+        (r"^head\b", "lm_head"),
+    ),
     # With "fp4" or no value vLLM renames every `.weight_scale` outside the experts and then misses it.
     serving_config=(("expert_dtype", "nvfp4"),),
 )
@@ -166,13 +191,12 @@ _MIXTRAL = Family(
         (r"\.block_sparse_moe\.", ".mlp."),
         *((rf"(\.experts\.\d+)\.{hub}\b", rf"\1.{hf}") for hub, hf in _EXPERT_LEAVES),
     ),
-    serving_leaves=_SERVED_EXPERT_LEAVES,
 )
 
 FAMILIES = (
     _DEEPSEEK_V4,
     _MIXTRAL,
-    Family("qwen3_moe", ("qwen3_moe",), _HF_BLOCK, _HF_PARTS, _HF_FUSED),
+    Family("qwen3_moe", ("qwen3_moe",), _HF_BLOCK, _HF_PARTS, _HF_FUSED, serving_quantizes=("router",)),
     Family("dense", ("llama", "qwen3", "mistral"), _HF_BLOCK, _HF_PARTS, _HF_FUSED),
 )
 
