@@ -33,7 +33,7 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock.truncate(0)
             self._lock.write(
-                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": _began(os.getpid())})
+                json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": process_began(os.getpid())})
             )
             self._lock.flush()
         except BlockingIOError:
@@ -59,7 +59,7 @@ class RunDirectory:
             told = json.loads((self.path / "lock").read_text())
             if told["host"] != socket.gethostname():
                 return f"host {told['host']} (if it still lives)"
-            return f"pid {told['pid']}" if _began(told["pid"]) == told["began"] is not None else None
+            return f"pid {told['pid']}" if process_began(told["pid"]) == told["began"] is not None else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -68,18 +68,18 @@ class RunDirectory:
         events inform, and only the journal must hold."""
         line = {"time": round(time.time(), 3), "event": name, **facts}
         with contextlib.suppress(OSError):
-            _append(self.path / "events.jsonl", line, durable=False)
+            append_line(self.path / "events.jsonl", line, durable=False)
         return line
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of events.jsonl, oldest first; a line cut off by a kill is left out."""
-        return _lines(self.path / "events.jsonl")
+        return read_lines(self.path / "events.jsonl")
 
     def record(self, name: str, /, **facts: Any) -> None:
         """Appends one durable fact to journal.jsonl: on disk before this returns. Raises EnvironmentProblem."""
         path = self.path / "journal.jsonl"
         try:
-            _append(path, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
+            append_line(path, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
         except OSError as error:
             raise EnvironmentProblem(
                 f"{path}: cannot be written: {error.strerror}; free some space and run the same command again"
@@ -87,7 +87,7 @@ class RunDirectory:
 
     def facts(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The journal's lines, oldest first; a line cut off by a kill is left out."""
-        return [fact for fact in _lines(self.path / "journal.jsonl") if kind is None or fact.get("fact") == kind]
+        return [fact for fact in read_lines(self.path / "journal.jsonl") if kind is None or fact.get("fact") == kind]
 
     def restart(self, name: str | None = None, /, **facts: Any) -> None:
         """Forgets the journal: the run begins anew, with the fact `name` where one is given, in one step."""
@@ -98,14 +98,15 @@ class RunDirectory:
         partial = path.with_name("journal.jsonl.partial")
         try:
             partial.unlink(missing_ok=True)
-            _append(partial, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
+            append_line(partial, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
             partial.replace(path)
             fsync_directory(self.path)
         except OSError as error:
             raise EnvironmentProblem(f"{path}: cannot be written: {error.strerror}; free some space") from None
 
 
-def _append(path: Path, line: dict[str, Any], durable: bool) -> None:
+def append_line(path: Path, line: dict[str, Any], durable: bool) -> None:
+    """Appends one JSON line whole or not at all; `durable` has it on disk before this returns. Raises OSError."""
     new = not path.exists()
     # Opened for reading too, to see how the last writer ended: a line that a kill cut off must not swallow this one.
     with path.open("a+b", buffering=0) as file:
@@ -123,7 +124,8 @@ def _append(path: Path, line: dict[str, Any], durable: bool) -> None:
         fsync_directory(path.parent)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, oldest first; none where there is no file, and none for a line cut off by a kill."""
     try:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
@@ -137,7 +139,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _began(pid: int) -> str | None:
+def process_began(pid: int) -> str | None:
     """When a process of this machine began, in the kernel's ticks: a process number alone may be another's by now."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

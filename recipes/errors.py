@@ -52,6 +52,12 @@ class VerificationFailed(WorkflowError):
     exit_code = 5
 
 
+class BatchFailed(WorkflowError):
+    """At least one run of a batch failed; the summary says which and why."""
+
+    exit_code = 6
+
+
 class Interrupted(WorkflowError):
     """Stopped by Ctrl-C or SIGTERM; what was written stays and the same command goes on."""
 

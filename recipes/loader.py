@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,6 +21,7 @@ from recipes.fields import did_you_mean
 from recipes.schema import Recipe
 
 Location = tuple[int | str, ...]
+S = TypeVar("S", bound=BaseModel)
 
 # The rule that pydantic's error type stands for; `{...}` comes from the error's context.
 _RULES = {
@@ -54,7 +55,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
     Raises:
         RecipeError: with every problem of the file and of the overrides.
     """
-    root, data = _parse(path)
+    root, data = read_yaml(path)
     problems = [
         f"{path}:{line}: {dotted}: is given twice, first in line {first}; remove one of the two"
         for line, dotted, first in _duplicates(root)
@@ -68,15 +69,28 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
     if output is not None:
         data["output"] = output
         labels[("output",)] = "--output"
+    return _validated(Recipe, path, root, data, labels, problems)
+
+
+def load_section(model: type[S], path: Path) -> S:
+    """Read a YAML file that holds one section of its own, such as a matrix. Raises RecipeError with every problem."""
+    root, data = read_yaml(path)
+    twice = [f"{path}:{line}: {key}: is given twice, first in line {first}" for line, key, first in _duplicates(root)]
+    return _validated(model, path, root, data, {}, twice)
+
+
+def _validated(
+    model: type[S], path: Path, root: yaml.Node, data: object, labels: dict[Location, str], problems: list[str]
+) -> S:
     try:
-        recipe = Recipe.model_validate(data)
+        found = model.model_validate(data)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            problems.append(f"{_where(path, root, labels, detail['loc'])}: {_explain(detail)}")
+            problems.append(f"{_where(path, root, labels, detail['loc'])}: {_explain(detail, model)}")
         raise RecipeError(problems) from None
     if problems:
         raise RecipeError(problems)
-    return recipe
+    return found
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -90,7 +104,8 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def _parse(path: Path) -> tuple[yaml.Node, dict[Any, Any]]:
+def read_yaml(path: Path) -> tuple[yaml.Node, dict[Any, Any]]:
+    """The nodes (for line numbers) and the data of a YAML file that must hold a mapping. Raises RecipeError."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -184,9 +199,9 @@ def _override(data: dict[Any, Any], text: str) -> Location:
     return location
 
 
-def _section(location: Location) -> type[BaseModel] | None:
+def _section(location: Location, model: type[BaseModel] = Recipe) -> type[BaseModel] | None:
     """The model that the schema has at `location`; None where there is none (a value, or names of your choice)."""
-    annotation: Any = Recipe
+    annotation: Any = model
     for part in location:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             field = annotation.model_fields.get(str(part))
@@ -238,12 +253,12 @@ def _line(node: yaml.Node, location: Location) -> tuple[int, bool]:
     return line, True
 
 
-def _explain(detail: ErrorDetails) -> str:
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """`key.path: rule, value; remedy` of one pydantic error."""
     location, kind, value = detail["loc"], detail["type"], detail["input"]
     context = detail.get("ctx", {})
     dotted = _dotted(location)
-    section = _section(location[:-1]) if location else None
+    section = _section(location[:-1], model) if location else None
     fields = section.model_fields if section else {}
     if kind == "extra_forbidden":
         return f"{dotted}: unknown key{did_you_mean(str(location[-1]), fields)}"

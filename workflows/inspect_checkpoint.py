@@ -22,6 +22,7 @@ from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
 from recipes.errors import WorkflowError
 from recipes.loader import load_recipe
+from workflows.progress import size
 from workflows.source import resolve_source
 
 
@@ -105,7 +106,7 @@ def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
     experts = ", ".join(map(str, facts["routed_experts_per_block"])) or "0"
     console.print(
         f"[bold]{facts['checkpoint']}[/]: {facts['model_type']} (family {facts['family']}), "
-        f"{facts['parameters']:,} parameters, {_size(facts['bytes'])} in {facts['shards']} shards, "
+        f"{facts['parameters']:,} parameters, {size(facts['bytes'])} in {facts['shards']} shards, "
         f"{facts['tensors']:,} tensors"
     )
     console.print(
@@ -116,11 +117,11 @@ def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
     table = Table("name pattern", "count", "dtype", "stored", "shape", "bytes", title="Tensors")
     for row in facts["patterns"]:
         shapes = ", ".join(str(list(shape)) for shape in row["shapes"][:2]) + (" ..." if len(row["shapes"]) > 2 else "")
-        table.add_row(row["pattern"], f"{row['count']:,}", row["dtype"], row["stored"], shapes, _size(row["bytes"]))
+        table.add_row(row["pattern"], f"{row['count']:,}", row["dtype"], row["stored"], shapes, size(row["bytes"]))
     console.print(table)
     table = Table("part", "bytes", "share", title="Parts")
     for part, nbytes in facts["parts"].items():
-        table.add_row(part, _size(nbytes), f"{nbytes / max(facts['bytes'], 1):.1%}")
+        table.add_row(part, size(nbytes), f"{nbytes / max(facts['bytes'], 1):.1%}")
     console.print(table)
 
 
@@ -133,8 +134,8 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
     groups = ", ".join(f"{name}: {g['scheme']} x {g['modules']:,}" for name, g in facts["groups"].items())
     console.print(f"config groups: {groups}")
     console.print(
-        f"output: {_size(facts['output_bytes'])} in {facts['output_shards']} shards "
-        f"(source {_size(facts['source_bytes'])}), {facts['bits_per_parameter']} bits per parameter"
+        f"output: {size(facts['output_bytes'])} in {facts['output_shards']} shards "
+        f"(source {size(facts['source_bytes'])}), {facts['bits_per_parameter']} bits per parameter"
     )
     for warning in facts["warnings"]:
         console.print(f"[yellow]warning:[/] {warning}")
@@ -173,14 +174,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
-
-
-def _size(nbytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"
 
 
 if __name__ == "__main__":

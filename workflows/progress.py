@@ -130,3 +130,12 @@ def _since(started: float) -> float:
 def clock(seconds: float) -> str:
     """`h:mm:ss`."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def size(nbytes: float) -> str:
+    """`1.2 GB`, in powers of ten."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

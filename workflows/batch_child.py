@@ -1,0 +1,150 @@
+"""One attempt at a run: its process, its log, how it is asked to stop, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.journal import process_began
+from workflows.batch_state import BatchDirectory, Entry, alive, standing
+
+#: In the environment of every process that an attempt starts, so that what outlives it can be found.
+MARK = "NVFP4_BATCH_RUN"
+_PROJECT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """GPUs that one run at a time has for itself, by their numbers; None: whatever the machine has."""
+
+    gpus: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return "" if self.gpus is None else "GPU " + ",".join(map(str, self.gpus))
+
+
+class Child:
+    """A process of `workflows.run`, in a session of its own: a Ctrl-C of the terminal does not reach it, and it goes on
+    when the batch is killed."""
+
+    def __init__(self, batch: BatchDirectory, entry: Entry, pid: int, began: float, log_from: int, slot: Slot) -> None:
+        self.batch, self.entry, self.pid, self.began, self.log_from, self.slot = (
+            batch, entry, pid, began, log_from, slot,
+        )  # fmt: skip
+        self.asked_to_stop = False
+        self.before = entry.progress()
+        self.log = batch.runs(entry.name) / "log.txt"
+        self.peak_rss: int | None = None
+        self._adopted: dict[str, Any] | None = None
+
+    @classmethod
+    def start(
+        cls, batch: BatchDirectory, entry: Entry, slot: Slot, overwrite: bool, launcher: Sequence[str] = ()
+    ) -> Child:
+        """Starts the next attempt; `launcher` stands before `-m workflows.run` (torchrun's own arguments)."""
+        log = batch.runs(entry.name) / "log.txt"
+        found = standing(entry)
+        options = ["--from", "verify"] if found.kind == "verify" else []
+        if found.kind == "foreign" and overwrite:
+            options = ["--overwrite"]
+        environment = os.environ | {MARK: _mark(batch, entry)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
+        if slot.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slot.gpus))
+        log_from = log.stat().st_size if log.exists() else 0
+        began = time.time()
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *options],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True, preexec_fn=_ignore_requeue_signal,
+            )  # fmt: skip
+        process.returncode = 0  # `poll` waits for it with wait4; Popen's destructor shall not
+        batch.record(
+            entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
+            log_from=log_from, slot=str(slot), options=options,
+        )  # fmt: skip
+        return cls(batch, entry, process.pid, began, log_from, slot)
+
+    @classmethod
+    def adopt(cls, batch: BatchDirectory, entry: Entry, attempt: dict[str, Any], slot: Slot) -> Child:
+        """Watches an attempt that a killed batch left behind."""
+        child = cls(batch, entry, int(attempt["pid"]), float(attempt["time"]), int(attempt["log_from"]), slot)
+        child._adopted = attempt
+        return child
+
+    def poll(self) -> tuple[bool, int | None]:
+        """(has it ended, exit code as `judge` takes it)."""
+        if self._adopted is not None:
+            return not alive(self._adopted), None
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return False, None
+        self.peak_rss = usage.ru_maxrss * 1024
+        return True, os.waitstatus_to_exitcode(status)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM, which finishes the block under way; a second one stops at once. Under torchrun, which would kill its
+        workers 30 seconds later, the workers get it themselves."""
+        self.asked_to_stop = True
+        for pid in _workers(self.pid) or [self.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to all that the attempt started."""
+        for pid in (self.pid, *_marked(_mark(self.batch, self.entry))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def sweep(self) -> None:
+        """Kills what a dead attempt left running (vLLM has a session of its own, and would keep its memory)."""
+        for pid in _marked(_mark(self.batch, self.entry)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def resident_peak(pid: int) -> int | None:
+    """Largest resident size so far of a living process, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _ignore_requeue_signal() -> None:
+    """Slurm may send submitit's signal to every process of a job; only submitit's own shall act on it."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _mark(batch: BatchDirectory, entry: Entry) -> str:
+    return str(batch.runs(entry.name).absolute())
+
+
+def _marked(mark: str) -> list[int]:
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdecimal() and wanted in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def _workers(pid: int) -> list[int]:
+    """The children of a torchrun process; none where `pid` is no torchrun."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"torch.distributed.run" in command:
+            told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            return [int(word) for word in told.split()]
+    return []

@@ -1,0 +1,203 @@
+"""What a batch is and how far it is, on disk alone: its directory, its runs, their attempts, their outputs.
+
+<batch>/batch.json             the runs as the preflight found them
+<batch>/lock                   held while a batch process works
+<batch>/runs/<name>/           recipe.yaml (frozen), log.txt, attempts.jsonl
+<batch>/summary.json .html     see `batch_summary`
+<batch>/jobs/                  submitit's own files, with --executor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from calibration.checkpoint.index import INDEX_NAME
+from calibration.checkpoint.writer import write_json
+from calibration.journal import RunDirectory, append_line, process_began, read_lines
+from recipes.errors import EnvironmentProblem, WorkflowError
+from recipes.loader import load_recipe, recipe_digest
+from recipes.schema import Verify
+
+#: Facts of a run's journal that mean that it came further.
+_PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported", "verified")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a batch as the preflight found it. Bytes are the plan's; `problems` keep the run from being started;
+    `seconds` is predicted, None where it is not."""
+
+    name: str
+    given: str
+    recipe: str
+    output: str
+    problems: list[str] = field(default_factory=list)
+    method: str = ""
+    recipe_digest: str = ""
+    plan_digest: str = ""
+    output_bytes: int = 0
+    source_bytes: int = 0
+    activation_bytes: int = 0
+    scratch: str | None = None
+    parameters: int = 0
+    bits_per_parameter: float | None = None
+    seconds: float | None = None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory beside the output."""
+        return RunDirectory(Path(self.output))
+
+    def progress(self) -> int:
+        """Grows whenever the run has finished something."""
+        return sum(fact.get("fact") in _PROGRESS for fact in self.run.facts())
+
+
+class BatchDirectory:
+    """The directory of a batch. `open` takes its lock and, with `claim`, the outputs of its runs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._locks: list[IO[str]] = []
+
+    def open(self) -> None:
+        """Creates the directory and takes its lock. Raises EnvironmentProblem where another batch process has it."""
+        try:
+            (self.path / "runs").mkdir(parents=True, exist_ok=True)
+            holder = self._lock(self.path / "lock")
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.path}: cannot be written: {error.strerror}; name another --directory"
+            ) from None
+        if holder is not None:
+            raise EnvironmentProblem(
+                f"{self.path}: this batch is already at work ({holder}); look at it with --status, or name another "
+                "--directory"
+            )
+
+    def claim(self, output: Path) -> str | None:
+        """Takes an output for this batch until `close`, or says which batch has it."""
+        directory = RunDirectory(output).path
+        directory.mkdir(parents=True, exist_ok=True)
+        holder = self._lock(directory / "batch.lock")
+        return (
+            None if holder is None else f"{output}: belongs to the batch {holder}; wait for it, or name another output"
+        )
+
+    def close(self) -> None:
+        """Gives back every lock."""
+        for file in self._locks:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+            file.close()
+        self._locks = []
+
+    def runs(self, name: str) -> Path:
+        """The batch's own directory of one run, with recipe.yaml, log.txt and attempts.jsonl."""
+        return self.path / "runs" / name
+
+    def record(self, name: str, fact: str, /, **facts: Any) -> None:
+        """Appends a line to the attempts of a run; a full disk loses it, and the run's own journal still tells."""
+        line = {"time": round(time.time(), 3), "fact": fact, **facts}
+        with contextlib.suppress(OSError):
+            append_line(self.runs(name) / "attempts.jsonl", line, durable=True)
+
+    def attempts(self, name: str) -> list[dict[str, Any]]:
+        """The lines of `record`, oldest first."""
+        return read_lines(self.runs(name) / "attempts.jsonl")
+
+    def save(self, entries: Iterable[Entry], **facts: Any) -> None:
+        """Writes batch.json."""
+        write_json(self.path / "batch.json", {**facts, "runs": [asdict(entry) for entry in entries]})
+
+    def load(self) -> tuple[list[Entry], dict[str, Any]]:
+        """The runs and the other facts of batch.json. Raises EnvironmentProblem where there is none."""
+        try:
+            told = json.loads((self.path / "batch.json").read_text())
+        except (OSError, ValueError):
+            raise EnvironmentProblem(f"{self.path}: no batch has begun there; name its --directory") from None
+        return [Entry(**entry) for entry in told.pop("runs")], told
+
+    def _lock(self, path: Path) -> str | None:
+        file = path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            told = file.read().strip()
+            file.close()
+            return told or "unknown"
+        file.truncate(0)
+        file.write(f"{self.path.absolute()}, pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._locks.append(file)
+        return None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What an output holds, seen from one recipe: `kind` is `done` (verified, no FAIL, nothing to do), `verify` (finished,
+    to be verified again), `open` (nothing or an unfinished run of this recipe) or `foreign` (something else)."""
+
+    kind: str
+    why: str = ""
+
+
+def standing(entry: Entry) -> Standing:
+    """Read from the journal, the events and the names of the shards; no tensor is read."""
+    output, facts, events = Path(entry.output), entry.run.facts(), entry.run.events()
+    there = output.is_dir() and any(output.iterdir())
+    if output.exists() and not output.is_dir():
+        return Standing("foreign", "output exists and is no directory")
+    plan = next((fact["plan"] for fact in reversed(facts) if fact.get("plan")), None)
+    verified = next((fact for fact in reversed(facts) if fact.get("fact") == "verified"), None)
+    if verified is None:
+        if there and not facts:
+            return Standing("foreign", "output is not empty")
+        if plan not in (None, entry.plan_digest):
+            return Standing("foreign", "an unfinished run of another plan is there")
+        return Standing("open")
+    shards = {name for fact in facts if fact.get("fact") == "shards" for name in fact.get("shards", ())}
+    if not all((output / name).is_file() for name in (*shards, INDEX_NAME)):
+        return Standing("foreign", "a finished checkpoint is there that has lost files")
+    planned = [e for e in events if e["event"] == "plan" and e["time"] <= verified["time"]]
+    if plan != entry.plan_digest or not planned:
+        return Standing("foreign", "the checkpoint of another recipe is there")
+    if planned[-1].get("recipe") == entry.recipe_digest:
+        failed = "FAIL" in verified.values()
+        return Standing("verify", "verification failed") if failed else Standing("done")
+    if _differ_in_verify_alone(entry):
+        return Standing("verify", "the recipe asks for other checks")
+    return Standing("foreign", "the checkpoint of another recipe is there")
+
+
+def alive(attempt: dict[str, Any]) -> bool:
+    """Whether the process of a `begun` attempt still lives on this machine."""
+    if attempt.get("fact") != "begun" or attempt.get("host") != socket.gethostname():
+        return False
+    began = process_began(int(attempt["pid"]))
+    return began is not None and began == str(attempt["began"])
+
+
+def orphan(attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The attempt that goes on although the batch that began it is gone."""
+    return attempts[-1] if attempts and alive(attempts[-1]) else None
+
+
+def _differ_in_verify_alone(entry: Entry) -> bool:
+    try:
+        there = load_recipe(entry.run.path / "recipe.yaml")
+        ours = load_recipe(Path(entry.recipe))
+    except WorkflowError:
+        return False
+    alike = [recipe_digest(recipe.model_copy(update={"verify": Verify()})) for recipe in (there, ours)]
+    return alike[0] == alike[1]

@@ -1,0 +1,200 @@
+"""The summary of a batch, made from what lies on disk alone: rows for the terminal, summary.json and summary.html."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from calibration.checkpoint.writer import write_json, write_text
+from verify.report import LEVELS
+from workflows.batch_child import resident_peak
+from workflows.batch_plan import ends
+from workflows.batch_state import BatchDirectory, Entry, alive, standing
+from workflows.progress import clock, size
+from workflows.status import read_status
+
+#: States in the order in which somebody must look at them.
+STATES = ("failed", "running", "retrying", "stopped", "waiting", "done")
+REFRESH = 60
+_STYLE = {
+    "done": "green",
+    "failed": "bold red",
+    "running": "cyan",
+    "retrying": "yellow",
+    "PASS": "green",
+    "FAIL": "red",
+}
+
+
+def summarize(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The whole batch as JSON: `counts` per state and `runs`, see `_row`. jobs: run -> state of its cluster job."""
+    entries, facts = batch.load()
+    rows = [_row(batch, entry, (jobs or {}).get(entry.name)) for entry in entries]
+    pending = [
+        entry for entry, row in zip(entries, rows, strict=True) if row["state"] in ("running", "retrying", "waiting")
+    ]
+    expected = (
+        dict(ends(pending, int(facts.get("slots", 1)))) if all(entry.seconds is not None for entry in pending) else {}
+    )
+    for row in rows:
+        row["expected_end_seconds"] = expected.get(row["name"])
+    return {
+        "batch": str(batch.path.absolute()),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "counts": {state: sum(row["state"] == state for row in rows) for state in STATES},
+        "runs": rows,
+    }
+
+
+def write_summary(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Writes summary.json and summary.html and returns the former. Several processes (the jobs of a cluster) may call it
+    at the same time. Raises EnvironmentProblem where the files cannot be written."""
+    from verify.page import render  # jinja2: not before it is needed
+
+    with (batch.path / "summary.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = summarize(batch, jobs)
+        write_json(batch.path / "summary.json", found)
+        going = any(found["counts"][state] for state in ("running", "retrying", "waiting"))
+        rows = sorted(found["runs"], key=lambda row: STATES.index(row["state"]))
+        page = render(
+            "batch.html.j2", title=batch.path.name, refresh=REFRESH if going else None, counts=found["counts"],
+            rows=[_shown(row) for row in rows],
+        )  # fmt: skip
+        write_text(batch.path / "summary.html", page)
+    return found
+
+
+def print_summary(found: dict[str, Any], console: Console) -> None:
+    """The table that one reads in a minute."""
+    table = Table("run", "state", "verdict", "size", "bits", "time", "peak memory", "ppl", "KL", "what to know")
+    for row in found["runs"]:
+        shown = _shown(row)
+        state = f"[{_STYLE.get(row['state'], 'white')}]{row['state']}[/]"
+        verdict = f"[{_STYLE.get(row['verdict'], 'yellow')}]{row['verdict']}[/]"
+        cells = [shown[key] for key in ("size", "bits", "time", "memory", "perplexity", "kl")]
+        table.add_row(row["name"], state, verdict, *cells, shown["note"].replace("[", "("))
+    console.print(table)
+    counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items() if number)
+    console.print(f"{counts}; {found['batch']}/summary.html", markup=False, soft_wrap=True)
+
+
+def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]:
+    """One run. Bytes, seconds, bits per parameter; None where nothing is known or was measured.
+
+    `size` is that of the output's shards now; `peak_memory` the largest resident size of any of the run's processes, as
+    the kernel counted it, over all attempts; `seconds` the wall time of all attempts; perplexity and KL as the serving
+    engine measured them.
+    """
+    attempts = batch.attempts(entry.name)
+    status = read_status(Path(entry.output)) if entry.output else {}
+    state, reason = _state(entry, attempts, status, job)
+    verified = entry.run.facts("verified") if entry.output else []
+    verdicts = {level: verified[-1].get(level, "UNCHECKED") for level in LEVELS} if verified else {}
+    serving = _read(entry.run.path / "serving.json") if verified else {}
+    ended = [attempt for attempt in attempts if attempt["fact"] == "ended"]
+    seconds = sum(attempt.get("seconds") or 0.0 for attempt in ended)
+    begun = sum(attempt["fact"] == "begun" for attempt in attempts)
+    peaks = [attempt["peak_rss"] for attempt in ended if attempt.get("peak_rss")]
+    if attempts and alive(attempts[-1]):
+        seconds += time.time() - attempts[-1]["time"]
+        peaks += [peak for peak in [resident_peak(attempts[-1]["pid"])] if peak]
+    return {
+        "name": entry.name,
+        "state": state,
+        "reason": reason,
+        "job": job,
+        "verdict": _overall(verdicts),
+        "verdicts": verdicts,
+        "output": entry.output,
+        "size": sum(path.stat().st_size for path in Path(entry.output).glob("*.safetensors")) if entry.output else 0,
+        "planned_size": entry.output_bytes,
+        "source_size": entry.source_bytes,
+        "parameters": entry.parameters,
+        "bits_per_parameter": entry.bits_per_parameter,
+        "seconds": round(seconds, 1) if begun else None,
+        "attempts": begun,
+        "peak_memory": max(peaks, default=None),
+        "perplexity": _number(serving.get("perplexity")),
+        "kl": _number(serving.get("kl")),
+        "blocks": status.get("blocks"),
+        "blocks_finished": status.get("blocks_finished"),
+        "eta": status.get("eta"),
+        "predicted_seconds": entry.seconds,
+        "report": _link(batch, entry.run.path / "report.html") if entry.output else None,
+        "log": _link(batch, batch.runs(entry.name) / "log.txt"),
+    }
+
+
+def _state(
+    entry: Entry, attempts: Sequence[dict[str, Any]], status: dict[str, Any], job: str | None
+) -> tuple[str, str]:
+    """(state, why in one line)."""
+    if entry.problems:
+        return "failed", entry.problems[0].splitlines()[0]
+    last = next((attempt for attempt in reversed(attempts) if attempt["fact"] != "stopping"), {"fact": "none"})
+    fact = last["fact"]
+    if fact == "gave_up":
+        return "failed", last["reason"]
+    if fact == "begun" and (alive(last) or (last["host"] != socket.gethostname() and status.get("holder"))):
+        return "running", ""
+    if standing(entry).kind == "done":
+        return "done", ""
+    if fact == "ended" and last["outcome"] in ("transient", "space"):
+        return "retrying", last["reason"]
+    if fact == "ended":
+        return "stopped", last["reason"]
+    if fact == "begun":
+        return "stopped", "its process is gone; the same command goes on"
+    return "waiting", f"job {job}" if job else ""
+
+
+def _overall(verdicts: Mapping[str, str]) -> str:
+    return next((v for v in ("FAIL", "UNCHECKED", "WARN", "PASS") if v in verdicts.values()), "UNCHECKED")
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as text for people."""
+    blocks = (
+        f"block {row['blocks_finished']}/{row['blocks']} finished" if row["blocks"] and row["state"] != "done" else ""
+    )
+    eta = f"ETA {clock(row['eta'])}" if row["eta"] is not None else ""
+    progress = "; ".join(part for part in (blocks, eta) if part)
+    return {
+        **row,
+        "size": ""
+        if not row["size"]
+        else size(row["size"]) + (f" of {size(row['planned_size'])}" if row["state"] != "done" else ""),
+        "bits": "" if row["bits_per_parameter"] is None else f"{row['bits_per_parameter']:.2f}",
+        "time": "" if row["seconds"] is None else clock(row["seconds"]),
+        "memory": "" if row["peak_memory"] is None else size(row["peak_memory"]),
+        "perplexity": "" if row["perplexity"] is None else f"{row['perplexity']:.4g}",
+        "kl": "" if row["kl"] is None else f"{row['kl']:.2e}",
+        "progress": progress,
+        "note": "; ".join(part for part in (row["reason"], progress) if part),
+    }
+
+
+def _link(batch: BatchDirectory, target: Path) -> str | None:
+    return os.path.relpath(target, batch.path) if target.is_file() else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
