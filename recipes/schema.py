@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ByteSize, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from recipes.errors import RecipeError
@@ -126,13 +126,39 @@ class Serving(Section):
     """What must hold for a PASS."""
 
 
+class Fidelity(Section):
+    """Thresholds of the comparison with the source; docs/lab-notes.md says what good checkpoints measure."""
+
+    worst_error: float = Field(default=0.3, gt=0, allow_inf_nan=False)
+    """Largest relative error of an NVFP4 weight: norm of the difference by norm of the source's weight."""
+    worst_error_fp8: float = Field(default=0.06, gt=0, allow_inf_nan=False)
+    """The same of an FP8_BLOCK weight."""
+    min_cosine: float = Field(default=0.95, ge=-1, le=1)
+    """Smallest cosine between a quantized weight and the source's."""
+    min_sqnr: float = Field(default=12.0, allow_inf_nan=False)
+    """Smallest signal to quantization noise of a block's weights together, in dB."""
+    max_saturated: float = Field(default=0.25, ge=0, le=1)
+    """Largest share of codes at the format's largest magnitude in one weight."""
+    max_zero_groups: float = Field(default=0.01, ge=0, le=1)
+    """Largest share of groups in one weight that are zero in the output and not in the source."""
+    max_group_gain: float = Field(default=1.6, ge=1, allow_inf_nan=False)
+    """How many times larger or smaller than the source's a group of 16 weights may be."""
+
+
+def _as_section(value: object) -> object:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+FidelityOrBool = Annotated[Fidelity | None, BeforeValidator(_as_section, json_schema_input_type=bool | Fidelity | None)]
+
+
 class Verify(Section):
     """Checks of the output checkpoint."""
 
     structure: bool = True
     """Every tensor there, nothing else, dtypes, shapes, companions, finite values."""
-    fidelity: bool = True
-    """Error of the quantized weights against the source."""
+    fidelity: FidelityOrBool = Field(default=True, validate_default=True)
+    """Every weight compared with the source's; true takes the defaults, false leaves it out."""
     serving: Serving | None = None
     """Serve the output; write `serving: {}` for the defaults. Left out, serving stays UNCHECKED."""
 

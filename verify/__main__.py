@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
 from rich.console import Console
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
+from recipes.errors import EnvironmentProblem, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe
-from recipes.schema import Serving
+from recipes.schema import Fidelity, Serving
 from verify.checks import Check
 from verify.levels import print_samples, verify_levels
 from verify.page import Report
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--source", type=Path, help="the checkpoint it was made from; needs a recipe")
+    parser.add_argument("--source", type=Path, help="the checkpoint it was made from")
     parser.add_argument(
         "--recipe", type=Path, help="the recipe it was made with (default: recipe.yaml in the checkpoint)"
     )
@@ -80,25 +81,33 @@ def verify(
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
     plan: Plan | None = None
     formats: Formats | None = None
-    serving = Serving()
-    recipe = recipe or (checkpoint / "recipe.yaml" if (checkpoint / "recipe.yaml").exists() else None)
-    if recipe is not None:
-        loaded = load_recipe(recipe)
-        serving = loaded.verify.serving or serving
-        if source is not None:
-            formats = Formats(Checkpoint.open(source))
-            plan = make_plan(formats.checkpoint, formats, loaded)
-    elif source is not None:
-        raise RecipeError(
-            f"{checkpoint}: holds no recipe.yaml, and a comparison with --source needs one: give --recipe"
-        )
+    serving, fidelity = Serving(), Fidelity()
+    recipe = recipe or _own_recipe(checkpoint)
+    loaded = load_recipe(recipe) if recipe is not None else None
+    if loaded is not None:
+        serving, fidelity = loaded.verify.serving or serving, loaded.verify.fidelity or fidelity
+    if source is not None:
+        formats = Formats(Checkpoint.open(source))
+        plan = make_plan(formats.checkpoint, formats, loaded) if loaded is not None else None
     wanted = LEVELS[: LEVELS.index(level) + 1]
     serving = serving.model_copy(update={"python": python}) if python else serving
     if "serving" in wanted:
         check_environment(serving.python)
     with TemporaryDirectory(prefix="verify-") as logs:
-        checks, result = verify_levels(checkpoint, wanted, Path(logs), plan=plan, source=formats, serving=serving)
+        checks, result = verify_levels(
+            checkpoint, wanted, Path(logs), plan=plan, source=formats, fidelity=fidelity, serving=serving
+        )
     return checks, result.get("samples", [])
+
+
+def _own_recipe(checkpoint: Path) -> Path | None:
+    """The recipe inside the checkpoint where it is one of this project: llm-compressor writes a recipe.yaml too."""
+    path = checkpoint / "recipe.yaml"
+    try:
+        body = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return path if isinstance(body, dict) and {"source", "output"} <= body.keys() else None
 
 
 if __name__ == "__main__":

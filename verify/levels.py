@@ -10,9 +10,9 @@ from rich.console import Console
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.plan import Plan
-from recipes.schema import Serving
+from recipes.schema import Fidelity, Serving
 from verify.checks import Check
-from verify.fidelity import verify_fidelity
+from verify.fidelity import measure_fidelity
 from verify.serving import verify_serving
 from verify.structure import verify_structure
 
@@ -26,16 +26,18 @@ def verify_levels(
     *,
     plan: Plan | None = None,
     source: Formats | None = None,
+    fidelity: Fidelity | None = None,
     serving: Serving | None = None,
     trust_remote_code: bool = False,
     digests: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda text: None,
+    on_fidelity: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> tuple[list[Check], dict[str, Any]]:
     """Makes the checks of `levels` (structure, fidelity, serving) and returns them with the serving engine's result.
 
-    `digests` are the shards' as the run wrote them (see `verify_structure`). Fidelity needs a plan, a source and a whole
-    structure, else it is UNCHECKED. A broken checkpoint gives verdicts, not exceptions; EnvironmentProblem is raised
-    where there is no engine to ask.
+    `digests` are the shards' as the run wrote them (see `verify_structure`). Fidelity needs a source and a whole
+    structure, else it is UNCHECKED; `on_fidelity` gets its data (the content of fidelity.json). A broken checkpoint gives
+    verdicts, not exceptions; EnvironmentProblem is raised where there is no engine to ask.
     """
     checks: list[Check] = []
     if "structure" in levels:
@@ -43,12 +45,14 @@ def verify_levels(
         checks += verify_structure(directory, plan, source.checkpoint if source else None, digests=digests)
     if "fidelity" in levels:
         broken = any(check.verdict == "FAIL" for check in checks)
-        if plan is None or source is None or broken:
+        if source is None or broken:
             why = "the structure is broken" if broken else "no source given"
             checks.append(Check("fidelity.weights", "UNCHECKED", _FIDELITY, why, "", "not run"))
         else:
             say("verify: fidelity")
-            checks += verify_fidelity(directory, plan, source)
+            report = measure_fidelity(directory, plan, source, fidelity)
+            checks += report.checks
+            on_fidelity(report.data)
     if "serving" not in levels or serving is None:
         return checks, {}
     say("verify: serving (vLLM loads the checkpoint in its own process)")

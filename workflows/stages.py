@@ -180,17 +180,24 @@ def verify(run: Run) -> None:
         raise EnvironmentProblem(
             f"{run.output}: no finished checkpoint there; run the export stage first (--from export)"
         )
-    asked = {"structure": options.structure, "fidelity": options.fidelity, "serving": options.serving is not None}
+    asked = {
+        "structure": options.structure,
+        "fidelity": options.fidelity is not None,
+        "serving": options.serving is not None,
+    }
     run.checks, result = verify_levels(
         run.output,
         [level for level, wanted in asked.items() if wanted],
         run.directory.path / "logs",
         plan=run.plan,
         source=run.formats,
+        fidelity=options.fidelity,
         serving=options.serving,
         trust_remote_code=run.recipe.source.trust_remote_code,
         digests=_written(run),
         say=run.reporter.say,
+        # Not write_json: one number a line would make 70,000 rows a million lines.
+        on_fidelity=lambda data: write_text(run.directory.path / "fidelity.json", json.dumps(data)),
     )
     run.samples = result.get("samples", [])
     if result:

@@ -68,7 +68,7 @@ def field_rows(model: type[BaseModel], prefix: str = "") -> list[str]:
         if typing.get_origin(field.annotation) in (typing.Union, types.UnionType):
             members = list(typing.get_args(field.annotation))
         section = next((m for m in members if isinstance(m, type) and issubclass(m, BaseModel)), None)
-        optional = type(None) in members
+        optional = len(members) > 1
         default = (
             "required"
             if field.is_required()

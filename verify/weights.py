@@ -1,0 +1,172 @@
+"""How far one stored weight of the output is from the source's, in stripes of rows: memory is a few stripes and, per
+group of 16 values, three float32 sums."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from calibration.checkpoint import nvfp4
+from calibration.checkpoint.formats import Formats, dequantize
+from calibration.checkpoint.nvfp4 import GROUP, RANGE
+
+#: Values of a stripe: its float32 working set stays inside a core's cache.
+_STRIPE = 1 << 17
+#: A group is judged against its own norm, and against a quarter of the tensor's mean norm of a group where that is
+#: larger: what an error feedback such as GPTQ's adds to an almost empty group is large for that group alone.
+_FLOOR = 0.25
+#: A code counts as off the nearest only where it loses more than BF16 arithmetic in between explains: a weight and a
+#: quotient each rounded once, 2^-9 of the value each, and twice their sum between two codes.
+_TIE = 2.0**-7
+#: Share of differing bytes from which a stripe is plainly not rounded to nearest, and ties no longer matter.
+_FEEDBACK = 0.05
+#: The two values of every packed byte, side by side, and where a nibble is +-6.
+_PAIRS = torch.tensor([[nvfp4.E2M1[b & 15], nvfp4.E2M1[b >> 4]] for b in range(256)], dtype=torch.float32)
+_PAIR_WORDS = _PAIRS.view(torch.int64).flatten()
+_E4M3_MAX = 448.0
+
+
+@dataclass
+class Measured:
+    """One weight. Errors are relative: `relative_error` is `|output - source| / |source|` (Frobenius norms), `sqnr_db`
+    is -20 log10 of it. `saturated` is the share of codes at the format's largest magnitude; `zero_groups` the share of
+    groups of 16 (of a row, for FP8) that are wholly zero, `lost_groups` of those that are not zero in the source.
+    `gain_low` and `gain_high` are the extremes over groups of `<output, source> / |source|^2` (1 for unbiased rounding,
+    2 for a doubled group scale), `group_error` the worst group's relative error. `off_nearest` is the share of codes
+    that are not the nearest to the source's value (None for FP8). `scale_ratio` is weight_global_scale * amax / 2688
+    with the source's amax (NVFP4 alone), `scale_codes` counts the 256 E4M3 codes among the group scales."""
+
+    relative_error: float
+    cosine: float
+    saturated: float
+    zero_groups: float
+    lost_groups: float
+    gain_low: float
+    gain_high: float
+    group_error: float
+    off_nearest: float | None
+    source_norm: float
+    amax: float
+    global_scale: float | None = None
+    scale_codes: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise in dB; infinite without noise."""
+        return -20 * math.log10(self.relative_error) if self.relative_error > 0 else math.inf
+
+
+class Stored:
+    """A stored weight `[M, K]` whose rows are dequantized where they are asked for; the rest stays in the map."""
+
+    def __init__(self, formats: Formats, name: str) -> None:
+        self.stored = formats.of(name)
+        self.raw = formats.checkpoint.read(name)
+        self.scales = {role: formats.checkpoint.read(scale) for role, scale in self.stored.companions.items()}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        return self.stored.shape
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows as float32 `[end - begin, K]`; `begin` must be a multiple of the tile height of FP8 tiles."""
+        raw = self.raw[begin:end]
+        if self.stored.kind == "nvfp4":
+            return self._nvfp4(raw, begin, end)
+        scales = self.scales
+        if self.stored.kind == "fp8_tiles":
+            assert self.stored.tile is not None
+            height = self.stored.tile[0]
+            scales = {"tile_scale": scales["tile_scale"][begin // height : -(-end // height)]}
+        elif "group_scale" in scales:
+            scales = scales | {"group_scale": scales["group_scale"][begin:end]}
+        return dequantize(self.stored, raw, scales, torch.float32)
+
+    def _nvfp4(self, raw: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """nvfp4.dequantize by bytes: the same products, a third of the time."""
+        effective = self.scales["group_scale"][begin:end].to(torch.float32) / self.scales["global_scale"]
+        values = _PAIR_WORDS[raw.int()].view(torch.float32).view(*effective.shape, GROUP)
+        return values.mul_(effective.unsqueeze(-1)).view(raw.shape[0], -1)
+
+
+def measure(source: Stored, output: Stored) -> Measured:
+    """Compares two weights of equal logical shape. NaN in either gives NaN figures, which no threshold lets pass."""
+    rows, columns = output.shape
+    width = GROUP if columns % GROUP == 0 else columns
+    groups = rows * columns // width
+    sums = torch.empty(3, rows, columns // width)
+    saturated = off = 0
+    amax = 0.0
+    step = _step(source, output, columns)
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        x, y = source.rows(begin, end), output.rows(begin, end)
+        saturated += _saturated(output, begin, end)
+        amax = max(amax, float(x.abs().amax()))
+        if output.stored.kind == "nvfp4":
+            off += _off_nearest(x, y, output, begin, end)
+        for row, values in zip(sums, (x, y, x - y), strict=True):
+            row[begin:end] = values.square_().view(end - begin, -1, width).sum(-1)
+    xx, yy, ee = sums
+    source_square, output_square, error_square = (float(s.sum(dtype=torch.float64)) for s in sums)
+    floor = _FLOOR**2 * source_square / groups
+    gain = ((xx + yy - ee) / 2 + floor) / (xx + floor).clamp_min(1e-37)
+    zero = yy == 0
+    is_nvfp4 = output.stored.kind == "nvfp4"
+    return Measured(
+        relative_error=math.sqrt(error_square / max(source_square, 1e-300)),
+        cosine=(source_square + output_square - error_square)
+        / max(2 * math.sqrt(source_square * output_square), 1e-300),
+        saturated=saturated / (rows * columns),
+        zero_groups=int(zero.sum()) / groups,
+        lost_groups=int((zero & (xx > 0)).sum()) / groups,
+        gain_low=float(gain.min()),
+        gain_high=float(gain.max()),
+        group_error=math.sqrt(float((ee / (xx + floor).clamp_min(1e-37)).max())),
+        off_nearest=off / (rows * columns) if is_nvfp4 else None,
+        source_norm=math.sqrt(source_square),
+        amax=amax,
+        global_scale=float(output.scales["global_scale"]) if is_nvfp4 else None,
+        scale_codes=torch.bincount(output.scales["group_scale"].view(torch.uint8).flatten(), minlength=256)
+        if is_nvfp4
+        else None,
+    )
+
+
+def scale_ratio(global_scale: float, amax: float) -> float:
+    """A global scale against the one that the source's largest magnitude implies, 2688 / amax; 1 where they agree."""
+    return global_scale * amax / RANGE
+
+
+def _step(source: Stored, output: Stored, columns: int) -> int:
+    heights = [stored.stored.tile[0] for stored in (source, output) if stored.stored.tile is not None]
+    unit = math.lcm(*heights) if heights else 1
+    return max(_STRIPE // columns // unit, 1) * unit
+
+
+def _saturated(output: Stored, begin: int, end: int) -> int:
+    raw = output.raw[begin:end]
+    if output.stored.kind == "nvfp4":
+        return int((raw & 0x07).eq_(0x07).sum()) + int((raw & 0x70).eq_(0x70).sum())
+    if output.stored.kind == "fp8_tiles":
+        return int((raw.view(torch.uint8) & 0x7F).eq_(0x7E).sum())
+    return 0
+
+
+def _off_nearest(x: torch.Tensor, y: torch.Tensor, output: Stored, begin: int, end: int) -> int:
+    """How many codes are not the nearest to `x` under the stored scales."""
+    scale = output.scales["group_scale"][begin:end]
+    nearest, _ = nvfp4.pack(x, scale, output.scales["global_scale"])
+    differs = nearest != output.raw[begin:end]
+    count = int(differs.sum())
+    if count == 0:
+        return 0
+    effective = scale.to(torch.float32) / output.scales["global_scale"]
+    per_byte = effective.repeat_interleave(GROUP // 2, 1)[differs].unsqueeze(-1)
+    best = _PAIRS[nearest[differs].int()] * per_byte
+    wanted, stored = (t.view(*differs.shape, 2)[differs] for t in (x, y))
+    lost = (stored - wanted).abs() - (best - wanted).abs()
+    return int((lost > _TIE * wanted.abs()).sum())
