@@ -17,7 +17,7 @@ from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
 
 from calibration.checkpoint.header import fsync_directory
 from calibration.checkpoint.writer import PARTIAL
-from calibration.resume import Boundary
+from calibration.resume import Boundary, batch_file
 from recipes.errors import EnvironmentProblem
 
 
@@ -36,6 +36,8 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         self._directory = directory
         self._root: Path | None = directory if lasting else None
         self._number, self._saving = 0, False
+        #: Each batch's number in the run; other ranks hold the others.
+        self.numbers: list[int] = []
         self._bytes: list[int] = []
         self._files: dict[int, Path] = {}
         self._digests: dict[int, str] = {}
@@ -60,8 +62,9 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         """The files of the batches that are not in memory."""
         return list(self._files.values())
 
-    def add(self, values: dict[str, Any]) -> None:
-        """Appends a batch; its tensors come back on `device`."""
+    def add(self, values: dict[str, Any], number: int | None = None) -> None:
+        """Appends a batch, the `number`-th of the run; its tensors come back on `device`."""
+        self.numbers.append(len(self) if number is None else number)
         self.batch_intermediates.append({})
         self._bytes.append(0)
         host, device = self.offload_device, self.device
@@ -98,12 +101,12 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
 
     def restore(self, boundary: Boundary) -> None:
         """Replaces the values of all batches by those of a boundary whose digests were checked."""
-        empty: list[dict[str, IntermediateValue]] = [{} for _ in boundary.files]
+        empty: list[dict[str, IntermediateValue]] = [{} for _ in self.numbers]
         self.batch_intermediates = empty
         self._files = {}
-        self._bytes = [0] * len(boundary.files)
-        for index, name in enumerate(boundary.files):
-            path = boundary.directory / name
+        self._bytes = [0] * len(self.numbers)
+        for index, number in enumerate(self.numbers):
+            path = boundary.directory / batch_file(number)
             values = torch.load(path, weights_only=False)
             size = _nbytes(values)
             if self._fits(size):
@@ -164,7 +167,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
                 torch.save(values, cast(IO[bytes], hashed))
         except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind one of its own
             path.unlink(missing_ok=True)
-            raise self._problem(f"activations of batch {index}", hashed.error or error) from None
+            raise self._problem(f"activations of batch {self.numbers[index]}", hashed.error or error) from None
         self._digests[index] = hashed.digest.hexdigest()
         return path
 
@@ -175,7 +178,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         return self._root / f"boundary-{self._number:04d}"
 
     def _path(self, index: int) -> Path:
-        return self._folder() / f"batch-{index:06d}.pt"
+        return self._folder() / batch_file(self.numbers[index])
 
     def _problem(self, what: str, error: Exception) -> EnvironmentProblem:
         return EnvironmentProblem(

@@ -1,4 +1,4 @@
-"""Checks of a calibrated block: nothing unobserved, nothing that is not finite, no scale that was never computed."""
+"""Checks of a calibration: mappings stay inside a block, nothing is unobserved or not finite, every scale was computed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ import torch
 from llmcompressor.observers import ACTIVATION_OBS
 from torch import nn
 
-from recipes.errors import WorkflowError, collapsed
+from calibration.source_model import SourceModel
+from recipes.errors import RecipeError, WorkflowError, collapsed
+
+
+def require_mappings_inside_blocks(modifiers: Iterable[Any], source: SourceModel) -> None:
+    """Raises RecipeError where AWQ or SmoothQuant scale one layer against others that are not in memory with it."""
+    problems = []
+    for modifier in modifiers:
+        for attribute in ("_resolved_mappings", "resolved_mappings_"):
+            for mapping in getattr(modifier, attribute, None) or ():
+                names = [source.module_name(m) for m in (mapping.smooth_layer, *mapping.balance_layers)]
+                owners = {next((b for b in source.blocks if f"{n}.".startswith(f"{b}.")), n) for n in names}
+                if len(owners) > 1:
+                    problems.append(
+                        f"{type(modifier).__name__}: the mapping {names[0]} -> {names[1]} crosses blocks; blocks "
+                        "are calibrated one at a time, so give `mappings` that stay inside a block"
+                    )
+    if problems:
+        raise RecipeError(collapsed(problems))
 
 
 def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:

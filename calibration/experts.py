@@ -71,6 +71,11 @@ class ExpertCalibration:
         counted = self._tokens.get(experts)
         return {} if counted is None else dict(enumerate(counted.tolist()))
 
+    def count(self, experts: nn.Module, tokens: dict[int, int]) -> None:
+        """Replaces what `tokens` returns: the sums over all ranks."""
+        if tokens:
+            self._tokens[experts] = torch.tensor([tokens[number] for number in range(len(tokens))])
+
     def forget(self, experts: nn.Module) -> None:
         """Drops what is known about a module whose block is done."""
         self._tokens.pop(experts, None)

@@ -13,9 +13,11 @@ from calibration.checkpoint import nvfp4
 from calibration.checkpoint.config import output_config
 from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
+from calibration.checkpoint.kernels import TORCH
 from calibration.checkpoint.plan import Plan, PlannedShard, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
 from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
+from calibration.ranks import Ranks, shares
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Recipe
 
@@ -27,23 +29,25 @@ _CARD = "README.md"
 class Exporter:
     """Writes the output checkpoint of one plan, shard by shard, under the source's own tensor names."""
 
-    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe, output: Path) -> None:
+    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe, output: Path, ranks: Ranks | None = None) -> None:
         self.plan, self.formats, self.recipe, self.output = plan, formats, recipe, output
+        self.ranks = ranks or Ranks()
+        self._owners = shares(plan, self.ranks.size)
+        #: Modules that are packed and not yet in a shard: this rank's share, and what the others sent.
+        self._packed: dict[str, dict[str, torch.Tensor]] = {}
         #: Relative rounding error of every module packed so far.
         self.errors: dict[str, float] = {}
 
     def block(self, block: int, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         """Writes the shards of one calibrated block; `modules` maps source module names to llm-compressor's calibrated
         linear layers, loaded. Returns shard file name -> sha256. Raises WorkflowError where a scale is not finite and
-        positive or a fused group does not share its weight global scale."""
-        scales = self._input_global_scales(modules)
-        self._check_shared_weight_scales(modules)
-        return {shard.name: self._shard(shard, modules, scales) for shard in self.plan.shards if shard.block == block}
+        positive or a fused group does not share its weight global scale. All ranks call it, each packs its share, and
+        rank 0 alone writes; the others return nothing."""
+        return self._shards(block, modules)
 
     def rest(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
-        """Writes the shards outside the blocks (embedding, head, MTP, ...). Returns file name -> sha256."""
-        scales = self._input_global_scales(modules)
-        return {shard.name: self._shard(shard, modules, scales) for shard in self.plan.shards if shard.block is None}
+        """Writes the shards outside the blocks (embedding, head, MTP, ...), as `block` does."""
+        return self._shards(None, modules)
 
     def finish(self, recipe_text: str) -> None:
         """Writes sidecars, recipe.yaml and config.json, and the index last: from then on the checkpoint loads."""
@@ -58,6 +62,40 @@ class Exporter:
             "weight_map": dict(sorted(self.plan.weight_map.items())),
         }
         write_json(self.output / INDEX_NAME, index)
+
+    def _shards(self, block: int | None, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        shards = [shard for shard in self.plan.shards if shard.block == block]
+        scales = self._input_global_scales(modules)
+        own = {name: module for name, module in modules.items() if self._owners.get(name, 0) == self.ranks.rank}
+        self._check_shared_weight_scales(own)
+        if self.ranks.size == 1 or not modules:
+            return {shard.name: self._shard(shard, modules, scales) for shard in shards if self.ranks.writes}
+        # All pack before any sends: what can fail has not failed, and no rank waits for one that did.
+        for step in (self.plan.steps[source] for shard in shards for source in shard.sources):
+            if step.action == "quantize" and step.module in own:
+                self._packed[step.module] = self._quantized(step, own[step.module], scales.get(step.module))
+        own_errors = {name: self.errors[name] for name in own if name in self.errors}
+        for errors in self.ranks.exchange(f"packed weights of block {block}", own_errors):
+            self.errors |= errors
+        return {shard.name: digest for shard in shards if (digest := self._gathered(shard, modules, scales))}
+
+    def _gathered(
+        self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
+    ) -> str | None:
+        """Brings one shard's tensors to rank 0, which writes it and returns its digest."""
+        self.ranks.exchange(f"shard {shard.name}", None)
+        for step in (self.plan.steps[source] for source in shard.sources):
+            if step.action != "quantize" or not (owner := self._owners[step.module]):
+                continue
+            if self.ranks.writes:
+                self._packed[step.module] = {
+                    output.name: self.ranks.receive(owner, output.shape, TORCH[output.dtype]) for output in step.outputs
+                }
+            elif owner == self.ranks.rank:
+                packed = self._packed.pop(step.module)
+                for output in step.outputs:
+                    self.ranks.send(packed[output.name])
+        return self._shard(shard, modules, scales) if self.ranks.writes else None
 
     def _shard(
         self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
@@ -81,6 +119,8 @@ class Exporter:
         if step.action == "quantize":
             if step.module not in modules:
                 raise WorkflowError(f"{step.module}: is to be quantized and was not calibrated: a defect here")
+            if step.module in self._packed:
+                return self._packed.pop(step.module)
             return self._quantized(step, modules[step.module], scales.get(step.module))
         output = step.outputs[0]
         if step.action == "copy":

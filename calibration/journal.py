@@ -140,7 +140,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def process_began(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's ticks: a process number alone may be another's by now."""
+    """When a process of this machine began, in the kernel's ticks: a process number alone may be another's by now.
+    None for one that is not there or has ended and waits to be collected."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else rest[18]
     return None

@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import tqdm  # type: ignore[import-untyped]
+from compressed_tensors.offload.utils import as_single_threaded
 from compressed_tensors.quantization import DynamicType, QuantizationScheme, preset_name_to_scheme
 from compressed_tensors.utils import patch_attr
 from llmcompressor import oneshot
 from llmcompressor.core import create_session
 from llmcompressor.logger import configure_logger
 from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.observers import Observer
 from llmcompressor.pipelines.cache import IntermediatesCache
 from loguru import logger
 from pydantic import ValidationError
 from torch import accelerator
+from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
 
 from calibration.checkpoint.plan import Plan
+from calibration.ranks import Ranks, shares
 from calibration.results import CalibrationSummary, Callbacks
 from calibration.resume import Resume
 from calibration.sequential import PIPELINE, CalibrationRun
@@ -70,17 +75,19 @@ def calibrate(
     scratch: Path,
     verbose: bool = False,
     resume: Resume | None = None,
+    ranks: Ranks | None = None,
 ) -> CalibrationSummary:
     """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
 
     `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration.
     Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and
     log lines are left out unless `verbose`; its warnings become `log` events. With `resume` the blocks that it names as
-    finished are left out, and the run's activations go where it says and stay there after an error.
+    finished are left out, and the run's activations go where it says and stay there after an error. Of several `ranks`
+    all call this with the same arguments; see `calibration.ranks` for what each does.
     Raises RecipeError for arguments that llm-compressor refuses and modifiers that cannot run block by block,
     SourceError for NaN and Inf, ParityError and WorkflowError for a calibration that would be wrong.
     """
-    calibration = recipe.calibration
+    calibration, ranks = recipe.calibration, ranks or Ranks()
     if calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
     modifiers = build_modifiers(recipe, source_model, plan, callbacks.takes_edits)
@@ -93,8 +100,13 @@ def calibrate(
         min_tokens_per_expert=calibration.min_tokens_per_expert,
         max_host_memory=recipe.offload.max_host_memory,
         resume=resume,
+        ranks=ranks,
+        owners=shares(plan, ranks.size),
     )
     with contextlib.ExitStack() as stack:
+        # llm-compressor's own way with ranks broadcasts what lies on accelerators alone, and hangs where an expert saw
+        # a token on one rank and none on another: each rank runs it as if there were no other.
+        stack.enter_context(as_single_threaded())
         stack.enter_context(create_session())
         stack.enter_context(run.current())
         if not verbose:
@@ -144,9 +156,8 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
             problems.append(f"{where}.kv_cache_scheme: the output has no place for cache scales yet; remove it")
             continue
         if position == quantization.position:
-            pinned = not {"input_observer", "observer"} & arguments.keys()
             arguments = quantization.arguments | {
-                "config_groups": _schemes(quantization.config_groups, source, plan, pinned)
+                "config_groups": _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
             }
         try:
             modifiers.append(
@@ -162,6 +173,43 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
     if problems:
         raise RecipeError(problems)
     return modifiers
+
+
+def require_divisible(recipe: Recipe) -> None:
+    """Raises RecipeError, naming modifier and observer, for what several ranks would not calibrate to the same bytes.
+
+    Extremes are the same in any order; averages and sums of floating-point numbers depend on which rank saw what.
+    """
+    problems = []
+    for position, entry in enumerate(recipe.modifiers):
+        where = f"modifiers.{position}.{entry.name}"
+        if entry.name != "QuantizationModifier":
+            problems.append(f"{where}: sums over all samples, and floating-point sums depend on their order")
+            continue
+        groups = {
+            name: _scheme(group, ["Linear"], _is_pinned(recipe))
+            for name, group in recipe.quantization_modifier.config_groups.items()
+        }
+        arguments = recipe.quantization_modifier.arguments | {"config_groups": groups}
+        resolved = QuantizationModifier(**arguments).resolved_config.config_groups
+        for name, scheme in resolved.items():
+            for part in ("weights", "input_activations", "output_activations"):
+                args = getattr(scheme, part)
+                if args is None or args.dynamic is True:
+                    continue
+                observer = args.observer or ("memoryless_minmax" if part == "weights" else "minmax")
+                reductions = Observer.get_value_from_registry(observer)._act_sync_dict
+                if part == "weights":
+                    # llm-compressor lets weights be seen once, whatever average the observer would take.
+                    divisible = observer in ("static_minmax", "minmax", "mse") or not reductions
+                else:
+                    divisible = bool(reductions) and set(reductions.values()) <= {ReduceOp.MIN, ReduceOp.MAX}
+                if not divisible:
+                    problems.append(f"{where}: {name}.{part}: observer {observer} depends on the order of the samples")
+    if problems:
+        raise RecipeError(
+            [f"{problem}; more than one rank would give other bytes: start it without torchrun" for problem in problems]
+        )
 
 
 def resolved_targets(wanted: Collection[str], everything: Collection[str]) -> list[str]:
@@ -233,17 +281,25 @@ def _schemes(
         wanted[str(step.group)].append(names[module])
     schemes = {}
     for group, modules in wanted.items():
-        targets, given = resolved_targets(modules, everything), groups[group]
-        if given.scheme is not None:
-            scheme = preset_name_to_scheme(given.scheme, targets)
-        else:
-            arguments = given.model_dump(mode="json", exclude_unset=True, exclude={"targets", "scheme"})
-            scheme = QuantizationScheme.model_validate({"targets": targets, **arguments})
-        for written, args in (
-            (given.input_activations, scheme.input_activations),
-            (given.output_activations, scheme.output_activations),
-        ):
-            if pinned and args is not None and args.dynamic in (False, DynamicType.LOCAL):
-                args.observer = (written or {}).get("observer") or ACTIVATION_OBSERVER
-        schemes[group] = scheme
+        schemes[group] = _scheme(groups[group], resolved_targets(modules, everything), pinned)
     return schemes
+
+
+def _is_pinned(recipe: Recipe) -> bool:
+    """Whether observers of activations are ours to choose where a group names none."""
+    return not {"input_observer", "observer"} & recipe.quantization_modifier.arguments.keys()
+
+
+def _scheme(given: ConfigGroup, targets: list[str], pinned: bool) -> QuantizationScheme:
+    if given.scheme is not None:
+        scheme = preset_name_to_scheme(given.scheme, targets)
+    else:
+        arguments = given.model_dump(mode="json", exclude_unset=True, exclude={"targets", "scheme"})
+        scheme = QuantizationScheme.model_validate({"targets": targets, **arguments})
+    for written, args in (
+        (given.input_activations, scheme.input_activations),
+        (given.output_activations, scheme.output_activations),
+    ):
+        if pinned and args is not None and args.dynamic in (False, DynamicType.LOCAL):
+            args.observer = (written or {}).get("observer") or ACTIVATION_OBSERVER
+    return scheme

@@ -22,6 +22,7 @@ from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan
 from calibration.checkpoint.writer import file_digest
 from calibration.journal import RunDirectory
+from calibration.ranks import Ranks
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Recipe
 
@@ -33,6 +34,11 @@ _SAMPLE_BYTES = 1 << 16
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
+def batch_file(number: int) -> str:
+    """The file of a boundary that holds the `number`-th batch of the run, whichever rank wrote it."""
+    return f"batch-{number:06d}.pt"
+
+
 @dataclass(frozen=True)
 class Boundary:
     """The saved activations that enter a block: file name -> sha256 below `directory`, in the order of the batches."""
@@ -40,9 +46,16 @@ class Boundary:
     directory: Path
     files: dict[str, str]
 
-    def intact(self) -> bool:
-        """Whether every file is there with its digest."""
-        return intact(self.directory, self.files)
+    def intact(self, ranks: Ranks) -> bool:
+        """Whether every file of this rank's batches is there with its digest."""
+        files = enumerate(self.files.items())
+        return intact(self.directory, dict(file for number, file in files if ranks.owns(number)))
+
+    @staticmethod
+    def whole(parts: list[Boundary | None]) -> Boundary | None:
+        """The boundary that all ranks saved together; None where none did."""
+        files = {name: digest for part in parts if part is not None for name, digest in part.files.items()}
+        return None if parts[0] is None else Boundary(parts[0].directory, dict(sorted(files.items())))
 
 
 @dataclass
@@ -72,11 +85,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(
-    recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str, world_size: int = 1
-) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str) -> dict[str, Any]:
     """All that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write equal
-    files. `device` names the arithmetic (processor capability or accelerator)."""
+    files. `device` names the arithmetic (processor capability or accelerator). The number of ranks is no part of it:
+    what several ranks may calibrate gives the same bytes with any number."""
     settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     try:
         tokenizer = _digest_of(path for pattern in _TOKENIZER_FILES for path in source.directory.glob(pattern))
@@ -91,7 +103,6 @@ def fingerprint(
         "plan": plan.digest,
         **{f"version of {package}": number for package, number in versions().items()},
         "device": device,
-        "world size": world_size,
     }
 
 
@@ -109,7 +120,8 @@ def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Pat
 
 
 def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: Path) -> Resume:
-    """What the journal says is finished and the files prove; later lines count before earlier ones."""
+    """What the journal says is finished and the files prove; later lines count before earlier ones. The boundaries are
+    not yet checked."""
     resume, blocks = Resume(activations), plan.block_numbers
     lines: dict[int, dict[str, Any]] = {}
     boundaries: dict[int, Boundary] = {}
@@ -137,9 +149,7 @@ def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: 
         number: lines[number]["result"] for number in blocks if number in lines and number not in unfinished
     }
     pending = [number for number in blocks if number not in resume.finished]
-    resume.boundaries = {
-        n: boundary for n, boundary in boundaries.items() if pending and n <= pending[-1] and boundary.intact()
-    }
+    resume.boundaries = {n: boundary for n, boundary in boundaries.items() if pending and n <= pending[-1]}
     return resume
 
 
@@ -151,22 +161,46 @@ def open_resume(
     now: dict[str, Any],
     restart: bool = False,
     overwrite: bool = False,
+    ranks: Ranks | None = None,
 ) -> Resume:
     """Goes on with the run in `directory` when its fingerprint is `now`, else begins anew: journal, shards and
     activations are removed, and the fingerprint is recorded.
 
     `restart` always begins anew; `overwrite` where the run there is complete (verified) or has another fingerprint.
-    Raises EnvironmentProblem where finished blocks have another fingerprint and neither is given.
+    Rank 0 does it, and every rank checks the saved activations of its own batches. Raises EnvironmentProblem where
+    finished blocks have another fingerprint and neither is given.
     """
+    ranks = ranks or Ranks()
+    opened = _opened(directory, plan, output, activations, now, restart, overwrite) if ranks.writes else None
+    resume = ranks.exchange("resume", opened)[0]
+    assert resume is not None
+    here = {number for number, boundary in resume.boundaries.items() if boundary.intact(ranks)}
+    everywhere = set.intersection(*ranks.exchange("saved activations", here))
+    resume.boundaries = {number: b for number, b in resume.boundaries.items() if number in everywhere}
+    kept = {boundary.directory for boundary in resume.boundaries.values()}
+    for folder in resume.activations.glob("boundary-*"):
+        if folder not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+    ranks.exchange("old activations", None)  # none may be written before all have removed the old ones
+    return resume
+
+
+def _opened(
+    directory: RunDirectory,
+    plan: Plan,
+    output: Path,
+    activations: Path,
+    now: dict[str, Any],
+    restart: bool,
+    overwrite: bool,
+) -> Resume:
     facts, now = directory.facts(), json.loads(json.dumps(now))
     begun = [fact["parts"] for fact in facts if fact.get("fact") == "fingerprint"]
     finished = {fact["block"] for fact in facts if fact.get("fact") == "shards"} if begun else set()
     complete = any(fact.get("fact") == "verified" for fact in facts)
     if finished and not restart:
         if begun[-1] == now and not (overwrite and complete):
-            resume = read_resume(directory, plan, output, activations)
-            _clear(resume)
-            return resume
+            return read_resume(directory, plan, output, activations)
         if not overwrite:
             require_same(begun[-1], now, directory.path, len(finished))
     # The index goes first: nothing may look like a checkpoint that is being taken apart.
@@ -174,16 +208,7 @@ def open_resume(
     directory.restart("fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now)
     for path in output.glob("*.safetensors") if output.is_dir() else ():
         path.unlink()
-    resume = Resume(activations)
-    _clear(resume)
-    return resume
-
-
-def _clear(resume: Resume) -> None:
-    kept = {boundary.directory for boundary in resume.boundaries.values()}
-    for folder in resume.activations.glob("boundary-*"):
-        if folder not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+    return Resume(activations)
 
 
 def activations_directory(scratch: Path | None, run_directory: Path, output: Path) -> Path:

@@ -9,7 +9,7 @@ forward, every observer must have seen something, every scale must be finite and
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
-from llmcompressor.observers import Observer
+from llmcompressor.observers import ACTIVATION_OBS, Observer
 from llmcompressor.observers.fusion import FusionHandler
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
@@ -35,18 +35,23 @@ from torch.utils.data import DataLoader
 
 from calibration import tracing
 from calibration.activations import ActivationCache
-from calibration.checks import first_non_finite, is_finite, require_scales, require_statistics
+from calibration.checks import (
+    first_non_finite,
+    is_finite,
+    require_mappings_inside_blocks,
+    require_scales,
+    require_statistics,
+)
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
 from calibration.memory import PeakMemory
+from calibration.ranks import Ranks, summed, widen
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume
 from calibration.source_model import SourceModel
-from calibration.tracing import BlockCall, hidden_of, own_block_calls, require_parity
-from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError, collapsed
+from calibration.tracing import BlockCall, hidden_of, own_block_calls, parity_samples, require_parity
+from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
 
 PIPELINE = "streaming_sequential"
-#: Batches compared with the model's own forward: one per kind of batch (shape, padded or not), at most this many.
-PARITY_SAMPLES = 2
 
 _current: ContextVar[CalibrationRun] = ContextVar("calibration run")
 
@@ -66,7 +71,8 @@ class CalibrationRun:
     """One run of the pipeline: where weights come from, where activations may go, whom to tell.
 
     `fused` are groups of transformers module names that must share a weight global scale; `scratch` takes activations
-    beyond `max_host_memory` bytes. With `resume` the blocks it names are left out and every boundary is saved.
+    beyond `max_host_memory` bytes. With `resume` the blocks it names are left out and every boundary is saved. Of
+    several `ranks` each takes its own batches, and the weights of the modules (source names) that `owners` gives it.
     """
 
     source: SourceModel
@@ -76,6 +82,8 @@ class CalibrationRun:
     min_tokens_per_expert: int = 1
     max_host_memory: int | None = None
     resume: Resume | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    owners: Mapping[str, int] = field(default_factory=dict)
     experts: ExpertCalibration = field(default_factory=ExpertCalibration)
     summary: CalibrationSummary = field(default_factory=CalibrationSummary)
     memory: PeakMemory = field(default_factory=PeakMemory)
@@ -100,16 +108,17 @@ class CalibrationRun:
             stack.enter_context(cache)
             stack.enter_context(self.memory)
             stack.callback(self.source.stop_reading)
-            for batch in dataloader:
-                cache.add(batch)
+            for number, batch in enumerate(dataloader):
+                if self.ranks.owns(number):
+                    cache.add(batch, number)
             if not len(cache):
                 raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
-            samples = _parity_samples(cache)
-            self._tell("trace", blocks=len(self.source.blocks), batches=len(cache))
+            samples = parity_samples(cache)
+            self._tell("trace", blocks=len(self.source.blocks), batches=len(dataloader))
             subgraphs = self._trace(samples[0], tracing_ignore)
             stack.enter_context(self.experts.installed())
             LifecycleCallbacks.calibration_start()
-            self._check_mappings()
+            require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, self.source)
             self._link_fused()
             self.calibrating = True
             stack.enter_context(calibration_forward_context(model))
@@ -119,6 +128,7 @@ class CalibrationRun:
             edits = any(type(modifier) is not QuantizationModifier for modifier in session.lifecycle.recipe.modifiers)
             _Walk(self, cache, subgraphs, samples, edits).walk()
             LifecycleCallbacks.calibration_end()
+            self.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
         self.summary.blocks, self.summary.batches = len(self.source.blocks), len(dataloader)
         self.summary.seconds = time.monotonic() - started
 
@@ -151,22 +161,6 @@ class CalibrationRun:
             pairs = [(module.weight_observer, module) for module in modules if hasattr(module, "weight_observer")]
             if len(pairs) > 1 and all(observer.args.strategy == "tensor_group" for observer, _ in pairs):
                 FusionHandler.fuse(pairs)
-
-    def _check_mappings(self) -> None:
-        """AWQ and SmoothQuant scale one layer against others: all must be in memory together."""
-        problems = []
-        for modifier in active_session().lifecycle.recipe.modifiers:
-            for attribute in ("_resolved_mappings", "resolved_mappings_"):
-                for mapping in getattr(modifier, attribute, None) or ():
-                    names = [self.source.module_name(m) for m in (mapping.smooth_layer, *mapping.balance_layers)]
-                    owners = {next((b for b in self.source.blocks if f"{n}.".startswith(f"{b}.")), n) for n in names}
-                    if len(owners) > 1:
-                        problems.append(
-                            f"{type(modifier).__name__}: the mapping {names[0]} -> {names[1]} crosses blocks; blocks "
-                            "are calibrated one at a time, so give `mappings` that stay inside a block"
-                        )
-        if problems:
-            raise RecipeError(collapsed(problems))
 
 
 @dataclass
@@ -247,9 +241,12 @@ class _Walk:
         source.unload(roots)
         if number is not None:
             facts = None if result is None else result.facts()
-            run.callbacks.on_finished(number, facts, self.cache.commit())
+            boundary = Boundary.whole(run.ranks.exchange(f"activations behind {where}", self.cache.commit()))
+            run.callbacks.on_finished(number, facts, boundary)
+        # Behind this meeting the block is finished for all ranks.
+        stop = number is not None and run.ranks.any(f"end of {where}", run.callbacks.should_stop())
         self.cache.forget(before=index + 1)
-        if number is not None and run.callbacks.should_stop():
+        if number is not None and stop:
             total = len(source.blocks)
             rest = "writes the index" if number + 1 == total else f"continues with block {number + 2}"
             raise Interrupted(f"stopped behind block {number + 1} of {total}; the same command {rest}")
@@ -269,19 +266,34 @@ class _Walk:
         _attach_again(quantized.values())
         parity = self._calibrate(index, block, number, where)
         experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
+        self._share_statistics(quantized, experts, where)
         tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
         filled = self._fill(experts)
         require_statistics(quantized, where)
+        own = {name: m for name, m in quantized.items() if run.owners.get(name, 0) == run.ranks.rank}
+        others = set(quantized.values()) - set(own.values())
         with patch_attr(run.experts, "kind", Pass.PROPAGATE):
-            LifecycleCallbacks.sequential_epoch_end(self.subgraphs[index].submodules(source.model))
-        nearest = self._round_to_nearest(quantized)
+            modules = self.subgraphs[index].submodules(source.model)
+            LifecycleCallbacks.sequential_epoch_end([module for module in modules if module not in others])
+        update_qparams(others, ACTIVATION_OBS)
+        nearest = self._round_to_nearest(own)
         if self.edits:
             self._propagate(index, number, block, where)
-        require_scales(quantized, where)
+        require_scales(own, where)
+        figures = run.ranks.exchange(f"scales of {where}", (parity, run.memory.take()))
         return BlockResult(
             number, len(source.blocks), name, quantized, self._edited(roots, quantized, where), tokens, filled, nearest,
-            parity, time.monotonic() - started, run.memory.take(),
+            max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
         )  # fmt: skip
+
+    def _share_statistics(self, quantized: dict[str, nn.Module], experts: list[LinearExperts2D], where: str) -> None:
+        """Every rank goes on with what all of them saw."""
+        ranks, counted = self.run.ranks, self.run.experts
+        found = (getattr(module, f"{base}_observer", None) for module in quantized.values() for base in ACTIVATION_OBS)
+        widen(ranks, [observer for observer in found if observer is not None])
+        tokens = summed(ranks, f"tokens of {where}", map(counted.tokens, experts))
+        for module, total in zip(experts, tokens, strict=True):
+            counted.count(module, total)
 
     def _hand_over(self, result: BlockResult) -> None:
         if result.block is not None or result.modules:
@@ -387,7 +399,7 @@ class _Walk:
             forward = partial(subgraph.forward, source.model, **inputs)
             first = first_non_finite(block.named_modules(prefix=name), forward)
         raise SourceError(
-            f"{where}, batch {batch}: the hidden states are not finite; the first module with NaN or Inf is "
+            f"{where}, batch {self.cache.numbers[batch]}: the hidden states are not finite; the first module with NaN or Inf is "
             f"{first or name}; the source overflows in BF16 on this text, or is damaged"
         )
 
@@ -433,18 +445,3 @@ def _attach_again(modules: Iterable[nn.Module]) -> None:
             if isinstance(child, Observer) and type(child).attach is not Observer.attach:
                 child.detach(module)
                 child.attach(module)
-
-
-def _parity_samples(cache: ActivationCache) -> dict[int, dict[str, Any]]:
-    samples: dict[int, dict[str, Any]] = {}
-    kinds = set()
-    for index in range(len(cache)):
-        batch = cache.fetch(index)
-        mask = batch.get("attention_mask")
-        kind = (tuple(batch["input_ids"].shape), mask is not None and not bool(mask.all()))
-        if kind not in kinds:
-            kinds.add(kind)
-            samples[index] = batch
-        if len(samples) == PARITY_SAMPLES:
-            break
-    return samples

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.utils import patch_attr
+from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import helpers
 from torch import nn
 from torch.fx.node import Argument
@@ -23,6 +24,8 @@ from transformers.configuration_utils import PretrainedConfig
 
 from recipes.errors import WorkflowError
 
+#: Batches of a rank compared with the model's own forward: one per kind of batch, at most this many.
+PARITY_SAMPLES = 2
 #: One BF16 rounding: a number's relative distance to its neighbour is at most 2^-7.
 BF16_STEP = 2.0**-7
 
@@ -127,3 +130,20 @@ def require_parity(what: str, traced: torch.Tensor, own: torch.Tensor) -> float:
         f"{what}: traced output differs from the model's own forward (max abs diff {difference:.4g}); the calibration "
         "would see a different model, so nothing was calibrated from here on; report the model type"
     )
+
+
+def parity_samples(cache: IntermediatesCache) -> dict[int, dict[str, Any]]:
+    """The batches that parity is checked with, by their index in `cache`: the first of each kind (shape, padded or
+    not), at most PARITY_SAMPLES, the first batch among them."""
+    samples: dict[int, dict[str, Any]] = {}
+    kinds = set()
+    for index in range(len(cache)):
+        batch = cache.fetch(index)
+        mask = batch.get("attention_mask")
+        kind = (tuple(batch["input_ids"].shape), mask is not None and not bool(mask.all()))
+        if kind not in kinds:
+            kinds.add(kind)
+            samples[index] = batch
+        if len(samples) == PARITY_SAMPLES:
+            break
+    return samples

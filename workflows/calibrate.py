@@ -9,8 +9,10 @@ import logging
 import shutil
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from calibration.checkpoint.writer import remove_unfinished
 from calibration.data import load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
-from calibration.oneshot import calibrate, quiet
+from calibration.oneshot import calibrate, quiet, require_divisible
+from calibration.ranks import Ranks, require_batches, require_equal
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume
 from calibration.source_model import build_skeleton
@@ -44,43 +47,59 @@ def calibrate_blocks(
     directory: RunDirectory,
     reporter: Reporter,
     interrupts: Interrupts,
+    ranks: Ranks,
     restart: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Calibrates every block of `plan` that is not finished and writes its shards; then the shards outside the blocks.
 
-    Goes on where an earlier run of the same recipe ended; see `open_resume` for `restart` and `overwrite`. Raises the
-    errors of `load_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished stays.
+    Goes on where an earlier run of the same recipe ended; see `open_resume` for `restart` and `overwrite`. All `ranks`
+    call this; rank 0 alone writes. Raises the errors of `require_divisible`,
+    `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished
+    stays.
     """
     if recipe.calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
+    if ranks.size > 1:
+        require_divisible(recipe)
+    ranks.start()
     tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
     data = load_batches(recipe.calibration, tokenizer, source_directory=source.directory)
     reporter.say(f"data: {data.description}")
+    require_batches(ranks, len(data.batches))
     scratch = Path(recipe.offload.directory) if recipe.offload.directory else None
     activations = activations_directory(scratch, directory.path, output)
     now = fingerprint(recipe, plan, source, data.digest, device_name())
-    resume = open_resume(directory, plan, output, activations, now, restart, overwrite)
-    remove_unfinished(output)
+    require_equal(ranks, "settings", now)
+    resume = open_resume(directory, plan, output, activations, now, restart, overwrite, ranks)
+    if ranks.writes:
+        remove_unfinished(output)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    blocks = _Blocks(plan, Exporter(plan, formats, recipe, output), directory, reporter, resume)
+    blocks = _Blocks(plan, Exporter(plan, formats, recipe, output, ranks), directory, reporter, resume, ranks)
     pending = [number for number in plan.block_numbers if number not in resume.finished]
     _say_where(resume, pending, plan, reporter)
     if pending:
-        with quiet(blocks.on_progress):
-            model = build_skeleton(source, directory.path, recipe.source.trust_remote_code)
         callbacks = Callbacks(
             blocks.on_block,
             blocks.on_progress,
             on_finished=blocks.on_finished,
             should_stop=lambda: interrupts.requested,
         )
-        with interrupts.deferring(), reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)):
-            summary = calibrate(recipe, model, plan, data.batches, callbacks, activations, resume=resume)
+        with ExitStack() as stack:
+            # A rank on another host may not see the run directory, and only one may write there.
+            skeleton = directory.path if ranks.writes else Path(stack.enter_context(TemporaryDirectory()))
+            with quiet(blocks.on_progress):
+                model = build_skeleton(source, skeleton, recipe.source.trust_remote_code, ranks.device)
+            stack.enter_context(interrupts.deferring())
+            stack.enter_context(reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)))
+            summary = calibrate(recipe, model, plan, data.batches, callbacks, activations, resume=resume, ranks=ranks)
     else:
         summary = CalibrationSummary(blocks=len(resume.finished))
         for number, facts in resume.finished.items():
             summary.take(number, facts)
+    ranks.stop()
+    if not ranks.writes:
+        return
     blocks.write_rest()
     counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]
     seen = f"min {min(counts)}, median {statistics.median(counts):.0f}" if counts else "no routed experts"
@@ -97,6 +116,7 @@ class _Blocks:
     directory: RunDirectory
     reporter: Reporter
     resume: Resume
+    ranks: Ranks
     _shards: dict[str, str] = field(default_factory=dict)
     _facts: dict[str, Any] = field(default_factory=dict)
 
@@ -135,7 +155,9 @@ class _Blocks:
         return worst
 
     def on_finished(self, block: int, facts: dict[str, Any] | None, boundary: Boundary | None) -> None:
-        """Puts a block into the journal: from here on it is finished."""
+        """Puts a block into the journal: from here on it is finished. Rank 0 does it for all."""
+        if not self.ranks.writes:
+            return
         saved = None if boundary is None else {"directory": str(boundary.directory.absolute()), "files": boundary.files}
         if facts is None:
             self.directory.record("boundary", plan=self.plan.digest, block=block, activations=saved)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from recipes.errors import Interrupted
@@ -17,6 +17,9 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.requested = False
+        #: Whether the block under way cannot be finished any more; torchrun sends SIGTERM where a rank is lost.
+        self.hopeless: Callable[[], bool] = lambda: False
+        self.silent = False
         self._deferring = False
 
     def install(self) -> None:
@@ -36,7 +39,8 @@ class Interrupts:
             raise Interrupted("stopped behind the last block; the same command goes on from there")
 
     def _handle(self, number: int, frame: object) -> None:
-        if not self._deferring or self.requested:
+        if not self._deferring or self.requested or self.hopeless():
             raise KeyboardInterrupt
         self.requested = True
-        os.write(2, _NOTICE)  # not through the console, which may be in the middle of a line
+        if not self.silent:
+            os.write(2, _NOTICE)  # not through the console, which may be in the middle of a line

@@ -27,11 +27,11 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 
 class Reporter:
-    """Prints to stderr what is at or above `level`, and writes every event to the run directory."""
+    """Prints to stderr what is at or above `level`, unless `muted`, and writes every event to the run directory."""
 
-    def __init__(self, level: str = "info") -> None:
+    def __init__(self, level: str = "info", muted: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
-        self.level = _LEVELS.index(level)
+        self.level, self.muted = _LEVELS.index(level), muted
         self.directory: RunDirectory | None = None
         #: Called after every event: what is kept up to date from events.
         self.watch: Callable[[], None] = lambda: None
@@ -41,7 +41,7 @@ class Reporter:
 
     def say(self, text: str, level: str = "info") -> None:
         """One line for people."""
-        if _LEVELS.index(level) >= self.level:
+        if _LEVELS.index(level) >= self.level and not self.muted:
             style = {"warning": "yellow", "error": "bold red"}.get(level)
             self.console.print(text, style=style, markup=False, soft_wrap=True)
 
@@ -70,7 +70,7 @@ class Reporter:
         """A progress bar of `total` steps, `done` of them by an earlier run, around `block` calls; lines instead of a
         bar where nobody watches."""
         self._started, self._pending, self._steps = time.monotonic(), total - done, 0
-        if not self.console.is_terminal or self.level > 1:
+        if not self.console.is_terminal or self.level > 1 or self.muted:
             yield
             return
         columns = (

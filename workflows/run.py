@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from calibration.ranks import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe
 from verify.levels import print_samples
@@ -29,40 +31,73 @@ from workflows.status import read_status, render_status
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code. Tracebacks are for defects alone."""
     options = _parser().parse_args(arguments)
-    reporter = Reporter(options.log_level)
     interrupts = Interrupts()
     interrupts.install()
+    try:
+        ranks = connect()
+    except WorkflowError as error:
+        Reporter(options.log_level).say(f"error: {error}", "error")
+        return error.exit_code
+    interrupts.hopeless, interrupts.silent = ranks.failing, not ranks.writes
+    reporter = Reporter(options.log_level, muted=not ranks.writes)
     run: Run | None = None
     try:
         try:
             chosen = _chosen(options)
             recipe = load_recipe(options.recipe, options.set, options.output)
             if options.status:
-                status = read_status(Path(recipe.output))
-                print(json.dumps(status, indent=2) if options.json else "\n".join(render_status(status)))
+                if ranks.writes:
+                    status = read_status(Path(recipe.output))
+                    print(json.dumps(status, indent=2) if options.json else "\n".join(render_status(status)))
                 return 0
-            run = Run(recipe, reporter, options.overwrite, options.restart, interrupts)
+            run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks)
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
+        except Exception as error:
+            if ranks.size == 1 or isinstance(error, WorkflowError):
+                raise
+            # The other ranks must stop, and the traceback be seen where the defect is.
+            told = ranks.agree(WorkflowError(f"{type(error).__name__}: {error}: a defect here"))
+            if ranks.failure is not None and ranks.failure.rank == ranks.rank:
+                traceback.print_exc()
+            raise told from None
     except WorkflowError as error:
-        reporter.event("error", exit_code=error.exit_code, problems=error.problems)
-        reporter.say(f"error: {error}", "error")
-        if options.json:
-            print(json.dumps(_result(run, error), indent=2))
+        error = ranks.agree(error)
+        if ranks.speaks:
+            if ranks.writes:
+                reporter.event("error", exit_code=error.exit_code, problems=error.problems)
+            elif run is not None:  # rank 0 is lost and cannot say so where --status looks
+                run.directory.event("error", exit_code=error.exit_code, problems=error.problems)
+            reporter.muted = False
+            reporter.say(f"error: {error}", "error")
+            if options.json:
+                print(json.dumps(_result(run, error), indent=2))
         return error.exit_code
     finally:
         if run is not None:
             run.directory.close()
             if reporter.directory is not None:
                 run.page.update(now=True)
-    if options.json and not options.dry_run:
+        ranks.leave()
+    if options.json and not options.dry_run and ranks.writes:
         print(json.dumps(_result(run, None), indent=2))
     return 0
 
 
 def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
     run.make_plan()
+    ranks = run.ranks
+    if ranks.size > 1 and run.recipe.method != "calibrate":
+        raise RecipeError(
+            f"method: {run.recipe.method} uses all processors from one process; start it without torchrun"
+        )
+    if not ranks.writes:
+        # Only calibration is shared out: the other stages are rank 0's alone.
+        if "calibrate" in chosen and not dry_run:
+            ranks.exchange("inspect", None)
+            stages.calibrate(run)
+        return
     if dry_run:
         facts = run.facts()
         if as_json:
@@ -81,6 +116,8 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
     # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
     with run.reporter.stage("inspect"):
         stages.inspect(run, chosen)
+    if "calibrate" in chosen:
+        ranks.exchange("inspect", None)
     for name in chosen[1:] if chosen[0] == "inspect" else chosen:
         with run.reporter.stage(name):
             getattr(stages, name)(run)

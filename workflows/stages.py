@@ -15,6 +15,7 @@ from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.writer import write_json, write_text
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
+from calibration.ranks import Ranks
 from calibration.resume import versions
 from recipes.errors import EnvironmentProblem
 from recipes.loader import dump_recipe, recipe_digest
@@ -42,6 +43,7 @@ class Run:
     overwrite: bool = False
     restart: bool = False
     interrupts: Interrupts = field(default_factory=Interrupts)
+    ranks: Ranks = field(default_factory=Ranks)
     output: Path = field(init=False)
     directory: RunDirectory = field(init=False)
     source: Checkpoint = field(init=False)
@@ -131,7 +133,7 @@ def calibrate(run: Run) -> None:
 
     calibrate_blocks(
         run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter, run.interrupts,
-        run.restart, run.overwrite,
+        run.ranks, run.restart, run.overwrite,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pytest
 from calibration.checkpoint.plan import Plan
 from calibration.checkpoint.writer import file_digest
 from calibration.journal import RunDirectory
+from calibration.ranks import Ranks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume, require_same
 from recipes.errors import EnvironmentProblem, Interrupted
 from recipes.schema import Recipe
@@ -254,9 +255,9 @@ def test_runs_share_a_scratch_directory_without_meeting(tmp_path: Path) -> None:
 
 def test_boundary_needs_every_file(tmp_path: Path) -> None:
     boundary = Boundary(tmp_path, {"a": Begun.write(tmp_path / "a"), "b": Begun.write(tmp_path / "b")})
-    assert boundary.intact()
+    assert boundary.intact(Ranks())
     (tmp_path / "b").unlink()
-    assert not boundary.intact()
+    assert not boundary.intact(Ranks())
 
 
 def lines(directory: RunDirectory, name: str, *facts: dict[str, Any]) -> None:
