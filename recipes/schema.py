@@ -102,7 +102,18 @@ class Require(Section):
     finite: bool = True
     """No NaN and no infinity in any module's output."""
     max_perplexity: float | None = Field(default=None, ge=1, allow_inf_nan=False)
-    """Perplexity of the prompts at most; not judged when left out."""
+    """Perplexity of `text` at most; shown, but not judged, when left out."""
+    max_kl: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """KL divergence from the served source at most, mean in nats per token. The default finds damage, not loss of
+    quality: tighten it for that."""
+    min_top1: float | None = Field(default=None, ge=0, le=1)
+    """Share of tokens at least for which output and served source prefer the same next token; not judged when left out."""
+    coherent: bool = False
+    """Samples that are empty, loop or are no text fail; false only warns."""
+    max_loop: float = Field(default=0.5, ge=0, le=1)
+    """Share of a sample at most that its end may repeat one cycle of tokens (at least 3 times and 12 tokens)."""
+    max_unprintable: float = Field(default=0.3, ge=0, le=1)
+    """Share of a sample's characters at most that may be control or replacement characters."""
 
 
 class Serving(Section):
@@ -116,6 +127,16 @@ class Serving(Section):
     """Your own prompts, added to the built-in kinds."""
     max_tokens: int = Field(default=64, ge=1)
     """Tokens generated per prompt."""
+    text: PathText | None = "bundled"
+    """UTF-8 text file for perplexity and the comparison with the source; bundled is the help text of Python, which no
+    bundled calibration text holds; null leaves both to the prompts."""
+    windows: int = Field(default=8, ge=1)
+    """Windows of `text` to score, from its beginning."""
+    window_tokens: int = Field(default=512, ge=2)
+    """Tokens of a window; cut to the context length where that is shorter."""
+    compare: bool | Literal["auto"] = "auto"
+    """Serve the source too, for KL, top-1 and its samples: auto where it takes at most 2 GiB in BF16, true always. A
+    source in FP8 or MXFP4 is served as a plain BF16 copy, which the run makes and removes."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the activations; auto takes the checkpoint's."""
     max_model_len: int | None = Field(default=None, ge=16)

@@ -25,7 +25,7 @@ from verify.checks import Check
 from verify.levels import print_samples, verify_levels
 from verify.page import Report
 from verify.report import LEVELS, failed, print_checks, to_json
-from verify.serving import check_environment
+from verify.serving import check_serving
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def verify(
     wanted = LEVELS[: LEVELS.index(level) + 1]
     serving = serving.model_copy(update={"python": python}) if python else serving
     if "serving" in wanted:
-        check_environment(serving.python)
+        check_serving(serving)
     with TemporaryDirectory(prefix="verify-") as logs:
         checks, result = verify_levels(
             checkpoint, wanted, Path(logs), plan=plan, source=formats, fidelity=fidelity, serving=serving

@@ -13,7 +13,7 @@ from calibration.checkpoint.plan import Plan
 from recipes.schema import Fidelity, Serving
 from verify.checks import Check
 from verify.fidelity import measure_fidelity
-from verify.serving import verify_serving
+from verify.serving import SourceToServe, source_as_stored, verify_serving
 from verify.structure import verify_structure
 
 _FIDELITY = "no quantized weight is far from the source's"
@@ -28,6 +28,7 @@ def verify_levels(
     source: Formats | None = None,
     fidelity: Fidelity | None = None,
     serving: Serving | None = None,
+    source_to_serve: SourceToServe | None = None,
     trust_remote_code: bool = False,
     digests: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -35,6 +36,7 @@ def verify_levels(
 ) -> tuple[list[Check], dict[str, Any]]:
     """Makes the checks of `levels` (structure, fidelity, serving) and returns them with the serving engine's result.
 
+    source_to_serve: the source as the engine can load it; the source as stored when left out.
     `digests` are the shards' as the run wrote them (see `verify_structure`). Fidelity needs a source and a whole
     structure, else it is UNCHECKED; `on_fidelity` gets its data (the content of fidelity.json). A broken checkpoint gives
     verdicts, not exceptions; EnvironmentProblem is raised where there is no engine to ask.
@@ -56,7 +58,11 @@ def verify_levels(
     if "serving" not in levels or serving is None:
         return checks, {}
     say("verify: serving (vLLM loads the checkpoint in its own process)")
-    served, result = verify_serving(directory, serving, log_dir, trust_remote_code=trust_remote_code)
+    if source_to_serve is None and source is not None:
+        source_to_serve = source_as_stored(source, serving)
+    served, result = verify_serving(
+        directory, serving, log_dir, trust_remote_code=trust_remote_code, source=source_to_serve
+    )
     return checks + served, result
 
 

@@ -1,92 +1,98 @@
-"""Serving: the real vLLM loads the checkpoint in its own interpreter and process, and what it says becomes verdicts.
+"""Serving: the real vLLM loads the checkpoint, and where it fits its source, and runs both on the same tokens.
 
-The work inside the engine is `vllm_worker.py`, which also documents the JSON that passes between the two. Nothing
-here imports vLLM. A crash, a lack of memory or a time-out of the engine is a FAIL with the log's last lines.
+What is asked of the engine stands here; `engine` runs it, `serving_verdicts` judges what it did.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import time
+import math
+import pydoc_data.topics
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import EnvironmentProblem
+from calibration.checkpoint.formats import Formats
+from recipes.errors import RecipeError
 from recipes.schema import Serving
-from verify.checks import Check, Verdict
+from verify.checks import Check
+from verify.engine import check_environment, read_json, run_engine
+from verify.serving_verdicts import judge
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
-REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
 PROMPT_ROOM = 512
 """Prompt tokens that the default context length leaves beside the sample; more than DeepSeek-V4's windows of 128."""
+AUTO_BYTES = 2 * 2**30
+"""What `compare: auto` serves of a source, in bytes of its BF16 form: a minute on two cores, not an hour."""
+LONGEST_TOKEN = 32
+"""Characters per token that a text is read for; runs of blanks are the longest."""
+DAYS = " ".join(
+    f"On day {n} the ship sailed {7 * n} miles and the crew counted {3 * n + 1} birds." for n in range(1, 13)
+)
+CODE = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +"
 
-CHECKS = {
-    "serving.load": ("the engine builds the model and loads the checkpoint", "no error"),
-    "serving.tensors": ("every parameter of the engine's model was written by the checkpoint", "0 left unwritten"),
-    "serving.w4a4": ("the kernels that ran quantize the activations too", "every NVFP4 layer"),
-    "serving.finite": ("no NaN and no infinity in the output of any module", "0"),
-    "serving.logprobs": ("every prompt token has a finite log-probability", "all"),
-    "serving.generate": ("the engine generates greedily for every kind of prompt", "a sample for each"),
-}
-HOW = {
-    "serving.load": "vLLM in its own process, eager",
-    "serving.tensors": "parameters filled with NaN or 0x5a before loading, searched after it",
-    "serving.w4a4": "classes of the layers and kernels that vLLM chose",
-    "serving.finite": "forward hooks on every module, all prompts and all generated tokens",
-    "serving.logprobs": "the engine's prompt log-probabilities, one prompt at a time",
-    "serving.generate": "one batch of all prompts, temperature 0",
-}
+
+@dataclass(frozen=True)
+class SourceToServe:
+    """The source in a form that vLLM loads, or None and why there is no such form; too_large: none is wanted."""
+
+    directory: Path | None
+    why: str = ""
+    too_large: bool = False
 
 
 def default_prompts() -> list[dict[str, Any]]:
     """One prompt of every built-in kind, as `vllm_worker` takes them."""
-    days = (f"On day {n} the ship sailed {7 * n} miles and the crew counted {3 * n + 1} birds." for n in range(1, 61))
-    code = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +"
     return [
         {"kind": "short", "text": "The capital of France is"},
-        {"kind": "long", "text": " ".join(days)},
+        {"kind": "long", "text": DAYS},
         {"kind": "chat", "messages": [{"role": "user", "content": "Name three colors of the rainbow."}]},
-        {"kind": "code", "text": code},
+        {"kind": "code", "text": CODE},
         {"kind": "repeated token", "text": " the", "repeat": 64},
         {"kind": "single token", "text": "The", "limit": 1},
+        {"kind": "maximum length", "text": DAYS, "fill": True},
     ]
 
 
-def check_environment(python: str) -> None:
-    """Raise EnvironmentProblem unless `python` is an interpreter that imports vLLM; takes seconds."""
+def check_serving(options: Serving) -> None:
+    """Raise EnvironmentProblem without a vLLM to ask, RecipeError without the text to score; takes seconds."""
+    read_text(options)
+    check_environment(options.python)
+
+
+def read_text(options: Serving) -> str | None:
+    """As much of the recipe's text as its windows can need. Raises RecipeError for a file that cannot be read."""
+    if options.text is None:
+        return None
+    most = options.windows * options.window_tokens * LONGEST_TOKEN
+    if options.text == "bundled":
+        topics = pydoc_data.topics.topics
+        return "\n".join(topics[name] for name in sorted(topics))[:most]
     try:
-        done = subprocess.run(
-            [python, "-c", "import vllm; print(vllm.__version__)"],
-            capture_output=True, text=True, timeout=300, env=environment(), check=False,
-        )  # fmt: skip
-    except (FileNotFoundError, PermissionError, NotADirectoryError):
-        raise EnvironmentProblem(f"{python}: no such interpreter (verify.serving.python); {REMEDY}") from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise EnvironmentProblem(f"{python}: cannot be run (verify.serving.python): {error}; {REMEDY}") from None
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise EnvironmentProblem(f"{python}: `import vllm` fails there (verify.serving.python): {last}; {REMEDY}")
+        with Path(options.text).open(encoding="utf-8") as file:
+            text = file.read(most)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"verify.serving.text: {options.text}: cannot be read as UTF-8 text: {error}; name a text file, or `bundled`"
+        ) from None
+    if not text.strip():
+        raise RecipeError(f"verify.serving.text: {options.text}: holds no text; name another file, or `bundled`")
+    return text
 
 
-def environment() -> dict[str, str]:
-    """The engine's environment: this one without what would leak our interpreter, plus what vLLM needs here."""
-    leaks = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH"}
-    leaks.add("PYTHONDONTWRITEBYTECODE")  # importing vLLM takes 24 s without bytecode, 6 s with it
-    inherited = {name: value for name, value in os.environ.items() if name not in leaks}
-    threads = str(max(1, (os.cpu_count() or 1) // 2))  # more threads than free cores make MoE decoding 40 x slower
-    defaults = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "VLLM_NO_USAGE_STATS": "1"}
-    fixed = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the hooks live in the engine's process
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    return defaults | inherited | fixed
+def source_as_stored(source: Formats, options: Serving) -> SourceToServe | None:
+    """The source as it lies on disk, where vLLM loads that on any machine (BF16, F16, F32) and `compare` allows its
+    size; None where the recipe wants no comparison."""
+    if options.compare is False:
+        return None
+    size = 2 * source.parameters
+    if options.compare == "auto" and size > AUTO_BYTES:
+        why = f"the source takes {size:,} bytes in BF16, `compare: auto` serves {AUTO_BYTES:,}; compare: true serves it"
+        return SourceToServe(None, why, too_large=True)
+    kinds = sorted({source.of(name).label for name in source.checkpoint.tensors} - {"plain"})
+    if kinds:
+        return SourceToServe(None, f"the source is stored in {', '.join(kinds)}, and no plain copy of it was given")
+    return SourceToServe(source.checkpoint.directory)
 
 
 def verify_serving(
@@ -96,54 +102,85 @@ def verify_serving(
     *,
     trust_remote_code: bool = False,
     prompts: list[dict[str, Any]] | None = None,
-    capture_logits: Path | None = None,
+    write_logits: Path | None = None,
     moe_input_scales: str = "stored",
+    source: SourceToServe | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Serve `checkpoint` once and judge what happened.
+    """Serve `checkpoint`, then `source` where there is one to serve, and judge what happened.
 
-    Writes `serving-request.json`, `serving-result.json` and `vllm.log` into `log_dir`. Returns the checks and the
-    worker's result, with `samples` [{kind, prompt, text}], `seconds.wall`, `exit_code`, `timed_out` and `log` added.
-    prompts: instead of the built-in kinds and `options.prompts`. capture_logits, moe_input_scales: see the worker.
-    Raises EnvironmentProblem when there is no vLLM to ask.
+    Leaves requests, results and logs of both processes in `log_dir`. Returns the checks and the worker's result, with
+    `samples` [{kind, prompt, text, source_text}], `text` (what was scored) and `source` added: None, or the source
+    worker's result without its prompts, with `nll_difference` and `nll_error`, or `{"ok": false, "why": ...}`.
+    prompts: instead of the built-in kinds and `options.prompts`. write_logits, moe_input_scales: see the worker.
+    Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
     """
-    log_dir.mkdir(parents=True, exist_ok=True)
-    request_path, result_path, log = (
-        (log_dir / name).resolve() for name in ("serving-request.json", "serving-result.json", "vllm.log")
-    )
-    config = _read_json(checkpoint / "config.json") or {}
+    config = read_json(checkpoint / "config.json") or {}
     own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
-    length = options.max_model_len or min(
-        PROMPT_ROOM + options.max_tokens, int(config.get("max_position_embeddings") or PROMPT_ROOM + options.max_tokens)
-    )
-    request = {
+    length = options.max_model_len or _length(options, config)
+    text = read_text(options)
+    request: dict[str, Any] = {
         "checkpoint": str(checkpoint.resolve()),
         "prompts": default_prompts() + own if prompts is None else prompts,
+        "windows": text and {"text": text, "count": options.windows, "tokens": options.window_tokens},
         "max_tokens": options.max_tokens,
         "dtype": options.dtype,
         "max_model_len": length,
         "trust_remote_code": trust_remote_code,
         "seed": 0,
-        "capture_logits": str(capture_logits.resolve()) if capture_logits else None,
+        "write_logits": str(write_logits.resolve()) if write_logits else None,
+        "compare_logits": None,
         "kv_cache_bytes": kv_cache_bytes(config, length),
         "moe_input_scales": moe_input_scales,
     }
-    request_path.write_text(json.dumps(request, indent=1))
-    result_path.unlink(missing_ok=True)
-    began = time.monotonic()
-    command = [options.python, str(WORKER), str(request_path), str(result_path)]
+    if source is not None and source.directory is not None:
+        room = options.windows * options.window_tokens * int(config.get("vocab_size") or 0) * 4
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(log_dir).free < 2 * room:
+            source = SourceToServe(None, f"logits of {room:,} bytes do not fit beside {log_dir}")
+        else:
+            request["write_logits"] = str((log_dir / "logits").resolve())
     try:
-        exit_code, timed_out = _run(command, log, options.timeout)
-    except (FileNotFoundError, PermissionError, NotADirectoryError):
-        raise EnvironmentProblem(f"{options.python}: no such interpreter (verify.serving.python); {REMEDY}") from None
-    result = _read_json(result_path) or {"ok": False, "stage": "request", "error": None}
-    error = result.get("error") or {}
-    if result.get("stage") == "import" and error.get("type") in ("ImportError", "ModuleNotFoundError"):
-        raise EnvironmentProblem(
-            f"{options.python}: vLLM cannot be imported there (verify.serving.python): {error['message']}; {REMEDY}"
-        )
-    result |= {"exit_code": exit_code, "timed_out": timed_out, "log": str(log), "samples": samples(result)}
-    result.setdefault("seconds", {})["wall"] = time.monotonic() - began
-    return judge(result, options, config, _tail(log)), result
+        result = run_engine(request, options, log_dir, "serving")
+        result["source"] = None if source is None else _serve_source(source, request, result, options, log_dir)
+    finally:
+        shutil.rmtree(log_dir / "logits", ignore_errors=True)
+    result["text"] = options.text if result.get("windows") else None
+    result["samples"] = samples(result)
+    return judge(result, options, config), result
+
+
+def _serve_source(
+    source: SourceToServe, request: dict[str, Any], ours: dict[str, Any], options: Serving, log_dir: Path
+) -> dict[str, Any]:
+    """Runs the source on the tokens that `ours` ran on. Adds `source_text` to the prompts of `ours`."""
+    if source.directory is None or not ours.get("ok"):
+        return {"ok": False, "why": source.why or "the checkpoint itself was not served to the end"}
+    config = read_json(source.directory / "config.json") or {}
+    request = request | {
+        "checkpoint": str(source.directory.resolve()),
+        "prompts": [{key: p[key] for key in ("kind", "text", "token_ids")} for p in ours["prompts"]],
+        "windows": {"token_ids": [w["token_ids"] for w in ours["windows"]]} if ours["windows"] else None,
+        "write_logits": None,
+        "compare_logits": request["write_logits"],
+        "kv_cache_bytes": kv_cache_bytes(config, request["max_model_len"]),
+    }
+    result = run_engine(request, options, log_dir, "source")
+    for mine, its in zip(ours["prompts"], result.get("prompts", []), strict=False):
+        mine["source_text"], mine["source_ids"] = its["sample"], its["sample_ids"]
+    measured = "windows" if ours["windows"] else "prompts"
+    result |= nll_difference(ours[measured], result.get(measured, []))
+    return {key: value for key, value in result.items() if key not in ("prompts", "windows")}
+
+
+def nll_difference(ours: Sequence[dict[str, Any]], source: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """`nll_difference`: ours minus the source's, mean over the pairs of windows in nats per token; `nll_error`: its
+    standard error. None where there are too few finite ones."""
+    losses = [(a["nll"], b["nll"]) for a, b in zip(ours, source, strict=False)]
+    found = [a - b for a, b in losses if isinstance(a, int | float) and isinstance(b, int | float)]
+    mean = sum(found) / len(found) if found else None
+    spread = sum((d - (mean or 0.0)) ** 2 for d in found)
+    error = math.sqrt(spread / (len(found) - 1) / len(found)) if len(found) > 1 else None
+    return {"nll_difference": mean, "nll_error": error}
 
 
 def kv_cache_bytes(config: dict[str, Any], length: int) -> int:
@@ -154,165 +191,19 @@ def kv_cache_bytes(config: dict[str, Any], length: int) -> int:
 
 
 def samples(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """`[{kind, prompt, text}]` of the generated samples, most readable kinds first."""
+    """`[{kind, prompt, text, source_text}]` of the generated samples, the recipe's own first; source_text None where the
+    source was not served."""
     found = [
-        {"kind": p["kind"], "prompt": p.get("text") or f"{p['tokens']} tokens", "text": p["sample"]}
+        {
+            "kind": p["kind"], "prompt": p.get("text") or f"{p['tokens']} tokens", "text": p["sample"],
+            "source_text": p.get("source_text"),
+        }
         for p in result.get("prompts", [])
         if p.get("sample_ids")
-    ]
-    return sorted(found, key=lambda s: not s["kind"].startswith("recipe"))
+    ]  # fmt: skip
+    return sorted(found, key=lambda s: not str(s["kind"]).startswith("recipe"))
 
 
-def _run(command: list[str], log: Path, timeout: float) -> tuple[int, bool]:
-    """Run in a process group of its own with its output in `log`; kill the group at the time-out or on any exception.
-
-    Returns the exit code (negative: the signal) and whether time ran out.
-    """
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(),
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            return process.wait(timeout), False
-        except subprocess.TimeoutExpired:
-            return 0, True
-        finally:  # also what the engine left running after its own end
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def judge(result: dict[str, Any], options: Serving, config: dict[str, Any], tail: list[str]) -> list[Check]:
-    """The verdicts of one run. A requirement that the run did not reach is UNCHECKED."""
-    verdicts: dict[str, tuple[Verdict, str]] = {}
-    engine, load, prompts = result.get("engine", {}), result.get("load", {}), result.get("prompts", [])
-    failure = _failure(result, tail)
-    loaded = bool(result.get("layers"))
-    missing = load.get("missing", [])
-
-    if loaded:
-        described = f"vLLM {engine.get('version')} on {engine.get('platform')}, {engine.get('dtype')}"
-        verdicts["serving.load"] = ("PASS", f"{described}, {load.get('seconds') or 0:.1f} s")
-    elif failure is not None:
-        verdicts["serving.load"] = ("FAIL", failure)
-    if missing:
-        names = ", ".join(
-            f"{m['name']} ({m['share']:.0%}{' at ' + m['where'] if m['where'] else ''})" for m in missing[:5]
-        )
-        verdicts["serving.tensors"] = ("FAIL", f"{load.get('missing_total', len(missing))} left: {names}")
-    elif loaded:
-        verdicts["serving.tensors"] = ("PASS", f"0 of {load.get('tensors', 0)}")
-
-    kernels = _kernels(result.get("layers", []))
-    if loaded and result.get("w4a4") is True:
-        verdicts["serving.w4a4"] = ("PASS", kernels)
-    elif loaded and not kernels:
-        verdicts["serving.w4a4"] = ("FAIL", "config.json says NVFP4, but the engine runs no NVFP4 layer")
-    elif loaded:
-        why = "weight-only kernel, activations stay unquantized" if result.get("w4a4") is False else "unknown kernel"
-        verdicts["serving.w4a4"] = ("UNCHECKED", f"{why}: {kernels}")
-
-    bad = result.get("nonfinite")
-    generated = [p for p in prompts if p.get("sample_ids")]
-    scored = [p for p in prompts if p.get("nll") is not None]
-    if bad is not None:
-        strict: Verdict = "FAIL" if options.require.finite else "WARN"
-        verdicts["serving.finite"] = (
-            strict, f"{bad['values']} values in {bad['module']} ({bad['cls']}), prompt: {bad['kind']}",
-        )  # fmt: skip
-    elif result.get("ok"):
-        verdicts["serving.finite"] = ("PASS", f"0 in {len(generated)} prompts and their samples")
-    unscored = [p["kind"] for p in scored if not isinstance(p["nll"], int | float)]
-    ran = result.get("stage") in ("generate", "done")
-    if unscored:
-        verdicts["serving.logprobs"] = ("FAIL", f"not finite: {', '.join(unscored)}")
-    elif scored and ran:
-        verdicts["serving.logprobs"] = (
-            "PASS", f"perplexity {_number(result.get('perplexity'))} over {sum(p['tokens'] - 1 for p in scored)} tokens",
-        )  # fmt: skip
-    skipped = [f"{p['kind']}: {p['skipped']}" for p in prompts if p.get("skipped")]
-    if result.get("ok"):
-        note = f"; not run: {'; '.join(skipped)}" if skipped else ""
-        every = len(generated) == len(prompts) - len(skipped) and generated
-        verdicts["serving.generate"] = ("PASS" if every else "FAIL", f"{len(generated)} samples{note}")
-    elif loaded and not missing and failure is not None:
-        reached = "serving.generate" if ran else "serving.logprobs"
-        verdicts[reached] = ("FAIL", failure)
-
-    wanted = [name for name in CHECKS if name != "serving.w4a4" or _asks_for_w4a4(config)]
-    stopped = f"not reached: {failure.splitlines()[0]}" if failure else "not reached"
-    checks = [_make(name, verdicts.get(name, ("UNCHECKED", stopped))) for name in wanted]
-    limit = options.require.max_perplexity
-    if limit is not None:
-        checks.append(_perplexity(result.get("perplexity"), limit, stopped))
-    return checks
-
-
-def _make(name: str, outcome: tuple[Verdict, str]) -> Check:
-    what, threshold = CHECKS[name]
-    return Check(name, outcome[0], what, outcome[1], threshold, HOW[name])
-
-
-def _perplexity(found: Any, limit: float, stopped: str) -> Check:
-    what = "the perplexity of the prompts is as low as the recipe asks"
-    verdict: Verdict = "UNCHECKED"
-    if isinstance(found, int | float):
-        verdict = "PASS" if found <= limit else "FAIL"
-    figure = stopped if found is None else _number(found)
-    verdict = "FAIL" if isinstance(found, str) else verdict  # "nan" or "inf"
-    return Check("serving.perplexity", verdict, what, figure, f"<= {limit:g}", HOW["serving.logprobs"])
-
-
-def _failure(result: dict[str, Any], tail: list[str]) -> str | None:
-    """Why the run ended early, with the log's last lines; None when it did not."""
-    if result.get("ok"):
-        return None
-    code, stage = int(result.get("exit_code") or 0), result.get("stage")
-    if result.get("timed_out"):
-        first = f"no end within the time-out, stopped in stage {stage}"
-    elif code < 0:
-        name = signal.Signals(-code).name
-        first = f"killed by {name} in stage {stage}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    elif result.get("error"):
-        return f"stage {stage}: {result['error']['type']}: {result['error']['message']}"
-    else:
-        first = f"exit code {code} in stage {stage}"
-    return "\n".join([first, *tail, f"log: {result.get('log')}"])
-
-
-def _kernels(layers: list[dict[str, Any]]) -> str:
-    counts: dict[str, int] = {}
-    for layer in layers:
-        if layer["format"] == "nvfp4":
-            name = f"{layer['kind']} {layer['kernel'] or layer['method']}"
-            counts[name] = counts.get(name, 0) + int(layer["count"])
-    return ", ".join(f"{count} x {name}" for name, count in counts.items())
-
-
-def _asks_for_w4a4(config: dict[str, Any]) -> bool:
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
-    for group in groups.values():
-        weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
-        if (weights.get("num_bits"), weights.get("type"), inputs.get("num_bits")) == (4, "float", 4):
-            return True
-    return False
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else str(value)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _tail(log: Path, lines: int = 12) -> list[str]:
-    try:
-        return log.read_text(errors="replace").splitlines()[-lines:]
-    except OSError:
-        return []
+def _length(options: Serving, config: dict[str, Any]) -> int:
+    wanted = max(PROMPT_ROOM, options.window_tokens if options.text else 0) + options.max_tokens
+    return min(wanted, int(config.get("max_position_embeddings") or wanted))

@@ -178,9 +178,13 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
             GROUP,
             False,
         )
-        w13_input = layer.w13_input_global_scale.amin(dim=1)
+        self.use_input_scales(layer, self.input_scales)
+
+    def use_input_scales(self, layer: Any, mode: str) -> None:
+        """Take the input divisors `[E]` of `mode` from now on; the loaded ones stay as they are."""
+        w13_input = layer.w13_input_global_scale.data.amin(dim=1)
         w2_input = layer.w2_input_global_scale.data
-        if self.input_scales == "collapsed":
+        if mode == "collapsed":
             w13_input = w13_input.min().expand_as(w13_input)
             w2_input = w2_input.min().expand_as(w2_input)
         layer.w13_input_divisor, layer.w2_input_divisor = w13_input.clone(), w2_input.clone()
@@ -211,6 +215,14 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
 
     def _quantize(self, x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
         return x if self.use_a16 else ref_nvfp4_quant_dequant(x, divisor, GROUP)
+
+
+def use_input_scales(model: torch.nn.Module, mode: str) -> None:
+    """Switch every layer of NVFP4 experts in `model` to a mode of MOE_INPUT_SCALES."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, CompressedTensorsCpuNvFp4MoEMethod):
+            method.use_input_scales(module, mode)
 
 
 def activate(layer: Any, hidden: torch.Tensor) -> torch.Tensor:

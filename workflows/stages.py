@@ -23,10 +23,11 @@ from recipes.schema import Recipe
 from verify.checks import Check
 from verify.levels import verify_levels
 from verify.report import to_json
-from verify.serving import check_environment
+from verify.serving import check_serving
 from workflows.card import model_card
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
+from workflows.plain_copy import source_to_serve
 from workflows.progress import Reporter
 from workflows.report import ReportPage
 from workflows.source import resolve_source
@@ -99,7 +100,7 @@ def inspect(run: Run, stages: list[str]) -> None:
     problems: list[str] = []
     if run.recipe.verify.serving is not None and "verify" in stages:
         try:
-            check_environment(run.recipe.verify.serving.python)
+            check_serving(run.recipe.verify.serving)
         except EnvironmentProblem as error:
             problems += error.problems
     if "calibrate" in stages:
@@ -187,20 +188,22 @@ def verify(run: Run) -> None:
         "fidelity": options.fidelity is not None,
         "serving": options.serving is not None,
     }
-    run.checks, result = verify_levels(
-        run.output,
-        [level for level, wanted in asked.items() if wanted],
-        run.directory.path / "logs",
-        plan=run.plan,
-        source=run.formats,
-        fidelity=options.fidelity,
-        serving=options.serving,
-        trust_remote_code=run.recipe.source.trust_remote_code,
-        digests=_written(run),
-        say=run.reporter.say,
-        # Not write_json: one number a line would make 70,000 rows a million lines.
-        on_fidelity=lambda data: write_text(run.directory.path / "fidelity.json", json.dumps(data)),
-    )
+    with source_to_serve(run.recipe, run.formats, run.directory.path) as served_source:
+        run.checks, result = verify_levels(
+            run.output,
+            [level for level, wanted in asked.items() if wanted],
+            run.directory.path / "logs",
+            plan=run.plan,
+            source=run.formats,
+            fidelity=options.fidelity,
+            serving=options.serving,
+            source_to_serve=served_source,
+            trust_remote_code=run.recipe.source.trust_remote_code,
+            digests=_written(run),
+            say=run.reporter.say,
+            # Not write_json: one number a line would make 70,000 rows a million lines.
+            on_fidelity=lambda data: write_text(run.directory.path / "fidelity.json", json.dumps(data)),
+        )
     run.samples = result.get("samples", [])
     if result:
         write_json(run.directory.path / "serving.json", result)

@@ -21,6 +21,11 @@ from tests.reference.model import decided, logits, reference_model
 TOP1, KL = 0.995, 1e-4
 ROOT = Path(__file__).parents[2]
 LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
+SERVING: dict[str, Any] = {
+    "python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"], "text": None, "compare": False,
+}  # fmt: skip
+#: The one case that also scores a text and serves its source.
+COMPARED = "deepseek_v4-fp8_mxfp4"
 CASES: dict[str, tuple[Any, list[str]]] = {
     "deepseek_v4-bf16": (lambda path: deepseek_v4.write(path, "bf16"), EXPERTS),
     "deepseek_v4-fp8": (lambda path: deepseek_v4.write(path, "fp8"), EXPERTS),
@@ -38,7 +43,7 @@ def write_recipe(directory: Path, source: Path, targets: list[str], **sections: 
         "output": str(directory / "output"),
         "modifiers": [{"QuantizationModifier": {"targets": targets, "scheme": "NVFP4"}}],
         "calibration": {"dataset": "bundled", "num_samples": 8, "max_seq_length": 128, "batch_size": 4},
-        "verify": {"serving": {"python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"]}},
+        "verify": {"serving": SERVING},
     }
     path = directory / "recipe.yaml"
     path.write_text(yaml.safe_dump(body | sections))
@@ -54,13 +59,16 @@ def run(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("case", CASES)
 def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
     write, targets = CASES[case]
-    recipe = write_recipe(tmp_path, write(tmp_path / "source"), targets)
+    serving = SERVING | ({"text": "bundled", "windows": 2, "compare": "auto"} if case == COMPARED else {})
+    recipe = write_recipe(tmp_path, write(tmp_path / "source"), targets, verify={"serving": serving})
     done = run(recipe, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["verdicts"] == {"structure": "PASS", "fidelity": "PASS", "serving": "PASS"}
     assert len(result["samples"]) >= 2 and all(sample["text"] for sample in result["samples"][:2])
     output = tmp_path / "output"
+    if case == COMPARED:
+        assert_compared(tmp_path / "output.run")
     card = (output / "README.md").read_text()
     assert "structure PASS, fidelity PASS, serving PASS" in card and "serving.w4a4 | PASS" in card
     events = [json.loads(line) for line in (tmp_path / "output.run" / "events.jsonl").read_text().splitlines()]
@@ -83,6 +91,23 @@ def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
     # The gate can tell: the same reference without activation quantization must not pass it.
     control = compare(logits(reference_model(output, quantize_inputs=False), ids), engine, masks)
     assert control.top1 < TOP1 and control.kl > 10 * KL, control
+
+
+def assert_compared(run_directory: Path) -> None:
+    """The source ran beside the output, from a plain copy that is gone, on the same tokens."""
+    assert not [path.name for path in run_directory.iterdir() if "plain-source" in path.name]
+    assert not (run_directory / "logs" / "logits").exists()
+    checks = {c["id"]: c for c in json.loads((run_directory / "verify.json").read_text())["checks"]}
+    assert checks["serving.source"]["verdict"] == "PASS" and "over 1024 tokens" in checks["serving.source"]["figure"]
+    served = json.loads((run_directory / "serving.json").read_text())
+    source = served["source"]
+    assert source["ok"] and source["engine"]["emulations"] and source["w4a4"] is None
+    # Random weights: 4-bit weights and activations do move the distributions, and not far.
+    assert 1e-3 < source["agreement"]["kl"] < 0.5 and 0.3 < source["agreement"]["top1"] < 1
+    assert all(sample["source_text"] is not None for sample in served["samples"])
+    assert any(sample["source_text"] != sample["text"] for sample in served["samples"])
+    longest = next(prompt for prompt in served["prompts"] if prompt["kind"] == "maximum length")
+    assert longest["tokens"] == 512 and len(longest["sample_ids"]) == 8
 
 
 @pytest.mark.parametrize("method", ["convert", "plain"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
@@ -88,7 +90,8 @@ def test_engine_agrees_with_the_reference(name: str, tmp_path: Path) -> None:
         config=dict(case.config),
     )
     checks, result, ids, engine = serve(output, tmp_path / "logs", random_prompts(1024))
-    assert {c.id: c.verdict for c in checks.values() if c.verdict != "PASS"} == {}, checks
+    expected = {"serving.input_scales": "WARN"} if case.per_expert_inputs else {}
+    assert {c.id: c.verdict for c in checks.values() if c.verdict != "PASS"} == expected, checks
     assert result["w4a4"] is True
     assert [len(i) for i in ids] == [1, 3, 40, 300]
 
@@ -110,5 +113,16 @@ def test_collapsed_input_scales_are_another_model(tmp_path: Path) -> None:
     write_nvfp4(tmp_path / "source", tmp_path / "output", case.pattern, case.targets, per_expert_inputs=True)
     _, result, ids, engine = serve(tmp_path / "output", tmp_path / "logs", random_prompts(1024), "collapsed")
     assert any("collapsed" in text for text in result["engine"]["emulations"])
-    agreement = compare(logits(reference_model(tmp_path / "output"), ids), engine)
+    stored = logits(reference_model(tmp_path / "output"), ids)
+    agreement = compare(stored, engine)
     assert agreement.kl > KL, agreement
+    # The same process also ran the other mode, and that one is the reference's.
+    scales = result["input_scales"]
+    assert (scales["layers"], scales["shared"], scales["experts"]) == (2, 0, 8), scales
+    losses = [
+        -row.log_softmax(-1)[:-1].gather(-1, torch.tensor(i[1:])[:, None]) for row, i in zip(stored, ids, strict=True)
+    ]
+    nll = float(torch.cat(losses).mean())
+    assert math.log(scales["other"]["perplexity"]) == pytest.approx(nll, abs=1e-4)
+    assert abs(math.log(result["perplexity"]) - nll) > 10 * 1e-4
+    assert scales["other"]["mode"] == "stored" and scales["other"]["kl"] > KL

@@ -43,8 +43,7 @@ def compare(
 
 
 def engine_logits(path: Path) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Token ids and logits per prompt, as `verify.vllm_worker` captured them."""
-    tensors = load_file(path)
-    numbers = sorted(int(name.split(".")[1]) for name in tensors if name.endswith(".logits"))
-    ids = [tensors[f"prompt.{n}.token_ids"].tolist() for n in numbers]
-    return ids, [tensors[f"prompt.{n}.logits"] for n in numbers]
+    """Token ids and logits per prompt, as `verify.vllm_worker` wrote them into `path`."""
+    files = sorted(path.glob("prompt.*.safetensors"), key=lambda file: int(file.name.split(".")[1]))
+    tensors = [load_file(file) for file in files]
+    return [found["token_ids"].tolist() for found in tensors], [found["logits"] for found in tensors]

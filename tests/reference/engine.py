@@ -27,10 +27,11 @@ def serve(
     checkpoint: Path, log_dir: Path, prompts: list[dict[str, Any]], moe_input_scales: str = "stored", **options: Any
 ) -> tuple[dict[str, Check], dict[str, Any], list[list[int]], list[torch.Tensor]]:
     """Serve in float32; returns checks by id, the worker's result, and token ids and logits per prompt."""
-    captured = log_dir / "logits.safetensors"
-    serving = Serving.model_validate({"python": VLLM_PYTHON, "dtype": "float32", "max_tokens": 8} | options)
+    captured = log_dir / "captured"
+    defaults = {"python": VLLM_PYTHON, "dtype": "float32", "max_tokens": 8, "text": None}
+    serving = Serving.model_validate(defaults | options)
     checks, result = verify_serving(
-        checkpoint, serving, log_dir, prompts=prompts, capture_logits=captured, moe_input_scales=moe_input_scales
+        checkpoint, serving, log_dir, prompts=prompts, write_logits=captured, moe_input_scales=moe_input_scales
     )
     ids, logits = engine_logits(captured) if captured.exists() else ([], [])
     return {check.id: check for check in checks}, result, ids, logits

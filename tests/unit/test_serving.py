@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from recipes.errors import EnvironmentProblem
+from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Require, Serving
-from verify import serving, vllm_worker
+from verify import engine, serving, serving_verdicts, vllm_prompts, vllm_sentinel, vllm_watch, vllm_worker
+from verify.checks import Check
+from verify.samples import complaint, repeated_tail
 
 NVFP4_CONFIG = {
     "quantization_config": {
@@ -36,19 +39,24 @@ def finished(**changes: Any) -> dict[str, Any]:
     }  # fmt: skip
     prompt = {
         "kind": "short", "tokens": 5, "nll": 2.0, "perplexity": 7.39, "text": "x", "sample_ids": [1], "sample": "y",
-        "skipped": None,
+        "skipped": None, "token_ids": [1, 2, 3, 4, 5],
     }  # fmt: skip
     return {
         "ok": True, "stage": "done", "error": None, "exit_code": 0, "timed_out": False, "log": "L",
         "engine": {"version": "0.32.0", "platform": "cpu", "dtype": "bfloat16"},
         "load": {"seconds": 1.0, "tensors": 9, "missing": [], "missing_total": 0},
-        "layers": [layer], "w4a4": True, "prompts": [prompt], "perplexity": 7.39, "nonfinite": None,
+        "layers": [layer], "w4a4": True, "prompts": [prompt], "windows": [{**prompt, "kind": "window 1"}], "perplexity": 7.39,
+        "input_scales": None, "agreement": None, "nonfinite": None, "source": None,
     } | changes  # fmt: skip
 
 
-def verdicts(result: dict[str, Any], config: dict[str, Any] = NVFP4_CONFIG, **require: Any) -> dict[str, str]:
+def judged(result: dict[str, Any], config: dict[str, Any] = NVFP4_CONFIG, **require: Any) -> dict[str, Check]:
     options = Serving(require=Require(**require))
-    return {check.id.split(".")[1]: check.verdict for check in serving.judge(result, options, config, ["last line"])}
+    return {check.id.split(".")[1]: check for check in serving_verdicts.judge(result, options, config)}
+
+
+def verdicts(result: dict[str, Any], config: dict[str, Any] = NVFP4_CONFIG, **require: Any) -> dict[str, str]:
+    return {name: check.verdict for name, check in judged(result, config, **require).items()}
 
 
 def test_a_good_run_passes_everything() -> None:
@@ -79,20 +87,26 @@ def test_nan_fails_unless_the_recipe_tolerates_it() -> None:
 
 
 def test_perplexity_is_judged_only_when_asked() -> None:
-    assert "perplexity" not in verdicts(finished())
+    assert "perplexity" not in verdicts(finished()) and "not judged" in judged(finished())["logprobs"].figure
     assert verdicts(finished(), max_perplexity=8)["perplexity"] == "PASS"
     assert verdicts(finished(), max_perplexity=7)["perplexity"] == "FAIL"
     assert verdicts(finished(perplexity="inf"), max_perplexity=7)["perplexity"] == "FAIL"
     assert verdicts(finished(perplexity=None), max_perplexity=7)["perplexity"] == "UNCHECKED"
+    # The prompts' perplexity is not the text's.
+    assert verdicts(finished(windows=[]), max_perplexity=8)["perplexity"] == "UNCHECKED"
 
 
-def test_what_was_not_reached_is_unchecked() -> None:
-    crashed = finished(ok=False, stage="load", exit_code=-9, layers=[], w4a4=None, prompts=[], perplexity=None)
-    found = {c.id.split(".")[1]: c for c in serving.judge(crashed, Serving(), NVFP4_CONFIG, ["last line"])}
+def test_what_was_not_reached_is_unchecked(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("first line\n" * engine.TAIL + "last line\n")
+    crashed = finished(ok=False, stage="load", exit_code=-9, layers=[], w4a4=None, prompts=[], windows=[],
+                       perplexity=None, log=str(log), source={"ok": False, "why": "not served"})  # fmt: skip
+    found = judged(crashed, NVFP4_CONFIG | {"num_experts": 8}, max_perplexity=8)
+    text = found["load"].figure
     assert found.pop("load").verdict == "FAIL"
-    assert {c.verdict for c in found.values()} == {"UNCHECKED"}
-    text = serving.judge(crashed, Serving(), NVFP4_CONFIG, ["last line"])[0].figure
-    assert "SIGKILL" in text and "out of memory" in text and "last line" in text
+    assert {c.verdict for c in found.values()} == {"UNCHECKED"} and set(found) >= {"coherent", "source", "input_scales"}
+    assert "SIGKILL" in text and "out of memory" in text and text.count("first line") == engine.TAIL - 1
+    assert "last line" in text
 
     in_forward = finished(ok=False, stage="forward", exit_code=-11, prompts=[])
     assert verdicts(in_forward)["load"] == "PASS" and verdicts(in_forward)["logprobs"] == "FAIL"
@@ -110,7 +124,7 @@ def test_a_missing_interpreter_or_one_without_vllm_names_the_remedy(tmp_path: Pa
     absent = str(tmp_path / "no" / "python")
     for python in (absent, sys.executable):
         with pytest.raises(EnvironmentProblem, match="make venv-vllm") as caught:
-            serving.check_environment(python)
+            engine.check_environment(python)
         assert python in str(caught.value)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(EnvironmentProblem, match="no such interpreter"):
@@ -122,15 +136,18 @@ def test_a_missing_interpreter_or_one_without_vllm_names_the_remedy(tmp_path: Pa
 def test_time_out_kills_the_whole_process_group(tmp_path: Path) -> None:
     child = "import os, subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
     log = tmp_path / "log"
-    _, timed_out = serving._run([sys.executable, "-c", child], log, timeout=2.0)
+    _, timed_out = engine.run_process([sys.executable, "-c", child], log, timeout=2.0)
     assert timed_out
     pid = int(log.read_text())
     deadline = time.monotonic() + 10
     while _alive(pid):
         assert time.monotonic() < deadline, "the engine's child outlived the time-out"
         time.sleep(0.05)
-    assert serving._run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log, timeout=60) == (-9, False)
-    assert serving._run([sys.executable, "-c", "raise SystemExit(3)"], log, timeout=60) == (3, False)
+    assert engine.run_process([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], log, timeout=60) == (
+        -9,
+        False,
+    )
+    assert engine.run_process([sys.executable, "-c", "raise SystemExit(3)"], log, timeout=60) == (3, False)
 
 
 def _alive(pid: int) -> bool:
@@ -145,7 +162,7 @@ def _alive(pid: int) -> bool:
 def test_the_environment_does_not_leak_this_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/somewhere")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    found = serving.environment()
+    found = engine.environment()
     assert "PYTHONPATH" not in found and found["OMP_NUM_THREADS"] == "3"
     assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
@@ -171,31 +188,31 @@ def test_kv_cache_grows_with_the_model() -> None:
     ],
 )
 def test_kernels_that_quantize_activations(kernel: str, use_a16: bool, expected: bool | None) -> None:
-    assert vllm_worker.quantizes(kernel, use_a16) is expected
+    assert vllm_watch.quantizes(kernel, use_a16) is expected
 
 
 def test_sentinels_find_what_was_not_written() -> None:
     written = torch.arange(64, dtype=torch.float32).reshape(4, 16)
-    assert vllm_worker.unwritten("w", written) is None
+    assert vllm_sentinel.unwritten("w", written) is None
     half = written.clone()
     half[2] = float("nan")
-    assert vllm_worker.unwritten("w", half) == {"name": "w", "share": 0.25, "where": "index 2 of dimension 0"}
+    assert vllm_sentinel.unwritten("w", half) == {"name": "w", "share": 0.25, "where": "index 2 of dimension 0"}
 
     packed = torch.randint(0, 256, (4, 3, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed[0, 0, :8] = 0x5A  # data may hold the sentinel byte
-    assert vllm_worker.unwritten("p", packed) is None
+    assert vllm_sentinel.unwritten("p", packed) is None
     packed[1, 2] = 0x5A
-    found = vllm_worker.unwritten("p", packed)
+    found = vllm_sentinel.unwritten("p", packed)
     assert found is not None and found["share"] == pytest.approx(1 / 12) and found["where"] == "index 1 of dimension 0"
 
     codes = torch.ones(2, 8).to(torch.float8_e4m3fn)
-    assert vllm_worker.unwritten("s", codes) is None
+    assert vllm_sentinel.unwritten("s", codes) is None
     codes.view(torch.uint8)[1, 3] = 0x7F
-    assert vllm_worker.unwritten("s", codes) is not None
+    assert vllm_sentinel.unwritten("s", codes) is not None
     table = torch.zeros(4, 2, dtype=torch.int32)
-    assert vllm_worker.unwritten("t", table) is None
+    assert vllm_sentinel.unwritten("t", table) is None
     table[3, 1] = 0x5A5A5A5A
-    assert vllm_worker.unwritten("t", table) is not None
+    assert vllm_sentinel.unwritten("t", table) is not None
 
 
 def test_results_are_strict_json_and_never_half_written(tmp_path: Path) -> None:
@@ -207,3 +224,137 @@ def test_results_are_strict_json_and_never_half_written(tmp_path: Path) -> None:
     failed = json.loads(path.read_text())
     assert failed["ok"] is False and failed["stage"] == "request" and failed["error"]["type"] == "FileNotFoundError"
     assert set(failed) >= {"engine", "load", "layers", "w4a4", "prompts", "nonfinite", "seconds", "peak_rss_bytes"}
+
+
+def test_a_served_source_is_compared_and_a_figure_without_threshold_is_no_pass() -> None:
+    agreement = {"tokens": 4088, "kl": 0.2, "top1": 0.8}
+    source = {"ok": True, "agreement": agreement, "perplexity": 7.0, "nll_difference": 0.05, "nll_error": 0.01,
+              "nonfinite": None}  # fmt: skip
+    result = finished(source=source)
+    assert verdicts(result)["source"] == "PASS"
+    assert "+0.050 +- 0.010 nats" in judged(result)["source"].figure
+    assert verdicts(result, max_kl=0.1)["source"] == "FAIL"
+    assert verdicts(result, min_top1=0.9)["source"] == "FAIL"
+    assert verdicts(result, max_kl=None, min_top1=0.7)["source"] == "PASS"
+    assert verdicts(result, max_kl=None)["source"] == "UNCHECKED"
+    assert verdicts(finished(source=source | {"agreement": agreement | {"kl": "nan"}}))["source"] == "FAIL"
+    broken = source | {"nonfinite": {"module": "m"}, "agreement": agreement | {"kl": "nan"}}
+    assert verdicts(finished(source=broken))["source"] == "UNCHECKED"
+    killed = {"ok": False, "stage": "load", "exit_code": -9, "agreement": None, "log": "L"}
+    assert "SIGKILL" in judged(finished(source=killed))["source"].figure
+    assert "source" not in verdicts(finished())
+
+
+def test_input_scales_that_differ_warn_and_fail_where_one_mode_is_worse_than_allowed() -> None:
+    scales = {"layers": 2, "experts": 16, "shared": 2, "mode": "stored", "other": None}
+    assert "16 experts in 2 layers" in judged(finished(input_scales=scales))["input_scales"].figure
+    assert verdicts(finished(input_scales=scales))["input_scales"] == "PASS"
+    other = {"mode": "collapsed", "perplexity": 9.0, "tokens": 4, "kl": 0.1, "top1": 0.9}
+    differ = finished(input_scales=scales | {"shared": 1, "other": other})
+    assert verdicts(differ)["input_scales"] == "WARN" and "in 1 of 2 layers" in judged(differ)["input_scales"].figure
+    assert verdicts(differ, max_perplexity=8)["input_scales"] == "FAIL"
+    broken = finished(input_scales=scales | {"shared": 1, "other": other | {"perplexity": "nan"}})
+    assert verdicts(broken)["input_scales"] == "FAIL"
+    on_gpu = finished(input_scales=scales | {"shared": 1, "mode": "kernel"})
+    assert verdicts(on_gpu)["input_scales"] == "UNCHECKED" and "MARLIN" in judged(on_gpu)["input_scales"].figure
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "expected"),
+    [
+        ([], "", "empty"),
+        ([7, 8], " \n", "empty"),
+        ([5] * 20, "a" * 20, "one token over and over for 20 of 20"),
+        ([1, 2, 3, *[4, 5, 6] * 6], "x y z", "3 tokens over and over for 18 of 21"),
+        ([*range(30), *[4, 5, 6] * 6], "x y z", None),  # the loop is the smaller part
+        ([9] * 6, "------", None),  # too short to tell
+        (list(range(20)), "\ufffd\x13\ufffd abc", "43% unprintable characters"),
+        (list(range(20)), "a whole sentence\ufffd", None),  # the last token cut a character
+        (list(range(20)), "Tabs\tand lines\n are text.", None),
+    ],
+)
+def test_samples_that_look_broken(ids: list[int], text: str, expected: str | None) -> None:
+    assert complaint(ids, text, 0.5, 0.3, may_loop=False) == expected
+
+
+def test_repeated_tails() -> None:
+    assert repeated_tail([1, 2, 3, 4]) == (0, 0)
+    assert repeated_tail([9, 1, 2, 1, 2, 1, 2]) == (2, 6)
+    assert repeated_tail([2, 9, 1, 2, 1, 2, 1]) == (0, 0)  # two and a half times
+    assert complaint([5] * 20, "a" * 20, 0.5, 0.3, may_loop=True) is None
+
+
+def test_broken_samples_warn_fail_or_are_the_sources_own() -> None:
+    loop = {**finished()["prompts"][0], "sample_ids": [5] * 20, "sample": "a" * 20}
+    assert verdicts(finished(prompts=[loop]))["coherent"] == "WARN"
+    assert verdicts(finished(prompts=[loop]), coherent=True)["coherent"] == "FAIL"
+    assert verdicts(finished(prompts=[loop]), max_loop=1.0)["coherent"] == "PASS"
+    assert verdicts(finished(prompts=[{**loop, "kind": "repeated token"}]))["coherent"] == "PASS"
+    well = {**loop, "source_text": "a sentence", "source_ids": [1, 2, 3]}
+    ill = {**loop, "source_text": "b" * 20, "source_ids": [6] * 20}
+    assert verdicts(finished(prompts=[well]), coherent=True)["coherent"] == "FAIL"
+    inherited = judged(finished(prompts=[ill]), coherent=True)["coherent"]
+    assert inherited.verdict == "PASS" and "source's own" in inherited.figure
+
+
+def test_agreement_is_the_mean_over_positions() -> None:
+    found = vllm_prompts.Agreement()
+    assert found.result() is None
+    logits = torch.tensor([[0.0, 0.0], [math.log(3.0), 0.0]])
+    found.add(logits, torch.zeros(2, 2))
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert found.result() == {"tokens": 2, "kl": pytest.approx(expected / 2), "top1": 1.0}
+    found.add(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+    assert found.result()["top1"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="logits"):
+        found.add(torch.zeros(2, 3), torch.zeros(2, 2))
+
+
+def test_input_scales_are_read_as_the_engine_loaded_them() -> None:
+    class Experts(torch.nn.Module):
+        def __init__(self, up: float, a16: bool = False) -> None:
+            super().__init__()
+            self.w13_input_global_scale = torch.nn.Parameter(torch.tensor([[2.0, 3.0], [2.0, up], [up, 2.0]]))
+            self.w2_input_global_scale = torch.nn.Parameter(torch.full((3,), 5.0))
+            self.quant_method = type("Method", (), {"use_a16": a16})()
+
+    assert vllm_sentinel.input_scales(torch.nn.Linear(2, 2)) is None
+    assert vllm_sentinel.input_scales(torch.nn.ModuleList([Experts(3.0, a16=True)])) is None
+    # The smaller of gate and up counts: 2, 2, 2 are shared, 2, 1, 1 are not.
+    model = torch.nn.ModuleList([Experts(3.0), Experts(1.0)])
+    assert vllm_sentinel.input_scales(model) == {"layers": 2, "experts": 6, "shared": 1}
+
+
+def test_paired_differences_and_the_bundled_text() -> None:
+    pairs = serving.nll_difference(
+        [{"nll": 2.0}, {"nll": 3.0}, {"nll": "nan"}], [{"nll": 1.9}, {"nll": 2.7}, {"nll": 1}]
+    )
+    assert pairs == {"nll_difference": pytest.approx(0.2), "nll_error": pytest.approx(0.1)}
+    assert serving.nll_difference([], []) == {"nll_difference": None, "nll_error": None}
+
+
+def test_a_text_that_cannot_be_read_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "good.txt").write_text("word " * 1000)
+    for name in ("absent.txt", "empty.txt", "bytes.txt"):
+        with pytest.raises(RecipeError, match=f"verify.serving.text: .*{name}"):
+            serving.check_serving(Serving(text=str(tmp_path / name)))
+    options = Serving(text=str(tmp_path / "good.txt"), windows=1, window_tokens=2)
+    assert serving.read_text(options) == "word " * 12 + "word"
+    assert serving.read_text(Serving(text=None)) is None
+
+
+def test_no_calibration_text_is_in_the_evaluation_text() -> None:
+    """No eight words in a row of the bundled evaluation text stand in the bundled calibration texts."""
+
+    def runs(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[n : n + 8]) for n in range(len(words) - 7)}
+
+    evaluation = runs(serving.read_text(Serving()) or "")
+    assert len(evaluation) > 5000
+    calibration = (Path(serving.__file__).parents[1] / "calibration/bundled/texts.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in calibration]
+    texts = [row.get("text") or " ".join(message["content"] for message in row["messages"]) for row in rows]
+    assert not [run for text in texts for run in runs(text) & evaluation]
