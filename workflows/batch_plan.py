@@ -16,7 +16,7 @@ from recipes.errors import EnvironmentProblem, RecipeError, SourceError, Workflo
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, variants
 from recipes.schema import Recipe
-from verify.serving import check_environment
+from verify.engine import check_environment
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 from workflows.progress import Reporter
 from workflows.source import resolve_source
