@@ -48,3 +48,22 @@ def anonymous_memory() -> int:
     except OSError:
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def available_memory() -> int:
+    """Bytes of anonymous memory that this process can have, what it holds included: the machine's available memory, or
+    less where a control group limits it."""
+    page = Path("/proc/meminfo").read_text()
+    free = next(int(line.split()[1]) * 1024 for line in page.splitlines() if line.startswith("MemAvailable:"))
+    group = Path("/sys/fs/cgroup")
+    for limit, statistics, key in (
+        ("memory.max", "memory.stat", "anon"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+    ):
+        try:
+            lines = (group / statistics).read_text().splitlines()
+            used = next(int(line.split()[1]) for line in lines if line.split()[0] == key)
+            free = min(free, int((group / limit).read_text()) - used)
+        except (OSError, ValueError, StopIteration):  # no such group, or "max"
+            continue
+    return free + anonymous_memory()

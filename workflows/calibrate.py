@@ -33,6 +33,7 @@ from recipes.errors import RecipeError
 from recipes.schema import Recipe
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
+from workflows.rehearse import Prepared
 
 #: Warnings of llm-compressor that are true of every run here and ask nothing of anybody.
 _EXPECTED = ("No accelerator available", "Calibration pipeline is set to")
@@ -50,11 +51,13 @@ def calibrate_blocks(
     ranks: Ranks,
     restart: bool = False,
     overwrite: bool = False,
+    prepared: Prepared | None = None,
 ) -> None:
     """Calibrates every block of `plan` that is not finished and writes its shards; then the shards outside the blocks.
 
     Goes on where an earlier run of the same recipe ended; see `open_resume` for `restart` and `overwrite`. All `ranks`
-    call this; rank 0 alone writes. Raises the errors of `require_divisible`,
+    call this; rank 0 alone writes. Batches and empty model are taken over from a rehearsal that `prepared` them.
+    Raises the errors of `require_divisible`,
     `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished
     stays.
     """
@@ -63,8 +66,11 @@ def calibrate_blocks(
     if ranks.size > 1:
         require_divisible(recipe)
     ranks.start()
-    tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
-    data = load_batches(recipe.calibration, tokenizer, source_directory=source.directory)
+    prepared = prepared or Prepared()
+    data = prepared.data
+    if data is None:
+        tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
+        data = load_batches(recipe.calibration, tokenizer, source_directory=source.directory)
     reporter.say(f"data: {data.description}")
     require_batches(ranks, len(data.batches))
     scratch = Path(recipe.offload.directory) if recipe.offload.directory else None
@@ -89,7 +95,9 @@ def calibrate_blocks(
             # A rank on another host may not see the run directory, and only one may write there.
             skeleton = directory.path if ranks.writes else Path(stack.enter_context(TemporaryDirectory()))
             with quiet(blocks.on_progress):
-                model = build_skeleton(source, skeleton, recipe.source.trust_remote_code, ranks.device)
+                model = prepared.model or build_skeleton(
+                    source, skeleton, recipe.source.trust_remote_code, ranks.device
+                )
             stack.enter_context(interrupts.deferring())
             stack.enter_context(reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)))
             summary = calibrate(recipe, model, plan, data.batches, callbacks, activations, resume=resume, ranks=ranks)

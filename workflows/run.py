@@ -1,4 +1,4 @@
-"""`python -m workflows.run recipe.yaml`: inspect -> calibrate -> export -> verify.
+"""`python -m workflows.run recipe.yaml`: inspect -> rehearse -> calibrate -> export -> verify.
 
 Exit codes: 0 success; 1 a defect of this program; 2 recipe or command line; 3 source checkpoint or data set;
 4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted.
@@ -159,12 +159,13 @@ def _chosen(options: argparse.Namespace) -> list[str]:
     if options.stages and options.from_stage:
         raise RecipeError("--stages and --from exclude each other; give one of them")
     if options.from_stage:
-        return list(STAGES[STAGES.index(options.from_stage) :])
-    names = options.stages.split(",") if options.stages else list(STAGES)
+        names = list(STAGES[STAGES.index(options.from_stage) :])
+    else:
+        names = options.stages.split(",") if options.stages else list(STAGES)
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise RecipeError(f"--stages: {', '.join(unknown)} unknown; stages are {', '.join(STAGES)}")
-    return [name for name in STAGES if name in names]
+    return [name for name in STAGES if name in names and not (options.no_rehearsal and name == "rehearse")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--restart", action="store_true", help="discard what an unfinished run has finished; begin anew"
     )
+    parser.add_argument("--no-rehearsal", action="store_true", help="leave the stage rehearse out")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and what it needs; start nothing")
     parser.add_argument("--status", action="store_true", help="tell where the run is; start nothing")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")

@@ -1,10 +1,9 @@
-"""The stages of a run in their order: inspect, calibrate, export, verify. Each can be run again on its own."""
+"""The stages of a run in their order: inspect, rehearse, calibrate, export, verify. Each can be run again on its own."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,17 @@ from recipes.schema import Recipe
 from verify.checks import Check
 from verify.levels import verify_levels
 from verify.report import to_json
-from verify.serving import check_serving
+from workflows import rehearse as rehearsal
 from workflows.card import model_card
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.plain_copy import source_to_serve
 from workflows.progress import Reporter
+from workflows.rehearse import Prepared
 from workflows.report import ReportPage
 from workflows.source import resolve_source
 
-STAGES = ("inspect", "calibrate", "export", "verify")
+STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
 
 
 @dataclass
@@ -53,6 +53,7 @@ class Run:
     page: ReportPage = field(init=False)
     checks: list[Check] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    prepared: Prepared = field(default_factory=Prepared)
 
     def __post_init__(self) -> None:
         self.output = Path(self.recipe.output)
@@ -95,16 +96,14 @@ class Run:
 
 
 def inspect(run: Run, stages: list[str]) -> None:
-    """Everything that can fail at the end is tried now: output directory, disk, vLLM environment. Then the plan and
-    the recipe are put into the run directory."""
-    problems: list[str] = []
-    if run.recipe.verify.serving is not None and "verify" in stages:
-        try:
-            check_serving(run.recipe.verify.serving)
-        except EnvironmentProblem as error:
-            problems += error.problems
-    if "calibrate" in stages:
-        problems += _output_problems(run, stages) + _disk_problems(run)
+    """What can fail at the end and be tried at once is tried now: output directory, disk, vLLM environment. Then the plan
+    and the recipe are put into the run directory."""
+    problems = rehearsal.early_problems(run, stages)
+    if problems and "rehearse" in stages:
+        run.reporter.say(
+            f"problems so far: {len(problems)}; the rehearsal looks for more before they are told", "warning"
+        )
+        rehearsal.rehearse(run, problems)
     if problems:
         raise EnvironmentProblem(problems)
     run.directory.open()
@@ -124,6 +123,11 @@ def inspect(run: Run, stages: list[str]) -> None:
     )
 
 
+def rehearse(run: Run) -> None:
+    """Tries everything that can fail later; see `workflows.rehearse`."""
+    rehearsal.rehearse(run)
+
+
 def calibrate(run: Run) -> None:
     """Calibrates block by block and writes each finished block's shards, or, for the methods without calibration,
     converts shard by shard; goes on where an earlier run ended."""
@@ -134,7 +138,7 @@ def calibrate(run: Run) -> None:
 
     calibrate_blocks(
         run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter, run.interrupts,
-        run.ranks, run.restart, run.overwrite,
+        run.ranks, run.restart, run.overwrite, run.prepared,
     )  # fmt: skip
 
 
@@ -224,36 +228,6 @@ def _write_card(run: Run) -> None:
     if summary:
         facts = {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
     write_text(run.output / "README.md", model_card(run.recipe, run.plan, run.source, run.checks, facts))
-
-
-def _output_problems(run: Run, stages: list[str]) -> list[str]:
-    if not run.output.exists():
-        return []
-    if not run.output.is_dir():
-        return [f"{run.output}: output exists and is no directory; name another output"]
-    if not any(run.output.iterdir()) or run.overwrite:
-        return []
-    facts = {fact.get("fact") for fact in run.directory.facts()}
-    begun, complete = bool(facts & {"fingerprint", "started"}), "verified" in facts
-    if begun and (run.restart or not complete or stages != list(STAGES)):
-        if not run.restart and not complete:
-            run.reporter.say(f"{run.output}: an unfinished run is there; this one goes on from what it finished")
-        return []
-    return [
-        f"{run.output}: output is not empty; name another, pass --overwrite, or verify what is there with --from verify"
-    ]
-
-
-def _disk_problems(run: Run) -> list[str]:
-    parent = run.output.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    # What an earlier run wrote is kept, or removed before anything is written.
-    there = sum(path.stat().st_size for path in run.output.glob("*.safetensors"))
-    free, wanted = shutil.disk_usage(parent).free, max(run.plan.output_bytes - there, 0)
-    if free >= wanted:
-        return []
-    return [f"{parent}: {free:,} bytes free, the output needs {wanted:,}; free some space or name another output"]
 
 
 def read_samples(run: Run) -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def _stages(events: list[dict[str, Any]], running: bool) -> dict[str, str]:
 def _last_error(events: list[dict[str, Any]], now: float) -> dict[str, Any] | None:
     """The last error, unless its stage has been finished since."""
     for event in reversed(events):
-        if event["event"] == "stage_finished" and event.get("stage") != "inspect":
+        if event["event"] == "stage_finished" and event.get("stage") not in ("inspect", "rehearse"):
             return None
         if event["event"] == "error":
             return {"age": round(now - event["time"], 1), "problems": event["problems"]}

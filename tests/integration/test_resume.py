@@ -56,7 +56,7 @@ class Attempt:
         self.recipe.write_text(yaml.safe_dump(body | {"output": str(self.output)}))
 
     def go(self, prepare: Any = None, *options: str) -> int:
-        self.code, self.text = finish([str(self.recipe), *options], self.log, prepare)
+        self.code, self.text = finish([str(self.recipe), "--no-rehearsal", *options], self.log, prepare)
         return self.code
 
     def journal(self, fact: str = "shards") -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def kill_once(case: Case, name: str, moment: float) -> None:
     """One kill, `moment` seconds after the start or, where the run was done by then, earlier; then the same command."""
     for number in range(20):
         attempt = Attempt(case, f"{name}-{number}", run=False)
-        process = start([str(attempt.recipe)], attempt.log)
+        process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log)
         process.join(moment * 0.7**number)
         process.kill()
         process.join()

@@ -196,7 +196,7 @@ def slow_blocks() -> None:
 def test_first_signal_finishes_the_block_the_second_does_not(case: Case, number: signal.Signals) -> None:
     attempt = Attempt(case, f"signal-{number}", run=False)
     for signals, blocks in ((1, 1), (2, 1)):
-        process = start([str(attempt.recipe)], attempt.log, slow_blocks)
+        process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log, slow_blocks)
         events = attempt.run_directory / "events.jsonl"
         known = len(events.read_text()) if events.exists() else 0
         while not events.exists() or f'"block": {blocks - 1 if signals == 1 else 1}' not in events.read_text()[known:]:
@@ -342,7 +342,7 @@ def test_killed_between_the_last_block_and_the_index(case: Case, attempt: Attemp
 def test_status_while_it_runs_and_after(case: Case, attempt: Attempt) -> None:
     status = [str(attempt.recipe), "--status", "--json"]
     assert json.loads(finish(status, attempt.log)[1])["state"] == "not started"
-    process = start([str(attempt.recipe)], attempt.log, slow_blocks)
+    process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log, slow_blocks)
     events = attempt.run_directory / "events.jsonl"
     while not events.exists() or '"event": "block"' not in events.read_text():
         time.sleep(0.02)

@@ -1,0 +1,143 @@
+"""What a run must compute, move and hold, from headers and the recipe alone: operations, bytes and counts, no seconds.
+
+The formulas stand in docs/cost-model.md; `tests/benchmarks/cost_model.py` applies them to DeepSeek-V4-Flash and -Pro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from calibration.checkpoint.families import NOT_LINEAR, ROUTED, Family
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.plan import Plan
+
+#: Bytes per value of activations and of dequantized weights: BF16.
+BF16 = 2
+#: Bytes per token of what travels beside the hidden states: ids, mask and positions (int64), rotary tables not counted.
+_BESIDE = 24
+
+
+@dataclass(frozen=True, order=True)
+class Product:
+    """A matrix product that a block makes: `[tokens * share, columns] x [columns, rows]`. `share` is below 1 where only
+    routed tokens enter (the mean over the experts)."""
+
+    rows: int
+    columns: int
+    share: float = 1.0
+
+    @property
+    def operations(self) -> float:
+        """Per token of the batch."""
+        return 2.0 * self.rows * self.columns * self.share
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block, or with `number` None all that stands outside the blocks. `products` counts equal matrix products;
+    `values` are logical weights, `quantized` those that become NVFP4 or FP8 tiles, in `modules` modules; `reads` are
+    source bytes by stored format."""
+
+    number: int | None
+    products: Counter[Product] = field(default_factory=Counter)
+    attention: tuple[int, int] = (0, 0)
+    values: int = 0
+    quantized: int = 0
+    modules: int = 0
+    reads: Counter[str] = field(default_factory=Counter)
+    written: int = 0
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(self.reads.values())
+
+    def operations(self, length: int) -> float:
+        """Per token of samples of `length` tokens: 2 per weight and product, and eager attention over the whole sample
+        (scores and values, `4 heads head_dim length`)."""
+        heads, dim = self.attention
+        return sum(p.operations * count for p, count in self.products.items()) + 4.0 * heads * dim * length
+
+
+def products(
+    family: Family, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], everything: bool = False
+) -> dict[int, Counter[Product]]:
+    """Block number -> its matrix products, from weight shapes by source tensor name.
+
+    Every token passes gate and up of every routed expert, as all-experts calibration needs; down only the experts it is
+    routed to, or all with `everything` (stock llm-compressor). Routers and what is no linear layer are left out.
+    """
+    found: dict[int, Counter[Product]] = {}
+    experts: Counter[int] = Counter()
+    downs: dict[int, Counter[tuple[int, int]]] = {}
+    gated = {leaf for group in family.fused_leaves for leaf in group}
+    for name, shape in shapes.items():
+        place = family.place(name)
+        if place.block is None or place.part in NOT_LINEAR or len(shape) != 2 or ".weight" not in name:
+            continue
+        size = (shape[0], shape[1])
+        if place.part == ROUTED and name.split(".")[-2] not in gated:
+            experts[place.block] += 1
+            downs.setdefault(place.block, Counter())[size] += 1
+        else:
+            found.setdefault(place.block, Counter())[Product(*size)] += 1
+    routed = int(config.get("num_experts_per_tok") or 1)
+    for block, sizes in downs.items():
+        share = 1.0 if everything else min(routed / experts[block], 1.0)
+        for size, count in sizes.items():
+            found.setdefault(block, Counter())[Product(*size, share)] += count
+    return found
+
+
+def attention(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads and their dimension."""
+    heads = int(config.get("num_attention_heads") or 0)
+    return heads, int(config.get("head_dim") or (int(config.get("hidden_size", 0)) // heads if heads else 0))
+
+
+def block_costs(plan: Plan, formats: Formats) -> list[BlockCost]:
+    """Every block of a plan in order, then (number None) the rest."""
+    checkpoint, family = formats.checkpoint, plan.family
+    weights = {name: formats.of(name).shape for name in checkpoint.tensors if name not in formats.companions}
+    per_block = products(family, weights, checkpoint.config)
+    costs: dict[int | None, dict[str, Any]] = {
+        number: {"reads": Counter(), "values": 0, "quantized": 0, "modules": 0, "written": 0}
+        for number in (*plan.block_numbers, None)
+    }
+    for name, step in plan.steps.items():
+        facts = costs[family.place(name).block]
+        owner = formats.of(name).kind if name in weights else "scale"
+        facts["reads"][owner] += checkpoint.tensors[name].nbytes
+        facts["written"] += sum(output.nbytes for output in step.outputs)
+        values = math.prod(weights.get(name, (0,)))
+        facts["values"] += values
+        if step.action == "quantize":
+            facts["quantized"] += values
+            facts["modules"] += 1
+    heads = attention(checkpoint.config)
+    return [
+        BlockCost(number, per_block.get(number, Counter()) if number is not None else Counter(),
+                  (0, 0) if number is None else heads, **facts)
+        for number, facts in costs.items()
+    ]  # fmt: skip
+
+
+def hidden_width(config: Mapping[str, Any]) -> int:
+    """Values per token between two blocks; DeepSeek-V4 keeps `hc_mult` hidden states."""
+    return int(config.get("hidden_size", 0)) * int(config.get("hc_mult") or 1)
+
+
+def boundary_bytes(width: int, batches: Sequence[tuple[int, int]]) -> int:
+    """Activations between two blocks of batches `(samples, tokens each)`: hidden states and the causal mask in BF16, ids
+    and positions."""
+    return sum(n * t * (BF16 * width + _BESIDE) + n * t * t * BF16 for n, t in batches)
+
+
+def scratch_bytes(boundary: int, blocks: int, max_host_memory: int | None) -> int:
+    """Most bytes of activations on disk at any time: those that enter and leave a block. What enters the first one is
+    there only as far as it passes `max_host_memory`, nothing leaves the last."""
+    first = 0 if max_host_memory is None else max(boundary - max_host_memory, 0)
+    return max(first + (boundary if blocks > 1 else 0), boundary * min(2, max(blocks - 1, 0)))

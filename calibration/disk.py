@@ -1,0 +1,81 @@
+"""Disks before the work: whether what will be written fits, and whether files can be written, made durable and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibration.checkpoint.header import fsync_directory
+from calibration.checkpoint.writer import PARTIAL
+from recipes.errors import EnvironmentProblem
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a run will put below `directory`, which need not exist yet, and what it can be told apart by."""
+
+    what: str
+    directory: Path
+    nbytes: int
+
+
+def existing(directory: Path) -> Path:
+    """The directory itself, or the nearest one above it that is there."""
+    directory = directory.absolute()
+    while not directory.exists():
+        directory = directory.parent
+    return directory
+
+
+def space_problems(needs: Sequence[Need]) -> list[str]:
+    """One message per file system that has less room than the needs that fall on it together."""
+    together: dict[int, list[Need]] = defaultdict(list)
+    for need in needs:
+        together[existing(need.directory).stat().st_dev].append(need)
+    problems = []
+    for group in together.values():
+        place, wanted = existing(group[0].directory), sum(need.nbytes for need in group)
+        free = shutil.disk_usage(place).free
+        if wanted > free:
+            parts = " and ".join(f"{need.what} {need.nbytes:,}" for need in group if need.nbytes)
+            problems.append(
+                f"{place}: {free:,} bytes free, the run needs {wanted:,} ({parts}); free some space, or name another "
+                "output or offload.directory"
+            )
+    return problems
+
+
+def probe_write(directory: Path, tag: str, nbytes: int) -> float:
+    """Writes, fsyncs, renames and removes a file of `nbytes` in `directory` (or the nearest one above that is there);
+    returns bytes per second. Its names end with `.partial`, so that what a kill leaves is taken for what it is, and hold
+    `tag`, so that the next probe replaces it. Raises EnvironmentProblem naming the step that failed."""
+    place = existing(directory)
+    first, last = (place / f".{tag}.{step}{PARTIAL}" for step in ("rehearsal", "renamed"))
+    chunk, step, began = os.urandom(min(_CHUNK, nbytes)), "written", time.monotonic()
+    try:
+        with first.open("wb", buffering=0) as file:
+            for begin in range(0, nbytes, _CHUNK):
+                file.write(chunk[: nbytes - begin])
+            step = "made durable (fsync)"
+            os.fsync(file.fileno())
+        step = "renamed"
+        first.replace(last)
+        fsync_directory(place)
+        seconds = time.monotonic() - began
+        step = "removed"
+        last.unlink()
+    except OSError as error:
+        for path in (first, last):
+            path.unlink(missing_ok=True) if path.exists() else None
+        raise EnvironmentProblem(
+            f"{place}: a file of {nbytes:,} bytes cannot be {step} there: {error.strerror}; name another output or "
+            "offload.directory"
+        ) from None
+    return nbytes / max(seconds, 1e-9)
