@@ -12,8 +12,9 @@ import os
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from recipes.schema import Recipe
 #: `on_progress(done, total)` in bytes of output, shards that were finished before included; called a few times a second.
 Progress = Callable[[int, int], None]
 _TICK = 0.2
+#: Workers where the recipe names none: one more than processors, so that the disk is busy while they compute; no more
+#: than this, because a dozen outrun any disk and each holds a buffer.
+_MOST_WORKERS = 16
 #: Disk left over for headers, config, tokenizer and the run directory.
 _SPARE = 64 * 2**20
 
@@ -77,7 +81,7 @@ def convert(
     kept = _kept(recipe, plan, formats, layouts, output, directory)
     pending = [layout for layout in layouts if layout.shard.name not in kept]
     _check_disk(output, sum(layout.nbytes for layout in pending))
-    workers = recipe.convert.workers or os.cpu_count() or 1
+    workers = recipe.convert.workers or min((os.cpu_count() or 1) + 1, _MOST_WORKERS)
     line = _Line(recipe, plan, formats, pending, output, directory, workers)
     total = sum(layout.nbytes for layout in layouts)
     before = total - sum(layout.nbytes for layout in pending)
@@ -158,7 +162,8 @@ def _check_disk(output: Path, wanted: int) -> None:
 class _Done:
     job: Job
     buffer: Buffer | None
-    totals: Totals = field(default_factory=Totals)
+    crc: int
+    totals: Totals
 
 
 class _Line:
@@ -244,9 +249,10 @@ class _Line:
             begin = job.position % PAGE
             room = target.array[begin : begin + job.output_bytes] if target is not None else None
             totals = self.work.do(job, data, room)
+            crc = zlib.crc32(room.data) if room is not None else 0
             with self._changed:
                 self.bytes_read += sum(extent.end - extent.begin for extent in extents)
-                self._done[number] = _Done(job, target, totals)
+                self._done[number] = _Done(job, target, crc, totals)
                 self._changed.notify_all()
 
     def _take(self) -> Buffer | None:
@@ -265,7 +271,7 @@ class _Line:
                     number += 1
                     totals = totals + done.totals
                     if done.buffer is not None:
-                        writer.append(done.buffer, done.job.output_bytes)
+                        writer.append(done.buffer, done.job.output_bytes, done.crc)
                         self.written += done.job.output_bytes
                         with self._changed:
                             self._free.append(done.buffer)
@@ -288,7 +294,7 @@ class _Line:
     def _append(self, writer: DirectWriter, layout: ShardLayout) -> None:
         header = Buffer(len(layout.header))
         header.array[: len(layout.header)] = memoryview(layout.header)
-        writer.append(header, len(layout.header))
+        writer.append(header, len(layout.header), zlib.crc32(layout.header))
         self.written += len(layout.header)
 
     def _finish(self, writer: DirectWriter, layout: ShardLayout, totals: Totals) -> None:

@@ -70,7 +70,7 @@ class Conversion(Section):
     mxfp4: Literal["lossless", "requantize"] = "lossless"
     """lossless keeps the codes of MXFP4 weights where the scales allow it and requantizes the others; requantize all."""
     workers: int | None = Field(default=None, ge=1, le=256)
-    """Threads that read and compute; one per processor when left out. The output does not depend on it."""
+    """Threads that read and compute; one more than processors (at most 16) when left out. The output does not depend on it."""
 
 
 class Offload(Section):

@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from recipes.errors import EnvironmentProblem, SourceError
 PAGE = 4096
 #: Neighbouring extents closer than this are read in one go.
 _GAP = 64 * 1024
+#: CRC-32's polynomial and the polynomial 1, bits reflected.
+_POLYNOMIAL, _ONE = 0xEDB88320, 1 << 31
 _DIRECT = getattr(os, "O_DIRECT", 0)
 Bytes = npt.NDArray[np.uint8]
 
@@ -146,10 +149,10 @@ class DirectWriter:
                 self.abandon()
                 raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from None
 
-    def append(self, buffer: Buffer, nbytes: int) -> None:
-        """Writes `nbytes` that begin at `buffer.array[position % PAGE]`."""
+    def append(self, buffer: Buffer, nbytes: int, crc: int) -> None:
+        """Writes `nbytes` that begin at `buffer.array[position % PAGE]`; `crc` is their CRC-32."""
         begin = self._position % PAGE
-        self.crc = zlib.crc32(buffer.array[begin : begin + nbytes].data, self.crc)
+        self.crc = join_crc(self.crc, crc, nbytes)
         buffer.array[:begin] = self._last.array[:begin]
         whole = (begin + nbytes) // PAGE * PAGE
         self._write(buffer.array[:whole], self._position - begin)
@@ -199,6 +202,34 @@ def digest(path: Path, buffer: Buffer) -> str:
     finally:
         reader.close()
     return _spell(crc, size)
+
+
+def join_crc(front: int, back: int, nbytes: int) -> int:
+    """CRC-32 of two byte strings in a row from the CRC-32 of each; `nbytes` is the second one's length. So that every
+    worker takes the CRC of its own output and the writer writes. Source: zlib's crc32_combine."""
+    return _multiply(_shift(nbytes), front) ^ back
+
+
+@cache
+def _shift(nbytes: int) -> int:
+    """x^(8 nbytes) modulo the CRC's polynomial."""
+    power, square, exponent = _ONE, _ONE >> 1, 8 * nbytes
+    while exponent:
+        if exponent & 1:
+            power = _multiply(power, square)
+        square, exponent = _multiply(square, square), exponent >> 1
+    return power
+
+
+def _multiply(a: int, b: int) -> int:
+    """Product of two polynomials over GF(2) modulo CRC-32's, bit 31 the constant term."""
+    product = 0
+    while a:
+        if a & _ONE:
+            product ^= b
+        a = a << 1 & 0xFFFFFFFF
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
+    return product
 
 
 def _spell(crc: int, nbytes: int) -> str:

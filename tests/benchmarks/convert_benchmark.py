@@ -104,6 +104,7 @@ def main() -> None:
     print(
         "| source GB | method | rounds | wall s | CPU-s | CPU-s/GB | GB/s | peak GB |\n|---|---|---|---|---|---|---|---|"
     )
+    relative = []
     for number, wanted in enumerate(sorted(options.gigabytes)):
         base = options.directory / f"{wanted:g}"
         shutil.rmtree(base, ignore_errors=True)
@@ -114,7 +115,7 @@ def main() -> None:
         digests = set()
         for turn in range(options.rounds):
             slow = SLOW if number == 0 and turn < options.slow_rounds else ()
-            for method in (*FAST, *slow):
+            for method in (*FAST[:: -1 if turn % 2 else 1], *slow):
                 results.setdefault(method, []).append(measure(method, source, base / method))
             digests.add(digest(base / "pipeline"))
         assert len(digests) == 1, "rounds differ"
@@ -122,7 +123,12 @@ def main() -> None:
             check_bytes(source, base / "pipeline")
         for method, rounds in results.items():
             print(row(size, method, rounds), flush=True)
+        ratios = sorted(
+            alone["seconds"] / whole["seconds"] for whole, alone in zip(results[FAST[0]], results[FAST[1]], strict=True)
+        )
+        relative.append(f"{size:.2f} GB: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
         shutil.rmtree(base)
+    print("\nSpeed relative to input and output alone, median of the rounds:", *relative, sep="\n")
 
 
 if __name__ == "__main__":

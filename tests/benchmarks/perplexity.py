@@ -1,6 +1,6 @@
 """What each method costs on a real model: perplexity in vLLM of SmolLM2-135M-Instruct, before and after.
 
-`python -m tests.benchmarks.perplexity --directory DIR [--windows 32]`: windows of 512 tokens of the Python language
+`python -m tests.benchmarks.perplexity --directory DIR [--windows 32] [--only GPTQ]`: windows of 512 tokens of the Python language
 reference (`pydoc_data.topics`), which no calibration text holds; bfloat16, all linear layers but the head quantized.
 """
 
@@ -58,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--only", default="", help="part of a method's name; BF16 always runs")
     options = parser.parse_args()
     source = options.directory / "source"
     if not source.exists():
@@ -70,6 +71,8 @@ def main() -> None:
         flush=True,
     )
     for number, (name, sections) in enumerate(METHODS.items()):
+        if options.only not in name:
+            continue
         directory = options.directory / str(number)
         directory.mkdir(exist_ok=True)
         done = run(write_recipe(directory, source, LINEAR, **({"verify": {}} | sections)), "--overwrite")
