@@ -23,7 +23,7 @@ COMPANIONS = frozenset({
     "input_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_zero_point",
 })  # fmt: skip
 #: Leaves that some writers add and that no config promises: scales of the KV cache, rotary tables of old exports.
-_ADDED = ("k_scale", "v_scale", "q_scale", "inv_freq")
+ADDED = ("k_scale", "v_scale", "q_scale", "inv_freq")
 _PLAIN = ("BF16", "F16", "F32")
 _HEAD_DIM, _MHC_SCALES = 128, 3
 
@@ -113,7 +113,7 @@ def compare(
     """Problems and doubts: what is missing, extra, misnamed, misshaped or of a wrong dtype; a doubt is a plain dtype
     other than the config's, which some writers choose."""
     missing = [name for name, want in wanted.items() if name not in stored and not want.optional]
-    extra = [n for n in stored if n not in wanted and n.rpartition(".")[2] not in _ADDED]
+    extra = [n for n in stored if n not in wanted and n.rpartition(".")[2] not in ADDED]
     problems = [f"{name}: missing{_hint(name, wanted, extra, stored, at < 5)}" for at, name in enumerate(missing)]
     problems += [f"{name}: config.json promises no such tensor" for name in extra]
     problems += [f"{name}: a scale without its weight" for name in orphans]

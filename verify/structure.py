@@ -21,7 +21,7 @@ from calibration.checkpoint.nvfp4 import GROUP
 from calibration.checkpoint.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
-from verify.expected import COMPANIONS, Stored, Wanted, compare, expected_tensors, mtp_blocks, stored_tensors
+from verify.expected import ADDED, COMPANIONS, Stored, Wanted, compare, expected_tensors, mtp_blocks, stored_tensors
 from verify.stream import Progress
 from verify.targets import Resolution
 from verify.tokenizer import tokenizer_check
@@ -43,9 +43,9 @@ def verify_structure(
     progress: Progress | None = None,
     digests: Mapping[str, str] | None = None,
 ) -> list[Check]:
-    """Checks the checkpoint in `directory`. With `plan` and `source` it must equal the plan; without them it must be
-    what its own config says. `digests` (shard -> sha256 hex or `crc32:<hex>:<bytes>`) are those of the run that wrote
-    it. `progress(done, total)` counts bytes read. Never raises for a broken checkpoint."""
+    """Checks the checkpoint in `directory`: against `plan` where there is one, and always against its own config. With
+    `source` copies, config and tokenizer are compared too. `digests` (shard -> sha256 hex or `crc32:<hex>:<bytes>`) are
+    those of the run that wrote it. `progress(done, total)` counts bytes read. Never raises for a broken checkpoint."""
     what = "headers, index and shards fit together"
     try:
         output = Checkpoint.open(directory)
@@ -64,8 +64,8 @@ def verify_structure(
     wanted, lacking = ({}, []) if family is _UNKNOWN else expected_tensors(family.name, output.config)
     resolution = Resolution(family, output.config, stored)
     checks += [
-        _tensors(output, family, plan, wanted, stored, orphans),
-        _mtp(output, family, plan),
+        _tensors(output, family, plan, source, wanted, stored, orphans),
+        _mtp(output, family, source),
         verdict("structure.companions", "every low-bit weight has its scales, of right dtype and shape",
                 _companions(output, stored, resolution), [], "headers against quantization_config"),
         verdict("structure.targets", "targets and ignore name what is stored quantized, in vLLM's names",
@@ -103,23 +103,28 @@ def _total_size(output: Checkpoint) -> list[str]:
 
 
 def _tensors(
-    output: Checkpoint, family: Family, plan: Plan | None, wanted: dict[str, Wanted], stored: dict[str, Stored],
-    orphans: list[str],
+    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, wanted: dict[str, Wanted],
+    stored: dict[str, Stored], orphans: list[str],
 ) -> Check:  # fmt: skip
     what = "every expected tensor, nothing else, right dtype and shape"
     id, figure = "structure.tensors", f"{len(output.tensors)} tensors"
-    how = "headers against " + " and ".join(["the plan"] * (plan is not None) + ["config.json"] * bool(wanted))
-    if plan is None and not wanted:
+    known = {
+        "the plan": plan is not None,
+        "the source": plan is None and source is not None,
+        "config.json": bool(wanted),
+    }
+    how = f"headers against {' and '.join(name for name, given in known.items() if given)}"
+    if not any(known.values()):
         model_type = output.config.get("model_type")
         why = f"model_type {model_type!r} has no grammar here" if family is _UNKNOWN else "config.json is not whole"
         return unchecked(id, what, f"{why}: the expected tensors cannot be derived; give the source")
     missing_mtp = not any(re.search(family.mtp, name) for name in stored)
     derived = {n: w for n, w in wanted.items() if not (missing_mtp and re.search(family.mtp, n))}
     problems, doubts = compare(derived, stored, orphans, output.config) if wanted else ([], [])
-    if plan is not None:
-        planned = _plan_problems(output, plan)
+    if source is not None:
+        different = _plan_problems(output, plan) if plan is not None else _source_problems(output, source, stored)
         # A tensor set that is the source's own is not the output's fault, even where it is not what the config says.
-        problems, doubts = planned, [] if planned else problems + doubts
+        problems, doubts = different, [] if different else problems + doubts
     return verdict(id, what, problems, doubts, how, figure)
 
 
@@ -133,18 +138,38 @@ def _plan_problems(output: Checkpoint, plan: Plan) -> list[str]:
     return sorted(problems)
 
 
-def _mtp(output: Checkpoint, family: Family, plan: Plan | None) -> Check:
+def _source_problems(output: Checkpoint, source: Checkpoint, stored: dict[str, Stored]) -> list[str]:
+    """Without a plan: every logical tensor of the source, and no other. What writers leave out is left out."""
+    theirs, _ = stored_tensors(source)
+    free = ("lm_head.weight",) if source.config.get("tie_word_embeddings") is True else ()
+    problems = [f"{name}: missing" for name in sorted(theirs.keys() - stored.keys()) if not name.endswith(ADDED + free)]
+    problems += [
+        f"{n}: the source has none" for n in sorted(stored.keys() - theirs.keys()) if not n.endswith(ADDED + free)
+    ]
+    for name in sorted(theirs.keys() & stored.keys()):
+        if theirs[name].shape != stored[name].shape:
+            problems.append(f"{name}: {list(stored[name].shape)}, the source has {list(theirs[name].shape)}")
+        elif (
+            stored[name].header.dtype != theirs[name].header.dtype
+            and not stored[name].low_bit
+            and not theirs[name].low_bit
+        ):
+            problems.append(f"{name}: {stored[name].header.dtype}, the source has {theirs[name].header.dtype}")
+    return problems
+
+
+def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None) -> Check:
     id, what = "structure.mtp", "MTP blocks are there where they should be"
     promised = mtp_blocks(output.config)
     found = {match[0] for name in output.tensors if (match := re.match(r"mtp\.\d+", name))}
-    planned = plan is not None and any(family.place(name).mtp for name in plan.outputs)
+    had = source is not None and any(family.place(name).mtp for name in source.tensors)
     figure = f"{len(found)} found, config.json promises {promised}"
     if found or not promised:
         return verdict(id, what, [], [], "headers", figure)
-    problem = ["dropped: the source has MTP tensors, the output has none"] if planned else []
+    problem = ["dropped: the source has MTP tensors, the output has none"] if had else []
     doubt = [f"config.json promises {promised} and there is no mtp tensor: speculative decoding is lost"]
     # Some sources never had them.
-    return verdict(id, what, problem, [] if plan is not None else doubt, "headers", figure)
+    return verdict(id, what, problem, [] if source is not None else doubt, "headers", figure)
 
 
 def _companions(output: Checkpoint, stored: dict[str, Stored], resolution: Resolution) -> list[str]:
@@ -162,6 +187,8 @@ def _companions(output: Checkpoint, stored: dict[str, Stored], resolution: Resol
             needed = {"weight_scale": ("F8_E4M3", (rows, columns // GROUP)), "weight_global_scale": ("F32", (1,))}
             if group is None or group.input_scale:
                 needed["input_global_scale"] = ("F32", (1,))
+            elif f"{module}.input_global_scale" in tensors:
+                problems.append(f"{module}.input_global_scale: {group.name} says that inputs are not quantized")
             if f"{module}.weight" in tensors:
                 problems.append(f"{module}: both weight and weight_packed")
         elif group is not None and header.dtype == "F8_E4M3" and len(found.shape) == 2:
@@ -195,11 +222,12 @@ def _fp8_scale(weights: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ..
 
 def _config(output: Checkpoint, plan: Plan | None, source: Checkpoint | None, lacking: list[str]) -> Check:
     id = "structure.config"
-    if plan is None or source is None:
+    if source is None:
         what = "config.json says what serving needs"
         return verdict(id, what, lacking, [], "config.json", "every field of use is there")
-    wanted = output_config(plan, source.config)
-    problems, doubts = list(lacking), []
+    wanted = output_config(plan, source.config) if plan is not None else dict(source.config)
+    respelled = _FREE_FIELDS | ({"quantization_config", "expert_dtype"} if plan is None else set())
+    problems, doubts = list(lacking), list[str]()
     rope = output.config.get("rope_parameters")
     moved = rope if isinstance(rope, dict) else {}
     for key in sorted(wanted.keys() | output.config.keys()):
@@ -208,14 +236,29 @@ def _config(output: Checkpoint, plan: Plan | None, source: Checkpoint | None, la
             continue
         text = f"{key}: {_short(found)}, planned {_short(want)}"
         if key == "quantization_config" and isinstance(found, dict):
-            # What it means is judged by structure.targets; other writers spell it otherwise.
+            # Which modules it means is judged by structure.targets; other writers spell it otherwise.
+            problems += _group_problems(found, want)
             doubts.append(text)
-        elif key in _FREE_FIELDS or key not in wanted or (key not in output.config and moved.get(key) == want):
+        elif key in respelled or key not in wanted or (key not in output.config and moved.get(key) == want):
             doubts.append(text)
         else:
             problems.append(text)
     return verdict(id, "config.json is the source's but for what serving needs", problems, doubts,
                    "config.json against the source's", f"{len(wanted)} fields equal")  # fmt: skip
+
+
+def _group_problems(found: dict[str, Any], wanted: Any) -> list[str]:
+    """Arguments of a planned config group that the output's group of that name has otherwise."""
+    ours, planned = (value.get("config_groups") if isinstance(value, dict) else None for value in (found, wanted))
+    problems: list[str] = []
+    if not isinstance(planned, dict) or not isinstance(ours, dict):
+        return problems
+    for name, group in planned.items():
+        mine = ours.get(name)
+        for key in ("format", "weights", "input_activations"):
+            if isinstance(mine, dict) and mine.get(key) != group[key]:
+                problems.append(f"config_groups.{name}.{key}: {_short(mine.get(key))}, planned {_short(group[key])}")
+    return problems
 
 
 def _bits(output: Checkpoint, plan: Plan | None, stored: dict[str, Stored], resolution: Resolution) -> Check:

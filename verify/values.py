@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from calibration.checkpoint.direct import Bytes
-from calibration.checkpoint.families import ROUTED, Family
+from calibration.checkpoint.families import ROUTED, ROUTER, Family
 from calibration.checkpoint.formats import module_of
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
@@ -29,6 +29,7 @@ _FLOATS = {
     "F8_E5M2": ("u1", 0x7F, 0x7C, 0x04),
     "F8_E8M0": ("u1", 0xFF, 0xFF, 0x00),
 }
+_TABLES = {"I64": "<u8", "I32": "<u4"}
 #: Largest weight that a weight's global scale admits (448 * 6 / scale). Weights of trained models lie between 0.01 and
 #: 100; the inverse of such a scale, modelopt's spelling, admits 7e4 to 7e8.
 _LARGEST_WEIGHT = (1e-6, 6e4)
@@ -50,7 +51,8 @@ class Values(Judge):
         self.empty_groups: Counter[str] = Counter()
         self.subnormal = self.group_scales = self.groups = 0
         self.single: dict[str, float] = {}
-        self.largest: Counter[str] = Counter()
+        self.largest: dict[str, int] = {}
+        self.tables: dict[str, int] = {}
         self.differing: set[str] = set()
         self.compared: set[str] = set()
         self._scratch = np.empty(JOB, np.uint8)
@@ -63,6 +65,10 @@ class Values(Judge):
                 self.differing.add(header.name)
         if header.dtype in _FLOATS:
             self._float(header, data)
+        elif header.dtype in _TABLES:
+            # Read as unsigned, a negative entry is a very large one.
+            entries = self._aligned(data, _TABLES[header.dtype])
+            self.tables[header.name] = max(self.tables.get(header.name, 0), int(entries.max()) if len(entries) else 0)
         elif header.name.endswith(".weight_packed") and not header.nbytes % (GROUP // 2):
             words = self._aligned(data, "<u8")
             np.bitwise_and(words, 0x7777777777777777, out=words)
@@ -89,7 +95,7 @@ class Values(Judge):
         bits = self._aligned(data, view)
         np.bitwise_and(bits, bits.dtype.type(magnitude), out=bits)
         largest = int(bits.max()) if len(bits) else 0
-        self.largest[header.name] = max(self.largest[header.name], largest)
+        self.largest[header.name] = max(self.largest.get(header.name, 0), largest)
         if largest >= infinite:
             self.nonfinite[header.name] += int(np.count_nonzero(bits >= infinite))
         if scale and normal:
@@ -110,7 +116,8 @@ class Values(Judge):
             self.group_scales += other.group_scales
             self.groups += other.groups
             self.single |= other.single
-            self.largest |= other.largest
+            for mine, theirs in ((self.largest, other.largest), (self.tables, other.tables)):
+                mine |= {name: max(value, mine.get(name, 0)) for name, value in theirs.items()}
             self.differing |= other.differing
             self.compared |= other.compared
         return self
@@ -129,10 +136,7 @@ def value_checks(
     progress: Progress | None,
 ) -> list[Check]:  # fmt: skip
     """The checks that need the values. A file that cannot be read to its end is a FAIL like any other."""
-    same: dict[str, TensorHeader] = {}
-    if plan is not None and source is not None:
-        copies = {o.name: step.source for step in plan.steps.values() if step.action == "copy" for o in step.outputs}
-        same = {n: source.tensors[s] for n, s in copies.items() if n in output.tensors and s in source.tensors}
+    same = _copies(output, plan, source) if source is not None else {}
     wanted = {shard: digest for shard, digest in digests.items() if shard in output.shards}
     try:
         judges, found = read_all(output, Values, same, source if same else None, wanted, progress)
@@ -148,12 +152,28 @@ def value_checks(
         *_shared(family, plan, output, values),
         _empty(output, values),
     ]  # fmt: skip
+    experts = output.config.get("n_routed_experts")
+    tables = {name: largest for name, largest in values.tables.items() if family.place(name).part == ROUTER}
+    if tables and isinstance(experts, int):
+        strange = [
+            f"{name}: names expert {n}, there are {experts}" for name, n in sorted(tables.items()) if n >= experts
+        ]
+        checks.append(
+            verdict(
+                "structure.tables",
+                "hash tables name experts that are there",
+                strange,
+                [],
+                _HOW,
+                f"{len(tables)} tables",
+            )
+        )
     what = "copied tensors are byte-identical to the source's"
-    if plan is None or source is None:
+    if source is None:
         checks.append(unchecked("structure.copies", what, "no source given"))
     else:
         differing = [f"{name}: differs from the source's {same[name].name}" for name in sorted(values.differing)]
-        differing += _casts(output, plan, source)
+        differing += _casts(output, plan, source) if plan is not None else []
         checks.append(
             verdict("structure.copies", what, differing, [], "bytes compared", f"{len(values.compared)} tensors equal")
         )
@@ -162,6 +182,18 @@ def value_checks(
         checks.append(verdict("structure.digests", "every shard is, bit for bit, what the run wrote", torn, [],
                               "digests of the run's journal", f"{len(wanted)} shards"))  # fmt: skip
     return checks
+
+
+def _copies(output: Checkpoint, plan: Plan | None, source: Checkpoint) -> dict[str, TensorHeader]:
+    """Output tensor -> source tensor of the same bytes: what the plan copies, without a plan all that is alike."""
+    if plan is not None:
+        names = {o.name: step.source for step in plan.steps.values() if step.action == "copy" for o in step.outputs}
+    else:
+        names = {
+            name: name for name, header in output.tensors.items()
+            if name in source.tensors and source.tensors[name].dtype == header.dtype
+        }  # fmt: skip
+    return {n: source.tensors[s] for n, s in names.items() if n in output.tensors and s in source.tensors}
 
 
 def _casts(output: Checkpoint, plan: Plan, source: Checkpoint) -> list[str]:

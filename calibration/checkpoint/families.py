@@ -14,7 +14,7 @@ from typing import Any
 
 from recipes.errors import SourceError
 
-ROUTED, SHARED = "routed expert", "shared expert"
+ROUTED, SHARED, ROUTER = "routed expert", "shared expert", "router"
 
 #: Parts whose weights are not linear layers; `Linear` in a recipe never means them.
 NOT_LINEAR = frozenset({"embedding", "router", "norm", "mHC", "sink", "compressor position"})

@@ -89,9 +89,9 @@ def _checked(path: Path, header: dict[str, Any], data_begin: int, size: int) -> 
     tensors: list[TensorHeader] = []
     for name, entry in header.items():
         try:
-            dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             problems.append(f"{path}: {name}: the header entry lacks dtype, shape or data_offsets")
             continue
         if dtype not in DTYPE_BYTES:

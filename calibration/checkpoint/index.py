@@ -121,9 +121,14 @@ def _weight_map(directory: Path) -> tuple[dict[str, str] | None, list[str]]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index_path}: weight_map is missing or empty; download the index again")
     problems = []
+    strange = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
+    if strange:
+        raise SourceError(
+            f"{index_path}: weight_map places {strange[0]} in {weight_map[strange[0]]!r}: a file name is needed"
+        )
     shards = list(dict.fromkeys(weight_map.values()))
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
+        if Path(shard).name != shard or shard in ("", ".", ".."):
             problems.append(
                 f"{index_path}: weight_map names {shard!r}: only plain file names beside the index are allowed"
             )

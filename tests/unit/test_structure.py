@@ -1,25 +1,29 @@
-"""Structure and fidelity: a good output passes, and each way of breaking it is caught by the check that must."""
+"""Structure: what a good output says of itself, how the bytes are read, and that nothing in a checkpoint makes it raise.
+Each way of breaking one is in tests/faults."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.writer import file_digest
 from tests.exported import export, recipe
+from tests.faults.editing import config, drop, rename
 from tests.models import deepseek_v4
+from verify import stream
 from verify.checks import Check
-from verify.fidelity import verify_fidelity
 from verify.report import level_verdicts
 from verify.structure import verify_structure
-
-EXPERT = "layers.0.ffn.experts.3"
 
 
 @pytest.fixture(scope="module")
@@ -35,132 +39,123 @@ def output(good: tuple, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good[0], tmp_path / "output"))
 
 
-def check(good: tuple, directory: Path) -> list[Check]:
-    return verify_structure(directory, good[1], good[2].checkpoint)
+def check(good: tuple, directory: Path, **options: Any) -> list[Check]:
+    return verify_structure(directory, good[1], good[2].checkpoint, **options)
 
 
-def failing(checks: list[Check]) -> set[str]:
-    return {found.id.split(".", 1)[1] for found in checks if found.verdict == "FAIL"}
+def by_id(checks: list[Check]) -> dict[str, Check]:
+    return {found.id.split(".", 1)[1]: found for found in checks}
 
 
 def test_a_good_output_passes_with_and_without_its_source(good: tuple) -> None:
     assert {found.verdict for found in check(good, good[0])} == {"PASS"}
     alone = {found.id: found.verdict for found in verify_structure(good[0])}
     assert {key for key, verdict in alone.items() if verdict != "PASS"} == {"structure.copies"}
-    assert {found.verdict for found in verify_fidelity(*good)} == {"PASS"}
 
 
-def rewrite(output: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Edits the shard that holds tensor `name`, then brings the index in line."""
-    index = json.loads((output / INDEX_NAME).read_text())
-    shard = output / index["weight_map"][name]
-    before = load_file(shard)
-    tensors = dict(before)
-    edit(tensors)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, shard, metadata={"format": "pt"})
-    for gone in before.keys() - tensors.keys():
-        del index["weight_map"][gone]
-    index["weight_map"] |= dict.fromkeys(tensors.keys() - before.keys(), shard.name)
-    index["metadata"]["total_size"] += sum(t.nbytes for t in tensors.values()) - sum(t.nbytes for t in before.values())
-    (output / INDEX_NAME).write_text(json.dumps(index))
+def test_a_source_without_a_plan_still_tells_what_is_lost(good: tuple, output: Path) -> None:
+    source = good[2].checkpoint
+    assert level_verdicts(verify_structure(output, source=source))["structure"] == "WARN"  # another quantization_config
+    drop(r"^mtp\.")(output)
+    found = by_id(verify_structure(output, source=source))
+    assert (found["mtp"].verdict, found["tensors"].verdict) == ("FAIL", "FAIL")
+    assert by_id(verify_structure(output))["mtp"].verdict == "WARN"
 
 
-def value(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
-    return lambda output: rewrite(output, name, lambda tensors: tensors.update({name: change(tensors[name])}))
+def test_a_misnamed_tensor_is_recognized(output: Path) -> None:
+    rename(r"^layers\.0\.attn\.kv_norm", "layers.0.attn.kv_nrm")(output)
+    assert "did it become layers.0.attn.kv_nrm.weight?" in by_id(verify_structure(output))["tensors"].figure
 
 
-def first(replacement: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        changed = tensor.to(torch.float32)
-        changed.view(-1)[0] = replacement
-        return changed.to(tensor.dtype)
-
-    return change
+def test_an_unknown_family_is_unchecked_not_broken(output: Path) -> None:
+    config(lambda c: c.update(model_type="deepseek_v9"))(output)
+    found = by_id(verify_structure(output))
+    assert found["tensors"].verdict == "UNCHECKED" and "deepseek_v9" in found["tensors"].figure
+    assert found["companions"].verdict == found["finite"].verdict == found["scales"].verdict == "PASS"
 
 
-def config(edit: Callable[[dict], None]) -> Callable[[Path], None]:
-    def apply(output: Path) -> None:
-        loaded = json.loads((output / CONFIG_NAME).read_text())
-        edit(loaded)
-        (output / CONFIG_NAME).write_text(json.dumps(loaded))
-
-    return apply
-
-
-def wrong_targets(loaded: dict) -> None:
-    loaded["quantization_config"]["config_groups"]["experts"]["targets"] = [r"re:.*mlp\.experts.*"]
-
-
-def total_size(output: Path) -> None:
-    index = json.loads((output / INDEX_NAME).read_text())
-    index["metadata"]["total_size"] += 1
-    (output / INDEX_NAME).write_text(json.dumps(index))
-
-
-def drop(name: str) -> Callable[[Path], None]:
-    return lambda output: rewrite(output, name, lambda tensors: tensors.pop(name) is None)
+def test_digests_of_both_spellings_are_those_of_the_files(
+    good: tuple, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs so small that tensors are cut and shards take many turns of several threads."""
+    monkeypatch.setattr(stream, "JOB", 4096)
+    monkeypatch.setattr(stream, "_THREADS", 3)
+    shards = sorted(output.glob("*.safetensors"))
+    digests = {path.name: digest(path, Buffer(2**20)) if i % 2 else file_digest(path) for i, path in enumerate(shards)}
+    seen: list[tuple[int, int]] = []
+    checks = check(good, output, digests=digests, progress=lambda done, total: seen.append((done, total)))
+    assert {found.verdict for found in checks} == {"PASS"} and by_id(checks)[
+        "digests"
+    ].figure == f"{len(shards)} shards"
+    total = Checkpoint.open(output).total_bytes
+    assert max(seen) == (total, total)
+    swapped = dict(zip(digests, reversed(digests.values()), strict=True))
+    assert by_id(check(good, output, digests=swapped))["digests"].verdict == "FAIL"
 
 
-def misname(old: str, new: str) -> Callable[[Path], None]:
-    return lambda output: rewrite(output, old, lambda tensors: tensors.update({new: tensors.pop(old)}))
+def test_values_are_found_wherever_the_tensor_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A NaN, an Inf or a scale with a sign as the last element of tensors that begin at odd bytes and span jobs."""
+    monkeypatch.setattr(stream, "JOB", 4096)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({"model_type": "none"}))
+    broken = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2, torch.float8_e4m3fn):
+        tensor = torch.ones(5000, dtype=torch.float32)
+        tensor[-1] = float("nan") if dtype == torch.float8_e4m3fn else float("-inf")
+        broken[str(dtype).removeprefix("torch.")] = tensor.to(dtype)
+    broken["float8_e8m0fnu"] = torch.full((5001,), 255, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    fine = {f"fine_{name}": torch.ones(77).to(tensor.dtype) for name, tensor in broken.items()}
+    save_file({"pad": torch.ones(3, dtype=torch.uint8)} | broken | fine, tmp_path / "model.safetensors")
+    finite = by_id(verify_structure(tmp_path))["finite"]
+    assert finite.verdict == "FAIL" and "fine" not in finite.figure
+    save_file({"pad": torch.ones(3, dtype=torch.uint8)} | fine, tmp_path / "model.safetensors")
+    assert by_id(verify_structure(tmp_path))["finite"].verdict == "PASS"
 
 
-FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "input scale missing": (drop(f"{EXPERT}.w1.input_global_scale"), "tensors"),
-    "packed weight missing": (drop(f"{EXPERT}.w1.weight_packed"), "tensors"),
-    "group scale missing": (drop(f"{EXPERT}.w1.weight_scale"), "companions"),
-    "MTP tensor dropped": (drop("mtp.0.enorm.weight"), "tensors"),
-    "kv_norm misnamed": (misname("layers.0.attn.kv_norm.weight", "layers.0.attn.norm.weight"), "tensors"),
-    "extra expert": (misname(f"{EXPERT}.w1.weight_packed", "layers.0.ffn.experts.64.w1.weight_packed"), "companions"),
-    "packed weight transposed": (value(f"{EXPERT}.w1.weight_packed", lambda t: t.t()), "tensors"),
-    "router rounded to FP8": (
-        value("layers.0.ffn.gate.weight", lambda t: t.to(torch.float8_e4m3fn).to(torch.bfloat16)), "copies"),
-    "one Inf": (value(f"{EXPERT}.w2.input_global_scale", first(float("inf"))), "finite"),
-    "NaN group scale": (value(f"{EXPERT}.w2.weight_scale", first(float("nan"))), "finite"),
-    "zero group scale": (value(f"{EXPERT}.w2.weight_scale", first(0.0)), "scales"),
-    "negative global scale": (value(f"{EXPERT}.w2.weight_global_scale", lambda t: -t), "scales"),
-    "gate and up differ": (value(f"{EXPERT}.w3.weight_global_scale", lambda t: t * 2), "fused"),
-    "input scale not shared": (value(f"{EXPERT}.w2.input_global_scale", lambda t: t * 2), "input_scales"),
-    "wrong dtype": (value(f"{EXPERT}.w2.weight_global_scale", lambda t: t.to(torch.bfloat16)), "tensors"),
-    "targets in another namespace": (config(wrong_targets), "targets"),
-    "a config field lost": (config(lambda c: c.pop("compress_ratios")), "config"),
-    "total_size wrong": (total_size, "total_size"),
-    "shard half written": (lambda output: (output / "model-x.safetensors.partial").write_bytes(b"x"), "files"),
-    "stray shard": (lambda output: save_file({"x": torch.ones(1)}, output / "stray.safetensors"), "files"),
-    "truncated shard": (lambda o: (s := sorted(o.glob("*.safetensors"))[0]).write_bytes(s.read_bytes()[:-7]) and None, "open"),
-    "missing shard": (lambda output: sorted(output.glob("*.safetensors"))[1].unlink(), "open"),
-    "config not JSON": (lambda output: (output / CONFIG_NAME).write_text("{") and None, "open"),
-}  # fmt: skip
+def test_a_hub_cache_may_link_to_its_blobs(output: Path) -> None:
+    shard = sorted(output.glob("*.safetensors"))[0]
+    (output.parent / "blobs").mkdir()
+    shard.rename(output.parent / "blobs" / "0abc")
+    shard.symlink_to(os.path.join("..", "blobs", "0abc"))
+    assert by_id(verify_structure(output))["files"].verdict == "PASS"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_caught_by_their_check(good: tuple, output: Path, fault: str) -> None:
-    spoil, expected = FAULTS[fault]
-    spoil(output)
-    checks = check(good, output)
-    assert expected in failing(checks), {found.id: found.verdict for found in checks}
-    assert level_verdicts(checks)["structure"] == "FAIL"
+MALFORMED: list[Callable[[dict], object]] = [
+    lambda c: c.update(quantization_config=[1]),
+    lambda c: c.update(quantization_config="fp8"),
+    lambda c: c["quantization_config"].update(config_groups=None),
+    lambda c: c["quantization_config"].update(config_groups={"a": 3}),
+    lambda c: c["quantization_config"].update(config_groups={"a": {"weights": 4, "targets": ["Linear"]}}),
+    lambda c: c["quantization_config"].update(config_groups={"a": {"weights": {}, "targets": "Linear"}}),
+    lambda c: c["quantization_config"].update(ignore=[3]),
+    lambda c: c["quantization_config"].update(ignore=["re:("]),
+    lambda c: c["quantization_config"]["config_groups"]["experts"].update(targets=["re:["]),
+    lambda c: c["quantization_config"]["config_groups"]["experts"].update(input_activations="none"),
+    lambda c: c.update(num_hidden_layers="3"),
+    lambda c: c.update(hidden_size=-64),
+    lambda c: c.update(n_routed_experts=None),
+    lambda c: c.update(compress_ratios=[0, "4", 128]),
+    lambda c: c.update(compress_ratios=[0]),
+]
 
 
-WEIGHT_FAULTS: dict[str, Callable[[Path], None]] = {
-    "nibbles swapped": value(f"{EXPERT}.w1.weight_packed", lambda t: (t << 4) | (t >> 4)),
-    "global scale inverted": value(f"{EXPERT}.w2.weight_global_scale", lambda t: 1 / t),
-    "experts exchanged": lambda output: rewrite(
-        output,
-        f"{EXPERT}.w1.weight_packed",
-        lambda tensors: tensors.update(
-            {f"{EXPERT}.w1.weight_packed": tensors["layers.0.ffn.experts.4.w1.weight_packed"].clone()}
-        ),
-    ),
-    "expert zeroed": value(f"{EXPERT}.w2.weight_packed", torch.zeros_like),
-}
+@pytest.mark.parametrize("edit", MALFORMED)
+def test_a_malformed_config_is_a_verdict(good: tuple, output: Path, edit: Callable[[dict], object]) -> None:
+    config(edit)(output)
+    for checks in (verify_structure(output), check(good, output)):
+        assert level_verdicts(checks)["structure"] == "FAIL"
 
 
-@pytest.mark.parametrize("fault", WEIGHT_FAULTS)
-def test_wrong_weights_fail_fidelity(good: tuple, output: Path, fault: str) -> None:
-    WEIGHT_FAULTS[fault](output)
-    failed = [found for found in verify_fidelity(output, *good[1:]) if found.verdict == "FAIL"]
-    assert failed and EXPERT in failed[0].figure
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {"x": ["y"]}}', '{"weight_map": {"x": 3}}', "\udcff"])
+def test_a_malformed_index_is_a_verdict(output: Path, content: str) -> None:
+    (output / INDEX_NAME).write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert level_verdicts(verify_structure(output))["structure"] == "FAIL"
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", ["", "[]", '{"model": 3, "added_tokens": 4}', "\udcff"])
+def test_a_malformed_tokenizer_is_a_verdict(good: tuple, output: Path, name: str, content: str) -> None:
+    (output / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert by_id(check(good, output))["tokenizer"].verdict == "FAIL"
 
 
 def test_output_is_byte_identical_where_the_plan_copies(good: tuple) -> None:

@@ -1,0 +1,65 @@
+"""Every fault is caught by the check that promises it, at its level."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.faults.checkpoints import BASES, Good, make
+from tests.faults.faults import FAULTS, Fault
+from verify.checks import Check
+from verify.fidelity import verify_fidelity
+from verify.structure import verify_structure
+
+
+@pytest.fixture(scope="session")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Good]:
+    return cache(lambda base: make(base, tmp_path_factory.mktemp(base)))
+
+
+def judged(fault: Fault, good: Good, directory: Path) -> list[Check]:
+    """The checks of the fault's level on the spoiled copy in `directory`."""
+    if fault.level == "fidelity":
+        return verify_fidelity(directory, good.plan, good.source)
+    if fault.level == "structure":
+        return verify_structure(directory)
+    digests = good.digests if fault.level == "structure in a run" else None
+    return verify_structure(directory, good.plan, good.source.checkpoint, digests=digests)
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if f.level != "serving"], ids=lambda fault: fault.name)
+def test_the_fault_is_caught(good: Callable[[str], Good], tmp_path: Path, fault: Fault) -> None:
+    base = good(fault.base)
+    directory = Path(shutil.copytree(base.directory, tmp_path / "output"))
+    fault.spoil(directory)
+    found = {check.id: check for check in judged(fault, base, directory)}
+    assert fault.check in found and found[fault.check].verdict == "FAIL", [
+        c for c in found.values() if c.verdict != "PASS"
+    ]
+    if fault.level == "structure":
+        # What the checkpoint alone betrays is not forgiven where the source is known.
+        checks = verify_structure(directory, base.plan, base.source.checkpoint)
+        assert "FAIL" in {check.verdict for check in checks}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_unspoiled_checkpoints_pass(good: Callable[[str], Good], base: str) -> None:
+    known = good(base)
+    alone = verify_structure(known.directory)
+    whole = verify_structure(known.directory, known.plan, known.source.checkpoint, digests=known.digests)
+    fidelity = verify_fidelity(known.directory, known.plan, known.source)
+    assert {check.verdict for check in [*alone, *whole, *fidelity]} <= {"PASS", "WARN", "UNCHECKED"}, [
+        *alone,
+        *whole,
+        *fidelity,
+    ]
+
+
+def test_the_list_is_what_it_says() -> None:
+    names = Counter(fault.name for fault in FAULTS)
+    assert len(names) >= 40 and max(names.values()) == 1
