@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 # Without bytecode every start of Python pays for compiling torch, transformers and vLLM again: 23 s instead of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-gpu test-browser lint venv venv-vllm schema clean
+.PHONY: demo test test-slow test-gpu test-browser test-slurm lint venv venv-vllm schema clean
 
 demo: venv venv-vllm $(DEMO)/config.json
 	$(RUN) -m workflows.run recipes/quickstart.yaml --overwrite
@@ -20,11 +20,15 @@ test: venv venv-vllm lint
 	$(RUN) -m pytest
 
 test-slow: venv venv-vllm
-	$(RUN) -m pytest -m "slow and not gpu"
+	$(RUN) -m pytest -m "slow and not gpu and not slurm"
 
 # Needs chromium (on Debian: apt-get install chromium).
 test-browser: venv
 	$(RUN) -m pytest -m browser
+
+# As root; it fails where slurm-wlm and munge (Debian's packages) are not installed.
+test-slurm: venv
+	$(RUN) -m pytest -m slurm tests/slurm
 
 test-gpu: venv venv-vllm
 	$(RUN) -m pytest -m gpu

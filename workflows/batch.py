@@ -15,12 +15,15 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import ModuleType
 
 from rich.console import Console
 
-from recipes.errors import BatchFailed, Interrupted, RecipeError, WorkflowError
-from recipes.matrix import load_matrix
+from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
+from recipes.matrix import Matrix, load_matrix, parse_resources
+from workflows.batch_child import Slot
 from workflows.batch_hooks import Hooks
+from workflows.batch_outcome import Outcome
 from workflows.batch_plan import Preflight, ends, preflight, wanted_runs
 from workflows.batch_queue import Queue, Rules, parse_slots
 from workflows.batch_state import BatchDirectory
@@ -40,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             batch = BatchDirectory(_directory(options))
             if options.status:
-                _show(batch, options.json, summarize(batch))
+                _show(batch, options.json, summarize(batch, _jobs(batch)))
                 return 0
             _work(options, batch, reporter, interrupts)
         except KeyboardInterrupt:
@@ -61,7 +64,12 @@ def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter
     matrices = [(path, load_matrix(path)) for path in options.matrix]
     wanted = wanted_runs(options.recipes, matrices, options.set)
     batch.open()
-    found = preflight(wanted, batch, len(slots), options.overwrite, reporter.say)
+    under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
+    if under_way and options.executor is None:
+        raise EnvironmentProblem(
+            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
+        )
+    found = preflight(wanted, batch, len(slots), options.overwrite, reporter.say, under_way)
     if not options.keep_going:
         found.require_sound()
     for _, problem in found.problems:
@@ -69,6 +77,14 @@ def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter
     _say_plan(found, len(slots), reporter)
     if options.dry_run:
         return
+    if options.executor is not None:
+        _submit(options, batch, found, slots, rules, matrices, reporter, interrupts)
+        return
+    under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
+    if under_way:
+        raise EnvironmentProblem(
+            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
+        )
     batch.save(found.entries, slots=len(slots))
 
     def rewrite() -> None:
@@ -91,16 +107,61 @@ def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter
         _show(batch, options.json, summary)
         hooks.track(summary)
         hooks.notify("end")
-    _judge(queue)
+    _judge(queue.outcomes, queue.stopping)
 
 
-def _judge(queue: Queue) -> None:
-    bad = [f"{name}: {outcome.reason}" for name, outcome in queue.outcomes.items() if outcome.kind == "failed"]
-    left = [name for name, outcome in queue.outcomes.items() if outcome.kind == "stopped"]
+def _submit(
+    options: argparse.Namespace, batch: BatchDirectory, found: Preflight, slots: list[Slot], rules: Rules,
+    matrices: list[tuple[Path, Matrix]], reporter: Reporter, interrupts: Interrupts,
+) -> None:  # fmt: skip
+    cluster = _cluster()
+    resources = {}
+    for wanted, entry in zip(wanted_runs(options.recipes, matrices, options.set), found.entries, strict=True):
+        resources[entry.name] = parse_resources(options.resource, wanted.resources)
+    batch.save(found.entries, slots=len(slots))
+    batch.release()
+    try:
+        with interrupts.deferring():
+            cluster.submit(
+                batch, found.entries, options.executor, resources, rules, slots, options.notify, reporter.say,
+                lambda: interrupts.requested,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        cluster.stop_at_once(batch)
+        raise
+    finally:
+        _show(batch, options.json, write_summary(batch, cluster.queued(batch, found.entries)))
+    if options.executor == "local":
+        Hooks(batch.path, options.notify, options.mlflow, reporter.say).notify("end")
+        _judge(cluster.outcomes(batch, found.entries), "stopped")
+
+
+def _jobs(batch: BatchDirectory) -> dict[str, str]:
+    """Run -> state of its job, where the batch has been given to a cluster."""
+    entries, _ = batch.load()
+    if not any(attempt["fact"] == "submitted" for entry in entries for attempt in batch.attempts(entry.name)):
+        return {}
+    found: dict[str, str] = _cluster().queued(batch, entries)
+    return found
+
+
+def _cluster() -> ModuleType:
+    try:
+        from workflows import cluster
+    except ImportError:
+        raise EnvironmentProblem(
+            "--executor: submitit is not installed here; pip install 'nvfp4-workflows[slurm]', or leave --executor out"
+        ) from None
+    return cluster
+
+
+def _judge(outcomes: dict[str, Outcome], why: str) -> None:
+    bad = [f"{name}: {outcome.reason}" for name, outcome in outcomes.items() if outcome.kind == "failed"]
+    left = [name for name, outcome in outcomes.items() if outcome.kind == "stopped"]
     if left:
-        raise Interrupted([f"{queue.stopping}: {len(left)} runs are left; the same command goes on", *bad])
+        raise Interrupted([f"{why}: {len(left)} runs are left; the same command goes on", *bad])
     if bad:
-        raise BatchFailed([f"{len(bad)} of {len(queue.entries)} runs failed", *bad])
+        raise BatchFailed([f"{len(bad)} of {len(outcomes)} runs failed", *bad])
 
 
 def _say_plan(found: Preflight, slots: int, reporter: Reporter) -> None:
@@ -180,6 +241,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--overwrite", action="store_true", help="replace what other recipes left in the outputs")
     add("--dry-run", action="store_true", help="the preflight alone; start nothing")
+    add("--executor", choices=("local", "slurm"), help="give the runs to submitit; slurm returns behind the submission")
+    add(
+        "--resource",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what a job asks of the cluster, e.g. hours=8",
+    )
     add("--status", action="store_true", help="tell where the batch is; start nothing")
     add("--notify", metavar="CMD", help="run this on every failure and at the end (BATCH_EVENT, BATCH_SUMMARY)")
     add("--mlflow", type=Path, metavar="DIR", help="also write the results to an MLflow file store (extra: tracking)")

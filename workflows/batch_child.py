@@ -16,6 +16,7 @@ from typing import Any
 
 from calibration.journal import process_began
 from workflows.batch_state import BatchDirectory, Entry, alive, standing
+from workflows.interrupts import NOTICE
 
 #: In the environment of every process that an attempt starts, so that what outlives it can be found.
 MARK = "NVFP4_BATCH_RUN"
@@ -48,16 +49,19 @@ class Child:
 
     @classmethod
     def start(
-        cls, batch: BatchDirectory, entry: Entry, slot: Slot, overwrite: bool, launcher: Sequence[str] = ()
-    ) -> Child:
-        """Starts the next attempt; `launcher` stands before `-m workflows.run` (torchrun's own arguments)."""
+        cls, batch: BatchDirectory, entry: Entry, slot: Slot, overwrite: bool, launcher: Sequence[str] = (),
+        first_node: bool = True,
+    ) -> Child:  # fmt: skip
+        """Starts the next attempt; `launcher` stands before `-m workflows.run` (torchrun's own arguments). The process of a
+        further node is no attempt of its own."""
         log = batch.runs(entry.name) / "log.txt"
         found = standing(entry)
+        if found.kind == "verify" or entry.method != "calibrate":
+            launcher = ()  # what only calibration shares out runs in one process
         options = ["--from", "verify"] if found.kind == "verify" else []
         if found.kind == "foreign" and overwrite:
             options = ["--overwrite"]
-        environment = os.environ | {MARK: _mark(batch, entry)}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PROJECT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | {MARK: _mark(batch, entry), "PYTHONPATH": child_path()}
         if slot.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slot.gpus))
         log_from = log.stat().st_size if log.exists() else 0
@@ -66,13 +70,14 @@ class Child:
             process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *options],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True, preexec_fn=_ignore_requeue_signal,
+                start_new_session=True, preexec_fn=_ignore_in_torchrun if launcher else _ignore_requeue_signal,
             )  # fmt: skip
         process.returncode = 0  # `poll` waits for it with wait4; Popen's destructor shall not
-        batch.record(
-            entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
-            log_from=log_from, slot=str(slot), options=options,
-        )  # fmt: skip
+        if first_node:
+            batch.record(
+                entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
+                log_from=log_from, slot=str(slot), options=options,
+            )  # fmt: skip
         return cls(batch, entry, process.pid, began, log_from, slot)
 
     @classmethod
@@ -92,10 +97,12 @@ class Child:
         self.peak_rss = usage.ru_maxrss * 1024
         return True, os.waitstatus_to_exitcode(status)
 
-    def ask_to_stop(self) -> None:
-        """SIGTERM, which finishes the block under way; a second one stops at once. Under torchrun, which would kill its
-        workers 30 seconds later, the workers get it themselves."""
+    def ask_to_stop(self, once: bool = False) -> None:
+        """SIGTERM, which finishes the block under way; a second one stops at once. `once`: only where the run has not said
+        that it was asked already, by a signal to all processes of a cluster's job. Under torchrun the workers get it."""
         self.asked_to_stop = True
+        if once and NOTICE in _since(self.log, self.log_from):
+            return
         for pid in _workers(self.pid) or [self.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -113,6 +120,12 @@ class Child:
                 os.kill(pid, signal.SIGKILL)
 
 
+def child_path() -> str:
+    """PYTHONPATH with this project in front: a run is of the same code as its batch, whatever is installed."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(_PROJECT), *(path for path in inherited if path and path != str(_PROJECT))])
+
+
 def resident_peak(pid: int) -> int | None:
     """Largest resident size so far of a living process, in bytes."""
     with contextlib.suppress(OSError):
@@ -122,9 +135,37 @@ def resident_peak(pid: int) -> int | None:
     return None
 
 
+def torchrun(gpus: int, nodes: Sequence[str] = (), rank: int = 0, job: str = "") -> list[str]:
+    """What stands before `-m workflows.run` for one process per GPU; none for a single process. With several `nodes` (the
+    names of all hosts) the agents of all of them meet at the first, at a port made from the number of the job."""
+    if gpus * max(len(nodes), 1) <= 1:
+        return []
+    ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={max(gpus, 1)}", "--signals-to-handle=SIGQUIT"]
+    if len(nodes) <= 1:
+        return [*ranks, "--standalone"]
+    port = 29400 + sum(map(ord, job)) % 1000
+    return [
+        *ranks, f"--nnodes={len(nodes)}", f"--node-rank={rank}", "--rdzv-backend=c10d", f"--rdzv-id={job}",
+        f"--rdzv-endpoint={nodes[0]}:{port}",
+    ]  # fmt: skip
+
+
+def _ignore_in_torchrun() -> None:
+    """torchrun's agent would kill its workers 30 seconds behind a SIGTERM; they handle it themselves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _ignore_requeue_signal()
+
+
 def _ignore_requeue_signal() -> None:
     """Slurm may send submitit's signal to every process of a job; only submitit's own shall act on it."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def _since(log: Path, begin: int) -> bytes:
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(begin)
+        return file.read()
+    return b""
 
 
 def _mark(batch: BatchDirectory, entry: Entry) -> str:

@@ -18,7 +18,8 @@ from workflows.batch_state import Entry, standing
 OUTCOMES = ("done", "transient", "space", "stopped", "failed")
 
 _FULL = ("the disk is full", os.strerror(28), "bytes free, the output needs")
-_TAKEN = "another process works on this output"
+#: Of exit code 4, what passes by itself: somebody else's run, and ranks that were killed (`calibration.ranks`).
+_PASSES = ("another process works on this output", "is gone without a word", "no sign of life", "torchrun's store at")
 _MEMORY = re.compile(r"OutOfMemoryError|MemoryError|CUDA out of memory|Cannot allocate memory|std::bad_alloc")
 #: torchrun ends with 1 whatever ended its workers, and says in its own words what it was.
 _WORKER_KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID|exitcode\s*:\s*-(\d+)")
@@ -62,7 +63,7 @@ def judge(entry: Entry, code: int | None, began: float, log: Path, log_from: int
         text = "\n".join(error.get("problems") or [tail])
         if any(words in text for words in _FULL):
             return Outcome("space", reason)
-        return Outcome("transient" if _TAKEN in text else "failed", reason)
+        return Outcome("transient" if any(words in text for words in _PASSES) else "failed", reason)
     if code == 1:
         memory = _MEMORY.search(tail)
         if memory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from calibration.checkpoint.plan import make_plan
 from calibration.checkpoint.writer import write_text
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
-from recipes.matrix import Matrix, variants
+from recipes.matrix import Matrix, Resources, variants
 from recipes.schema import Recipe
 from verify.engine import check_environment
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
@@ -34,6 +34,7 @@ class Wanted:
     recipe: Path
     overrides: tuple[str, ...] = ()
     output: str | None = None
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def given(self) -> str:
@@ -74,7 +75,7 @@ def wanted_runs(
         for variant, own in variants(matrix):
             name = f"{base.stem}-{variant}"
             output = matrix.output.replace("{name}", name) if matrix.output else f"{ours}-{variant}"
-            found.append(Wanted(name, base, (*overrides, *own), output))
+            found.append(Wanted(name, base, (*overrides, *own), output, matrix.resources))
     twice = [name for name, count in Counter(wanted.name for wanted in found).items() if count > 1]
     if twice:
         raise RecipeError([f"{name}: two runs have this name; rename one recipe file or variant" for name in twice])
@@ -84,10 +85,12 @@ def wanted_runs(
 
 
 def preflight(
-    wanted: Sequence[Wanted], batch: BatchDirectory, slots: int, overwrite: bool, say: Callable[[str], None]
-) -> Preflight:
+    wanted: Sequence[Wanted], batch: BatchDirectory, slots: int, overwrite: bool, say: Callable[[str], None],
+    under_way: Collection[str] = (),
+) -> Preflight:  # fmt: skip
     """Looks at everything that can be known before the first run; freezes the recipes into the batch's directory and
-    claims the outputs. Opens a source once, however many runs read it. Problems are collected, none is raised."""
+    claims the outputs. Opens a source once, however many runs read it. The outputs of runs that a cluster has `under_way` are
+    theirs. Problems are collected, none is raised."""
     result = Preflight()
     loaded: dict[str, Recipe] = {}
     problems: dict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -106,7 +109,7 @@ def preflight(
         if recipe is not None:
             write_text(frozen, dump_recipe(recipe))
         entry = replace(entry, given=run.given, recipe=str(frozen.absolute()))
-        if run.name in planned:
+        if run.name in planned and run.name not in under_way:
             problems[run.name] += [(EnvironmentProblem.exit_code, text) for text in _output(entry, batch, overwrite)]
         if problems[run.name]:
             texts = (text.removeprefix(f"{run.name}: ") for _, text in problems[run.name])

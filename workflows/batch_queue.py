@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes.errors import RecipeError
-from workflows.batch_child import Child, Slot
+from workflows.batch_child import Child, Slot, torchrun
 from workflows.batch_outcome import Outcome, judge
 from workflows.batch_plan import existing, remaining_bytes
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
@@ -57,7 +57,7 @@ class Queue:
     slots: Sequence[Slot]
     rules: Rules
     say: Callable[[str, str], None]
-    launcher: Callable[[Entry, Slot], Sequence[str]] = lambda entry, slot: ()
+    launcher: Callable[[Slot], Sequence[str]] = lambda slot: torchrun(len(slot.gpus or ()))
     should_stop: Callable[[], bool] = lambda: False
     changed: Callable[[], None] = lambda: None
     failed: Callable[[Entry, str], None] = lambda entry, reason: None
@@ -92,7 +92,7 @@ class Queue:
             self.say(f"{why}: {len(self.running)} running, each finishes its block", "warning")
             for child in self.running:
                 if not child.asked_to_stop:
-                    child.ask_to_stop()
+                    child.ask_to_stop(once=True)
 
     def _sort_out(self) -> None:
         """Leaves out what is done, takes over what a killed batch left running, queues the others."""
@@ -142,7 +142,7 @@ class Queue:
             if ready is None:
                 break
             self.waiting.remove(ready)
-            child = Child.start(self.batch, ready.entry, slot, self.rules.overwrite, self.launcher(ready.entry, slot))
+            child = Child.start(self.batch, ready.entry, slot, self.rules.overwrite, self.launcher(slot))
             self.attempted[ready.entry.name] = ready
             self.running.append(child)
             self.say(

@@ -95,11 +95,18 @@ class BatchDirectory:
 
     def close(self) -> None:
         """Gives back every lock."""
-        for file in self._locks:
+        self._give_back(0)
+
+    def release(self) -> None:
+        """Gives back the claims alone: the jobs of a cluster take them."""
+        self._give_back(1)
+
+    def _give_back(self, keep: int) -> None:
+        for file in self._locks[keep:]:
             with contextlib.suppress(OSError):
                 file.truncate(0)
             file.close()
-        self._locks = []
+        del self._locks[keep:]
 
     def runs(self, name: str) -> Path:
         """The batch's own directory of one run, with recipe.yaml, log.txt and attempts.jsonl."""

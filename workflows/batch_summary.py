@@ -146,7 +146,7 @@ def _state(
     if fact == "gave_up":
         return "failed", last["reason"]
     if fact == "begun" and (alive(last) or (last["host"] != socket.gethostname() and status.get("holder"))):
-        return "running", ""
+        return "running", job or ""
     if standing(entry).kind == "done":
         return "done", ""
     if fact == "ended" and last["outcome"] in ("transient", "space"):
@@ -155,7 +155,7 @@ def _state(
         return "stopped", last["reason"]
     if fact == "begun":
         return "stopped", "its process is gone; the same command goes on"
-    return "waiting", f"job {job}" if job else ""
+    return "waiting", job or ("requeued by the cluster" if fact == "requeued" else "")
 
 
 def _overall(verdicts: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from recipes.errors import Interrupted
 
-_NOTICE = b"\nstopping behind the block under way; once more stops at once, and that block is lost\n"
+NOTICE = b"\nstopping behind the block under way; once more stops at once, and that block is lost\n"
 
 
 class Interrupts:
@@ -43,4 +43,4 @@ class Interrupts:
             raise KeyboardInterrupt
         self.requested = True
         if not self.silent:
-            os.write(2, _NOTICE)  # not through the console, which may be in the middle of a line
+            os.write(2, NOTICE)  # not through the console, which may be in the middle of a line
