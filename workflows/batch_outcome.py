@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from workflows.batch_state import Entry, standing
 #: the next call of the batch, `failed` when somebody has changed something.
 OUTCOMES = ("done", "transient", "space", "stopped", "failed")
 
-_FULL = ("the disk is full", os.strerror(28), "bytes free, the output needs")
+_FULL = (os.strerror(errno.ENOSPC), "free some space")
 #: Of exit code 4, what passes by itself: somebody else's run, and ranks that were killed (`calibration.ranks`).
 _PASSES = ("another process works on this output", "is gone without a word", "no sign of life", "torchrun's store at")
 _MEMORY = re.compile(r"OutOfMemoryError|MemoryError|CUDA out of memory|Cannot allocate memory|std::bad_alloc")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.checkpoint.writer import write_text
+from calibration.disk import Need, space_problems
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, Resources, variants
@@ -143,14 +143,6 @@ def remaining_bytes(entry: Entry) -> int:
     return max(entry.output_bytes - there, 0)
 
 
-def existing(path: Path) -> Path:
-    """The nearest directory above that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
 def _plan(
     loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]], say: Callable[[str], None]
 ) -> dict[str, Entry]:
@@ -236,25 +228,15 @@ def _output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
 
 def _disks(entries: Sequence[Entry], slots: int) -> list[str]:
     """All runs' outputs, and the activations of those that may run at the same time, against each file system."""
-    outputs: dict[int, int] = defaultdict(int)
-    activations: dict[int, list[int]] = defaultdict(list)
-    examples: dict[int, Path] = {}
-    for entry in entries:
-        if entry.problems or not entry.plan_digest or standing(entry).kind in ("done", "verify"):
-            continue
-        target = existing(Path(entry.output))
-        scratch = existing(Path(entry.scratch)) if entry.scratch else target
-        for place in (target, scratch):
-            examples.setdefault(place.stat().st_dev, place)
-        outputs[target.stat().st_dev] += remaining_bytes(entry)
-        activations[scratch.stat().st_dev].append(entry.activation_bytes)
-    problems = []
-    for device, place in examples.items():
-        waiting = sum(sorted(activations[device], reverse=True)[:slots])
-        free = shutil.disk_usage(place).free
-        if outputs[device] + waiting > free:
-            problems.append(
-                f"{place}: {free:,} bytes free, the batch needs {outputs[device] + waiting:,} ({outputs[device]:,} for "
-                f"outputs, {waiting:,} for activations); free some space, or spread the outputs over other disks"
-            )
-    return problems
+    open_runs = [
+        entry
+        for entry in entries
+        if not entry.problems and entry.plan_digest and standing(entry).kind not in ("done", "verify")
+    ]
+    at_once = sorted(open_runs, key=lambda entry: entry.activation_bytes, reverse=True)[:slots]
+    needs = [Need(entry.name, Path(entry.output), remaining_bytes(entry)) for entry in open_runs]
+    needs += [
+        Need(f"activations of {entry.name}", Path(entry.scratch or entry.output), entry.activation_bytes)
+        for entry in at_once
+    ]
+    return space_problems(needs)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from calibration.disk import existing
 from recipes.errors import RecipeError
 from workflows.batch_child import Child, Slot, torchrun
 from workflows.batch_outcome import Outcome, judge
-from workflows.batch_plan import existing, remaining_bytes
+from workflows.batch_plan import remaining_bytes
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 
 _TICK_SECONDS = 0.2

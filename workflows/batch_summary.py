@@ -125,7 +125,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]
         "attempts": begun,
         "peak_memory": max(peaks, default=None),
         "perplexity": _number(serving.get("perplexity")),
-        "kl": _number(serving.get("kl")),
+        "kl": _number(((serving.get("source") or {}).get("agreement") or {}).get("kl")),
         "blocks": status.get("blocks"),
         "blocks_finished": status.get("blocks_finished"),
         "eta": status.get("eta"),

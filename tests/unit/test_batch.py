@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from calibration import disk
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.matrix import Matrix, Resources, load_matrix, parse_resources, variants
 from tests.models import standard
@@ -190,9 +191,9 @@ def test_the_disk_is_compared_with_all_outputs_together(
     paths = [recipe(tmp_path, name, source) for name in ("a", "b", "c")]
     one = looked_at(batch, paths[0]).entries[0].output_bytes
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(batch_plan.shutil, "disk_usage", lambda path: usage._replace(free=2 * one))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=2 * one))
     looked_at(batch, *paths[:2]).require_sound()
-    with pytest.raises(EnvironmentProblem, match=f"the batch needs {3 * one:,}"):
+    with pytest.raises(EnvironmentProblem, match=f"needs {3 * one:,}"):
         looked_at(batch, *paths).require_sound()
 
 
@@ -265,7 +266,7 @@ def test_a_checkpoint_that_no_run_made_is_not_touched(tmp_path: Path, source: Pa
         (2, [], "error: r.yaml:1: x: unknown key", "failed", "r.yaml:1: x: unknown key"),
         (3, ["shard is gone", "more"], "", "failed", "shard is gone"),
         (1, ["shard is gone"], "ChildFailedError", "failed", "shard is gone"),
-        (4, ["out/x: the disk is full: 5 bytes wanted"], "", "space", "the disk is full"),
+        (4, ["out/x: the disk is full: 5 bytes wanted; free some space"], "", "space", "the disk is full"),
         (4, [], "error: out.run: another process works on this output; wait", "transient", "another process"),
         (4, ["no vLLM"], "", "failed", "no vLLM"),
         (5, ["out: verification failed: 1 of 9", "serving.load: NaN"], "", "failed", "serving.load: NaN"),
@@ -310,7 +311,9 @@ def test_summary_of_every_state(tmp_path: Path, source: Path, batch: BatchDirect
     found = looked_at(batch, *paths)
     batch.save(found.entries, slots=1)
     finish(found.entries[0])
-    (found.entries[0].run.path / "serving.json").write_text(json.dumps({"perplexity": 12.5}))
+    (found.entries[0].run.path / "serving.json").write_text(
+        json.dumps({"perplexity": 12.5, "source": {"agreement": {"kl": 0.01}}})
+    )
     (found.entries[0].run.path / "report.html").write_text("x")
     batch.record("gave_up", "gave_up", reason="<b>no</b> vLLM")
     batch.record(
@@ -328,7 +331,7 @@ def test_summary_of_every_state(tmp_path: Path, source: Path, batch: BatchDirect
     assert rows["finished"]["report"] == "../out/finished.run/report.html"
     assert (batch.path / rows["finished"]["report"]).read_text() == "x"
     assert rows["retried"]["seconds"] is None and rows["retried"]["peak_memory"] == 2_000_000_000
-    assert rows["finished"]["kl"] is None and rows["later"]["report"] is None
+    assert rows["finished"]["kl"] == 0.01 and rows["later"]["kl"] is None and rows["later"]["report"] is None
     page = (batch.path / "summary.html").read_text()
     assert "&lt;b&gt;no&lt;/b&gt; vLLM" in page and "<b>no</b>" not in page
     assert 'href="../out/finished.run/report.html"' in page and 'http-equiv="refresh"' in page
