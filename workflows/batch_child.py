@@ -70,7 +70,7 @@ class Child:
             process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *options],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
-                start_new_session=True, preexec_fn=_ignore_in_torchrun if launcher else _ignore_requeue_signal,
+                start_new_session=True, preexec_fn=_prepare_torchrun if launcher else _prepare,
             )  # fmt: skip
         process.returncode = 0  # `poll` waits for it with wait4; Popen's destructor shall not
         if first_node:
@@ -150,15 +150,18 @@ def torchrun(gpus: int, nodes: Sequence[str] = (), rank: int = 0, job: str = "")
     ]  # fmt: skip
 
 
-def _ignore_in_torchrun() -> None:
+def _prepare_torchrun() -> None:
     """torchrun's agent would kill its workers 30 seconds behind a SIGTERM; they handle it themselves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _ignore_requeue_signal()
+    _prepare()
 
 
-def _ignore_requeue_signal() -> None:
-    """Slurm may send submitit's signal to every process of a job; only submitit's own shall act on it."""
+def _prepare() -> None:
+    """Slurm may send submitit's signal to every process of a job: only submitit's own shall act on it. Where memory ends,
+    the kernel shall kill a run before the batch."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")
 
 
 def _since(log: Path, begin: int) -> bytes:

@@ -55,6 +55,8 @@ class Hooks:
         """One MLflow run per run of the batch: parameters, the metrics that are known, and its state as a tag."""
         if self.store is None:
             return
+        # MLflow 3.17 wants a database; its file store is the one that needs nothing beside mlflow-skinny.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow = _import_mlflow()
         try:
             mlflow.set_tracking_uri(self.store.absolute().as_uri())

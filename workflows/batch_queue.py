@@ -172,12 +172,14 @@ class Queue:
         waiting = self.attempted.pop(entry.name, Waiting(entry))
         child.sweep()
         outcome = judge(entry, code, child.began, child.log, child.log_from, child.asked_to_stop)
+        if outcome.kind in ("transient", "space") and self.stopping:
+            outcome = Outcome("stopped", outcome.reason)
         progressed = entry.progress() > child.before
         self.batch.record(
             entry.name, "ended", code=code, outcome=outcome.kind, reason=outcome.reason, peak_rss=child.peak_rss,
             seconds=round(time.time() - child.began, 1), progressed=progressed,
         )  # fmt: skip
-        if outcome.kind in ("transient", "space") and not self.stopping:
+        if outcome.kind in ("transient", "space"):
             self._again(waiting, outcome, progressed)
         elif outcome.kind == "failed":
             self._fail(entry, outcome.reason)
@@ -185,7 +187,7 @@ class Queue:
             self.outcomes[entry.name] = outcome
             self.say(f"{entry.name}: done", "info")
         else:
-            self.outcomes[entry.name] = Outcome("stopped", outcome.reason)
+            self.outcomes[entry.name] = outcome
             self.say(f"{entry.name}: {outcome.reason}; the next call goes on", "warning")
         self.changed()
 

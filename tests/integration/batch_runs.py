@@ -76,7 +76,7 @@ def finish_batch(arguments: list[str], log: Path, seconds: float = 300) -> tuple
     begin = log.stat().st_size if log.exists() else 0
     process = start_batch(arguments, log)
     process.join(seconds)
-    code, text = process.exitcode, log.read_text()[begin:]
+    code, text = process.exitcode, log.read_bytes()[begin:].decode()
     if code is None:
         process.kill()
     assert code is not None, f"still running after {seconds} s: {text}"

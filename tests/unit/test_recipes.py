@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from recipes.errors import RecipeError
 from recipes.fields import PRESET_SCHEMES
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
+from recipes.matrix import Matrix
 from recipes.modifiers import (
     AutoRoundArguments,
     ConfigGroup,
@@ -135,7 +136,7 @@ def test_every_key_of_the_json_schema_is_described() -> None:
     assert bare == []
 
 
-@pytest.mark.parametrize("model", [Recipe, QuantizationArguments, ConfigGroup])
+@pytest.mark.parametrize("model", [Recipe, QuantizationArguments, ConfigGroup, Matrix])
 def test_field_reference_matches_the_schema(model: type[BaseModel]) -> None:
     readme = (RECIPES / "README.md").read_text(encoding="ascii").splitlines()
     assert [row for row in field_rows(model) if row not in readme] == []

@@ -1,0 +1,203 @@
+"""Batches in real processes: workers and the batch itself are killed at random, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.batch_runs import (
+    QWEN,
+    V4,
+    converted,
+    facts,
+    files,
+    finish_batch,
+    journal,
+    single_run,
+    start_batch,
+    summary,
+    wait_for,
+    write_recipe,
+)
+from tests.models import deepseek_v4, standard
+from workflows.batch_state import alive
+
+FAILED, INTERRUPTED = 6, 130
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("sources")
+    return {
+        "qwen": standard.write(root / "qwen", "qwen3_moe"),
+        "v4": deepseek_v4.write(root / "v4", "fp8_mxfp4"),
+    }
+
+
+def under_way(batch: Path, names: list[str]) -> list[dict[str, Any]]:
+    """The attempts whose processes live now."""
+    found = []
+    for name in names:
+        path = batch / "runs" / name / "attempts.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        last = json.loads(lines[-1]) if lines and lines[-1].endswith("}") else {}
+        if alive(last):
+            found.append(last | {"name": name})
+    return found
+
+
+def soak(folder: Path, recipes: list[Path], kills: int, seed: int, *options: str) -> dict[str, int]:
+    """Runs the batch to its end through `kills` random kills, every third of the batch itself; how many hit what."""
+    batch, log, moments = folder / "b.run", folder / "log", random.Random(seed)
+    names = [recipe.stem for recipe in recipes]
+    arguments = [
+        *map(str, recipes),
+        "--directory",
+        str(batch),
+        "--keep-going",
+        "--backoff",
+        "0.01",
+        "--tries",
+        "1000",
+        *options,
+    ]
+    hit = {"worker": 0, "batch": 0}
+    process = start_batch(arguments, log)
+    for number in range(kills):
+        wait_for(lambda now=process: under_way(batch, names) or not now.is_alive(), "a run under way")
+        victim = moments.choice(under_way(batch, names) or [{}])
+        if not victim:
+            break
+        if number % 2:  # every second one is killed behind a fact of its journal, however slow the machine is
+            known = len(journal(folder, victim["name"]))
+            while alive(victim) and len(journal(folder, victim["name"])) == known:
+                time.sleep(0.002)
+        time.sleep(moments.random() * (0.02 if number % 2 else 2.0))
+        if number % 3 == 2:
+            process.kill()
+            process.join()
+            hit["batch"] += 1
+            process = start_batch(arguments, log)
+        elif alive(victim):
+            os.kill(victim["pid"], signal.SIGKILL)
+            hit["worker"] += 1
+    process.join(600)
+    assert process.exitcode == FAILED, log.read_text()
+    assert "Traceback" not in log.read_text()
+    return hit
+
+
+def all_as_alone(folder: Path, recipes: list[Path], bad: dict[str, str]) -> None:
+    rows = summary(folder / "b.run")
+    for recipe in recipes:
+        row = rows[recipe.stem]
+        if recipe.stem in bad:
+            assert row["state"] == "failed" and re.search(bad[recipe.stem], row["reason"]), row
+            continue
+        assert row["state"] == "done" and row["verdicts"]["structure"] == "PASS", row
+        mine, alone = files(folder, recipe.stem), single_run(recipe, folder / "alone")
+        assert mine.keys() == alone.keys()
+        assert [name for name in alone if mine[name] != alone[name]] == []
+    assert not under_way(folder / "b.run", [recipe.stem for recipe in recipes])
+
+
+def test_kills_of_workers_and_of_the_batch_lose_nothing(sources: dict[str, Path], tmp_path: Path) -> None:
+    recipes = [
+        write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, **converted()),
+        write_recipe(tmp_path, "no_match", sources["qwen"], ["re:^nothing$"], **converted()),
+        write_recipe(tmp_path, "v4", sources["v4"], V4, **converted()),
+        write_recipe(tmp_path, "no_data", sources["qwen"], QWEN, calibration={"dataset": str(tmp_path / "none.txt")}),
+    ]
+    hit = soak(tmp_path, recipes, 4, 3, "--gpus", "0,1")
+    assert hit["worker"] + hit["batch"] >= 2, hit
+    all_as_alone(tmp_path, recipes, {"no_match": "matches no module", "no_data": "none.txt"})
+    batch = tmp_path / "b.run"
+    slots = {fact["slot"] for name in ("qwen", "v4", "no_data") for fact in facts(batch, name, "begun")}
+    assert slots == {"GPU 0", "GPU 1"}
+    # A recipe's own fault is not tried again by one call of the batch.
+    faults = [fact for fact in facts(batch, "no_data", "ended") if fact["outcome"] == "failed"]
+    assert 1 <= len(faults) <= 1 + hit["batch"]
+    # The same command skips what is done, and says again what is not.
+    begun = len(facts(batch, "qwen", "begun"))
+    code, text = finish_batch([*map(str, recipes[:1]), "--directory", str(batch)], tmp_path / "log")
+    assert code == 0 and "qwen: done and verified before" in text
+    assert len(facts(batch, "qwen", "begun")) == begun
+
+
+@pytest.mark.slow
+def test_soak_of_twelve_recipes(sources: dict[str, Path], tmp_path: Path) -> None:
+    recipes = []
+    few = {"dataset": "bundled", "num_samples": 3, "max_seq_length": 64}
+    for kind, targets in (("qwen", QWEN), ("v4", V4)):
+        gptq = [{"GPTQModifier": {"targets": targets, "scheme": "NVFP4"}}]
+        for name, sections in {
+            "rtn": {},
+            "a16": converted(),
+            "gptq": {"modifiers": gptq},
+            "few": {"calibration": few},
+            "plain": {"method": "plain", "modifiers": [], "calibration": None},
+        }.items():
+            recipes.append(write_recipe(tmp_path, f"{kind}_{name}", sources[kind], targets, **sections))
+    recipes.insert(3, write_recipe(tmp_path, "no_match", sources["v4"], ["re:^nothing$"], **converted()))
+    recipes.insert(
+        7, write_recipe(tmp_path, "no_data", sources["qwen"], QWEN, calibration={"dataset": str(tmp_path / "none.txt")})
+    )
+    assert len(recipes) == 12
+    hit = soak(tmp_path, recipes, 40, 11)
+    assert hit["worker"] >= 10 and hit["batch"] >= 5, hit
+    all_as_alone(tmp_path, recipes, {"no_match": "matches no module", "no_data": "none.txt"})
+
+
+def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Path], tmp_path: Path) -> None:
+    data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
+    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
+    later = write_recipe(tmp_path, "later", sources["qwen"], QWEN, **converted())
+    batch, log = tmp_path / "b.run", tmp_path / "log"
+    arguments = [str(recipe), str(later), "--directory", str(batch)]
+    for signals, finished in ((1, 2), (2, 2)):
+        known = len(journal(tmp_path, "qwen"))
+        process = start_batch(arguments, log)
+        if signals == 1:
+            wait_for(lambda known=known: len(journal(tmp_path, "qwen")) > known, "a block")
+        else:  # the block under way is the last one
+            wait_for(lambda: "going on with block 3" in (batch / "runs/qwen/log.txt").read_text(), "the last block")
+        for _ in range(signals):
+            os.kill(process.pid or 0, signal.SIGINT)
+            time.sleep(0.5)
+        process.join(120)
+        assert process.exitcode == INTERRUPTED, log.read_text()
+        assert [line["block"] for line in journal(tmp_path, "qwen")] == list(range(finished)), log.read_text()
+        assert summary(batch)["qwen"]["state"] == "stopped" and summary(batch)["later"]["state"] == "waiting"
+    assert facts(batch, "later", "begun") == []
+    code, text = finish_batch(arguments, log)
+    assert code == 0, text
+    assert files(tmp_path, "qwen") == single_run(recipe, tmp_path / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", [(), ("--executor", "local")])
+def test_several_gpus_of_a_slot_share_a_run(
+    sources: dict[str, Path], tmp_path: Path, executor: tuple[str, ...]
+) -> None:
+    """torchrun inside, here two processes on the CPU; a rank is killed on the way."""
+    data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
+    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
+    batch, log = tmp_path / "b.run", tmp_path / "log"
+    process = start_batch([str(recipe), "--directory", str(batch), "--gpus", "0-1", "--backoff", "0.1", *executor], log)
+    wait_for(lambda: journal(tmp_path, "qwen"), "a block", 300)
+    agent = facts(batch, "qwen", "begun")[0]["pid"]
+    ranks = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    assert len(ranks) == 2
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()
+    assert len(facts(batch, "qwen", "begun")) == 2
+    assert files(tmp_path, "qwen") == single_run(recipe, tmp_path / "alone")
