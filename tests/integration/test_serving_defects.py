@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,8 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.models import standard
-from tests.reference.engine import random_prompts, serve
+from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
 from tests.reference.rtn import load, write_nvfp4
+from verify import serving
+from verify.engine import read_json
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
 SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"
@@ -85,7 +91,48 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_reason(checkpoint: Path,
 
 
 def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path) -> None:
-    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), timeout=2.0)
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), timeout=1.0)
     assert result["timed_out"] and result["seconds"]["wall"] < 30
     assert checks["serving.load"].verdict == "FAIL" and "time-out" in checks["serving.load"].figure
+    assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
     assert json.loads((tmp_path / "serving-request.json").read_text())["checkpoint"] == str(checkpoint)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_or_crashed_engine_is_a_verdict(checkpoint: Path, tmp_path: Path, sent: signal.Signals) -> None:
+    """The real worker process dies while it imports vLLM, as one that the kernel or a kernel's bug ends would."""
+    killer = threading.Thread(target=_kill_worker, args=(tmp_path / "serving-result.json", sent))
+    killer.start()
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)))
+    killer.join()
+    assert result["exit_code"] == -sent and not result["timed_out"]
+    found = checks["serving.load"]
+    assert found.verdict == "FAIL" and f"killed by {sent.name} in stage import" in found.figure
+    assert "[vllm_worker] import" in found.figure and str(tmp_path / "serving.log") in found.figure
+    assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
+
+
+def _kill_worker(result: Path, sent: signal.Signals) -> None:
+    """Sends the signal to the process whose command line names `result`, as soon as it is in stage import."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        if (read_json(result) or {}).get("stage") != "import":
+            continue
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if str(result).encode() in entry.read_bytes().split(b"\0"):
+                    os.kill(int(entry.parent.name), sent)
+                    return
+
+
+def test_no_memory_is_a_verdict(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's process may have 6 GB of address space (vLLM alone takes some 4) and asks for a cache of 16."""
+    limited = tmp_path / "python"
+    limited.write_text(f'#!/bin/sh\nulimit -v 6000000\nexec {VLLM_PYTHON} "$@"\n')
+    limited.chmod(0o755)
+    monkeypatch.setattr(serving, "kv_cache_bytes", lambda config, length: 16 << 30)
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), python=str(limited))
+    found = checks["serving.load"]
+    assert found.verdict == "FAIL" and "stage load: out of memory" in found.figure, found
+    assert result["exit_code"] == 1 and {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
