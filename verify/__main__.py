@@ -39,12 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
         "--recipe", type=Path, help="the recipe it was made with (default: recipe.yaml in the checkpoint)"
     )
     parser.add_argument("--level", choices=LEVELS, default="serving", help="check up to this level (default: serving)")
-    parser.add_argument("--python", help="interpreter of the vLLM environment (default: the recipe's)")
+    parser.add_argument(
+        "--python", help="interpreter of the vLLM environment (default: that of --recipe, or .venv-vllm)"
+    )
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the engine's requests, results and logs there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page as well")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     try:
-        checks, samples = verify(options.checkpoint, options.source, options.recipe, options.level, options.python)
+        checks, samples = verify(
+            options.checkpoint, options.source, options.recipe, options.level, options.python, options.logs
+        )
         if options.html is not None:
             write_page(options.html, Report(options.checkpoint.name, checks, samples=samples))
         if options.json:
@@ -73,19 +78,22 @@ def write_page(path: Path, report: Report) -> None:
 
 
 def verify(
-    checkpoint: Path, source: Path | None, recipe: Path | None, level: str, python: str | None
+    checkpoint: Path, source: Path | None, recipe: Path | None, level: str, python: str | None, logs: Path | None = None
 ) -> tuple[list[Check], list[dict[str, str]]]:
-    """Checks up to `level`; returns the checks and generated samples. Raises WorkflowError for a wrong command, source
-    or environment, never for a broken checkpoint."""
+    """Checks up to `level`; returns the checks and generated samples. `logs` gets the engine's logs. Raises
+    WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
     if not checkpoint.is_dir():
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
     plan: Plan | None = None
     formats: Formats | None = None
     serving, fidelity = Serving(), Fidelity()
-    recipe = recipe or _own_recipe(checkpoint)
-    loaded = load_recipe(recipe) if recipe is not None else None
+    own = _own_recipe(checkpoint) if recipe is None else None
+    used = recipe or own
+    loaded = load_recipe(used) if used is not None else None
     if loaded is not None:
         serving, fidelity = loaded.verify.serving or serving, loaded.verify.fidelity or fidelity
+    if own is not None:  # a checkpoint that came from elsewhere must not choose what is executed here
+        serving = serving.model_copy(update={"python": Serving().python})
     if source is not None:
         formats = Formats(Checkpoint.open(source))
         plan = make_plan(formats.checkpoint, formats, loaded) if loaded is not None else None
@@ -93,9 +101,9 @@ def verify(
     serving = serving.model_copy(update={"python": python}) if python else serving
     if "serving" in wanted:
         check_serving(serving)
-    with TemporaryDirectory(prefix="verify-") as logs:
+    with TemporaryDirectory(prefix="verify-") as temporary:
         checks, result = verify_levels(
-            checkpoint, wanted, Path(logs), plan=plan, source=formats, fidelity=fidelity, serving=serving
+            checkpoint, wanted, logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity, serving=serving
         )
     return checks, result.get("samples", [])
 

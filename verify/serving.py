@@ -23,7 +23,7 @@ from verify.serving_verdicts import judge
 PROMPT_ROOM = 512
 """Prompt tokens that the default context length leaves beside the sample; more than DeepSeek-V4's windows of 128."""
 AUTO_BYTES = 2 * 2**30
-"""What `compare: auto` serves of a source, in bytes of its BF16 form: a minute on two cores, not an hour."""
+"""What `compare: auto` serves of a source, in bytes of its BF16 form: a second engine must not surprise anybody."""
 LONGEST_TOKEN = 32
 """Characters per token that a text is read for; runs of blanks are the longest."""
 DAYS = " ".join(
@@ -108,9 +108,10 @@ def verify_serving(
 ) -> tuple[list[Check], dict[str, Any]]:
     """Serve `checkpoint`, then `source` where there is one to serve, and judge what happened.
 
-    Leaves requests, results and logs of both processes in `log_dir`. Returns the checks and the worker's result, with
-    `samples` [{kind, prompt, text, source_text}], `text` (what was scored) and `source` added: None, or the source
-    worker's result without its prompts, with `nll_difference` and `nll_error`, or `{"ok": false, "why": ...}`.
+    Leaves requests, results and logs of both processes in `log_dir`. Returns the checks and the worker's result without
+    the prompts' token ids, with `samples` [{kind, prompt, text, source_text}], `text` (what was scored) and `source`
+    added: None, or the source worker's result without its prompts and with `nll_difference` and `nll_error`, or
+    `{"ok": false, "why": ...}`.
     prompts: instead of the built-in kinds and `options.prompts`. write_logits, moe_input_scales: see the worker.
     Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
     """
@@ -146,7 +147,11 @@ def verify_serving(
         shutil.rmtree(log_dir / "logits", ignore_errors=True)
     result["text"] = options.text if result.get("windows") else None
     result["samples"] = samples(result)
-    return judge(result, options, config), result
+    checks = judge(result, options, config)
+    for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they stay in the worker's own result
+        entry.pop("token_ids", None)
+        entry.pop("source_ids", None)
+    return checks, result
 
 
 def _serve_source(

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import pydoc_data.topics
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from recipes.schema import Serving
 from tests.integration.test_end_to_end import LINEAR, run, write_recipe
@@ -39,19 +36,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def windows(checkpoint: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` windows of WINDOW tokens, as vllm_worker takes prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer("\n".join(pydoc_data.topics.topics.values()), add_special_tokens=False).input_ids
-    return [{"kind": f"window {n}", "token_ids": ids[n * WINDOW : (n + 1) * WINDOW]} for n in range(count)]
-
-
-def nll(checkpoint: Path, logs: Path, prompts: list[dict[str, Any]]) -> list[float]:
-    """Mean negative log-likelihood per window, in nats."""
-    serving = Serving(python=VLLM_PYTHON, max_tokens=1, max_model_len=WINDOW + 8, dtype="bfloat16")
-    _, result = verify_serving(checkpoint, serving, logs, prompts=prompts)
+def nll(checkpoint: Path, logs: Path, count: int) -> list[float]:
+    """Mean negative log-likelihood of each of the first `count` windows, in nats."""
+    serving = Serving(python=VLLM_PYTHON, max_tokens=1, windows=count, window_tokens=WINDOW, dtype="bfloat16")
+    _, result = verify_serving(checkpoint, serving, logs, prompts=[{"kind": "short", "text": "The"}])
     assert result["ok"], result["error"]
-    return [prompt["nll"] for prompt in result["prompts"]]
+    return [window["nll"] for window in result["windows"]]
 
 
 def main() -> None:
@@ -63,8 +53,7 @@ def main() -> None:
     source = options.directory / "source"
     if not source.exists():
         smollm2.write(source)
-    prompts = windows(source, options.windows)
-    base = nll(source, options.directory / "logs", prompts)
+    base = nll(source, options.directory / "logs", options.windows)
     mean = sum(base) / len(base)
     print(
         f"| method | perplexity | NLL above BF16, nats |\n|---|---|---|\n| BF16 source | {math.exp(mean):.2f} | |",
@@ -77,7 +66,7 @@ def main() -> None:
         directory.mkdir(exist_ok=True)
         done = run(write_recipe(directory, source, LINEAR, **({"verify": {}} | sections)), "--overwrite")
         assert done.returncode == 0, done.stderr
-        found = nll(directory / "output", directory / "logs", prompts)
+        found = nll(directory / "output", directory / "logs", options.windows)
         delta = [a - b for a, b in zip(found, base, strict=True)]
         average = sum(delta) / len(delta)
         error = math.sqrt(sum((d - average) ** 2 for d in delta) / (len(delta) - 1) / len(delta))

@@ -16,6 +16,7 @@ import torch
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Require, Serving
 from verify import engine, serving, serving_verdicts, vllm_prompts, vllm_sentinel, vllm_watch, vllm_worker
+from verify.__main__ import main
 from verify.checks import Check
 from verify.samples import complaint, repeated_tail
 
@@ -358,3 +359,18 @@ def test_no_calibration_text_is_in_the_evaluation_text() -> None:
     rows = [json.loads(line) for line in calibration]
     texts = [row.get("text") or " ".join(message["content"] for message in row["messages"]) for row in rows]
     assert not [run for text in texts for run in runs(text) & evaluation]
+
+
+def test_a_checkpoint_does_not_choose_the_interpreter_that_runs_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "checkpoint" / "recipe.yaml"
+    recipe.parent.mkdir()
+    recipe.write_text(
+        "{source: {checkpoint: s}, output: o, method: plain, verify: {serving: {python: /bin/chosen, max_tokens: 3}}}"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main([str(recipe.parent)]) == EnvironmentProblem.exit_code
+    assert ".venv-vllm/bin/python: no such interpreter" in capsys.readouterr().err
+    assert main([str(recipe.parent), "--recipe", str(recipe)]) == EnvironmentProblem.exit_code
+    assert "/bin/chosen: no such interpreter" in capsys.readouterr().err
