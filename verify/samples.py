@@ -34,8 +34,8 @@ def unprintable(text: str) -> float:
 def complaint(ids: Sequence[int], text: str, max_loop: float, max_unprintable: float, may_loop: bool) -> str | None:
     """What is wrong with a sample of token `ids` that decodes to `text`, None for nothing.
 
-    max_loop, max_unprintable: shares of the sample (see recipes.schema.Require). may_loop: the prompt itself is one
-    token over and over, and going on with it is right.
+    max_loop, max_unprintable: shares of the sample (see recipes.schema.Require). may_loop: the prompt gives nothing to go
+    on with, and a loop is no sign of damage.
     """
     if not ids or not text.strip():
         return "empty"

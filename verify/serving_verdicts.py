@@ -53,6 +53,8 @@ CHECKS = {
     ),
 }  # fmt: skip
 Outcome = tuple[Verdict, str]
+MAY_LOOP = ("repeated token", "single token")
+"""Prompts that give nothing to go on with: an unquantized model loops there too."""
 
 
 def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> list[Check]:
@@ -152,7 +154,7 @@ def _coherent(result: dict[str, Any], options: Serving) -> Outcome | None:
         if prompt.get("skipped"):
             continue
         total += 1
-        may_loop = prompt["kind"] == "repeated token"
+        may_loop = prompt["kind"] in MAY_LOOP
         wrong = complaint(prompt["sample_ids"], prompt["sample"], limits.max_loop, limits.max_unprintable, may_loop)
         if wrong is None:
             continue

@@ -290,7 +290,8 @@ def test_broken_samples_warn_fail_or_are_the_sources_own() -> None:
     assert verdicts(finished(prompts=[loop]))["coherent"] == "WARN"
     assert verdicts(finished(prompts=[loop]), coherent=True)["coherent"] == "FAIL"
     assert verdicts(finished(prompts=[loop]), max_loop=1.0)["coherent"] == "PASS"
-    assert verdicts(finished(prompts=[{**loop, "kind": "repeated token"}]))["coherent"] == "PASS"
+    for kind in ("repeated token", "single token"):
+        assert verdicts(finished(prompts=[{**loop, "kind": kind}]))["coherent"] == "PASS"
     well = {**loop, "source_text": "a sentence", "source_ids": [1, 2, 3]}
     ill = {**loop, "source_text": "b" * 20, "source_ids": [6] * 20}
     assert verdicts(finished(prompts=[well]), coherent=True)["coherent"] == "FAIL"
