@@ -41,8 +41,9 @@ CHECKS = {
         "one batch of all prompts, temperature 0",
     ),
     "coherent": (
-        "no sample is empty, loops or is no text, unless the source's is too", "",
-        "longest repeated cycle at the end of the sample's tokens; characters of its text",
+        "no sample is empty, loops or is no text, and no text is worse than guessed, unless the source's is too", "",
+        "longest repeated cycle at the end of the sample's tokens; characters of its text; perplexity of the text against "
+        "the vocabulary",
     ),
     "perplexity": (
         "the perplexity of the text is as low as the recipe asks", "", "windows of the text, mean over predicted tokens",
@@ -62,9 +63,13 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
     concern the checkpoint, or the recipe did not ask for, has no check."""
     failure = engine.failure(result)
     found = _stages(result, options, failure)
-    found |= {"coherent": _coherent(result, options), "input_scales": _input_scales(result, options)}
+    found |= {
+        "coherent": _coherent(result, options, int(config.get("vocab_size") or 0)),
+        "input_scales": _input_scales(result, options),
+    }
     thresholds = {
-        "coherent": f"loop <= {options.require.max_loop:.0%}, unprintable <= {options.require.max_unprintable:.0%}"
+        "coherent": f"loop <= {options.require.max_loop:.0%}, unprintable <= {options.require.max_unprintable:.0%}, "
+        "perplexity < vocabulary"
     }
     wanted = [name for name in CHECKS if name not in ("w4a4", "input_scales", "perplexity", "source")]
     if _asks_for_w4a4(config):
@@ -143,7 +148,7 @@ def _w4a4(result: dict[str, Any]) -> Outcome:
     return "UNCHECKED", f"{why}: {kernels}"
 
 
-def _coherent(result: dict[str, Any], options: Serving) -> Outcome | None:
+def _coherent(result: dict[str, Any], options: Serving, vocabulary: int) -> Outcome | None:
     if not result.get("ok"):
         return None
     limits = options.require
@@ -162,14 +167,22 @@ def _coherent(result: dict[str, Any], options: Serving) -> Outcome | None:
         ids = prompt.get("source_ids", [])
         excused = text is not None and complaint(ids, text, limits.max_loop, limits.max_unprintable, may_loop)
         (inherited if excused else own).append(f"{prompt['kind']}: {wrong}")
+    source = result.get("source") or {}
+    if result.get("windows") and vocabulary:
+        total += 1
+        if _guessed(result["perplexity"], vocabulary):
+            text = f"text: perplexity {_number(result['perplexity'])}, worse than guessing among {vocabulary} tokens"
+            (inherited if source.get("ok") and _guessed(source["perplexity"], vocabulary) else own).append(text)
     if own:
-        unknown = (
-            "" if (result.get("source") or {}).get("ok") else " (the source was not served: it may be the same there)"
-        )
+        unknown = "" if source.get("ok") else " (the source was not served: it may be the same there)"
         return ("FAIL" if limits.coherent else "WARN"), f"{len(own)} of {total}{unknown}: {'; '.join(own)}"
     if inherited:
-        return "PASS", f"{len(inherited)} of {total}, and the source's own samples too: {'; '.join(inherited)}"
+        return "PASS", f"{len(inherited)} of {total}, and the source's own too: {'; '.join(inherited)}"
     return "PASS", f"none of {total}"
+
+
+def _guessed(perplexity: Any, vocabulary: int) -> bool:
+    return not (isinstance(perplexity, int | float) and perplexity < vocabulary)
 
 
 def _input_scales(result: dict[str, Any], options: Serving) -> Outcome | None:

@@ -299,6 +299,17 @@ def test_broken_samples_warn_fail_or_are_the_sources_own() -> None:
     assert inherited.verdict == "PASS" and "source's own" in inherited.figure
 
 
+def test_a_text_predicted_worse_than_by_guessing_warns_unless_the_source_does_it_too() -> None:
+    config = NVFP4_CONFIG | {"vocab_size": 100}
+    assert verdicts(finished(perplexity=99.0), config)["coherent"] == "PASS"
+    assert verdicts(finished(perplexity=100.0), config)["coherent"] == "WARN"
+    assert verdicts(finished(perplexity="nan"), config, coherent=True)["coherent"] == "FAIL"
+    assert verdicts(finished(perplexity=100.0, windows=[]), config)["coherent"] == "PASS"
+    for its, expected in ((101.0, "PASS"), (20.0, "WARN")):
+        source = {"ok": True, "perplexity": its, "agreement": None, "why": "x"}
+        assert verdicts(finished(perplexity=100.0, source=source), config)["coherent"] == expected
+
+
 def test_agreement_is_the_mean_over_positions() -> None:
     found = vllm_prompts.Agreement()
     assert found.result() is None
