@@ -103,7 +103,7 @@ class Require(Section):
     """No NaN and no infinity in any module's output."""
     max_perplexity: float | None = Field(default=None, ge=1, allow_inf_nan=False)
     """Perplexity of `text` at most; shown, but not judged, when left out."""
-    max_kl: float | None = Field(default=1.0, gt=0, allow_inf_nan=False)
+    max_kl: float | None = Field(default=0.6, gt=0, allow_inf_nan=False)
     """KL divergence from the served source at most, mean in nats per token. The default finds damage, not loss of
     quality: tighten it for that."""
     min_top1: float | None = Field(default=None, ge=0, le=1)
@@ -111,7 +111,7 @@ class Require(Section):
     coherent: bool = False
     """Samples that are empty, loop or are no text fail; false only warns."""
     max_loop: float = Field(default=0.5, ge=0, le=1)
-    """Share of a sample at most that its end may repeat one cycle of tokens (at least 3 times and 12 tokens)."""
+    """Share of a sample at most that one token, or at its end one cycle of tokens again and again, may make up."""
     max_unprintable: float = Field(default=0.3, ge=0, le=1)
     """Share of a sample's characters at most that may be control or replacement characters."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 LEAST_LOOP = 12
@@ -43,5 +44,8 @@ def complaint(ids: Sequence[int], text: str, max_loop: float, max_unprintable: f
     if not may_loop and length >= LEAST_LOOP and length > max_loop * len(ids):
         what = "one token" if period == 1 else f"{period} tokens"
         return f"{what} over and over for {length} of {len(ids)}"
+    _, most = Counter(ids).most_common(1)[0]
+    if not may_loop and most >= LEAST_LOOP and most > max_loop * len(ids):
+        return f"one token makes up {most} of {len(ids)}"
     share = unprintable(text)
     return f"{share:.0%} unprintable characters" if share > max_unprintable else None

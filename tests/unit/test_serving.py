@@ -269,6 +269,7 @@ def test_input_scales_that_differ_warn_and_fail_where_one_mode_is_worse_than_all
         ([1, 2, 3, *[4, 5, 6] * 6], "x y z", "3 tokens over and over for 18 of 21"),
         ([*range(30), *[4, 5, 6] * 6], "x y z", None),  # the loop is the smaller part
         ([9] * 6, "------", None),  # too short to tell
+        ([7, 7, 8] * 6 + [9], ",,-" * 6 + "x", "one token makes up 12 of 19"),
         (list(range(20)), "\ufffd\x13\ufffd abc", "43% unprintable characters"),
         (list(range(20)), "a whole sentence\ufffd", None),  # the last token cut a character
         (list(range(20)), "Tabs\tand lines\n are text.", None),
