@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from calibration import convert
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
 from recipes.errors import EnvironmentProblem, RecipeError
-from recipes.schema import Require, Serving
+from recipes.schema import Recipe, Require, Serving, Verify
+from tests.models import deepseek_v4, standard
 from verify import engine, serving, serving_verdicts, vllm_prompts, vllm_sentinel, vllm_watch, vllm_worker
 from verify.__main__ import main
 from verify.checks import Check
 from verify.samples import complaint, repeated_tail
+from workflows.plain_copy import source_to_serve
 
 NVFP4_CONFIG = {
     "quantization_config": {
@@ -387,3 +392,42 @@ def test_a_checkpoint_does_not_choose_the_interpreter_that_runs_here(
     assert ".venv-vllm/bin/python: no such interpreter" in capsys.readouterr().err
     assert main([str(recipe.parent), "--recipe", str(recipe)]) == EnvironmentProblem.exit_code
     assert "/bin/chosen: no such interpreter" in capsys.readouterr().err
+
+
+def test_the_source_is_served_as_stored_or_as_a_plain_copy_that_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Formats(Checkpoint.open(standard.write(tmp_path / "plain", "llama")))
+    low_bit = Formats(Checkpoint.open(deepseek_v4.write(tmp_path / "low_bit", "fp8_mxfp4")))
+    assert serving.source_as_stored(plain, Serving()) == serving.SourceToServe(plain.checkpoint.directory)
+    assert serving.source_as_stored(plain, Serving(compare=False)) is None
+    stored = serving.source_as_stored(low_bit, Serving())
+    assert stored is not None and stored.directory is None and "FP8 tiles 128x128, MXFP4" in stored.why
+
+    def recipe(options: Serving | None) -> Recipe:
+        body = {"source": {"checkpoint": str(tmp_path / "low_bit")}, "output": str(tmp_path / "o"), "method": "plain"}
+        return Recipe.model_validate(body).model_copy(update={"verify": Verify(serving=options)})
+
+    with source_to_serve(recipe(Serving()), low_bit, tmp_path) as found:
+        assert found is not None and found.directory is not None, found
+        copy = Formats(Checkpoint.open(found.directory))
+        main = [name for name in copy.checkpoint.tensors if not name.startswith("mtp.")]
+        assert {copy.of(name).kind for name in main} == {"plain"} and copy.checkpoint.config[
+            "model_type"
+        ] == "deepseek_v4"
+        assert torch.equal(
+            copy.read("layers.0.ffn.experts.0.w1.weight"), low_bit.read("layers.0.ffn.experts.0.w1.weight")
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["low_bit", "plain"]
+    for options in (None, Serving(compare=False)):
+        with source_to_serve(recipe(options), low_bit, tmp_path) as found:
+            assert found is None
+    monkeypatch.setattr(serving, "AUTO_BYTES", 1000)
+    with source_to_serve(recipe(Serving()), low_bit, tmp_path) as found:
+        assert found is not None and found.directory is None and "compare: true serves it" in found.why
+    large = serving.source_as_stored(plain, Serving(compare=True))
+    assert large is not None and large.directory is not None
+    monkeypatch.setattr(convert, "_SPARE", 1 << 60)
+    with source_to_serve(recipe(Serving(compare=True)), low_bit, tmp_path) as found:
+        assert found is not None and found.directory is None and "no plain copy of the source" in found.why
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["low_bit", "plain"]
