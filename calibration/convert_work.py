@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from calibration.checkpoint import kernels
+from calibration.checkpoint import kernels, native
 from calibration.checkpoint.direct import Bytes, Extent
 from calibration.checkpoint.formats import TORCH_DTYPES, Formats, dequantize
 from calibration.checkpoint.kernels import Stripe
@@ -224,10 +224,11 @@ class Work:
             codes = codes.reshape(piece.end - piece.begin, -1)
         scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}
         dtype = torch.float32 if step.outputs[0].dtype == "F32" else self.dtype
-        value = dequantize(stored, codes, scales, dtype).contiguous()
+        moved = {role: scale.to(native.device()) for role, scale in scales.items()}
+        value = dequantize(stored, codes.to(native.device()), moved, dtype).contiguous()
         if not bool(torch.isfinite(value).all()):
             raise kernels.NotFinite(f"holds NaN or Inf, or its values overflow {dtype}")
-        made: Bytes = value.view(torch.uint8).numpy().reshape(-1)
+        made: Bytes = value.view(torch.uint8).cpu().numpy().reshape(-1)
         return made
 
     def _named(self, piece: Piece, problem: kernels.NotFinite) -> SourceError:

@@ -89,7 +89,7 @@ class Export(Section):
     """Tensors stored in FP8 or MXFP4 that no target matches: native copies their bytes, plain writes plain_dtype.
     mtp.* is always copied."""
     plain_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype that `kept: plain` writes."""
+    """Dtype that `kept: plain` and `method: plain` write for FP8, MXFP4 and NVFP4; what is plain already is copied."""
     input_global_scale: Literal["shared", "per_expert"] = "shared"
     """One input global scale for all experts of a block (what vLLM's fused kernels use), or one per expert."""
     max_shard_size: Bytes = ByteSize(5_000_000_000)

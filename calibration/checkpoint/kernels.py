@@ -7,6 +7,7 @@ code = e4m3(gs * (amax / 6)), 0 becomes 0.125; effective = code / gs; v = x / ef
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,13 +45,14 @@ class NotFinite(ValueError):
 class Stripe:
     """Whole rows of a stored weight. `codes` is uint8 `[rows, row bytes]`; `scales` is float32 `[tile rows, tile
     columns]` for FP8 tiles (the stripe begins at a tile), uint8 E8M0 codes `[rows, K/32]` for MXFP4, otherwise None.
-    `maxima` is filled by `amax` and spares `quantize` a second look at FP8 codes."""
+    `maxima` is filled by `amax` and spares `quantize` a second look at FP8 codes; `moved` is the codes on the GPU."""
 
     stored: StoredFormat
     dtype: str
     codes: Bytes
     scales: Floats | Bytes | None = None
     maxima: Bytes | None = None
+    moved: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -62,8 +64,8 @@ class Stripe:
 
     @property
     def compiled(self) -> bool:
-        """Whether C knows this format; torch knows them all."""
-        if not native.compiled():
+        """Whether C does the work: it knows this format (torch knows them all) and no GPU is there."""
+        if native.level() == "cuda" or not native.compiled():
             return False
         if self.stored.kind == "fp8_tiles":
             return self.stored.tile is not None and self.stored.tile[1] % GROUP == 0
@@ -212,36 +214,40 @@ def _mxfp4_maxima(stripe: Stripe) -> Bytes:
     return both
 
 
-def parts(stripe: Stripe) -> list[tuple[int, torch.Tensor]]:
-    """(first row, float32 values) in steps small enough for the cache; on the GPU where the level says so."""
-    device = "cuda" if native.level() == "cuda" else "cpu"
+def parts(stripe: Stripe) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, float32 values): in steps small enough for the cache, or at level cuda all rows at once on the GPU,
+    where their bytes go once and are dequantized."""
     tile_rows = stripe.stored.tile[0] if stripe.stored.tile else 1
-    step = stripe.rows if device == "cuda" else max(_TORCH_ROWS // tile_rows, 1) * tile_rows
-    return [
-        (begin, _values(stripe, begin, min(begin + step, stripe.rows), device)) for begin in range(0, stripe.rows, step)
-    ]
+    step = stripe.rows if native.level() == "cuda" else max(_TORCH_ROWS // tile_rows, 1) * tile_rows
+    if stripe.moved is None:
+        stripe.moved = torch.from_numpy(stripe.codes).to(native.device())
+    for begin in range(0, stripe.rows, step):
+        yield begin, _values(stripe, stripe.moved, begin, min(begin + step, stripe.rows))
 
 
-def _values(stripe: Stripe, begin: int, end: int, device: str) -> torch.Tensor:
-    codes = torch.from_numpy(stripe.codes[begin:end]).to(device).view(TORCH[stripe.dtype])
+def _values(stripe: Stripe, codes: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     scales: dict[str, torch.Tensor] = {}
     if stripe.stored.kind == "fp8_tiles":
         assert stripe.stored.tile is not None and stripe.scales is not None
         rows = stripe.stored.tile[0]
         grid = torch.from_numpy(stripe.scales[begin // rows : -(-end // rows)])
-        scales = {"tile_scale": grid.to(device)}
+        scales = {"tile_scale": grid.to(codes.device)}
     elif stripe.stored.kind == "mxfp4":
         assert stripe.scales is not None
-        scales = {"group_scale": torch.from_numpy(E8M0[stripe.scales[begin:end]]).to(device)}
-    return dequantize(stripe.stored, codes, scales, torch.float32)
+        scales = {"group_scale": torch.from_numpy(E8M0[stripe.scales[begin:end]]).to(codes.device)}
+    return dequantize(stripe.stored, codes[begin:end].view(TORCH[stripe.dtype]), scales, torch.float32)
 
 
 def _torch_quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
-    glob = torch.tensor([scale])
+    # Both on the values' device: by a number, or a scalar that lies on the processor, CUDA divides as it multiplies by
+    # the reciprocal, up to 1 ulp off (ATen's BinaryDivTrueKernel.cu).
+    glob = torch.tensor([scale], device=native.device())
+    six = torch.tensor([6.0], device=native.device())
     for begin, values in parts(stripe):
         end = begin + values.shape[0]
-        largest = values.reshape(values.shape[0], -1, GROUP).abs().amax(-1)
-        codes = (glob.to(values.device) * (largest / 6)).clamp(max=448).to(torch.float8_e4m3fn)
-        codes = torch.where(codes.to(torch.float32) == 0, 0.125, codes.to(torch.float32)).to(torch.float8_e4m3fn)
-        packed[begin:end] = nvfp4.pack(values, codes, glob.to(values.device))[0].cpu().numpy()
-        group_scales[begin:end] = codes.view(torch.uint8).cpu().numpy()
+        groups = values.reshape(values.shape[0], -1, GROUP)
+        rounded = (glob * (groups.abs().amax(-1) / six)).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
+        codes = torch.where(rounded == 0, 0.125, rounded)
+        nibbles = nvfp4.e2m1_codes(groups / (codes / glob).unsqueeze(-1)).flatten(-2)
+        packed[begin:end] = nvfp4.paired(nibbles).cpu().numpy()
+        group_scales[begin:end] = codes.to(torch.float8_e4m3fn).view(torch.uint8).cpu().numpy()

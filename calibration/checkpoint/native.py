@@ -34,6 +34,7 @@ _SIGNATURES = {
     ),
 }
 _forced: str | None = None
+_device = "cuda"
 
 
 @cache
@@ -64,27 +65,40 @@ def level() -> str:
 
 
 @contextlib.contextmanager
-def use(name: str) -> Iterator[None]:
-    """Takes level `name` inside the `with` block, in every thread. Raises ValueError where it does not run here."""
-    global _forced
-    if name not in levels():
+def use(name: str, device: str = "cuda") -> Iterator[None]:
+    """Takes level `name` inside the `with` block, in every thread. `device` is where level cuda computes: `cpu` runs the
+    very same code without a GPU. Raises ValueError where the level does not run here."""
+    global _forced, _device
+    if name not in levels() and (name, device) != ("cuda", "cpu"):
         raise ValueError(f"level {name!r} does not run here; these do: {', '.join(levels())}")
-    before, _forced = _forced, name
+    before, (_forced, _device) = (_forced, _device), (name, device)
     try:
         yield
     finally:
-        _forced = before
+        _forced, _device = before
+
+
+def device() -> str:
+    """Where torch computes: the GPU at level cuda, otherwise the processor."""
+    return _device if level() == "cuda" else "cpu"
 
 
 def compiled() -> bool:
-    """Whether the level in use is one of the C ones, so that the functions below may be called."""
-    return level() in LEVELS
+    """Whether the C functions may be called: not at level torch, nor where they were not built."""
+    return _compiled_level() is not None
 
 
 def call(name: str, *arguments: object) -> float:
     """Calls a C function (see `_kernels.c`) at the level in use, without the interpreter lock. Pointers are integers
     (`ndarray.ctypes.data`, `Tensor.data_ptr()`); the caller keeps the arrays alive and right in size and dtype."""
-    library = _library()
-    assert library is not None
-    result: float = getattr(library, name)(LEVELS.index(level()), *arguments)
+    library, chosen = _library(), _compiled_level()
+    assert library is not None and chosen is not None
+    result: float = getattr(library, name)(LEVELS.index(chosen), *arguments)
     return result
+
+
+def _compiled_level() -> str | None:
+    """The C level in use; at level cuda the fastest one, for what stays on the processor (checks of copied tensors)."""
+    if level() == "cuda":
+        return next((name for name in reversed(levels()) if name in LEVELS), None)
+    return level() if level() in LEVELS else None

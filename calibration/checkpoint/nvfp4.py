@@ -36,11 +36,16 @@ def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     return codes | (values < 0).to(torch.uint8).mul_(8)
 
 
+def paired(codes: torch.Tensor) -> torch.Tensor:
+    """E2M1 codes uint8 `[M, K]` -> packed `[M, K/2]`: element 0 of a pair in the low nibble."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
 def pack(weight: torch.Tensor, group_scale: torch.Tensor, global_scale: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Packs a weight: `[M, K]` float, group scale `[M, K/16]`, global scale `[1]` -> uint8 `[M, K/2]` and the relative
     error `|dequantized - weight| / |weight|` (Frobenius norms).
 
-    Element 0 of a pair lies in the low nibble. Raises ValueError where K is not a multiple of 16.
+    Raises ValueError where K is not a multiple of 16.
     """
     rows, columns = weight.shape
     if columns % GROUP:
@@ -59,8 +64,7 @@ def pack(weight: torch.Tensor, group_scale: torch.Tensor, global_scale: torch.Te
         codes = e2m1_codes(stripe / scale)
         error += (values[codes.int()] * scale - stripe).square().sum(dtype=torch.float64)
         norm += stripe.square().sum(dtype=torch.float64)
-        codes = codes.flatten(-2)
-        packed[begin : begin + step] = codes[:, 0::2] | (codes[:, 1::2] << 4)
+        packed[begin : begin + step] = paired(codes.flatten(-2))
     return packed, float((error / norm.clamp_min(1e-300)).sqrt())
 
 

@@ -20,7 +20,7 @@ from calibration.checkpoint import layout, native
 from calibration.checkpoint.config import output_config
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.header import read_header
-from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.convert import Conversion, convert
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
@@ -34,13 +34,15 @@ from verify.fidelity import verify_fidelity
 from verify.structure import verify_structure
 
 ROOT = Path(__file__).parents[2]
+#: All tensors of a V4 with few experts: no test here serves it.
+FEW = 8
 LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("sources")
-    made = {stored: deepseek_v4.write(base / stored, stored) for stored in ("bf16", "fp8", "fp8_mxfp4")}
+    made = {stored: deepseek_v4.write(base / stored, stored, experts=FEW) for stored in ("bf16", "fp8", "fp8_mxfp4")}
     return made | {family: standard.write(base / family, family) for family in ("llama", "qwen3_moe", "mixtral")}
 
 
@@ -126,6 +128,9 @@ def test_every_level_and_number_of_workers_gives_the_same_files(sources: dict[st
         with native.use(level):
             assert run(converting(sources["fp8"], tmp_path / level)).level == level
         made[level] = digests(tmp_path / level)
+    with native.use("cuda", device="cpu"):
+        run(converting(sources["fp8"], tmp_path / "cuda path"))
+    made["cuda path"] = digests(tmp_path / "cuda path")
     for workers in (1, 2, 7):
         done = run(converting(sources["fp8"], tmp_path / str(workers), convert={"workers": workers}))
         assert done.workers == workers
@@ -162,7 +167,7 @@ def test_a_fused_group_parted_between_shards_shares_its_scale(
     parted = [
         g for g in plan.fused if len({plan.weight_map[f"{m}.weight_packed"] for m in g if m in plan.quantized}) > 1
     ]
-    assert len(parted) > 10
+    assert len(parted) >= 3
     assert failing(small) == set()
     one, two = tensors(small.output), tensors(tmp_path / "large")
     assert one.keys() == two.keys()
@@ -176,10 +181,10 @@ def test_a_fused_group_parted_between_shards_shares_its_scale(
 def test_mxfp4_experts_are_kept_bit_for_bit(sources: dict[str, Path], tmp_path: Path) -> None:
     made = converting(sources["fp8_mxfp4"], tmp_path / "out")
     done = run(made)
-    assert (done.lossless, done.requantized) == (576, 0)
+    assert (done.lossless, done.requantized) == (72, 0)
     source, output = Formats(Checkpoint.open(sources["fp8_mxfp4"])), Formats(Checkpoint.open(tmp_path / "out"))
     for block in range(3):
-        for expert in (0, 17, 63):
+        for expert in (0, 3, 7):
             for leaf in ("w1", "w2", "w3"):
                 name = f"layers.{block}.ffn.experts.{expert}.{leaf}"
                 before = source.read(f"{name}.weight", torch.float32)
@@ -212,7 +217,7 @@ def test_mxfp4_scales_too_far_apart_are_requantized_and_counted(sources: dict[st
     source = edited(sources["fp8_mxfp4"], tmp_path / "source", f"{name}.scale", widen)
     made = converting(source, tmp_path / "out")
     done = run(made)
-    assert (done.lossless, done.requantized) == (574, 2), "w1 and w3 share a global scale"
+    assert (done.lossless, done.requantized) == (70, 2), "w1 and w3 share a global scale"
     assert failing(made) == set()
 
 
@@ -293,6 +298,37 @@ def test_plain_undoes_nvfp4_of_this_project(sources: dict[str, Path], tmp_path: 
     assert found.keys() == Checkpoint.open(sources["llama"]).tensors.keys()
     name = "model.layers.0.mlp.down_proj"
     assert torch.equal(found[f"{name}.weight"], packed.read(f"{name}.weight_packed", torch.float32))
+
+
+def test_values_beyond_float16_are_refused_by_name(sources: dict[str, Path], tmp_path: Path) -> None:
+    name = "layers.1.ffn.experts.5.w2"
+    source = edited(sources["fp8"], tmp_path / "source", f"{name}.scale", lambda scale: scale.fill_(1e4))
+    with pytest.raises(SourceError, match=rf"{re.escape(name)}\.weight: .*overflow torch\.float16"):
+        run(undoing(source, tmp_path / "out", export={"plain_dtype": "float16"}))
+    run(undoing(source, tmp_path / "wider", export={"plain_dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize("method", [converting, undoing])
+def test_scales_named_weight_scale_inv_give_the_same_files(
+    sources: dict[str, Path], tmp_path: Path, method: Any
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    weight_map = {}
+    for shard in sorted(sources["fp8"].glob("*.safetensors")):
+        held = {re.sub(r"\.scale$", ".weight_scale_inv", name): tensor for name, tensor in load_file(shard).items()}
+        save_file(held, source / shard.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(held, shard.name)
+    assert any(name.endswith("w1.weight_scale_inv") for name in weight_map)
+    (source / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (source / "config.json").write_bytes((sources["fp8"] / "config.json").read_bytes())
+    run(method(source, tmp_path / "renamed"))
+    run(method(sources["fp8"], tmp_path / "out"))
+    # mtp.* is copied with its names.
+    one = {re.sub(r"\.weight_scale_inv$", ".scale", name): t for name, t in tensors(tmp_path / "renamed").items()}
+    two = tensors(tmp_path / "out")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name].view(torch.uint8), two[name].view(torch.uint8)) for name in one if one[name].dim())
 
 
 @pytest.mark.parametrize("kept", ["native", "plain"])
@@ -432,7 +468,8 @@ def killed(source: Path, directory: Path, kills: int) -> dict[str, Any]:
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     sources: dict[str, Path], tmp_path: Path, kills: int
 ) -> None:
-    result = killed(sources["fp8_mxfp4"], tmp_path, kills)
-    run(converting(sources["fp8_mxfp4"], tmp_path / "whole", export={"max_shard_size": 200_000}))
+    source = sources["fp8_mxfp4"] if kills < 10 else deepseek_v4.write(tmp_path / "source", "fp8_mxfp4")
+    result = killed(source, tmp_path, kills)
+    run(converting(source, tmp_path / "whole", export={"max_shard_size": 200_000}))
     assert result["digests"] == digests(tmp_path / "whole")
     assert result["hit"] > kills / 4 and result["partly"] > 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from torch.overrides import TorchFunctionMode
 
 from calibration.checkpoint import kernels, native, nvfp4
 from calibration.checkpoint.formats import StoredFormat, dequantize
@@ -24,10 +27,28 @@ TILE = (128, 128)
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
 
 
-@pytest.fixture(params=native.levels())
-def level(request: pytest.FixtureRequest) -> str:
-    with native.use(request.param):
-        yield request.param
+class DividesAsCuda(TorchFunctionMode):
+    """Division by a number or by a scalar on the processor as CUDA does it (ATen's BinaryDivTrueKernel.cu): times the
+    reciprocal, up to 1 ulp off. Code that is right under it divides by tensors of the same device alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.div, torch.Tensor.div, torch.Tensor.__truediv__) and isinstance(args[1], float | int):
+            return args[0] * (1 / torch.tensor(args[1], dtype=torch.float32))
+        return func(*args, **(kwargs or {}))
+
+
+ON_CPU = [name for name in native.levels() if name != "cuda"]
+
+
+@pytest.fixture(params=[*ON_CPU, "cuda on the CPU", pytest.param("cuda", marks=pytest.mark.gpu)])
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every level; what level cuda does runs on the CPU too, without a GPU."""
+    if request.param == "cuda on the CPU":
+        with native.use("cuda", device="cpu"):
+            yield
+    else:
+        with native.use(request.param):
+            yield
 
 
 def of_compressed_tensors(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
@@ -99,7 +120,7 @@ def test_without_the_compiled_module_torch_does_the_work() -> None:
 
 @pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("shape", [(576, 528), (128, 4224), (1, 16), (130, 272), (256, 1088)])
-def test_fp8_tiles(level: str, shape: tuple[int, int], scales: torch.dtype) -> None:
+def test_fp8_tiles(level: None, shape: tuple[int, int], scales: torch.dtype) -> None:
     codes, grid = to_tiles(random(*shape), scales)
     assert grid.shape[0] == (5 if shape[0] == 576 else -(-shape[0] // 128))
     stripe = fp8_stripe(codes, grid)
@@ -107,12 +128,12 @@ def test_fp8_tiles(level: str, shape: tuple[int, int], scales: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_plain_dtypes(level: str, dtype: torch.dtype) -> None:
+def test_plain_dtypes(level: None, dtype: torch.dtype) -> None:
     weight = random(67, 336).to(dtype)
     assert_same(plain_stripe(weight), weight)
 
 
-def test_mxfp4_again(level: str) -> None:
+def test_mxfp4_again(level: None) -> None:
     codes, scales = to_mxfp4(random(96, 320))
     stripe = mxfp4_stripe(codes, scales)
     assert_same(stripe, dequantize(stripe.stored, codes, {"group_scale": scales}, torch.float32))
@@ -120,7 +141,7 @@ def test_mxfp4_again(level: str) -> None:
 
 @pytest.mark.parametrize("exponent", [-149, -140, -135, -127, -120, -60, -9, 0, 40, 100, 117])
 @pytest.mark.parametrize("factor", [1.0, 1.3, 0.077])
-def test_every_fp8_byte_under_scales_from_subnormal_to_huge(level: str, exponent: int, factor: float) -> None:
+def test_every_fp8_byte_under_scales_from_subnormal_to_huge(level: None, exponent: int, factor: float) -> None:
     """Each group holds one maximum and walks through the bytes, so that every threshold of every maximum is met."""
     scale = torch.tensor(2.0**exponent).mul(factor).clamp_min(2.0**-149)
     magnitudes = torch.arange(0x7F, dtype=torch.uint8)
@@ -140,7 +161,7 @@ def test_every_fp8_byte_under_scales_from_subnormal_to_huge(level: str, exponent
             assert_same(fp8_stripe(codes, grid), weight, global_scale)
 
 
-def test_zero_groups_small_negatives_and_subnormal_scales(level: str) -> None:
+def test_zero_groups_small_negatives_and_subnormal_scales(level: None) -> None:
     weight = random(8, 64)
     weight[0, :16] = 0.0
     weight[1, 16:32] = -0.0
@@ -158,7 +179,7 @@ def test_zero_groups_small_negatives_and_subnormal_scales(level: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_are_refused(level: str, dtype: torch.dtype, value: float) -> None:
+def test_nan_and_inf_are_refused(level: None, dtype: torch.dtype, value: float) -> None:
     weight = torch.ones(128, 48)
     weight[77, 47] = value
     stored = weight.to(dtype)
@@ -175,14 +196,14 @@ def test_nan_and_inf_are_refused(level: str, dtype: torch.dtype, value: float) -
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0, 1e38])
-def test_bad_tile_scales_are_refused(level: str, bad: float) -> None:
+def test_bad_tile_scales_are_refused(level: None, bad: float) -> None:
     codes, grid = to_tiles(random(256, 256), torch.float32)
     grid[1, 1] = bad
     with pytest.raises(NotFinite):
         kernels.amax(fp8_stripe(codes, grid))
 
 
-def test_nan_among_mxfp4_scales_is_refused(level: str) -> None:
+def test_nan_among_mxfp4_scales_is_refused(level: None) -> None:
     codes, scales = to_mxfp4(random(4, 64))
     scales.view(torch.uint8)[2, 1] = 0xFF
     with pytest.raises(NotFinite, match="NaN"):
@@ -190,7 +211,7 @@ def test_nan_among_mxfp4_scales_is_refused(level: str) -> None:
 
 
 @pytest.mark.parametrize("spread", [0, 5, 17, 18])
-def test_mxfp4_respelled_has_the_same_values_bit_for_bit(level: str, spread: int) -> None:
+def test_mxfp4_respelled_has_the_same_values_bit_for_bit(level: None, spread: int) -> None:
     codes, scales = to_mxfp4(random(32, 128))
     raw = scales.view(torch.uint8)
     raw[:] = 110
@@ -215,7 +236,7 @@ def test_mxfp4_respelled_has_the_same_values_bit_for_bit(level: str, spread: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pack_with_given_scales_is_the_same_at_every_level(level: str, dtype: torch.dtype) -> None:
+def test_pack_with_given_scales_is_the_same_at_every_level(level: None, dtype: torch.dtype) -> None:
     weight = random(65, 96).to(dtype)
     scale = (torch.rand(65, 6) * 300 + 1).to(torch.float8_e4m3fn)
     glob = torch.tensor([12345.6])
@@ -226,6 +247,16 @@ def test_pack_with_given_scales_is_the_same_at_every_level(level: str, dtype: to
     values = ct_quantize(weight.float(), scale.float(), None, QuantizationArgs(**NVFP4A16.weights), global_scale=glob)
     assert torch.equal(packed, pack_fp4_to_uint8(values))
     assert torch.equal(nvfp4.pack(weight.t().contiguous().t(), scale, glob)[0], wanted)
+
+
+def test_the_cuda_path_divides_exactly_where_cuda_would_multiply_by_a_reciprocal() -> None:
+    # Found by search: the last bit of largest / 6 decides the scale's code.
+    scale = np.float32(648.07177734375)
+    weight = torch.tensor([2.518239736557007, 0.2684887945652008, 2.8145029544830322])[:, None].repeat(1, 16)
+    with native.use("cuda", device="cpu"), DividesAsCuda():
+        packed, scales, _ = quantized(plain_stripe(weight), scale)
+    wanted = of_compressed_tensors(weight, torch.tensor([scale]))
+    assert np.array_equal(scales, wanted[1].numpy()) and np.array_equal(packed, wanted[0].numpy())
 
 
 def test_levels_that_do_not_run_here_are_refused() -> None:
