@@ -9,6 +9,7 @@ import torch
 from llmcompressor.observers import ACTIVATION_OBS
 from torch import nn
 
+from calibration.checkpoint.formats import is_finite, is_positive
 from calibration.source_model import SourceModel
 from recipes.errors import RecipeError, WorkflowError, collapsed
 
@@ -52,11 +53,9 @@ def require_scales(quantized: Mapping[str, nn.Module], where: str) -> None:
     problems = []
     for name, module in quantized.items():
         for leaf, scale in module.named_parameters(recurse=False):
-            if not leaf.endswith("_scale"):
-                continue
-            value = scale.float()
-            bad = value[~(torch.isfinite(value) & (value > 0))]
-            if bad.numel():
+            if leaf.endswith("_scale") and not is_positive(scale):
+                value = scale.float()
+                bad = value[~(torch.isfinite(value) & (value > 0))]
                 problems.append(f"{where}: {name}.{leaf}: {bad[0].item()} is not a finite positive scale")
     if problems:
         raise WorkflowError(collapsed(problems))
@@ -81,8 +80,3 @@ def first_non_finite(modules: Iterable[tuple[str, nn.Module]], forward: Callable
         for handle in handles:
             handle.remove()
     return found[0] if found else None
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -11,7 +11,7 @@ import torch
 
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.config import output_config
-from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite, is_positive
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
 from calibration.checkpoint.kernels import TORCH
 from calibration.checkpoint.plan import Plan, PlannedShard, Step
@@ -100,18 +100,10 @@ class Exporter:
     def _shard(
         self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
     ) -> str:
-        tensors: dict[str, torch.Tensor] = {}
-        for source in shard.sources:
-            step = self.plan.steps[source]
-            if step.outputs:
-                tensors.update(self._step(step, modules, scales))
-        for name, tensor in tensors.items():
-            wanted = self.plan.outputs[name]
-            if tuple(tensor.shape) != wanted.shape:
-                raise WorkflowError(
-                    f"{name}: made {list(tensor.shape)}, the plan says {list(wanted.shape)}: a defect here"
-                )
-        return write_shard(self.output / shard.name, tensors)
+        steps = [step for source in shard.sources if (step := self.plan.steps[source]).outputs]
+        outputs = [output for step in steps for output in step.outputs]
+        tensors = (made for step in steps for made in self._step(step, modules, scales).items())
+        return write_shard(self.output / shard.name, outputs, tensors)
 
     def _step(
         self, step: Step, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
@@ -207,8 +199,8 @@ def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def _check_scale(name: str, scale: torch.Tensor) -> None:
-    value = scale.to(torch.float32)
-    if not bool((torch.isfinite(value) & (value > 0)).all()):
+    if not is_positive(scale):
+        value = scale.to(torch.float32)
         bad = value[~(torch.isfinite(value) & (value > 0))].flatten()[0].item()
         raise SourceError(
             f"{name}: {bad} is not a finite positive scale; no calibration token reached this module, or the weight or "

@@ -8,6 +8,7 @@ forward, every observer must have seen something, every scale must be finite and
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +25,7 @@ from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
+from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization, observe, update_qparams
 from llmcompressor.observers import ACTIVATION_OBS, Observer
 from llmcompressor.observers.fusion import FusionHandler
 from llmcompressor.pipelines.registry import CalibrationPipeline
@@ -35,13 +36,8 @@ from torch.utils.data import DataLoader
 
 from calibration import tracing
 from calibration.activations import ActivationCache
-from calibration.checks import (
-    first_non_finite,
-    is_finite,
-    require_mappings_inside_blocks,
-    require_scales,
-    require_statistics,
-)
+from calibration.checkpoint.formats import is_finite
+from calibration.checks import first_non_finite, require_mappings_inside_blocks, require_scales, require_statistics
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
 from calibration.memory import PeakMemory
 from calibration.ranks import Ranks, summed, widen
@@ -120,6 +116,7 @@ class CalibrationRun:
             LifecycleCallbacks.calibration_start()
             require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, self.source)
             self._link_fused()
+            gc.collect()  # tracing leaves cycles of graphs behind
             self.calibrating = True
             stack.enter_context(calibration_forward_context(model))
             stack.enter_context(DisableQuantization(model))
@@ -236,8 +233,9 @@ class _Walk:
             self._hand_over(result)
         else:
             self._repeat(index, block, number, where)
-        for module in (module for root in roots for module in root.modules()):
+        for module in [module for root in roots for module in root.modules()]:
             run.experts.forget(module)
+            freeze_module_quantization(module)  # calibration_end would do it: a thousand observers per block until then
         source.unload(roots)
         if number is not None:
             facts = None if result is None else result.facts()

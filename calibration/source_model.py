@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import mmap
 import shutil
 import threading
 from collections import defaultdict
@@ -98,13 +99,14 @@ class SourceModel:
         """
         ahead = {} if self._ahead is None else self._ahead.take()
         self._ahead = None
-        for module, leaf, full, tensor in self._tensors(roots):
-            if not tensor.is_meta:
-                continue
+        missing = [found for found in self._tensors(roots) if found[-1].is_meta]
+        room = _Room(tensor for _, _, full, tensor in missing if full not in ahead and self._fits_room(full, tensor))
+        for module, leaf, full, tensor in missing:
             source = self.sources.get(full)
             value = ahead.pop(full, None)
             if value is None:
-                value = self._empty(leaf, tensor) if source is None else self._read(source, tensor.dtype)
+                out = room.take(tensor) if self._fits_room(full, tensor) else None
+                value = self._empty(leaf, tensor) if source is None else self._read(source, tensor.dtype, out)
             self._place(module, leaf, value)
             if source is not None:
                 self._versions[full] = _tensor(module, leaf)._version
@@ -156,9 +158,12 @@ class SourceModel:
                 for leaf, tensor in _own_tensors(module):
                     yield module, leaf, prefix + leaf, tensor
 
-    def _read(self, source: str, dtype: torch.dtype) -> torch.Tensor:
+    def _fits_room(self, full: str, tensor: torch.Tensor) -> bool:
+        return self.device.type == "cpu" and full in self.sources and tensor.is_floating_point()
+
+    def _read(self, source: str, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
         if self.device.type == "cpu":
-            return self.formats.read(source, dtype)
+            return self.formats.read(source, dtype, out)
         # The raw bytes travel: they are a half to a quarter of the BF16 values, and the accelerator dequantizes faster.
         checkpoint, stored = self.formats.checkpoint, self.formats.of(source)
         raw = checkpoint.read(source).to(self.device)
@@ -180,6 +185,30 @@ class SourceModel:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+
+class _Room:
+    """One stretch of host memory for the weights of a block. It goes back to the system whole, when the last tensor in
+    it is dropped; single tensors would leave holes in the heap, and memory would grow block by block."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        size, self._used = sum(map(_room_for, tensors)), 0
+        # Private: shared memory would not count as the process's own (RssAnon), and could not be told from files.
+        self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a block is always larger than a huge page, and never shared
+            with contextlib.suppress(OSError):
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def take(self, like: torch.Tensor) -> torch.Tensor:
+        """Memory for a tensor of this shape and dtype, not filled."""
+        if not like.numel():
+            return torch.empty_like(like, device="cpu")
+        begin, self._used = self._used, self._used + _room_for(like)
+        return torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=begin).view(like.shape)
+
+
+def _room_for(tensor: torch.Tensor) -> int:
+    return -(-tensor.nbytes // 64) * 64
 
 
 class _Ahead(threading.Thread):

@@ -73,6 +73,19 @@ EXPORT uint32_t float_amax(int level, int dtype, const void *data, int64_t count
     return CALL(float_amax, dtype, data, count);
 }
 
+EXPORT void float_extremes(int level, int dtype, const void *data, int64_t groups, void *low, void *high) {
+    CALL(float_extremes, dtype, data, groups, low, high);
+}
+
+EXPORT void fp8_to_bf16(int level, const uint8_t *codes, int64_t rows, int64_t columns, const float *grid, int64_t tile_rows,
+                        int64_t tile_columns, uint16_t *out) {
+    CALL(fp8_to_bf16, codes, rows, columns, grid, tile_rows, tile_columns, out);
+}
+
+EXPORT void mxfp4_to_bf16(int level, const uint8_t *codes, const float *group_scale, int64_t groups, uint16_t *out) {
+    CALL(mxfp4_to_bf16, codes, group_scale, groups, out);
+}
+
 EXPORT void float_quantize(int level, int dtype, const void *data, int64_t groups, float global_scale, uint8_t *packed, uint8_t *scales) {
     CALL(float_quantize, dtype, data, groups, global_scale, packed, scales);
 }

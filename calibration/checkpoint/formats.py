@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from calibration.checkpoint import nvfp4
+from calibration.checkpoint import native, nvfp4
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
 from recipes.errors import SourceError, collapsed
@@ -78,19 +78,22 @@ class Formats:
         """Logical values in all tensors but the scale companions."""
         return sum(math.prod(found.shape) for name, found in self._formats.items() if name not in self.companions)
 
-    def read(self, name: str, dtype: torch.dtype | None = torch.bfloat16) -> torch.Tensor:
+    def read(
+        self, name: str, dtype: torch.dtype | None = torch.bfloat16, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Tensor `name` in `dtype`, its stored format undone; `dtype=None` leaves plain tensors as stored and gives
-        BF16 for the others. Integer tensors are never cast. The tensor is the caller's own.
-        Raises SourceError for NaN or Inf, by tensor name."""
+        BF16 for the others. Integer tensors are never cast. The tensor is the caller's own; values
+        that are not integers lie in `out`, where one is given (of the logical shape and of `dtype`). Raises SourceError
+        for NaN or Inf, by tensor name."""
         stored, tensor = self._formats[name], self.checkpoint.read(name)
         if stored.kind == "plain":
             if not tensor.is_floating_point():
                 return tensor.clone()
             # A copy: the library hands out its memory map, and what a modifier writes there the next read would return.
-            value = tensor.to(tensor.dtype if dtype is None else dtype, copy=True)
+            value = tensor.to(tensor.dtype if dtype is None else dtype, copy=True) if out is None else out.copy_(tensor)
         else:
             scales = {role: self.checkpoint.read(scale) for role, scale in stored.companions.items()}
-            value = dequantize(stored, tensor, scales, dtype or torch.bfloat16)
+            value = dequantize(stored, tensor, scales, dtype or torch.bfloat16, out)
         check_finite(value, f"{self.checkpoint.path(name)}: {name}")
         return value
 
@@ -144,9 +147,41 @@ class Formats:
 
 
 def dequantize(
+    stored: StoredFormat,
+    tensor: torch.Tensor,
+    scales: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Undoes a stored format on the tensor's device: float `[M, K]` of `dtype`, one rounding from float32; into `out`,
+    where one is given (contiguous, of that shape and dtype)."""
+    if tensor.device.type == "cpu" and dtype == torch.bfloat16 and native.compiled() and tensor.is_contiguous():
+        into = torch.empty(stored.shape, dtype=dtype) if out is None else out
+        if _dequantize_compiled(stored, tensor, scales, into):
+            return into
+    value = _dequantize(stored, tensor, scales, dtype)
+    return value if out is None else out.copy_(value)
+
+
+def _dequantize_compiled(
+    stored: StoredFormat, tensor: torch.Tensor, scales: dict[str, torch.Tensor], out: torch.Tensor
+) -> bool:
+    """Fills `out` `[M, K]` (BF16) where C knows the stored format."""
+    codes, into = tensor.data_ptr(), out.data_ptr()
+    if stored.kind == "fp8_tiles" and stored.tile is not None:
+        grid = scales["tile_scale"].to(torch.float32).contiguous()
+        native.call("fp8_to_bf16", codes, *tensor.shape, grid.data_ptr(), *stored.tile, into)
+    elif stored.kind == "mxfp4":
+        scale = scales["group_scale"].to(torch.float32).contiguous()
+        native.call("mxfp4_to_bf16", codes, scale.data_ptr(), scale.numel(), into)
+    else:
+        return False
+    return True
+
+
+def _dequantize(
     stored: StoredFormat, tensor: torch.Tensor, scales: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
-    """Undoes a stored format on the tensor's device: float `[M, K]` of `dtype`, one rounding from float32."""
     if stored.kind == "fp8_tiles":
         assert stored.tile is not None
         grid = scales["tile_scale"].to(torch.float32)
@@ -170,12 +205,27 @@ def _scaled(packed: torch.Tensor, group_scale: torch.Tensor, group: int) -> torc
     return (values.reshape(values.shape[0], -1, group) * group_scale.unsqueeze(-1)).reshape(values.shape)
 
 
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf. Both show in the extremes, which cost a twentieth of torch.isfinite."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value.to(torch.float32) if value.element_size() == 1 else value)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def is_positive(scale: torch.Tensor) -> bool:
+    """Whether all values are finite and above zero."""
+    if not scale.numel():
+        return True
+    low, high = torch.aminmax(scale.to(torch.float32))
+    return bool((low > 0) & torch.isfinite(high))
+
+
 def check_finite(value: torch.Tensor, where: str) -> None:
     """Raises SourceError naming `where` and the first bad position when a floating tensor holds NaN or Inf."""
-    probe = value.to(torch.float32) if value.element_size() == 1 else value
-    if not value.is_floating_point() or bool(torch.isfinite(probe).all()):
+    if is_finite(value):
         return
-    bad = (~torch.isfinite(probe)).nonzero()
+    bad = (~torch.isfinite(value.to(torch.float32))).nonzero()
     raise SourceError(
         f"{where}: {len(bad)} of {value.numel()} values are NaN or Inf, the first at {bad[0].tolist()}; "
         "the source is damaged or was made with an overflow: get a whole copy"

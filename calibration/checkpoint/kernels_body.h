@@ -76,6 +76,70 @@ static uint32_t LEVEL(float_amax)(int dtype, const void *data, int64_t count) {
     return most;
 }
 
+/* Smallest and largest value of every group of 16, in the dtype of the data. Floats order like sign-magnitude integers; NaN
+ * lies beyond Inf on its own side. */
+static void LEVEL(float_extremes)(int dtype, const void *data, int64_t groups, void *low, void *high) {
+    for (int64_t g = 0; g < groups; g++) {
+        if (dtype == F32) {
+            const int32_t *p = (const int32_t *)data + g * 16;
+            int32_t least = INT32_MAX, most = INT32_MIN;
+            for (int i = 0; i < 16; i++) {
+                const int32_t key = p[i] ^ (p[i] >> 31 & INT32_MAX);
+                least = key < least ? key : least;
+                most = key > most ? key : most;
+            }
+            ((int32_t *)low)[g] = least ^ (least >> 31 & INT32_MAX);
+            ((int32_t *)high)[g] = most ^ (most >> 31 & INT32_MAX);
+        } else {
+            const int16_t *p = (const int16_t *)data + g * 16;
+            int16_t least = INT16_MAX, most = INT16_MIN;
+            for (int i = 0; i < 16; i++) {
+                const int16_t key = (int16_t)(p[i] ^ (p[i] >> 15 & INT16_MAX));
+                least = key < least ? key : least;
+                most = key > most ? key : most;
+            }
+            ((int16_t *)low)[g] = (int16_t)(least ^ (least >> 15 & INT16_MAX));
+            ((int16_t *)high)[g] = (int16_t)(most ^ (most >> 15 & INT16_MAX));
+        }
+    }
+}
+
+static inline uint16_t LEVEL(to_bf16)(float x) {
+    union { float f; uint32_t u; } bits = {x};
+    return x == x ? (uint16_t)((bits.u + 0x7fffu + ((bits.u >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
+/* A row of E4M3 codes with one float32 scale per `tile_columns` of them -> BF16, rounded once. */
+static void LEVEL(fp8_to_bf16)(const uint8_t *codes, int64_t rows, int64_t columns, const float *grid, int64_t tile_rows,
+                               int64_t tile_columns, uint16_t *out) {
+    const int64_t across = (columns + tile_columns - 1) / tile_columns;
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t t = 0; t < across; t++) {
+            const float scale = grid[r / tile_rows * across + t];
+            const int64_t end = (t + 1) * tile_columns < columns ? (t + 1) * tile_columns : columns;
+            for (int64_t i = r * columns + t * tile_columns; i < r * columns + end; i++) {
+                /* An E4M3 code is the top of the float with the same bits, scaled by 2^120; 0x7f is NaN. */
+                const uint32_t code = codes[i];
+                union { uint32_t u; float f; } value = {(code & 0x7f) << 20 | code >> 7 << 31};
+                value.f *= 0x1p120f;
+                value.u |= (code & 0x7f) == 0x7f ? 0x7fc00000u : 0;
+                out[i] = LEVEL(to_bf16)(value.f * scale);
+            }
+        }
+}
+
+/* `groups` of 32 MXFP4 codes with their scale as float32 -> BF16, rounded once. */
+static void LEVEL(mxfp4_to_bf16)(const uint8_t *codes, const float *group_scale, int64_t groups, uint16_t *out) {
+    for (int64_t g = 0; g < groups; g++) {
+        uint16_t values[16];
+        for (int i = 0; i < 16; i++) values[i] = LEVEL(to_bf16)(e2m1_values[i] * group_scale[g]);
+        for (int i = 0; i < 16; i++) {
+            out[g * 32 + 2 * i] = values[codes[g * 16 + i] & 15];
+            out[g * 32 + 2 * i + 1] = values[codes[g * 16 + i] >> 4];
+        }
+    }
+}
+
 static void LEVEL(float_quantize)(int dtype, const void *data, int64_t groups, float global_scale, uint8_t *packed,
                                   uint8_t *scales) {
     for (int64_t g = 0; g < groups; g++) {

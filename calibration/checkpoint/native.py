@@ -22,6 +22,9 @@ _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, c
 _SIGNATURES = {
     "kernels_level": (_INT, ()),
     "float_amax": (ctypes.c_uint32, (_INT, _INT, _POINTER, _LONG)),
+    "float_extremes": (None, (_INT, _INT, _POINTER, _LONG, _POINTER, _POINTER)),
+    "fp8_to_bf16": (None, (_INT, _POINTER, _LONG, _LONG, _POINTER, _LONG, _LONG, _POINTER)),
+    "mxfp4_to_bf16": (None, (_INT, _POINTER, _POINTER, _LONG, _POINTER)),
     "float_quantize": (None, (_INT, _INT, _POINTER, _LONG, _FLOAT, _POINTER, _POINTER)),
     "pack_scaled": (None, (_INT, _INT, _POINTER, _LONG, _POINTER, _POINTER, _POINTER)),
     "mxfp4_maxima": (None, (_INT, _POINTER, _LONG, _POINTER)),
@@ -39,15 +42,15 @@ _device = "cuda"
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled module, None where pip built none (no compiler)."""
+    """The compiled module, None where pip built none (no compiler) or an older one (installed before an update)."""
     try:
         module = importlib.import_module("calibration.checkpoint._kernels")
         library = ctypes.CDLL(str(module.__file__))
-    except (ImportError, OSError):
+        functions = {name: getattr(library, name) for name in _SIGNATURES}
+    except (ImportError, OSError, AttributeError):
         return None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    for name, function in functions.items():
+        function.restype, function.argtypes = _SIGNATURES[name]
     return library
 
 

@@ -5,43 +5,82 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import save_file
 
 from calibration.checkpoint.header import fsync_directory
-from recipes.errors import EnvironmentProblem
+from calibration.checkpoint.plan import OutputTensor
+from recipes.errors import EnvironmentProblem, WorkflowError
 
 PARTIAL = ".partial"
-#: safetensors writes to a temporary file of its own beside the target, readable by its owner alone, and renames it.
-_SAFETENSORS_TEMPORARY = ".tmp??????"
-_UMASK = os.umask(0o022)
-os.umask(_UMASK)
+#: The order in which safetensors (0.8) puts the dtypes of a file; within one, tensors stand by name.
+DTYPE_ORDER = (
+    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
+    "BOOL",
+)  # fmt: skip
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-    """Writes one safetensors shard and returns its sha256 (hex). Raises EnvironmentProblem when it cannot."""
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def write_shard(path: Path, outputs: Iterable[OutputTensor], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Writes one safetensors shard of exactly `outputs` and returns its sha256 (hex).
+
+    Each tensor goes to its place when `tensors` yields it, in any order, so that no more than one of them need be in
+    memory; the file's bytes are those of safetensors' own save_file. Raises EnvironmentProblem when it cannot be
+    written, WorkflowError for a tensor that is missing or not what `outputs` says.
+    """
+    header, places = _layout(outputs)
 
     def save(partial: Path) -> None:
-        save_file(contiguous, partial, metadata={"format": "pt"})
-        partial.chmod(0o666 & ~_UMASK)
+        with partial.open("wb") as file:
+            file.write(header)
+            _fill(file, places, tensors)
 
-    write_safely(path, save, nbytes)
+    write_safely(path, save, len(header) + sum(output.nbytes for output, _ in places.values()))
     return file_digest(path)
 
 
+def _layout(outputs: Iterable[OutputTensor]) -> tuple[bytes, dict[str, tuple[OutputTensor, int]]]:
+    """The header of a shard, and the place of each tensor's first byte in the file."""
+    ordered = sorted(outputs, key=lambda output: (DTYPE_ORDER.index(output.dtype), output.name))
+    ends = list(itertools.accumulate(output.nbytes for output in ordered))
+    begins = [0, *ends[:-1]]
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for output, begin, end in zip(ordered, begins, ends, strict=bool(ends)):
+        entries[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    header = struct.pack("<Q", len(text)) + text
+    return header, {o.name: (o, len(header) + begin) for o, begin in zip(ordered, begins, strict=bool(ends))}
+
+
+def _fill(
+    file: BinaryIO, places: dict[str, tuple[OutputTensor, int]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    missing = set(places)
+    for name, tensor in tensors:
+        output, begin = places[name]
+        if tuple(tensor.shape) != output.shape or tensor.nbytes != output.nbytes:
+            raise WorkflowError(
+                f"{name}: made {tensor.dtype} {list(tensor.shape)}, the plan says {output.dtype} {list(output.shape)}: a "
+                "defect here"
+            )
+        file.seek(begin)
+        file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        missing.discard(name)
+    if missing:
+        raise WorkflowError(f"{min(missing)}: was not made (one of {len(missing)}): a defect here")
+
+
 def remove_unfinished(directory: Path) -> None:
-    """Removes what a kill left of half-written files in `directory` itself: our own and those of safetensors."""
-    for pattern in ("*" + PARTIAL, _SAFETENSORS_TEMPORARY):
-        for path in directory.glob(pattern):
-            path.unlink()
+    """Removes what a kill left of half-written files in `directory` itself."""
+    for path in directory.glob("*" + PARTIAL):
+        path.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -70,11 +109,9 @@ def write_safely(path: Path, write: Callable[[Path], object], nbytes: int) -> No
     except Exception as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        # safetensors wraps the operating system's error into its own type and keeps only the text.
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full and not isinstance(error, OSError) and "Error while serializing" not in str(error):
+        if not isinstance(error, OSError):
             raise
-        raise EnvironmentProblem(explain(path, error, nbytes, full)) from error
+        raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from error
 
 
 def file_digest(path: Path) -> str:

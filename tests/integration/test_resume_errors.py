@@ -226,19 +226,16 @@ def full_disk(suffix: str) -> None:
 
     seen = []
 
-    def half(save: Any, tensors: Any, file: Any, **options: Any) -> None:
-        seen.append(file)
+    def half(write: Any, *given: Any) -> None:
+        seen.append(given)
         if len(seen) < 2:
-            save(tensors, file, **options)
+            write(*given)
             return
-        if isinstance(file, Path):
-            file.write_bytes(b"half")
-        else:
-            file.write(b"half")
+        next(part for part in given if hasattr(part, "write")).write(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if suffix == "shard":
-        writer.save_file = partial(half, writer.save_file)
+        writer._fill = partial(half, writer._fill)
     else:
         activations.torch.save = partial(half, torch.save)  # type: ignore[attr-defined]
 

@@ -19,7 +19,7 @@ from transformers import DeepseekV4Config, MixtralConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from calibration.experts import ExpertCalibration, Pass, fill_from_peers
+from calibration.experts import ROWS, ExpertCalibration, Pass, fill_from_peers
 
 EXPERTS, HIDDEN, TOP_K = 8, 64, 2
 
@@ -144,7 +144,9 @@ def test_down_runs_on_routed_tokens_only() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.functional, "linear", counted)
         run(experts, ExpertCalibration())
-    assert sum(rows) == 3 * 50 * TOP_K
+    counts = [torch.bincount(index.flatten(), minlength=EXPERTS).tolist() for _, index, _ in batches()]
+    assert rows == [-(-count // ROWS) * ROWS for batch in counts for count in batch]
+    assert sum(rows) < 3 * 50 * EXPERTS / 2
     del hooks
 
 
@@ -213,4 +215,28 @@ def test_no_peer_with_statistics_fills_nothing() -> None:
     hooks = watch(experts)
     assert fill_from_peers(experts, {}, 1) == []
     assert statistics(experts) == {}
+    del hooks
+
+
+def test_a_repeat_with_the_same_input_computes_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parity runs a block a second time: where its experts get the very same input, only what surrounds them is new."""
+    experts, calibration, calls = make_experts(), ExpertCalibration(), list[int]()
+    hooks = watch(experts)
+    hidden, index, weights = batches()[0]
+    compute = ExpertCalibration._forward
+    monkeypatch.setattr(ExpertCalibration, "_forward", lambda *given: calls.append(1) or compute(*given))
+    with torch.no_grad(), calibration.installed(), moe_calibration_context():
+        made = experts(hidden, index, weights)
+        with calibration.running(Pass.REPEAT):
+            again = experts(hidden.clone(), index, weights)
+            assert torch.equal(made, again) and again is not made and len(calls) == 1
+            for other in ((hidden * 2, index, weights), (hidden, index.flip(0), weights), (hidden, index, weights / 2)):
+                assert not torch.equal(experts(*other), made)
+            assert len(calls) == 4
+            made.add_(1)  # a model that goes on in place: what is kept is not the output any more
+            assert torch.equal(experts(hidden, index, weights), again) and len(calls) == 5
+        calibration.forget(experts)
+        with calibration.running(Pass.REPEAT):
+            experts(hidden, index, weights)
+        assert len(calls) == 6
     del hooks

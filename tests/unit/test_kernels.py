@@ -262,3 +262,28 @@ def test_the_cuda_path_divides_exactly_where_cuda_would_multiply_by_a_reciprocal
 def test_levels_that_do_not_run_here_are_refused() -> None:
     with pytest.raises(ValueError, match="does not run here"), native.use("abacus"):
         pass
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (160, 192), (130, 64)])
+def test_fp8_tiles_to_bf16(level: str, shape: tuple[int, int]) -> None:
+    """All 254 finite codes, subnormals too, times scales from tiny to huge; ragged tiles; NaN stays NaN."""
+    codes = torch.arange(shape[0] * shape[1]).remainder(256).to(torch.uint8).reshape(shape)
+    grid = torch.logspace(-30, 30, -(-shape[0] // 128) * -(-shape[1] // 128)).reshape(-(-shape[0] // 128), -1)
+    stored, tensor = StoredFormat("fp8_tiles", shape, {}, TILE), codes.view(torch.float8_e4m3fn)
+    tiles = grid.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    wanted = (tensor.to(torch.float32) * tiles).to(torch.bfloat16)
+    found = dequantize(stored, tensor, {"tile_scale": grid}, torch.bfloat16)
+    assert found.dtype == torch.bfloat16 and torch.equal(torch.isnan(found), (codes & 0x7F) == 0x7F)
+    assert torch.equal(found.nan_to_num(0.5).view(torch.int16), wanted.nan_to_num(0.5).view(torch.int16))
+
+
+def test_mxfp4_to_bf16(level: str) -> None:
+    """Every code under every E8M0 scale, into memory of the caller."""
+    codes = torch.arange(256 * 16).remainder(251).to(torch.uint8).reshape(256, 16)
+    scales = torch.arange(256, dtype=torch.uint8).reshape(256, 1).view(torch.float8_e8m0fnu)
+    out = torch.empty(256, 32, dtype=torch.bfloat16)
+    stored = StoredFormat("mxfp4", (256, 32), {})
+    found = dequantize(stored, codes.view(torch.int8), {"group_scale": scales}, torch.bfloat16, out)
+    wanted = (nvfp4.unpack(codes) * scales.to(torch.float32)).to(torch.bfloat16)
+    assert found is out and bool(torch.isnan(found[255]).all())
+    assert torch.equal(found[:255].view(torch.int16), wanted[:255].view(torch.int16))
