@@ -126,7 +126,7 @@ class Serving(Section):
     prompts: list[Text] = Field(default=[])
     """Your own prompts, added to the built-in kinds."""
     max_tokens: int = Field(default=64, ge=1)
-    """Tokens generated per prompt."""
+    """Tokens generated per prompt, in a short context at most half of it."""
     text: PathText | None = "bundled"
     """UTF-8 text file for perplexity and the comparison with the source; bundled is the help text of Python, which no
     bundled calibration text holds; null leaves both to the prompts."""

@@ -123,7 +123,7 @@ def verify_serving(
         "checkpoint": str(checkpoint.resolve()),
         "prompts": default_prompts() + own if prompts is None else prompts,
         "windows": text and {"text": text, "count": options.windows, "tokens": options.window_tokens},
-        "max_tokens": options.max_tokens,
+        "max_tokens": min(options.max_tokens, length // 2),  # a prompt needs room too
         "dtype": options.dtype,
         "max_model_len": length,
         "trust_remote_code": trust_remote_code,

@@ -352,6 +352,26 @@ def test_paired_differences_and_the_bundled_text() -> None:
     assert serving.nll_difference([], []) == {"nll_difference": None, "nll_error": None}
 
 
+@pytest.mark.parametrize(
+    ("options", "context", "expected"),
+    [
+        ({}, 8192, (576, 64)),
+        ({"window_tokens": 2048}, 8192, (2112, 64)),
+        ({"window_tokens": 2048, "text": None}, 8192, (576, 64)),
+        ({}, 64, (64, 32)),
+        ({"max_model_len": 16}, 8192, (16, 8)),
+    ],
+)
+def test_context_length_leaves_room_for_prompt_and_sample(
+    options: dict[str, Any], context: int, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
+    with pytest.raises(EnvironmentProblem):  # no vLLM in this interpreter; the request is written all the same
+        serving.verify_serving(tmp_path, Serving(python=sys.executable, **options), tmp_path / "logs")
+    request = json.loads((tmp_path / "logs" / "serving-request.json").read_text())
+    assert (request["max_model_len"], request["max_tokens"]) == expected
+
+
 def test_a_text_that_cannot_be_read_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
