@@ -103,8 +103,10 @@ def verify(
         check_serving(serving)
     with TemporaryDirectory(prefix="verify-") as temporary:
         checks, result = verify_levels(
-            checkpoint, wanted, logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity, serving=serving
-        )
+            checkpoint, wanted, logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity,
+            text=loaded.calibration if loaded is not None else None, serving=serving,
+            trust_remote_code=loaded is not None and loaded.source.trust_remote_code,
+        )  # fmt: skip
     return checks, result.get("samples", [])
 
 

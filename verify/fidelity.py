@@ -21,9 +21,10 @@ from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
 from recipes.errors import WorkflowError
-from recipes.schema import Fidelity
+from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
-from verify.weights import Measured, Stored, measure, scale_ratio
+from verify.forward import verify_forward
+from verify.weights import Measured, Stored, logical_name, measure, scale_ratio
 
 COLUMNS = ("module", "part", "block", "expert", "projection", "relative_error", "sqnr_db", "cosine", "saturated",
            "zero_groups")  # fmt: skip
@@ -84,7 +85,7 @@ def measure_fidelity(
         checks = [_coverage(pairs), _kept(output, source, pairs)]
     except WorkflowError as problem:
         check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", _HOW)
-        return FidelityReport([check], {})
+        return FidelityReport([check], _data({}, {}, str(source.checkpoint.directory)))
     places = {module: family.place(module) for module in measured}
     if measured:
         checks = weight_checks(measured, places, family, options) + checks
@@ -93,17 +94,35 @@ def measure_fidelity(
     return FidelityReport(checks, _data(measured, places, str(source.checkpoint.directory)))
 
 
+def verify_with_forward(
+    directory: Path, plan: Plan | None, source: Formats, options: Fidelity | None, text: Calibration | None,
+    trust_remote_code: bool = False,
+) -> FidelityReport:  # fmt: skip
+    """`measure_fidelity` and, over the blocks, `verify.forward.verify_forward`, as one report."""
+    report = measure_fidelity(directory, plan, source, options)
+    checks, blocks = verify_forward(directory, source.checkpoint, options or Fidelity(), text, trust_remote_code)
+    known = {entry["block"]: entry for entry in report.data.get("blocks", ())}
+    for found in blocks:
+        entry = known.setdefault(found.block, {"block": found.block, "relative_error": None})
+        entry |= {"cosine": _rounded(found.cosine), "cosine_propagated": _rounded(found.propagated),
+                  "tokens": found.tokens}  # fmt: skip
+    data = report.data | {"blocks": [known[block] for block in sorted(known)]}
+    if blocks:
+        data["source"] += f"; blocks: {checks[0].how}"
+    return FidelityReport(report.checks + checks, data)
+
+
 def find_pairs(output: Formats, source: Formats, planned: Collection[str]) -> Pairs:
     """Pairs of equal names, from headers alone; `planned` names modules that must be quantized."""
     quantized, kept, problems = [], [], []
     tied = bool(source.checkpoint.config.get("tie_word_embeddings"))
-    originals = {_logical(name): name for name in source.checkpoint.tensors if name not in source.companions}
+    originals = {logical_name(name): name for name in source.checkpoint.tensors if name not in source.companions}
     found = set()
     for name in output.checkpoint.tensors:
         if name in output.companions:
             continue
-        original = originals.get(_logical(name))
-        found.add(_logical(name))
+        original = originals.get(logical_name(name))
+        found.add(logical_name(name))
         if original is None:
             if not (tied and name.startswith("lm_head.")):
                 problems.append(f"{name}: the source has no such tensor")
@@ -337,10 +356,6 @@ def _data(measured: dict[str, Measured], places: dict[str, Place], source: str) 
         "group_scales": {"edges_log2": edges, "counts": histogram},
         "source": f"every quantized weight dequantized and compared with {source}",
     }
-
-
-def _logical(name: str) -> str:
-    return f"{module_of(name)}.weight" if name.endswith(".weight_packed") else name
 
 
 def _rounded(value: float) -> float | None:

@@ -10,9 +10,9 @@ from rich.console import Console
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.plan import Plan
-from recipes.schema import Fidelity, Serving
+from recipes.schema import Calibration, Fidelity, Serving
 from verify.checks import Check
-from verify.fidelity import measure_fidelity
+from verify.fidelity import verify_with_forward
 from verify.serving import SourceToServe, source_as_stored, verify_serving
 from verify.structure import verify_structure
 
@@ -27,6 +27,7 @@ def verify_levels(
     plan: Plan | None = None,
     source: Formats | None = None,
     fidelity: Fidelity | None = None,
+    text: Calibration | None = None,
     serving: Serving | None = None,
     source_to_serve: SourceToServe | None = None,
     trust_remote_code: bool = False,
@@ -38,8 +39,9 @@ def verify_levels(
 
     source_to_serve: the source as the engine can load it; the source as stored when left out.
     `digests` are the shards' as the run wrote them (see `verify_structure`). Fidelity needs a source and a whole
-    structure, else it is UNCHECKED; `on_fidelity` gets its data (the content of fidelity.json). A broken checkpoint gives
-    verdicts, not exceptions; EnvironmentProblem is raised where there is no engine to ask.
+    structure, else it is UNCHECKED; it runs `text` (the bundled set where there is none) through every block, and
+    `on_fidelity` gets its data (the content of fidelity.json). A broken checkpoint gives verdicts, not exceptions;
+    EnvironmentProblem is raised where there is no engine to ask.
     """
     checks: list[Check] = []
     if "structure" in levels:
@@ -52,7 +54,7 @@ def verify_levels(
             checks.append(Check("fidelity.weights", "UNCHECKED", _FIDELITY, why, "", "not run"))
         else:
             say("verify: fidelity")
-            report = measure_fidelity(directory, plan, source, fidelity)
+            report = verify_with_forward(directory, plan, source, fidelity, text, trust_remote_code)
             checks += report.checks
             on_fidelity(report.data)
     if "serving" not in levels or serving is None:

@@ -200,6 +200,7 @@ def verify(run: Run) -> None:
             plan=run.plan,
             source=run.formats,
             fidelity=options.fidelity,
+            text=run.recipe.calibration,
             serving=options.serving,
             source_to_serve=served_source,
             trust_remote_code=run.recipe.source.trust_remote_code,

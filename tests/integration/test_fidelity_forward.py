@@ -1,0 +1,121 @@
+"""Forward fidelity with the real models of transformers: what the output's blocks do, from the bytes on disk."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
+from safetensors.torch import load_file, save_file
+
+from calibration.checkpoint.index import Checkpoint
+from recipes.schema import Calibration, Fidelity
+from tests.exported import EXPERTS, export, recipe
+from tests.models import deepseek_v4, standard
+from tests.reference import nvfp4 as reference
+from verify.forward import measure_blocks, quantize_input, quantize_input_fp8, verify_forward
+
+LINEAR = r"re:^model\.layers\.\d+\..*(proj|w[123])$"
+TEXT = Calibration(dataset="bundled")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inputs_are_quantized_as_compressed_tensors_does(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 256, generator=generator) * 10 ** torch.linspace(-6, 1.5, 64)[:, None]
+    x[3] = 0
+    x, scale = x.to(dtype), torch.tensor([2688 / 40.0])
+    arguments = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
+    scales, zero_points = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(1, 1), global_scale=scale)
+    made = quantize_input(x, scale)
+    if dtype == torch.float32:  # in BF16 it rounds amax / 6 once more, which no kernel does
+        assert torch.equal(made, fake_quantize(x, scales, zero_points, arguments, global_scale=scale))
+    expected = reference.fake_quantize(x, scale)
+    # Float64 and float32 part where amax / 6 lies between two E4M3 codes, which BF16 values often hit exactly.
+    apart = (made.double() - expected).abs() > 2**-8 * expected.abs()
+    assert float(apart.float().mean()) < 0.01
+    assert quantize_input(x[:0], scale).shape == (0, 256)
+    fp8 = quantize_input_fp8(x)
+    assert float((fp8 - x).norm() / x.norm()) < 0.04 and not torch.equal(fp8, x)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    base = tmp_path_factory.mktemp("forward")
+    source = standard.write(base / "source", "mixtral")
+    export(source, base / "output", recipe(source, base / "output", LINEAR))
+    return source, base / "output"
+
+
+def test_a_copy_of_the_source_has_cosine_one_and_quantization_costs(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    source, output = mixtral
+    opened = Checkpoint.open(source)
+    same = measure_blocks(source, opened, TEXT, 200)
+    assert [b.block for b in same] == [0, 1] and all(b.tokens == 256 for b in same)
+    assert all(b.cosine == pytest.approx(1, abs=1e-5) and b.propagated == pytest.approx(1, abs=1e-5) for b in same)
+    weights_only = tmp_path / "a16"
+    export(source, weights_only, recipe(source, weights_only, LINEAR, "NVFP4A16"))
+    w4a16, w4a4 = (measure_blocks(directory, opened, TEXT, 200) for directory in (weights_only, output))
+    assert all(0.9 < both.cosine < alone.cosine < 1 for both, alone in zip(w4a4, w4a16, strict=True))
+    assert w4a4[-1].propagated < w4a16[-1].propagated < 1
+
+
+def test_deepseek_v4_passes(tmp_path: Path) -> None:
+    source, output = deepseek_v4.write(tmp_path / "source", "fp8_mxfp4"), tmp_path / "output"
+    export(source, output, recipe(source, output, EXPERTS))
+    checks, blocks = verify_forward(output, Checkpoint.open(source), Fidelity(tokens=256), None)
+    assert [check.verdict for check in checks] == ["PASS", "PASS"], checks
+    assert [block.block for block in blocks] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e-6], ids=["saturating", "underflowing"])
+def test_input_scales_that_no_weight_check_can_see(mixtral: tuple[Path, Path], tmp_path: Path, factor: float) -> None:
+    output = Path(shutil.copytree(mixtral[1], tmp_path / "output"))
+    for shard in sorted(output.glob("*.safetensors")):
+        tensors = load_file(shard)
+        wrong = {n: t * factor for n, t in tensors.items() if "layers.1." in n and n.endswith("input_global_scale")}
+        save_file(tensors | wrong, shard)
+    strict = Fidelity(tokens=128, min_propagated_cosine=0.95)  # two blocks cannot turn a residual stream by more
+    checks, blocks = verify_forward(output, Checkpoint.open(mixtral[0]), strict, None)
+    assert [check.verdict for check in checks] == ["FAIL", "FAIL"], checks
+    assert "(block 1)" in checks[0].figure and blocks[0].cosine > 0.9
+
+
+def test_without_text_or_tokenizer_nothing_is_proven(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    source = Path(shutil.copytree(mixtral[0], tmp_path / "source"))
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    for directory, options in ((mixtral[0], Fidelity(tokens=0)), (source, Fidelity())):
+        checks, blocks = verify_forward(mixtral[1], Checkpoint.open(directory), options, None)
+        assert [check.verdict for check in checks] == ["UNCHECKED", "UNCHECKED"] and blocks == []
+
+
+def test_the_command_line_without_a_recipe(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    output = Path(shutil.copytree(mixtral[1], tmp_path / "output"))
+    # What plain llm-compressor leaves there is a recipe of its own form.
+    (output / "recipe.yaml").write_text("default_stage:\n  default_modifiers: {}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "verify",
+        str(output),
+        "--source",
+        str(mixtral[0]),
+        "--level",
+        "fidelity",
+        "--json",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["verdicts"]["fidelity"] == "PASS", result["checks"]
+    ids = {check["id"] for check in result["checks"]}
+    assert {"fidelity.weights", "fidelity.block_cosine", "fidelity.propagated_cosine"} <= ids
