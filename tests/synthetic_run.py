@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from calibration.journal import RunDirectory
+from calibration.journal import RunDirectory, process_began
 from verify.checks import Check
 from verify.report import to_json
+from workflows.batch_state import BatchDirectory, Entry
+from workflows.batch_summary import STATES
 
 CHECKS = (
     Check("structure.open", "PASS", "headers, index and shards fit together", "no problem", "no problem", "headers"),
@@ -66,6 +71,42 @@ def write(
         _json(path / "serving.json", {"samples": SAMPLES})
         directory.record("verified", structure="PASS", fidelity="FAIL", serving="UNCHECKED")
     return path
+
+
+def batch(directory: BatchDirectory, root: Path) -> list[Entry]:
+    """A night of six runs, one in every state that a batch knows."""
+    size, hours = 911_300_000_000, 3600.0
+    entries = {}
+    for state in STATES:
+        name = f"DeepSeek-V4-Pro-num_samples_256-{state}"
+        entries[state] = Entry(
+            name, "v4.yaml", str(root / f"{name}.yaml"), str(root / name), method="calibrate", plan_digest="p" * 64,
+            recipe_digest="r", output_bytes=size, source_bytes=865_000_000_000, bits_per_parameter=4.63,
+            parameters=1_573_000_000_000,
+        )  # fmt: skip
+        (directory.runs(name)).mkdir(parents=True)
+        (directory.runs(name) / "log.txt").write_text("log")
+    begun = {"fact": "begun", "host": socket.gethostname(), "pid": os.getpid(), "began": process_began(os.getpid())}
+    over = {"seconds": 7 * hours, "peak_rss": 171_000_000_000}
+    record = {state: partial(directory.record, entry.name) for state, entry in entries.items()}
+    record["running"]("begun", **{key: value for key, value in begun.items() if key != "fact"})
+    write(Path(entries["running"].output), finished=30, verified=False)
+    record["retrying"]("ended", outcome="transient", reason="killed by SIGKILL (out of memory?)", **over)
+    record["stopped"]("ended", outcome="stopped", reason="stopped behind a finished block", **over)
+    reason = "block 7 (model.layers.7), batch 0: the hidden states are not finite; is the source damaged? " * 2
+    record["failed"]("gave_up", reason=reason)
+    done = entries["done"]
+    write(Path(done.output), blocks=3, experts=4)
+    (done.run.path / "report.html").write_text("report")
+    _json(done.run.path / "serving.json", {"perplexity": 5.213, "source": {"agreement": {"kl": 0.0123}}})
+    Path(done.output).mkdir()
+    for name in ("model-0.safetensors", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"):
+        (Path(done.output) / name).write_text("x")
+    done.run.event("plan", digest="p" * 64, recipe="r")
+    done.run.record("verified", structure="PASS", fidelity="PASS", serving="PASS")
+    record["done"]("begun", **{key: value for key, value in begun.items() if key not in ("fact", "pid")}, pid=1)
+    record["done"]("ended", outcome="done", reason="", **over)
+    return list(entries.values())
 
 
 SAMPLES = [

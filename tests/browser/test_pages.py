@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests import synthetic_run
+from workflows.batch_state import BatchDirectory
+from workflows.batch_summary import write_summary
 from workflows.report import write_report
 
 pytestmark = pytest.mark.browser
@@ -57,6 +59,16 @@ def test_report_of_61_blocks_with_384_experts(tmp_path: Path, width: int, state:
     path = write_report(output)
     assert path.stat().st_size < 2_000_000
     require_clean(browse(path.read_text(), width, tmp_path), width)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_summary_of_a_batch(tmp_path: Path, width: int) -> None:
+    batch = BatchDirectory(tmp_path / "night.run")
+    batch.save(synthetic_run.batch(batch, tmp_path), slots=2)
+    write_summary(batch)
+    page = (batch.path / "summary.html").read_text()
+    assert page.count("<tr>") == 7  # six states and the head
+    require_clean(browse(page, width, tmp_path), width)
 
 
 def test_a_console_error_and_a_wide_page_are_seen(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def summary(batch: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads((batch / "summary.json").read_text())["runs"]}
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 300) -> Any:
     """The first true value of the condition."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

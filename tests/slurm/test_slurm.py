@@ -56,7 +56,7 @@ def submit(batch: Path, *recipes: Path, resources: tuple[str, ...] = ("hours=1",
     assert done.returncode == 0, done.stderr
 
 
-def ended(batch: Path, cluster: LocalSlurm, seconds: float = 240) -> dict[str, dict[str, Any]]:
+def ended(batch: Path, cluster: LocalSlurm, seconds: float = 900) -> dict[str, dict[str, Any]]:
     def over() -> bool:
         queue = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True, check=True).stdout
         return not queue.strip() and all(row["state"] in ("done", "failed") for row in summary(batch).values())
@@ -145,6 +145,6 @@ def test_the_time_limit_requeues(cluster: LocalSlurm, sources: dict[str, Path], 
     batch = tmp_path / "b.run"
     recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=DATA | {"num_samples": 400})
     submit(batch, recipe, resources=("hours=0.0167", "grace_seconds=40"))
-    assert ended(batch, cluster, 500)["qwen"]["state"] == "done"
+    assert ended(batch, cluster)["qwen"]["state"] == "done"
     assert len(facts(batch, "qwen", "begun")) > 1 and facts(batch, "qwen", "requeued")
     assert files(tmp_path, "qwen") == single_run(recipe, tmp_path / "alone")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from recipes.matrix import Matrix, Resources, load_matrix, parse_resources, vari
 from tests.models import standard
 from workflows import batch_plan
 from workflows.batch import _until
+from workflows.batch_child import Slot, torchrun
 from workflows.batch_hooks import Hooks
-from workflows.batch_outcome import judge
+from workflows.batch_outcome import Outcome, judge
 from workflows.batch_plan import Wanted, ends, preflight, wanted_runs
-from workflows.batch_queue import Slot, parse_slots
+from workflows.batch_queue import Queue, Rules, Waiting, parse_slots
 from workflows.batch_state import BatchDirectory, Entry, standing
 from workflows.batch_summary import summarize, write_summary
 
@@ -357,3 +359,52 @@ def test_hooks_get_the_summary_and_their_failure_ends_nothing(tmp_path: Path) ->
     assert len(said) == 2 and "ended with 1" in said[1]
     with pytest.raises(RecipeError, match="--notify"):
         Hooks(tmp_path, "echo 'open", None, lambda text, level: None)
+
+
+def queue_of(batch: BatchDirectory, entries: list[Entry], rules: Rules) -> Queue:
+    return Queue(batch, entries, [Slot()], rules, lambda text, level: None)
+
+
+def test_until_starts_nothing_behind_its_hour(tmp_path: Path, source: Path, batch: BatchDirectory) -> None:
+    queue = queue_of(batch, looked_at(batch, recipe(tmp_path, "a", source)).entries, Rules(until=time.time() - 1))
+    queue.work()
+    assert queue.outcomes["a"] == Outcome("stopped", "the hour of --until has come")
+    assert [attempt["fact"] for attempt in batch.attempts("a")] == ["queued"]
+
+
+def test_attempts_that_finish_nothing_are_bounded_and_come_later_each_time(
+    tmp_path: Path, source: Path, batch: BatchDirectory
+) -> None:
+    (entry,) = looked_at(batch, recipe(tmp_path, "a", source)).entries
+    queue, waiting, killed = queue_of(batch, [entry], Rules(3, 30.0)), Waiting(entry), Outcome("transient", "killed")
+    delays = []
+    for progressed in (False, True, False):
+        queue.waiting.clear()
+        queue._again(waiting, killed, progressed)
+        delays.append(round(waiting.not_before - time.time()))
+    assert delays == [30, 30, 120] and not queue.outcomes
+    queue._again(waiting, killed, False)
+    assert queue.outcomes["a"] == Outcome("failed", "killed (3 attempts in a row finished nothing)")
+    assert batch.attempts("a")[-1]["fact"] == "gave_up"
+
+
+def test_a_full_disk_is_waited_for(
+    tmp_path: Path, source: Path, batch: BatchDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (entry,) = looked_at(batch, recipe(tmp_path, "a", source)).entries
+    queue, waiting = queue_of(batch, [entry], Rules(backoff=0.0)), Waiting(entry)
+    usage = shutil.disk_usage(tmp_path)
+    queue._again(waiting, Outcome("space", "the disk is full"), False)
+    for free, ready in ((entry.output_bytes, False), (entry.output_bytes + 1, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        assert queue._is_ready(waiting) is ready
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
+    waiting.starved_since = time.time() - 3601
+    assert not queue._is_ready(waiting) and "no space came back in 60 min" in queue.outcomes["a"].reason
+
+
+def test_torchrun_stands_before_a_run_of_several_gpus_alone() -> None:
+    assert torchrun(0) == torchrun(1) == []
+    assert torchrun(4)[1:3] == ["torch.distributed.run", "--nproc-per-node=4"] and "--standalone" in torchrun(4)
+    assert "--nnodes=2" in torchrun(8, ["a", "b"], 1, "77") and "--node-rank=1" in torchrun(8, ["a", "b"], 1, "77")
+    assert torchrun(8, ["a", "b"], 0, "77")[-1] == torchrun(8, ["a", "b"], 1, "77")[-1]
