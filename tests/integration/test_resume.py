@@ -22,14 +22,22 @@ MODIFIERS = ("QuantizationModifier", "GPTQModifier")
 class Case:
     """A recipe of a tiny model, and what an uninterrupted run of it writes."""
 
-    def __init__(self, directory: Path, source: Path, modifier: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        source: Path,
+        modifier: str,
+        targets: list[str] = TARGETS,
+        calibration: dict[str, Any] | None = None,
+    ) -> None:
         self.directory = directory
         directory.mkdir()
         self.body: dict[str, Any] = {
             "source": {"checkpoint": str(source)},
             "output": "unset",
-            "modifiers": [{modifier: {"targets": TARGETS, "scheme": "NVFP4"}}],
-            "calibration": {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
+            "modifiers": [{modifier: {"targets": targets, "scheme": "NVFP4"}}],
+            "calibration": calibration
+            or {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
             "verify": {"structure": False, "fidelity": False},
         }
         began = time.monotonic()

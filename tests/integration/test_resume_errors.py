@@ -180,13 +180,13 @@ def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
     same(attempt, case)
 
 
-def slow_blocks() -> None:
+def slow_blocks(seconds: float = 0.5) -> None:
     from calibration import sequential
 
     work = sequential._Walk._work
 
     def slow(*args: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(seconds)
         return work(*args)
 
     sequential._Walk._work = slow  # type: ignore[method-assign]
