@@ -98,7 +98,7 @@ def calibrate(
         scratch=Path(recipe.offload.directory) if recipe.offload.directory else scratch,
         fused=[tuple(names[module] for module in group if module in names) for group in plan.fused],
         min_tokens_per_expert=calibration.min_tokens_per_expert,
-        max_host_memory=recipe.offload.max_host_memory,
+        max_host_memory=recipe.offload.max_host_memory and recipe.offload.max_host_memory // ranks.local,
         resume=resume,
         ranks=ranks,
         owners=shares(plan, ranks.size),

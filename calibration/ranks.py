@@ -96,12 +96,17 @@ class Ranks:
         return True
 
     @property
+    def local(self) -> int:
+        """How many ranks share this host's memory."""
+        return 1
+
+    @property
     def device(self) -> torch.device | None:
         """The accelerator of this rank; None leaves the choice to torch."""
         return None
 
     def owns(self, batch: int) -> bool:
-        """Whether the `batch`-th batch of the run is this rank's."""
+        """Whether the `batch`-th batch of the run (from 0) is this rank's."""
         return batch % self.size == self.rank
 
     def start(self) -> None:
@@ -255,6 +260,10 @@ class _Connected(Ranks):
         return self.rank == min(set(range(self.size)) - self._lost)
 
     @property
+    def local(self) -> int:
+        return sum(process.host == self.processes[self.rank].host for process in self.processes)
+
+    @property
     def device(self) -> torch.device | None:
         accelerator = torch.accelerator.current_accelerator()
         # With its number: threads that read ahead have a current device of their own.
@@ -274,9 +283,10 @@ class _Connected(Ranks):
         backend = "gloo"
         if device is not None:
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        # A connection of its own: while the group waits for a rank, the watcher must be able to look.
         with self._channel_errors():
             dist.init_process_group(
-                backend, store=PrefixStore("channel", self._store), rank=self.rank, world_size=self.size,
+                backend, store=PrefixStore("channel", self._store.clone()), rank=self.rank, world_size=self.size,
                 timeout=timedelta(seconds=TRANSFER),
             )  # fmt: skip
         self._channel = True

@@ -24,7 +24,7 @@ from calibration.checkpoint.writer import remove_unfinished
 from calibration.data import load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
-from calibration.oneshot import calibrate, quiet, require_divisible
+from calibration.oneshot import calibrate, quiet
 from calibration.ranks import Ranks, require_batches, require_equal
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume
@@ -57,14 +57,11 @@ def calibrate_blocks(
 
     Goes on where an earlier run of the same recipe ended; see `open_resume` for `restart` and `overwrite`. All `ranks`
     call this; rank 0 alone writes. Batches and empty model are taken over from a rehearsal that `prepared` them.
-    Raises the errors of `require_divisible`,
-    `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished
-    stays.
+    Raises the errors of `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`;
+    what is finished stays.
     """
     if recipe.calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
-    if ranks.size > 1:
-        require_divisible(recipe)
     ranks.start()
     prepared = prepared or Prepared()
     data = prepared.data

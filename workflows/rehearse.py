@@ -194,7 +194,7 @@ def _space(run: Run, boundary: int) -> None:
 def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
     limit = run.recipe.offload.max_host_memory
     held = boundary if limit is None else min(boundary, limit)
-    wanted, there = rehearsal.peak_memory + held, available_memory()
+    wanted, there = rehearsal.peak_memory * run.ranks.local + held, available_memory()
     if wanted > there:
         raise EnvironmentProblem(
             f"memory: the rehearsal took {rehearsal.peak_memory:,} bytes and the activations of all samples take "

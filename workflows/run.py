@@ -88,10 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
     run.make_plan()
     ranks = run.ranks
-    if ranks.size > 1 and run.recipe.method != "calibrate":
-        raise RecipeError(
-            f"method: {run.recipe.method} uses all processors from one process; start it without torchrun"
-        )
+    if ranks.size > 1 and "calibrate" in chosen:
+        stages.require_shareable(run.recipe)
     if not ranks.writes:
         # Only calibration is shared out: the other stages are rank 0's alone.
         if "calibrate" in chosen and not dry_run:

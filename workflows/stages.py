@@ -16,7 +16,7 @@ from calibration.export import Exporter
 from calibration.journal import RunDirectory
 from calibration.ranks import Ranks
 from calibration.resume import versions
-from recipes.errors import EnvironmentProblem
+from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
 from verify.checks import Check
@@ -126,6 +126,15 @@ def inspect(run: Run, stages: list[str]) -> None:
 def rehearse(run: Run) -> None:
     """Tries everything that can fail later; see `workflows.rehearse`."""
     rehearsal.rehearse(run)
+
+
+def require_shareable(recipe: Recipe) -> None:
+    """Raises RecipeError where several ranks would not write what one writes."""
+    if recipe.method != "calibrate":
+        raise RecipeError(f"method: {recipe.method} uses all processors from one process; start it without torchrun")
+    from calibration.oneshot import require_divisible
+
+    require_divisible(recipe)
 
 
 def calibrate(run: Run) -> None:
