@@ -8,7 +8,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from functools import wraps
+from functools import partial, wraps
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,12 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
     problems: list[str] = []
     modifiers: list[Modifier] = []
     quantization = recipe.quantization_modifier
-    if not ModifierFactory._loaded:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints import errors of optional packages
+    others = any(entry.name != QuantizationModifier.__name__ for entry in recipe.modifiers)
+    if others and not ModifierFactory._loaded:
+        # It imports every modifier with its packages (auto_round alone takes half a second), and prints what fails.
+        with contextlib.redirect_stdout(io.StringIO()):
             ModifierFactory.refresh()
+    create = partial(ModifierFactory.create, allow_registered=True, allow_experimental=False)
     for position, entry in enumerate(recipe.modifiers):
         where, arguments = f"modifiers.{position}.{entry.name}", dict(entry.arguments)
         if entry.name in REFUSED:
@@ -160,9 +163,7 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
                 "config_groups": _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
             }
         try:
-            modifiers.append(
-                ModifierFactory.create(entry.name, allow_registered=True, allow_experimental=False, **arguments)
-            )
+            modifiers.append(create(entry.name, **arguments) if others else QuantizationModifier(**arguments))
         except ValidationError as error:
             problems += [
                 f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")
