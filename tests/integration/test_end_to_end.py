@@ -64,13 +64,19 @@ def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
     done = run(recipe, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["verdicts"] == {"structure": "PASS", "fidelity": "PASS", "serving": "PASS"}
+    verdict = result["verdicts"].pop("serving")
+    assert result["verdicts"] == {"structure": "PASS", "fidelity": "PASS"}
+    checks = json.loads((tmp_path / "output.run" / "verify.json").read_text())["checks"]
+    # Random weights may well say nothing, and only the served source tells that they did so before.
+    assert {c["id"]: c["verdict"] for c in checks if c["verdict"] != "PASS"} in (
+        ({},) if case == COMPARED else ({}, {"serving.coherent": "WARN"})
+    )
     assert len(result["samples"]) >= 2 and all(sample["text"] for sample in result["samples"][:2])
     output = tmp_path / "output"
     if case == COMPARED:
         assert_compared(tmp_path / "output.run")
     card = (output / "README.md").read_text()
-    assert "structure PASS, fidelity PASS, serving PASS" in card and "serving.w4a4 | PASS" in card
+    assert f"structure PASS, fidelity PASS, serving {verdict}" in card and "serving.w4a4 | PASS" in card
     events = [json.loads(line) for line in (tmp_path / "output.run" / "events.jsonl").read_text().splitlines()]
     blocks = [event for event in events if event["event"] == "block"]
     assert [event["block"] for event in blocks] == list(range(1, blocks[0]["blocks"] + 1))
