@@ -45,6 +45,7 @@ class Child:
         self.before = entry.progress()
         self.log = batch.runs(entry.name) / "log.txt"
         self.peak_rss: int | None = None
+        self.cpu_seconds: float | None = None
         self._adopted: dict[str, Any] | None = None
 
     @classmethod
@@ -95,6 +96,7 @@ class Child:
         if pid == 0:
             return False, None
         self.peak_rss = usage.ru_maxrss * 1024
+        self.cpu_seconds = round(usage.ru_utime + usage.ru_stime, 1)
         return True, os.waitstatus_to_exitcode(status)
 
     def ask_to_stop(self, once: bool = False) -> None:

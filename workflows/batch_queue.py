@@ -177,7 +177,7 @@ class Queue:
         progressed = entry.progress() > child.before
         self.batch.record(
             entry.name, "ended", code=code, outcome=outcome.kind, reason=outcome.reason, peak_rss=child.peak_rss,
-            seconds=round(time.time() - child.began, 1), progressed=progressed,
+            cpu_seconds=child.cpu_seconds, seconds=round(time.time() - child.began, 1), progressed=progressed,
         )  # fmt: skip
         if outcome.kind in ("transient", "space"):
             self._again(waiting, outcome, progressed)

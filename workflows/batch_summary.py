@@ -122,6 +122,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]
         "parameters": entry.parameters,
         "bits_per_parameter": entry.bits_per_parameter,
         "seconds": round(seconds, 1) if begun else None,
+        "cpu_seconds": round(sum(attempt.get("cpu_seconds") or 0.0 for attempt in ended), 1) if ended else None,
         "attempts": begun,
         "peak_memory": max(peaks, default=None),
         "perplexity": _number(serving.get("perplexity")),

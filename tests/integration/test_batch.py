@@ -89,7 +89,7 @@ def soak(folder: Path, recipes: list[Path], kills: int, seed: int, *options: str
         elif alive(victim):
             os.kill(victim["pid"], signal.SIGKILL)
             hit["worker"] += 1
-    process.join(600)
+    process.join(2400)
     assert process.exitcode == FAILED, log.read_text()
     assert "Traceback" not in log.read_text()
     return hit
