@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from calibration.checkpoint.families import NOT_LINEAR, ROUTED, Family
 from calibration.checkpoint.formats import Formats
@@ -24,11 +24,13 @@ _BESIDE = 24
 @dataclass(frozen=True, order=True)
 class Product:
     """A matrix product that a block makes: `[tokens * share, columns] x [columns, rows]`. `share` is below 1 where only
-    routed tokens enter (the mean over the experts)."""
+    routed tokens enter (the mean over the experts). `use`: gate and up of a routed expert, which all read one input; its
+    down; any other layer."""
 
     rows: int
     columns: int
     share: float = 1.0
+    use: Literal["expert gate", "expert down", "layer"] = "layer"
 
     @property
     def operations(self) -> float:
@@ -63,33 +65,41 @@ class BlockCost:
 
 
 def products(
-    family: Family, shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any], everything: bool = False
+    family: Family,
+    shapes: Mapping[str, Sequence[int]],
+    config: Mapping[str, Any],
+    everything: bool = False,
+    all_experts: bool = True,
 ) -> dict[int, Counter[Product]]:
     """Block number -> its matrix products, from weight shapes by source tensor name.
 
-    Every token passes gate and up of every routed expert, as all-experts calibration needs; down only the experts it is
-    routed to, or all with `everything` (stock llm-compressor). Routers and what is no linear layer are left out.
+    With `all_experts` every token passes gate and up of every routed expert; down only the experts it is routed to, or
+    all with `everything` (stock llm-compressor). Routers and what is no linear layer are left out.
     """
-    found: dict[int, Counter[Product]] = {}
-    experts: Counter[int] = Counter()
-    downs: dict[int, Counter[tuple[int, int]]] = {}
+    layers: dict[int, Counter[Product]] = {}
     gated = {leaf for group in family.fused_leaves for leaf in group}
+    routed: dict[int, Counter[tuple[int, int, bool]]] = {}
     for name, shape in shapes.items():
         place = family.place(name)
         if place.block is None or place.part in NOT_LINEAR or len(shape) != 2 or ".weight" not in name:
             continue
-        size = (shape[0], shape[1])
-        if place.part == ROUTED and name.split(".")[-2] not in gated:
-            experts[place.block] += 1
-            downs.setdefault(place.block, Counter())[size] += 1
+        if place.part == ROUTED:
+            size = (shape[0], shape[1], name.split(".")[-2] in gated)
+            routed.setdefault(place.block, Counter())[size] += 1
         else:
-            found.setdefault(place.block, Counter())[Product(*size)] += 1
-    routed = int(config.get("num_experts_per_tok") or 1)
-    for block, sizes in downs.items():
-        share = 1.0 if everything else min(routed / experts[block], 1.0)
-        for size, count in sizes.items():
-            found.setdefault(block, Counter())[Product(*size, share)] += count
-    return found
+            layers.setdefault(place.block, Counter())[Product(shape[0], shape[1])] += 1
+    chosen = int(config.get("num_experts_per_tok") or 1)
+    for block, sizes in routed.items():
+        experts = sum(count for (_, _, gate), count in sizes.items() if not gate)
+        share = min(chosen / max(experts, 1), 1.0)
+        for (rows, columns, gate), count in sizes.items():
+            product = (
+                Product(rows, columns, 1.0 if everything or all_experts else share, "expert gate")
+                if gate
+                else Product(rows, columns, 1.0 if everything else share, "expert down")
+            )
+            layers.setdefault(block, Counter())[product] += count
+    return layers
 
 
 def attention(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -98,11 +108,11 @@ def attention(config: Mapping[str, Any]) -> tuple[int, int]:
     return heads, int(config.get("head_dim") or (int(config.get("hidden_size", 0)) // heads if heads else 0))
 
 
-def block_costs(plan: Plan, formats: Formats) -> list[BlockCost]:
-    """Every block of a plan in order, then (number None) the rest."""
+def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[BlockCost]:
+    """Every block of a plan in order, then (number None) the rest; `all_experts` as in `products`."""
     checkpoint, family = formats.checkpoint, plan.family
     weights = {name: formats.of(name).shape for name in checkpoint.tensors if name not in formats.companions}
-    per_block = products(family, weights, checkpoint.config)
+    per_block = products(family, weights, checkpoint.config, all_experts=all_experts)
     costs: dict[int | None, dict[str, Any]] = {
         number: {"reads": Counter(), "values": 0, "quantized": 0, "modules": 0, "written": 0}
         for number in (*plan.block_numbers, None)

@@ -21,6 +21,7 @@ from torch import nn
 
 from calibration.activations import ActivationCache
 from calibration.experts import Pass
+from calibration.machine import Spent, Watch
 from calibration.memory import PeakMemory
 from calibration.results import Callbacks
 from calibration.sequential import CalibrationRun, _Walk
@@ -33,13 +34,14 @@ SECONDS = 120.0
 
 @dataclass(frozen=True)
 class RehearsedBlock:
-    """One block of a kind: `blocks` are the numbers of all blocks of its kind. Seconds of this process's clock."""
+    """One block of a kind: `blocks` are the numbers of all blocks of its kind; what it took to load its weights, and the
+    faster of two forward passes (the traced one, and the model's own)."""
 
     block: int
     name: str
     blocks: tuple[int, ...]
-    load_seconds: float
-    forward_seconds: float
+    load: Spent
+    forward: Spent
     parity: float
 
 
@@ -120,7 +122,7 @@ def _walk(
             if block is None and index:
                 break
             last = into.blocks[-1] if into.blocks else None
-            taken = time.monotonic() - began + (last.load_seconds + last.forward_seconds if last else 0)
+            taken = time.monotonic() - began + (last.load.clock + last.forward.clock if last else 0)
             if number in chosen and last and taken > seconds:
                 into.left_out += [first for first in chosen if first >= number]
                 break
@@ -139,28 +141,30 @@ def _walk(
 
 def _step(
     walk: _Walk, index: int, block: nn.Module | None, skipped: nn.Module | None, number: int
-) -> tuple[float, float, float] | None:
-    """One subgraph: seconds of loading and of the forward pass, and the difference to the model's own forward."""
-    source, began, worst = walk.run.source, time.monotonic(), 0.0
+) -> tuple[Spent, Spent, float] | None:
+    """One subgraph: what loading and the forward pass took, and the difference to the model's own forward."""
+    source, worst, watch = walk.run.source, 0.0, Watch()
     roots = [root for root in walk._roots(index) if root is not skipped]
     source.load(roots)
-    loaded = time.monotonic()
+    loaded = watch.lap()
     if index == 0:
         walk._record_own_calls()
     with ExitStack() as stack:
         stack.enter_context(walk.run.experts.running(Pass.REPEAT))
         if skipped is not None:
             stack.enter_context(patch_attr(skipped, "forward", _pass_on))
+        watch.lap()
         for batch, outputs, passed in walk._forward(index, block, number, "rehearse"):
-            forward = time.monotonic() - loaded
+            forward = watch.lap()
             if block is not None and passed is not None:
                 hidden, made = passed
+                worst = walk._parity(block, number, batch, hidden, made)
+                forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
                 name = source.source_block(source.module_name(block))
                 walk._require_finite(index, block, made, batch, f"rehearsal of block {number} ({name})")
-                worst = walk._parity(block, number, batch, hidden, made)
             walk._keep(index, batch, outputs)
     source.unload(roots)
-    return None if block is None else (loaded - began, forward, worst)
+    return None if block is None else (loaded, forward, worst)
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> torch.Tensor:

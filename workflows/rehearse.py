@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from calibration.checkpoint.writer import write_json
 from calibration.cost import boundary_bytes, hidden_width, scratch_bytes
 from calibration.disk import Need, probe_write, space_problems
 from calibration.memory import available_memory
 from calibration.resume import activations_directory
 from recipes.errors import EnvironmentProblem, WorkflowError
 from verify.serving import check_serving
+from workflows.estimate import FILE, predict, render
 
 if TYPE_CHECKING:
     from calibration.data import CalibrationData
@@ -46,7 +48,7 @@ def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
     if run.recipe.verify.serving is not None and "verify" in stages:
         try:
             check_serving(run.recipe.verify.serving)
-        except EnvironmentProblem as error:
+        except WorkflowError as error:
             problems += error.problems
     if {"rehearse", "calibrate"} & set(stages):
         problems += _output_problems(run, stages) + space_problems([_output_need(run)])
@@ -65,6 +67,7 @@ def rehearse(run: Run, early: Sequence[str] = ()) -> None:
     if run.recipe.method == "calibrate":
         facts |= _calibration(run, attempts)
     attempts.end()
+    _estimate(run, facts.get("boundary_bytes"))
     run.reporter.event("rehearsed", **facts)
 
 
@@ -96,7 +99,7 @@ def scratch_of(run: Run) -> Path:
 
 def finished_blocks(run: Run) -> set[int]:
     """The blocks that the journal names as finished with this plan; whether the files still are is not looked at."""
-    if run.restart:
+    if run.restart or (run.overwrite and run.directory.facts("verified")):
         return set()
     facts = run.directory.facts("shards")
     return {fact["block"] for fact in facts if fact.get("plan") == run.plan.digest and fact.get("block") is not None}
@@ -169,9 +172,24 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
     return asdict(rehearsal) | {"boundary_bytes": boundary}
 
 
+def _estimate(run: Run, boundary: int | None) -> None:
+    """Predicts the run from what was rehearsed; kept in the run directory, where --status looks."""
+    from calibration.machine import Machine
+
+    prepared, shapes = run.prepared, None
+    if prepared.data is not None:
+        shapes = [tuple(batch["input_ids"].shape) for batch in prepared.data.batches]
+    machine = Machine(run.recipe, run.plan, run.formats, run.ranks.device)
+    run.prediction = predict(run, machine, shapes, boundary, prepared.rehearsal, finished_blocks(run))
+    write_json(run.directory.path / FILE, run.prediction)
+    run.reporter.event("predicted", **run.prediction)
+    for line in render(run.prediction):
+        run.reporter.say(line)
+
+
 def _say(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
     blocks = ", ".join(
-        f"{block.block} ({block.load_seconds:.2f} s to load, {block.forward_seconds:.2f} s a batch)"
+        f"{block.block} ({block.load.clock:.2f} s to load, {block.forward.clock:.2f} s a batch)"
         for block in rehearsal.blocks
     )
     left = f"; for blocks {rehearsal.left_out} there was no time" if rehearsal.left_out else ""

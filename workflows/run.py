@@ -15,12 +15,13 @@ from typing import Any
 
 from rich.console import Console
 
+from calibration.checkpoint.writer import write_json
 from calibration.ranks import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe
 from verify.levels import print_samples
 from verify.report import failed, level_verdicts, print_checks
-from workflows import stages
+from workflows import estimate, stages
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
@@ -97,28 +98,16 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
             stages.calibrate(run)
         return
     if dry_run:
-        facts = run.facts()
-        if as_json:
-            print(json.dumps(facts, indent=2))
-            return
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        print_checkpoint(facts["checkpoint"], console)
-        print_plan(facts["plan"], console)
-        predicted = facts["predicted"]
-        console.print(
-            f"needs: {predicted['output_bytes']:,} bytes of disk for the output, {predicted['source_bytes_read']:,} read; "
-            f"memory: one block {predicted['largest_block_bf16_bytes']:,} in BF16, activations "
-            f"{predicted['activation_bytes_at_a_boundary']:,}; time is not predicted"
-        )
-        return
+        return _dry_run(run, as_json)
     # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
     with run.reporter.stage("inspect"):
         stages.inspect(run, chosen)
     if "calibrate" in chosen:
         ranks.exchange("inspect", None)
     for name in chosen[1:] if chosen[0] == "inspect" else chosen:
-        with run.reporter.stage(name):
+        with run.reporter.stage(name), estimate.measured(run.took, name):
             getattr(stages, name)(run)
+    _compare(run)
     _summarize(run, as_json)
     bad = failed(run.checks)
     if bad:
@@ -126,6 +115,38 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
             [f"{run.output}: verification failed: {len(bad)} of {len(run.checks)} checks"]
             + [f"{check.id}: {check.figure}" for check in bad]
         )
+
+
+def _dry_run(run: Run, as_json: bool) -> None:
+    """The plan, and what it will take on this machine. Starts nothing, leaves no file."""
+    from calibration.machine import Machine  # torch's products and the conversion's kernels
+
+    facts = run.facts()
+    facts["estimate"] = estimate.predict(run, Machine(run.recipe, run.plan, run.formats, run.ranks.device))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_checkpoint(facts["checkpoint"], console)
+    print_plan(facts["plan"], console)
+    predicted = facts["predicted"]
+    console.print(
+        f"needs: {predicted['output_bytes']:,} bytes of disk for the output; memory: one block "
+        f"{predicted['largest_block_bf16_bytes']:,} in BF16, activations {predicted['activation_bytes_at_a_boundary']:,}"
+    )
+    for line in estimate.render(facts["estimate"]) + facts["estimate"]["notes"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _compare(run: Run) -> None:
+    """Says and keeps the prediction beside what the stages took, where the rehearsal made one."""
+    if run.prediction is None:
+        return
+    both = estimate.compare(run.prediction, run.took)
+    run.reporter.event("estimate", **both)
+    write_json(run.directory.path / estimate.FILE, both)
+    for line in estimate.render(both):
+        run.reporter.say(line)
 
 
 def _summarize(run: Run, as_json: bool) -> None:

@@ -54,6 +54,9 @@ class Run:
     checks: list[Check] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     prepared: Prepared = field(default_factory=Prepared)
+    #: What the rehearsal predicts, and what each stage of this process took.
+    prediction: dict[str, Any] | None = None
+    took: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.output = Path(self.recipe.output)
@@ -91,7 +94,6 @@ class Run:
             "source_bytes_read": self.source.total_bytes,
             "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
             "activation_bytes_at_a_boundary": activations,
-            "seconds": None,
         }
 
 

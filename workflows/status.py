@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 from calibration.journal import RunDirectory
+from workflows.estimate import FILE, render
 from workflows.progress import clock
 
 #: Blocks that the rate is averaged over: the last ones, for early blocks of a model are often unlike the others.
@@ -47,6 +49,7 @@ def read_status(output: Path, now: float | None = None) -> dict[str, Any]:
         "shards": len({name for fact in facts if fact.get("fact") == "shards" for name in fact.get("shards", ())}),
         "last_event_age": round(now - events[-1]["time"], 1) if events else None,
         "last_error": _last_error(events, now),
+        "estimate": _estimate(directory.path / FILE),
     }
 
 
@@ -65,6 +68,7 @@ def render_status(status: dict[str, Any]) -> list[str]:
             + (f", ETA {clock(eta)}" if eta is not None else "")
         )
     lines.append(f"shards: {status['shards']} written")
+    lines += render(status["estimate"]) if status["estimate"] else []
     if status["last_event_age"] is not None:
         lines.append(f"last event: {clock(status['last_event_age'])} ago")
     error = status["last_error"]
@@ -74,6 +78,15 @@ def render_status(status: dict[str, Any]) -> list[str]:
         lines.append("the same command without --status goes on from here")
     lines.append(f"run directory: {status['run_directory']}")
     return lines
+
+
+def _estimate(path: Path) -> dict[str, Any] | None:
+    """The prediction of the last rehearsal; with the facts beside it once the run is at its end."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def _session(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,5 @@
 """What calibrating DeepSeek-V4-Flash and V4-Pro must take: operations, bytes and their floors in time. Computed from
-the models' dimensions; nothing is run or measured here. See docs/cost-model.md.
+the models' dimensions with the formulas of `calibration.cost`; nothing is run or measured here. See docs/cost-model.md.
 
     python -m tests.benchmarks.cost_model [--samples 512] [--tokens 2048] [--teraflops 600] [--read 6] [--write 3]
 """
@@ -9,27 +9,32 @@ from __future__ import annotations
 import argparse
 import math
 
-from tests.models.deepseek_v4 import HC_MULT, HEAD_DIM, Sizes, entries, specs
+from calibration.checkpoint.families import ROUTED, SHARED, family_of
+from calibration.cost import BF16, BlockCost, attention, boundary_bytes, hidden_width, products
+from tests.models.deepseek_v4 import Sizes, config, entries, specs
 from tests.models.headers_only import FlashSizes, ProSizes
 
 NVFP4_BYTES = 0.5 + 1 / 16
 HOURS = 3600
 
 
-def expert_flops(sizes: Sizes, everything: bool) -> float:
-    """Operations per token and block of the routed and shared experts: gate and up of every routed expert, down of the
-    routed ones alone, or of all where `everything` (stock llm-compressor)."""
-    matrix = 2 * sizes.hidden * sizes.moe_intermediate
-    return matrix * (2 * sizes.experts + (sizes.experts if everything else sizes.top_k) + 3)
-
-
-def other_flops(sizes: Sizes, tokens: int) -> float:
-    """Operations per token and block of attention's matrices, and of eager attention over samples of `tokens`."""
-    output_rank, width = sizes.o_groups * sizes.o_lora_rank, sizes.heads * HEAD_DIM
-    matrices = sizes.hidden * (sizes.q_lora_rank + HEAD_DIM + output_rank) + width * (
-        sizes.q_lora_rank + sizes.o_lora_rank
+def operations(sizes: Sizes, tokens: int, everything: bool) -> tuple[float, float]:
+    """Operations per token, the mean over the blocks, in routed and shared experts and in the rest, for samples of
+    `tokens`; see `calibration.cost`."""
+    settings = config(sizes, "fp8_mxfp4")
+    family = family_of(settings)
+    shapes = {spec.name: spec.shape for spec in specs(sizes)}
+    experts = {name: shape for name, shape in shapes.items() if family.place(name).part in (ROUTED, SHARED)}
+    both = [
+        sum(
+            BlockCost(block, made).operations(tokens)
+            for block, made in products(family, part, settings, everything).items()
+        )
+        for part in (experts, {name: shape for name, shape in shapes.items() if name not in experts})
+    ]
+    return both[0] / sizes.layers, both[1] / sizes.layers + BlockCost(0, attention=attention(settings)).operations(
+        tokens
     )
-    return 2 * matrices + 4 * width * tokens
 
 
 def source_bytes(sizes: Sizes) -> int:
@@ -60,15 +65,18 @@ def main() -> None:
     count, read, write = given.samples * given.tokens, given.read * 1e9, given.write * 1e9
     models: dict[str, Sizes] = {"Flash": FlashSizes(), "Pro": ProSizes()}
     for name, sizes in models.items():
-        blocks, other = sizes.layers, other_flops(sizes, given.tokens)
-        ours = count * blocks * (expert_flops(sizes, False) + other)
-        stock = 2 * count * blocks * (expert_flops(sizes, True) + other)
-        boundary = 2.0 * count * HC_MULT * sizes.hidden
-        block = 2 * sizes.hidden * sizes.moe_intermediate * 3 * (sizes.experts + 1)
+        blocks = sizes.layers
+        (experts, other), (all_experts, _) = (
+            operations(sizes, given.tokens, everything) for everything in (False, True)
+        )
+        ours, stock = count * blocks * (experts + other), 2 * count * blocks * (all_experts + other)
+        width = hidden_width(config(sizes, "fp8_mxfp4"))
+        boundary = boundary_bytes(width, [(1, given.tokens)] * given.samples)
+        block = BF16 * sizes.hidden * sizes.moe_intermediate * 3 * (sizes.experts + 1)
         source, output = source_bytes(sizes), output_bytes(sizes)
         weights_io, activations_io = source / read + output / write, blocks * boundary * (1 / read + 1 / write)
-        print(f"V4-{name}: {expert_flops(sizes, False) / 1e9:.1f} GFLOP per token and block in experts (stock "
-              f"{expert_flops(sizes, True) / 1e9:.1f}, twice), {other / 1e9:.2f} in attention")  # fmt: skip
+        print(f"V4-{name}: {experts / 1e9:.1f} GFLOP per token and block in experts (stock "
+              f"{all_experts / 1e9:.1f}, twice), {other / 1e9:.2f} in the rest")  # fmt: skip
         print(f"  operations: {ours / 1e18:.2f} EFLOP, stock {stock / 1e18:.2f}")
         print(f"  bytes: source {source / 1e9:.0f} GB, output {output / 1e9:.0f} GB, BF16 block {block / 1e9:.1f} GB, "
               f"activations {boundary / 1e9:.1f} GB a boundary, {2 * blocks * boundary / 1e12:.2f} TB in all")  # fmt: skip

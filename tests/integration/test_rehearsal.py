@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from functools import partial
@@ -25,7 +26,7 @@ from calibration.sequential import _Walk
 from calibration.source_model import build_skeleton
 from recipes.schema import Calibration
 from tests.integration.interrupted_runs import finish
-from tests.integration.test_resume import Attempt, Case, same
+from tests.integration.test_resume import TARGETS, Attempt, Case, same
 from tests.integration.test_resume_errors import kill_behind, poison
 from tests.models import deepseek_v4, standard
 
@@ -75,6 +76,33 @@ def test_leaves_no_trace_and_changes_no_byte(case: Case, attempt: Rehearsed) -> 
     attempt.go()
     same(attempt, case)
     assert stages(attempt) == ["rehearse", "rehearse", "calibrate", "export", "verify"]
+
+
+def test_prediction_stands_beside_the_fact(case: Case, attempt: Rehearsed) -> None:
+    dry = json.loads(finish([str(attempt.recipe), "--dry-run", "--json"], attempt.directory / "dry")[1])["estimate"]
+    assert sorted(path.name for path in attempt.directory.iterdir()) == ["dry", "recipe.yaml"]
+    assert dry["from"] == "micro-benchmark" and dry["stages"]["calibrate"]["seconds"] > 0
+    assert attempt.go() == 0
+    kept = json.loads((attempt.run_directory / "estimate.json").read_text())
+    work = kept["stages"]["calibrate"]
+    assert kept["from"] == "rehearsal" and work["predicted"]["seconds"] > 0 and work["fact"]["seconds"] > 0
+    # Journal, events and headers of the shards are not in the prediction, and much beside a tiny model.
+    assert 0.8 * work["fact"]["bytes_written"] < work["predicted"]["bytes_written"] < work["fact"]["bytes_written"]
+    assert dry["stages"]["calibrate"]["bytes_written"] == pytest.approx(work["predicted"]["bytes_written"], rel=0.25)
+    assert work["predicted"]["peak_memory"] == pytest.approx(work["fact"]["peak_memory"], rel=0.3)
+    assert [event["stages"] for event in attempt.events("estimate")] == [kept["stages"]]
+    status = finish([str(attempt.recipe), "--status"], attempt.directory / "status")[1]
+    assert "calibrate: " in status and "; predicted " in status and "peak memory" in status
+
+
+def test_prediction_of_a_conversion(case: Case, attempt: Rehearsed) -> None:
+    modifiers = [{"QuantizationModifier": {"targets": TARGETS, "scheme": "NVFP4A16"}}]
+    body = {name: section for name, section in case.body.items() if name != "calibration"}
+    attempt.write(body | {"method": "convert", "modifiers": modifiers})
+    assert attempt.go() == 0, attempt.text
+    work = json.loads((attempt.run_directory / "estimate.json").read_text())["stages"]["calibrate"]
+    assert 0.8 * work["fact"]["bytes_written"] < work["predicted"]["bytes_written"] < work["fact"]["bytes_written"]
+    assert work["predicted"]["terms"]["compute"][0] > 0
 
 
 def test_is_not_repeated_where_blocks_are_finished(case: Case, attempt: Rehearsed) -> None:

@@ -1,0 +1,146 @@
+"""The prediction of a run: it counts what the plan says, costs what the machine says, and measures without a trace."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibration.checkpoint.formats import Formats
+from calibration.cost import Product, block_costs, boundary_bytes
+from calibration.machine import Machine, Spent
+from recipes.errors import SourceError
+from tests.exported import plan_of, recipe
+from tests.models import deepseek_v4
+from workflows import estimate
+from workflows.progress import Reporter
+from workflows.stages import Run
+
+
+class Unit:
+    """A machine where each term costs one second a unit, told apart by processor seconds."""
+
+    write, read, digest, pack, conversion = Spent(1, 0), Spent(1, 0), Spent(0, 1), Spent(1, 1), Spent(2, 2)
+
+    def load(self, kind: str) -> Spent:
+        return Spent(1, 2)
+
+    def product(self, product: Product, tokens: int) -> Spent:
+        return Spent(product.operations * tokens, 0)
+
+    def attention(self, heads: int, dim: int, length: int) -> Spent:
+        return Spent(4 * heads * dim * length * length, 0)
+
+    def norm(self, tokens: int, width: int) -> Spent:
+        return Spent()
+
+    def expert(self, down: Product, tokens: int) -> Spent:
+        return Spent()
+
+    def observe(self, tokens: int, width: int) -> Spent:
+        return Spent(1, 1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return deepseek_v4.write(tmp_path_factory.mktemp("estimate") / "source", "fp8_mxfp4")
+
+
+def run_of(source: Path, output: Path, **sections: Any) -> Run:
+    run = Run(recipe(source, output, **sections), Reporter("error"))
+    run.make_plan()
+    return run
+
+
+def test_counts_are_those_of_plan_and_source(source: Path, tmp_path: Path) -> None:
+    run = run_of(source, tmp_path / "output")
+    costs = block_costs(run.plan, run.formats)
+    assert [cost.number for cost in costs] == [0, 1, 2, None]
+    assert sum(cost.source_bytes for cost in costs) == run.source.total_bytes
+    assert sum(cost.written for cost in costs) == run.plan.output_bytes
+    assert sum(cost.values for cost in costs) == run.plan.parameters
+    assert sum(cost.modules for cost in costs) == len(run.plan.quantized)
+    assert all(set(cost.reads) == {"plain", "fp8_tiles", "mxfp4", "scale"} for cost in costs[:-1])
+
+
+def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
+    data = {"dataset": "bundled", "num_samples": 5, "max_seq_length": 32, "batch_size": 2}
+    run = run_of(source, tmp_path / "output", calibration=data)
+    told = estimate.predict(run, Unit())  # type: ignore[arg-type]
+    work, costs = told["stages"]["calibrate"], block_costs(run.plan, run.formats)
+    boundary = boundary_bytes(4 * 64, [(2, 32), (2, 32), (1, 32)])
+    assert work["terms"]["load"] == [run.source.total_bytes, 2 * run.source.total_bytes]
+    assert work["terms"]["write"] == [run.plan.output_bytes, run.plan.output_bytes]
+    assert work["terms"]["activations"] == [2 * boundary, 2 * boundary]  # nothing leaves the last of three blocks
+    assert work["bytes_written"] == run.plan.output_bytes + 2 * boundary
+    # 160 tokens, and two batches of 64 again for the comparison with the model's own forward: lengths 2 and 1 differ.
+    operations = sum(cost.operations(32) for cost in costs if cost.number is not None)
+    assert work["terms"]["forward"][0] == pytest.approx((160 + 2 * 64) * operations)
+    # Per batch: one for each layer and each expert's down, in units of the largest batch.
+    layers = sum(n for c in costs for product, n in c.products.items() if product.use != "expert gate")
+    assert work["terms"]["observe"][0] == pytest.approx(layers * 160 / 64) and layers > 3 * 64
+    assert work["terms"]["quantize"][0] == sum(cost.quantized for cost in costs)
+    later = estimate.predict(run, Unit(), finished={0, 1})  # type: ignore[arg-type]
+    assert later["blocks"] == 1 and later["stages"]["calibrate"]["terms"]["activations"] == [0, 0]
+    assert later["stages"]["calibrate"]["bytes_read"] == costs[2].source_bytes + costs[3].source_bytes
+    assert any("max_seq_length" in note for note in told["notes"])
+
+
+def test_a_conversion_takes_as_long_as_its_slowest_part(source: Path, tmp_path: Path) -> None:
+    run = run_of(source, tmp_path / "output", method="convert", scheme="NVFP4A16", calibration=None,
+                 convert={"workers": 1})  # fmt: skip
+    work = estimate.predict(run, Unit())["stages"]["calibrate"]  # type: ignore[arg-type]
+    assert work["seconds"] == 2 * run.plan.output_bytes and work["bytes_written"] == run.plan.output_bytes
+
+
+@pytest.fixture
+def machine(source: Path, tmp_path: Path) -> Iterator[Machine]:
+    made = recipe(source, tmp_path / "deep" / "output", method="convert", scheme="NVFP4A16", calibration=None)
+    plan, formats = plan_of(source, made)
+    yield Machine(made, plan, formats, torch.device("cpu"))
+    assert not list(tmp_path.iterdir()), "the measurements left something"
+
+
+def test_every_measurement_is_of_something_and_leaves_nothing(machine: Machine) -> None:
+    for spent in (
+        machine.product(Product(64, 128), 256), machine.attention(4, 64, 128), machine.norm(128, 256), machine.read,
+        machine.expert(Product(64, 32, 0.1, "expert down"), 128), machine.observe(64, 64),
+        machine.load("mxfp4"), machine.load("fp8_tiles"), machine.load("plain"), machine.pack, machine.digest,
+        machine.conversion,
+    ):  # fmt: skip
+        assert spent.clock > 0
+    assert machine.write is not None and machine.write.clock > 0
+    assert machine.load("nvfp4") == Spent()  # there is none in this source
+
+
+def test_without_unnamed_files_the_write_rate_is_assumed(source: Path, tmp_path: Path) -> None:
+    run = run_of(source, tmp_path / "output")
+    nowhere = Machine(run.recipe.model_copy(update={"output": "/proc/self/output"}), run.plan, run.formats)
+    assert nowhere.write is None
+    assert any("assumed" in note for note in estimate.predict(run, nowhere)["notes"])
+
+
+def test_a_source_that_cannot_be_read_is_named(source: Path, tmp_path: Path) -> None:
+    made = recipe(source, tmp_path / "output")
+    plan, formats = plan_of(source, made)
+    formats.checkpoint.directory = tmp_path
+    with pytest.raises((SourceError, OSError), match="safetensors"):
+        Machine(made, plan, Formats(formats.checkpoint)).load("mxfp4")
+
+
+def test_facts_of_a_stage(tmp_path: Path) -> None:
+    facts: dict[str, dict[str, Any]] = {}
+    with estimate.measured(facts, "export"):
+        (tmp_path / "file").write_bytes(os.urandom(3 << 20))
+        held = bytearray(os.urandom(64 << 20))
+    assert len(held) and facts["export"]["bytes_written"] == pytest.approx(3 << 20, rel=0.01)
+    assert facts["export"]["peak_memory"] > 64 << 20 and facts["export"]["cpu_seconds"] > 0
+    told = {"from": "rehearsal", "notes": [], "stages": {"export": facts["export"] | {"terms": {}}, "verify": {}}}
+    both = estimate.compare(told, facts)
+    assert list(both["stages"]) == ["export"]
+    (line,) = estimate.render(both)
+    assert line.startswith("export: ") and "; predicted " in line and "3.1 MB written" in line
