@@ -63,6 +63,11 @@ class BlockCost:
         heads, dim = self.attention
         return sum(p.operations * count for p, count in self.products.items()) + 4.0 * heads * dim * length
 
+    def outside_experts(self, length: int) -> float:
+        """The share of `operations` that is not in routed experts."""
+        inside = sum(p.operations * count for p, count in self.products.items() if p.use != "layer")
+        return 1 - inside / self.operations(length) if inside else 1.0
+
 
 def products(
     family: Family,

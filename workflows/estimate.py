@@ -100,11 +100,9 @@ def _calibration(
     tokens = sum(n * t for n, t in shapes)
     # The passes of this rank's batches, and those of the parity samples, in units of the largest batch.
     passes = (1 if _one_pass(run) else 2) / run.ranks.size
-    batches = passes * tokens / (largest[0] * largest[1]) + min(_PARITY, len(set(shapes)))
-    passed = batches - min(_PARITY, len(set(shapes)))
-    squares = passes * sum(n * t * t for n, t in shapes) / (largest[0] * largest[1] ** 2) + min(
-        _PARITY, len(set(shapes))
-    )
+    passed = passes * tokens / (largest[0] * largest[1])
+    squares = passes * sum(n * t * t for n, t in shapes) / (largest[0] * largest[1] ** 2)
+    again = min(_PARITY, len(set(shapes)))
     rehearsed = {} if rehearsal is None else {n: block for block in rehearsal.blocks for n in block.blocks}
     width = hidden_width(run.source.config)
     write = _writing(machine) + machine.digest
@@ -121,14 +119,16 @@ def _calibration(
             load += machine.load(kind) * nbytes
         terms["load"] += known.load if known else load
         count = largest[0] * largest[1]
-        for product, times in cost.products.items():
+        for product, equal in cost.products.items():
             if product.use != "expert gate":  # one input for all of them, observed once
-                terms["observe"] += machine.observe(count, product.columns) * (times * passed)
+                terms["observe"] += machine.observe(count, product.columns) * (equal * passed)
+        # The model's own forward takes over what the traced one's experts made of the same input.
+        times = passed + again * cost.outside_experts(largest[1])
         if known:
-            terms["forward"] += known.forward * batches
+            terms["forward"] += known.forward * times
         elif cost.number is not None:
-            terms["forward"] += _forward(machine, cost, count, width) * batches
-            terms["forward"] += machine.attention(*cost.attention, largest[1]) * largest[0] * squares
+            terms["forward"] += _forward(machine, cost, count, width) * times
+            terms["forward"] += machine.attention(*cost.attention, largest[1]) * largest[0] * (squares + again)
         terms["quantize"] += machine.pack * (cost.quantized / run.ranks.size)
         terms["write"] += write * cost.written
     kept = boundary * max(len(blocks) - 1, 0)

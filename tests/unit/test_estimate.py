@@ -77,9 +77,14 @@ def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
     assert work["terms"]["write"] == [run.plan.output_bytes, run.plan.output_bytes]
     assert work["terms"]["activations"] == [2 * boundary, 2 * boundary]  # nothing leaves the last of three blocks
     assert work["bytes_written"] == run.plan.output_bytes + 2 * boundary
-    # 160 tokens, and two batches of 64 again for the comparison with the model's own forward: lengths 2 and 1 differ.
-    operations = sum(cost.operations(32) for cost in costs if cost.number is not None)
-    assert work["terms"]["forward"][0] == pytest.approx((160 + 2 * 64) * operations)
+    # 160 tokens, and what is outside the experts for two batches of 64 again, for the comparison with the model's own
+    # forward: lengths 2 and 1 differ.
+    blocks = [cost for cost in costs if cost.number is not None]
+    scores = 4 * 2 * 512 * 32 * len(blocks)
+    every = sum(cost.operations(32) for cost in blocks)
+    repeated = sum(2 * 64 * (c.operations(32) - 4 * 2 * 512 * 32) * c.outside_experts(32) for c in blocks)
+    assert all(0 < cost.outside_experts(32) < 1 for cost in blocks)
+    assert work["terms"]["forward"][0] == pytest.approx(160 * every + repeated + 2 * 64 * scores)
     # Per batch: one for each layer and each expert's down, in units of the largest batch.
     layers = sum(n for c in costs for product, n in c.products.items() if product.use != "expert gate")
     assert work["terms"]["observe"][0] == pytest.approx(layers * 160 / 64) and layers > 3 * 64
