@@ -162,8 +162,8 @@ class Fidelity(Section):
     """Largest share of codes at the format's largest magnitude in one weight."""
     max_zero_groups: float = Field(default=0.01, ge=0, le=1)
     """Largest share of groups in one weight that are zero in the output and not in the source."""
-    max_group_gain: float = Field(default=1.5, ge=1, allow_inf_nan=False)
-    """How many times larger or smaller than the source's a group of 16 weights may be."""
+    max_group_gain: float = Field(default=1.8, ge=1, allow_inf_nan=False)
+    """How many times larger or smaller than the source's a group of 16 weights, or with GPTQ its scale, may be."""
     tokens: int = Field(default=512, ge=0)
     """Tokens of calibration text for the forward comparison of blocks; 0 leaves it out, and it stays UNCHECKED."""
     min_block_cosine: float = Field(default=0.9, ge=-1, le=1)

@@ -24,6 +24,7 @@ from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
 from verify.forward import verify_forward
+from verify.rescaled import Rescaled, rescaled_blocks
 from verify.weights import Measured, Stored, logical_name, measure, scale_ratio
 
 COLUMNS = ("module", "part", "block", "expert", "projection", "relative_error", "sqnr_db", "cosine", "saturated",
@@ -32,7 +33,7 @@ COLUMNS = ("module", "part", "block", "expert", "projection", "relative_error", 
 #: range, and the power of two of a lossless MXFP4 scale lies up to 12 x below 2688 / amax.
 _SCALE_RATIOS = (1 / 16, 1.5)
 #: An outlier is this many robust standard deviations above the median of its peers, and this many times the median.
-_DEVIATIONS, _TIMES = 10.0, 1.25
+_DEVIATIONS, _TIMES = 10.0, 1.5
 #: Spread of the peers that is taken for granted, as a share of their median: equal peers have none of their own.
 _SPREAD = 0.02
 _Progress = Callable[[int, int], None]
@@ -81,8 +82,11 @@ def measure_fidelity(
         output = Formats(Checkpoint.open(directory))
         family = family_of(source.checkpoint.config)
         pairs = find_pairs(output, source, plan.quantized if plan else ())
-        measured = measure_weights(output, source, pairs, progress)
-        checks = [_coverage(pairs), _kept(output, source, pairs)]
+        differing = [name for original, name in pairs.kept if not _same(output, name, source, original)]
+        # A plan of ours rescales nothing.
+        rescaled = rescaled_blocks(output, source, family, pairs.quantized, differing) if plan is None else set()
+        measured = measure_weights(output, source, pairs, family, rescaled, progress)
+        checks = [_coverage(pairs), *_kept(pairs, differing, family, rescaled)]
     except WorkflowError as problem:
         check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", _HOW)
         return FidelityReport([check], _data({}, {}, str(source.checkpoint.directory)))
@@ -147,12 +151,17 @@ def find_pairs(output: Formats, source: Formats, planned: Collection[str]) -> Pa
 
 
 def measure_weights(
-    output: Formats, source: Formats, pairs: Pairs, progress: _Progress | None = None
-) -> dict[str, Measured]:
-    """Module -> figures of every quantized weight, a thread per processor. Raises SourceError for unreadable files."""
+    output: Formats, source: Formats, pairs: Pairs, family: Family, rescaled: Collection[int] = (),
+    progress: _Progress | None = None,
+) -> dict[str, Measured]:  # fmt: skip
+    """Module -> figures of every quantized weight, a thread per processor; those in `rescaled` blocks up to factors per
+    row and column. Raises SourceError for unreadable files."""
 
     def one(pair: tuple[str, str, str]) -> Measured:
-        return measure(Stored(source, pair[1]), Stored(output, pair[2]))
+        stored = Stored(output, pair[2])
+        if family.place(pair[0]).block in rescaled:
+            return measure(Rescaled(source, pair[1], stored), stored)
+        return measure(Stored(source, pair[1]), stored)
 
     measured: dict[str, Measured] = {}
     threads = torch.get_num_threads()
@@ -190,14 +199,20 @@ def weight_checks(
                at_most=options.max_saturated, percent=True),
         _worst("zero_groups", "few groups became zero that are not zero in the source", measured,
                lambda m: m.lost_groups, at_most=options.max_zero_groups, percent=True),
-        _worst("group_scales", "no group is scaled up or down against the source", measured,
-               lambda m: max(m.gain_high, 1 / m.gain_low if m.gain_low > 0 else float("inf")),
+        _worst("group_scales", "no group is scaled up or down against the source", measured, _group_gain,
                at_most=options.max_group_gain),
     ]  # fmt: skip
     if nvfp4:
         checks.append(_global_scales(nvfp4, family))
         checks += _rounding(nvfp4)
     return [*checks, _outliers(measured, places)]
+
+
+def _group_gain(m: Measured) -> float:
+    """By values where codes are the nearest to the source's, else by scales: error feedback (GPTQ) takes its scales from
+    the source's weights too, but may move the values of a group anywhere."""
+    low, high = (m.scale_low, m.scale_high) if m.off_nearest else (m.gain_low, m.gain_high)
+    return max(high, 1 / low if low > 0 else float("inf"))
 
 
 def _worst(
@@ -279,6 +294,8 @@ def _outliers(measured: dict[str, Measured], places: dict[str, Place]) -> Check:
     for group in peers.values():
         for figure in ("relative_error", "group_error"):
             values: dict[str, float] = {module: getattr(measured[module], figure) for module in group}
+            if figure == "group_error" and statistics.median(measured[m].off_nearest or 0.0 for m in group) > 0:
+                continue  # error feedback moves single groups as it likes
             middle = statistics.median(values.values())
             deviation = 1.4826 * statistics.median(abs(v - middle) for v in values.values()) + _SPREAD * middle
             for module, value in values.items():
@@ -299,12 +316,18 @@ def _coverage(pairs: Pairs) -> Check:
                  "headers of both")  # fmt: skip
 
 
-def _kept(output: Formats, source: Formats, pairs: Pairs) -> Check:
-    differing = [name for original, name in pairs.kept if not _same(output, name, source, original)]
-    return Check("fidelity.kept", "FAIL" if differing else "PASS",
-                 "what is not quantized has the source's values: copies, casts, kept FP8",
-                 _some(differing) if differing else f"{len(pairs.kept)} tensors equal", "no difference",
-                 "values compared")  # fmt: skip
+def _kept(pairs: Pairs, differing: list[str], family: Family, rescaled: Collection[int]) -> list[Check]:
+    norms = [name for name in differing if family.place(name).part == "norm" and family.place(name).block in rescaled]
+    bad = [name for name in differing if name not in norms]
+    check = Check("fidelity.kept", "FAIL" if bad else "PASS",
+                  "what is not quantized has the source's values: copies, casts, kept FP8",
+                  _some(bad) if bad else f"{len(pairs.kept) - len(differing)} tensors equal", "no difference",
+                  "values compared")  # fmt: skip
+    if not norms:
+        return [check]
+    figure = f"{len(norms)} norms changed, in {len(rescaled)} blocks; weights there are compared up to the factors"
+    what = "norms and weights share factors per row and column (AWQ, SmoothQuant): see block_cosine"
+    return [check, Check("fidelity.rescaled", "WARN", what, figure, "none", "factors by least squares")]
 
 
 def _same(output: Formats, name: str, source: Formats, original: str) -> bool:

@@ -20,8 +20,8 @@ _FLOOR = 0.25
 #: A code counts as off the nearest only where it loses more than BF16 arithmetic in between explains: a weight and a
 #: quotient each rounded once, 2^-9 of the value each, and twice their sum between two codes.
 _TIE = 2.0**-7
-#: Share of differing bytes from which a stripe is plainly not rounded to nearest, and ties no longer matter.
-_FEEDBACK = 0.05
+#: Below it E4M3 is coarse and a group scale says little about its group.
+_COARSE = 2.0**-4
 #: The two values of every packed byte, side by side, and where a nibble is +-6.
 _PAIRS = torch.tensor([[nvfp4.E2M1[b & 15], nvfp4.E2M1[b >> 4]] for b in range(256)], dtype=torch.float32)
 _PAIR_WORDS = _PAIRS.view(torch.int64).flatten()
@@ -35,7 +35,8 @@ class Measured:
     `gain_low` and `gain_high` are the extremes over groups of `<output, source> / |source|^2` (1 for unbiased rounding,
     2 for a doubled group scale), `group_error` the worst group's relative error. `off_nearest` is the share of codes
     that are not the nearest to the source's value (None for FP8). `scale_ratio` is weight_global_scale * amax / 2688
-    with the source's amax (NVFP4 alone), `scale_codes` counts the 256 E4M3 codes among the group scales."""
+    with the source's amax (NVFP4 alone); `scale_low` and `scale_high` are the extremes over ordinary groups of group scale *
+    6 / amax of the source's group, against its median; `scale_codes` counts the 256 E4M3 codes among the group scales."""
 
     relative_error: float
     cosine: float
@@ -48,6 +49,8 @@ class Measured:
     off_nearest: float | None
     source_norm: float
     amax: float
+    scale_low: float = 1.0
+    scale_high: float = 1.0
     global_scale: float | None = None
     scale_codes: torch.Tensor | None = field(default=None, repr=False)
 
@@ -96,15 +99,14 @@ def measure(source: Stored, output: Stored) -> Measured:
     rows, columns = output.shape
     width = GROUP if columns % GROUP == 0 else columns
     groups = rows * columns // width
-    sums = torch.empty(3, rows, columns // width)
+    sums, maxima = torch.empty(3, rows, columns // width), torch.empty(rows, columns // width)
     saturated = off = 0
-    amax = 0.0
     step = _step(source, output, columns)
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         x, y = source.rows(begin, end), output.rows(begin, end)
         saturated += _saturated(output, begin, end)
-        amax = max(amax, float(x.abs().amax()))
+        maxima[begin:end] = x.view(end - begin, -1, width).abs().amax(-1)
         if output.stored.kind == "nvfp4":
             off += _off_nearest(x, y, output, begin, end)
         for row, values in zip(sums, (x, y, x - y), strict=True):
@@ -115,6 +117,7 @@ def measure(source: Stored, output: Stored) -> Measured:
     gain = ((xx + yy - ee) / 2 + floor) / (xx + floor).clamp_min(1e-37)
     zero = yy == 0
     is_nvfp4 = output.stored.kind == "nvfp4"
+    scale_low, scale_high = _scale_extremes(output, maxima) if is_nvfp4 else (1.0, 1.0)
     return Measured(
         relative_error=math.sqrt(error_square / max(source_square, 1e-300)),
         cosine=(source_square + output_square - error_square)
@@ -127,7 +130,9 @@ def measure(source: Stored, output: Stored) -> Measured:
         group_error=math.sqrt(float((ee / (xx + floor).clamp_min(1e-37)).max())),
         off_nearest=off / (rows * columns) if is_nvfp4 else None,
         source_norm=math.sqrt(source_square),
-        amax=amax,
+        amax=float(maxima.amax()),
+        scale_low=scale_low,
+        scale_high=scale_high,
         global_scale=float(output.scales["global_scale"]) if is_nvfp4 else None,
         scale_codes=torch.bincount(output.scales["group_scale"].view(torch.uint8).flatten(), minlength=256)
         if is_nvfp4
@@ -149,6 +154,16 @@ def _step(source: Stored, output: Stored, columns: int) -> int:
     heights = [stored.stored.tile[0] for stored in (source, output) if stored.stored.tile is not None]
     unit = math.lcm(*heights) if heights else 1
     return max(_STRIPE // columns // unit, 1) * unit
+
+
+def _scale_extremes(output: Stored, maxima: torch.Tensor) -> tuple[float, float]:
+    codes = output.scales["group_scale"].to(torch.float32)
+    ratios = codes / maxima
+    ratios = ratios[(codes >= _COARSE) & (maxima > 0)]
+    if not ratios.numel():
+        return 1.0, 1.0
+    ratios /= ratios.median()
+    return float(ratios.min()), float(ratios.max())
 
 
 def _saturated(output: Stored, begin: int, end: int) -> int:
