@@ -26,7 +26,7 @@ from workflows.batch_hooks import Hooks
 from workflows.batch_outcome import Outcome
 from workflows.batch_plan import Preflight, ends, preflight, wanted_runs
 from workflows.batch_queue import Queue, Rules, parse_slots
-from workflows.batch_state import BatchDirectory
+from workflows.batch_state import BatchDirectory, standing
 from workflows.batch_summary import print_summary, summarize, write_summary
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter, clock, size
@@ -165,11 +165,11 @@ def _judge(outcomes: dict[str, Outcome], why: str) -> None:
 
 
 def _say_plan(found: Preflight, slots: int, reporter: Reporter) -> None:
-    sound = [entry for entry in found.entries if not entry.problems]
+    sound = [entry for entry in found.entries if not entry.problems and standing(entry).kind != "done"]
     total = sum(entry.output_bytes for entry in sound)
-    reporter.say(f"preflight: {len(sound)} of {len(found.entries)} runs can be started, outputs {size(total)}")
+    reporter.say(f"preflight: {len(sound)} of {len(found.entries)} runs are to be done, outputs {size(total)}")
     for name, seconds in ends(sound, slots):
-        when = "time unknown" if seconds is None else f"done in about {clock(seconds)}"
+        when = "time unknown" if seconds is None else f"ends in {clock(seconds)} or later"
         reporter.say(f"  {name}: {when}")
 
 

@@ -17,8 +17,10 @@ from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, Resources, variants
 from recipes.schema import Recipe
 from verify.engine import check_environment
+from workflows import estimate
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 from workflows.progress import Reporter
+from workflows.rehearse import finished_blocks
 from workflows.source import resolve_source
 from workflows.stages import Run
 
@@ -171,7 +173,7 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
     run = Run(recipe, Reporter("error"))
     run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
     calibrates = recipe.method == "calibrate"
-    return Entry(
+    entry = Entry(
         name,
         given="",
         recipe="",
@@ -186,6 +188,18 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
         parameters=run.plan.parameters,
         bits_per_parameter=run.plan.bits_per_parameter,
     )
+    return entry if standing(entry).kind == "done" else replace(entry, seconds=_seconds(run))
+
+
+def _seconds(run: Run) -> float:
+    """What calibration or conversion and the reading of verification will take on this machine, undisturbed; serving is not
+    in it. Blocks that are finished cost nothing."""
+    from calibration.machine import Machine  # torch's products and the conversion's kernels
+
+    told = estimate.predict(
+        run, Machine(run.recipe, run.plan, run.formats, run.ranks.device), finished=finished_blocks(run)
+    )
+    return float(sum(stage["seconds"] for stage in told["stages"].values()))
 
 
 def _outputs_apart(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:

@@ -185,6 +185,7 @@ def test_a_shared_source_is_opened_once(
     monkeypatch.setattr(batch_plan.Checkpoint, "open", lambda path: (opened.append(path), real(path))[1])
     found = looked_at(batch, *(recipe(tmp_path, name, source) for name in ("a", "b", "c")))
     assert not found.problems and opened == [source]
+    assert all(entry.seconds is not None and entry.seconds > 0 for entry in found.entries)
 
 
 def test_the_disk_is_compared_with_all_outputs_together(
