@@ -331,16 +331,17 @@ def test_agreement_is_the_mean_over_positions() -> None:
 
 def test_input_scales_are_read_as_the_engine_loaded_them() -> None:
     class Experts(torch.nn.Module):
-        def __init__(self, up: float, a16: bool = False) -> None:
+        def __init__(self, gate_up: list[list[float]], a16: bool = False) -> None:
             super().__init__()
-            self.w13_input_global_scale = torch.nn.Parameter(torch.tensor([[2.0, 3.0], [2.0, up], [up, 2.0]]))
+            self.w13_input_global_scale = torch.nn.Parameter(torch.tensor(gate_up))
             self.w2_input_global_scale = torch.nn.Parameter(torch.full((3,), 5.0))
             self.quant_method = type("Method", (), {"use_a16": a16})()
 
+    # The smaller of gate and up counts: 2, 2, 2 are shared; 2, 1, 1 are not, though the larger ones are.
+    shared, differing = [[2.0, 3.0], [2.0, 5.0], [4.0, 2.0]], [[2.0, 3.0], [1.0, 3.0], [3.0, 1.0]]
     assert vllm_sentinel.input_scales(torch.nn.Linear(2, 2)) is None
-    assert vllm_sentinel.input_scales(torch.nn.ModuleList([Experts(3.0, a16=True)])) is None
-    # The smaller of gate and up counts: 2, 2, 2 are shared, 2, 1, 1 are not.
-    model = torch.nn.ModuleList([Experts(3.0), Experts(1.0)])
+    assert vllm_sentinel.input_scales(torch.nn.ModuleList([Experts(shared, a16=True)])) is None
+    model = torch.nn.ModuleList([Experts(shared), Experts(differing)])
     assert vllm_sentinel.input_scales(model) == {"layers": 2, "experts": 6, "shared": 1}
 
 
