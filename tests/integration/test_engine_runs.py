@@ -134,8 +134,8 @@ def test_hidden_states_that_overflow_name_block_batch_and_module(monkeypatch: py
     source = skeleton("mixtral")
     read = source.formats.read
 
-    def huge(name: str, dtype: Any = torch.bfloat16) -> torch.Tensor:
-        value = read(name, dtype)
+    def huge(name: str, *given: Any) -> torch.Tensor:
+        value: torch.Tensor = read(name, *given)
         return value * 3e38 if name == "model.layers.1.self_attn.v_proj.weight" else value
 
     monkeypatch.setattr(source.formats, "read", huge)
