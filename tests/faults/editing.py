@@ -37,8 +37,10 @@ def tensors(edit: Callable[[Tensors], object]) -> Spoil:
             weight_map |= dict.fromkeys(mine, path.name)
             if mine.keys() != shards[path].keys() or any(before[n] is not t for n, t in mine.items()):
                 path.unlink()
+            if mine and not path.exists():
                 save_file({n: t.contiguous().clone() for n, t in mine.items()}, path, metadata={"format": "pt"})
         total = sum(tensor.nbytes for tensor in merged.values())
+        (directory / INDEX_NAME).unlink()
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
     return spoil

@@ -334,4 +334,19 @@ FAULTS = [
         e.value("layers.0.attn.kv_norm.weight", lambda t: t.roll(1)),
         check="fidelity.kept",
     ),
+    # What the engine alone betrays: scales of activations, which no weight of the source can contradict.
+    Fault(
+        "input scales a thousandfold: activations saturate",
+        e.values(r"input_global_scale$", lambda t: t * 1000),
+        "serving",
+        "serving.source",
+        "qwen3_moe",
+    ),
+    Fault(
+        "input scales 30,000 times too small: activations flush to zero",
+        e.values(r"input_global_scale$", lambda t: t / 30_000),
+        "serving",
+        "serving.source",
+        "mistral",
+    ),
 ]

@@ -16,6 +16,8 @@ from verify.checks import Check
 from verify.fidelity import verify_fidelity
 from verify.structure import verify_structure
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Good]:
@@ -63,3 +65,12 @@ def test_the_unspoiled_checkpoints_pass(good: Callable[[str], Good], base: str) 
 def test_the_list_is_what_it_says() -> None:
     names = Counter(fault.name for fault in FAULTS)
     assert len(names) >= 40 and max(names.values()) == 1
+
+
+def test_the_table_in_docs_is_of_this_list_and_has_no_miss() -> None:
+    """`python -m tests.faults` writes it."""
+    rows = [
+        line.split(" | ") for line in (ROOT / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")
+    ]
+    told = [(row[0].removeprefix("| "), row[1], row[2]) for row in rows[1:]]
+    assert told == [(fault.name, fault.base, f"{fault.level}: {fault.check}") for fault in FAULTS]
