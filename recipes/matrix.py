@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, JsonValue, ValidationError, field_validator
+from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
@@ -40,7 +40,7 @@ class Resources(Section):
     """Slurm quality of service."""
     constraint: Text | None = None
     """Slurm node features."""
-    grace_seconds: int = Field(default=600, ge=10)
+    grace_seconds: int = Field(default=600, ge=10, validate_default=True)
     """Seconds before the time limit at which the run is asked to finish its block; longer than a block takes."""
     requeues: int = Field(default=100, ge=0)
     """Times that a run may be requeued behind its time limit."""
@@ -50,6 +50,14 @@ class Resources(Section):
     """Shell lines that each job runs first, for example module load cuda."""
     extra: dict[Text, JsonValue] = Field(default={})
     """Further sbatch options by their long names, for example {mail-type: FAIL}."""
+
+    @field_validator("grace_seconds")
+    @classmethod
+    def _leaves_time_to_work(cls, grace: int, info: ValidationInfo) -> int:
+        hours = info.data.get("hours")
+        if hours is not None and grace > hours * 1800:
+            raise ValueError(f"must be at most half of the time limit, {hours:g} hours, or nothing is ever finished")
+        return grace
 
 
 class Matrix(Section):

@@ -107,6 +107,8 @@ def test_a_wrong_matrix_is_refused_with_file_and_line(tmp_path: Path, change: di
 
 def test_resources_of_the_command_line_go_over_those_of_the_file() -> None:
     assert parse_resources(["hours=2"], Resources(nodes=3)) == Resources(nodes=3, hours=2)
+    with pytest.raises(RecipeError, match=r"grace_seconds: .*at most half of the time limit"):
+        parse_resources(["hours=0.1"], Resources())
     with pytest.raises(RecipeError, match=r"--resource gpus: .*keys are nodes"):
         parse_resources(["gpus=2"], Resources())
 
