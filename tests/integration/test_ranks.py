@@ -184,7 +184,7 @@ def test_a_defect_on_one_rank_ends_all(case: Case, attempt: Attempt) -> None:
 @pytest.mark.parametrize("to", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_first_signal_finishes_the_block_on_all_ranks_the_second_does_not(case: Case, to: int) -> None:
     attempt = Attempt(case, f"signal-{to}", run=False)
-    slow = {0: slow_blocks, 1: slow_blocks}
+    slow = dict.fromkeys((0, 1), partial(slow_blocks, 3.0))
     for signals, finished in ((1, [0]), (2, [0])):
         since = attempt.log.stat().st_size if attempt.log.exists() else 0
         ranks = start_ranks(attempt, 2, slow)
