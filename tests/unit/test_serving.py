@@ -341,8 +341,8 @@ def test_input_scales_are_read_as_the_engine_loaded_them() -> None:
     shared, differing = [[2.0, 3.0], [2.0, 5.0], [4.0, 2.0]], [[2.0, 3.0], [1.0, 3.0], [3.0, 1.0]]
     assert vllm_sentinel.input_scales(torch.nn.Linear(2, 2)) is None
     assert vllm_sentinel.input_scales(torch.nn.ModuleList([Experts(shared, a16=True)])) is None
-    model = torch.nn.ModuleList([Experts(shared), Experts(differing)])
-    assert vllm_sentinel.input_scales(model) == {"layers": 2, "experts": 6, "shared": 1}
+    model = torch.nn.ModuleList([Experts(shared), Experts(differing), Experts(differing)])
+    assert vllm_sentinel.input_scales(model) == {"layers": 3, "experts": 9, "shared": 1}
 
 
 def test_paired_differences_and_the_bundled_text() -> None:
