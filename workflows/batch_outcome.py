@@ -51,7 +51,8 @@ def judge(entry: Entry, code: int | None, began: float, log: Path, log_from: int
         code = int(known)
     reason = one_line((error.get("problems") or [""])[0] or _last_words(tail))
     if code is None:
-        return Outcome("stopped" if asked_to_stop else "transient", reason or "ended while no batch was watching")
+        told = one_line((error.get("problems") or ["ended while no batch was watching"])[0])
+        return Outcome("stopped" if asked_to_stop else "transient", told)
     if code < 0:
         return Outcome("transient", killed_by(-code))
     if code == Interrupted.exit_code:

@@ -276,7 +276,7 @@ def test_a_checkpoint_that_no_run_made_is_not_touched(tmp_path: Path, source: Pa
         (4, ["no vLLM"], "", "failed", "no vLLM"),
         (5, ["out: verification failed: 1 of 9", "serving.load: NaN"], "", "failed", "serving.load: NaN"),
         (130, ["stopped"], "", "transient", "from outside"),
-        (None, [], "", "transient", "no batch was watching"),
+        (None, [], "block 1/3", "transient", "no batch was watching"),
     ],
 )  # fmt: skip
 def test_why_an_attempt_ended(
