@@ -156,7 +156,8 @@ def dequantize(
     """Undoes a stored format on the tensor's device: float `[M, K]` of `dtype`, one rounding from float32; into `out`,
     where one is given (contiguous, of that shape and dtype)."""
     if tensor.device.type == "cpu" and dtype == torch.bfloat16 and native.compiled() and tensor.is_contiguous():
-        into = torch.empty(stored.shape, dtype=dtype) if out is None else out
+        # Of a weight that is cut into stripes the tensor is some rows.
+        into = torch.empty((tensor.shape[0], stored.shape[-1]), dtype=dtype) if out is None else out
         if _dequantize_compiled(stored, tensor, scales, into):
             return into
     value = _dequantize(stored, tensor, scales, dtype)
