@@ -207,6 +207,7 @@ class _Line:
             while threads[-1].is_alive():
                 threads[-1].join(_TICK)
                 tick(self.written)
+            tick(self.written)  # the writer may be faster than the first look
         except BaseException as error:
             self._fail(error)
         for thread in threads:
