@@ -44,7 +44,10 @@ schema: venv
 venv: .venv/.installed
 venv-vllm: .venv-vllm/.installed-$(VLLM)
 
-.venv/.installed: pyproject.toml .ci/constraints.txt
+# The kernel too: an older one lacks functions, and torch would do its work, slowly.
+KERNEL := calibration/checkpoint/_kernels.c calibration/checkpoint/kernels_body.h
+
+.venv/.installed: pyproject.toml .ci/constraints.txt $(KERNEL)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/pip install $(PIP_FLAGS) -c .ci/constraints.txt torch -e '.[test]'
 	touch $@

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -47,7 +48,14 @@ def _library() -> ctypes.CDLL | None:
         module = importlib.import_module("calibration.checkpoint._kernels")
         library = ctypes.CDLL(str(module.__file__))
         functions = {name: getattr(library, name) for name in _SIGNATURES}
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError):
+        return None
+    except AttributeError as error:
+        warnings.warn(
+            f"{module.__file__}: built from older sources ({error}): torch does its work, many times slower; run pip "
+            "install again (make venv)",
+            stacklevel=2,
+        )
         return None
     for name, function in functions.items():
         function.restype, function.argtypes = _SIGNATURES[name]

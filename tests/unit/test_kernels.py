@@ -118,6 +118,17 @@ def test_without_the_compiled_module_torch_does_the_work() -> None:
     assert int(done.stdout) == nvfp4.pack(torch.eye(16), torch.ones(16, 1), torch.ones(1))[0].sum().item()
 
 
+def test_a_module_of_older_sources_is_told_and_not_used() -> None:
+    code = (
+        "import sys, types, _ctypes; old = types.ModuleType('old'); old.__file__ = _ctypes.__file__\n"
+        "sys.modules['calibration.checkpoint._kernels'] = old\n"
+        "from calibration.checkpoint import native; print(native.levels())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not any(level in done.stdout for level in native.LEVELS)
+    assert "built from older sources" in done.stderr and "make venv" in done.stderr
+
+
 @pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu])
 @pytest.mark.parametrize("shape", [(576, 528), (128, 4224), (1, 16), (130, 272), (256, 1088)])
 def test_fp8_tiles(level: None, shape: tuple[int, int], scales: torch.dtype) -> None:
