@@ -115,8 +115,9 @@ class Ranks:
     def stop(self) -> None:
         """Closes the channel, all ranks together."""
 
-    def exchange(self, what: str, value: T) -> list[T]:
-        """The values of all ranks, in the order of the ranks, when all have come; `what` names them in messages."""
+    def exchange(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
+        """The values of all ranks, in the order of the ranks, when all have come; `what` names them in messages. Raises
+        EnvironmentProblem where one has not come within `patience` seconds."""
         return [value]
 
     def any(self, what: str, flag: bool) -> bool:
@@ -245,7 +246,9 @@ class _Connected(Ranks):
         self._beats = {other: (b"", time.monotonic()) for other in range(size) if other != rank}
         self._beaten = 0.0
         pid = os.getpid()
-        self.processes = self.exchange("introduction", Process(socket.gethostname(), pid, process_began(pid)))
+        self.processes = list[Process]()
+        # Nobody gives signs of life yet: one that dies now is not seen to be gone, only missed.
+        self.processes = self.exchange("introduction", Process(socket.gethostname(), pid, process_began(pid)), SILENCE)
         self._visible = {
             other for other in self._beats
             if self.processes[other].host == self.processes[rank].host and self._lives(other)
@@ -297,15 +300,15 @@ class _Connected(Ranks):
             dist.destroy_process_group()
         self._channel = False
 
-    def exchange(self, what: str, value: T) -> list[T]:
+    def exchange(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
         self._meetings += 1
         keys = [f"meeting {self._meetings} {rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], pickle.dumps((what, value)))
         pause, began_waiting = 0.001, time.monotonic()
         while not self._store.check(keys):
-            if time.monotonic() - began_waiting > PATIENCE:
+            if time.monotonic() - began_waiting > patience:
                 late = [self._name(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise EnvironmentProblem(f"{what}: {', '.join(late)} did not come within {PATIENCE:.0f} s")
+                raise EnvironmentProblem(f"{what}: {', '.join(late)} did not come within {patience:.0f} s")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
         told = [pickle.loads(self._store.get(key)) for key in keys]
@@ -358,6 +361,8 @@ class _Connected(Ranks):
             os._exit(self.failure.exit_code)  # a broken group of nccl may wait for the lost rank when it is taken down
 
     def _name(self, rank: int) -> str:
+        if not self.processes:
+            return f"rank {rank} of {self.size}"
         process = self.processes[rank]
         return f"rank {rank} of {self.size} on {process.host} (pid {process.pid})"
 

@@ -77,6 +77,11 @@ def wait_until(happened: Callable[[], bool], ranks: list[BaseProcess]) -> None:
         assert all(process.is_alive() for process in ranks), [process.exitcode for process in ranks]
 
 
+def met(attempt: Attempt) -> Callable[[], bool]:
+    """Whether the ranks have found each other: rank 0 has begun to tell of its stages."""
+    return lambda: attempt.log.exists() and b"[inspect]" in attempt.log.read_bytes()
+
+
 def block_begun(attempt: Attempt, block: int) -> Callable[[], bool]:
     """Whether the run's log of events says that `block` (from 0) is loaded."""
     events: Path = attempt.run_directory / "events.jsonl"

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
+from calibration import ranks
 from calibration.checkpoint.plan import Plan
 from calibration.oneshot import require_divisible
 from calibration.ranks import Ranks, connect, require_batches, shares
@@ -130,3 +132,9 @@ def test_ranks_that_nobody_started_do_not_wait_for_each_other(monkeypatch: pytes
         EnvironmentProblem, match=r"WORLD_SIZE is 2 and the ranks cannot meet .*start them with torchrun"
     ):
         connect()
+
+
+def test_a_rank_that_dies_before_the_ranks_have_met_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "SILENCE", 0.2)
+    with pytest.raises(EnvironmentProblem, match="introduction: rank 1 of 2 did not come within 0 s"):
+        ranks._Connected(HashStore(), 0, 2)
