@@ -116,8 +116,7 @@ class Ranks:
         """Closes the channel, all ranks together."""
 
     def exchange(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
-        """The values of all ranks, in the order of the ranks, when all have come; `what` names them in messages. Raises
-        EnvironmentProblem where one has not come within `patience` seconds."""
+        """The values of all ranks in their order. EnvironmentProblem naming `what` and who is late after `patience` s."""
         return [value]
 
     def any(self, what: str, flag: bool) -> bool:
@@ -361,10 +360,8 @@ class _Connected(Ranks):
             os._exit(self.failure.exit_code)  # a broken group of nccl may wait for the lost rank when it is taken down
 
     def _name(self, rank: int) -> str:
-        if not self.processes:
-            return f"rank {rank} of {self.size}"
-        process = self.processes[rank]
-        return f"rank {rank} of {self.size} on {process.host} (pid {process.pid})"
+        process = self.processes[rank] if self.processes else None
+        return f"rank {rank} of {self.size}" + (f" on {process.host} (pid {process.pid})" if process else "")
 
     def _tell(self, failure: Failure) -> Failure:
         """Publishes a failure; returns the one that was published first."""

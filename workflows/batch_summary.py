@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import socket
 import time
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from calibration.checkpoint.writer import write_json, write_text
+from verify.engine import read_json
 from verify.report import LEVELS
 from workflows.batch_child import resident_peak
 from workflows.batch_plan import ends
@@ -100,7 +100,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]
     state, reason = _state(entry, attempts, status, job)
     verified = entry.run.facts("verified") if entry.output else []
     verdicts = {level: verified[-1].get(level, "UNCHECKED") for level in LEVELS} if verified else {}
-    serving = _read(entry.run.path / "serving.json") if verified else {}
+    serving = (verified and read_json(entry.run.path / "serving.json")) or {}
     ended = [attempt for attempt in attempts if attempt["fact"] == "ended"]
     seconds = sum(attempt.get("seconds") or 0.0 for attempt in ended)
     begun = sum(attempt["fact"] == "begun" for attempt in attempts)
@@ -191,11 +191,3 @@ def _link(batch: BatchDirectory, target: Path) -> str | None:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
@@ -13,6 +12,7 @@ from calibration.checkpoint.writer import write_text
 from calibration.journal import RunDirectory
 from recipes.errors import WorkflowError
 from verify.checks import Check
+from verify.engine import read_json
 from workflows.status import read_status, render_status
 
 NAME = "report.html"
@@ -52,20 +52,20 @@ def write_report(output: Path) -> Path:
     begun = next((f["time"] for f in reversed(facts) if f.get("fact") in ("fingerprint", "started")), 0.0)
     events = [event for event in directory.events() if event["time"] >= begun - 60 and event["event"] != "load"]
     blocks = {int(e["block"]) - 1: e for e in events if e["event"] == "block" and e["time"] >= begun}
-    fidelity = _read(directory.path / "fidelity.json")
+    fidelity = read_json(directory.path / "fidelity.json") or {}
     figures = fidelity_figures(fidelity) if fidelity else _errors_so_far(blocks)
     running, error = status["state"] == "running", status["last_error"]
     # What is told as an age would be read as of the moment of reading.
     state = [line for line in render_status(status) if not line.startswith(("run directory", "last event"))]
     report = Report(
         title=output.name,
-        checks=[Check(**check) for check in _read(directory.path / "verify.json").get("checks", ())],
+        checks=[Check(**check) for check in (read_json(directory.path / "verify.json") or {}).get("checks", ())],
         state=state,
         running=running,
         error=error is not None,
         figures=figures + _block_figures(blocks),
         fidelity=fidelity,
-        samples=_read(directory.path / "serving.json").get("samples", ()),
+        samples=(read_json(directory.path / "serving.json") or {}).get("samples", ()),
         facts=_facts(directory, facts, events),
         recipe=_text(directory.path / "recipe.yaml"),
     )
@@ -118,7 +118,7 @@ def _block_figures(blocks: dict[int, dict[str, Any]]) -> list[Any]:
 
 
 def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, str]:
-    described = _read(directory.path / "plan.json")
+    described = read_json(directory.path / "plan.json") or {}
     source, plan = described.get("checkpoint", {}), described.get("plan", {})
     rows: dict[str, str] = {}
     if source and plan:
@@ -145,14 +145,6 @@ def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[di
     if versions:
         rows["versions"] = ", ".join(f"{name} {number}" for name, number in versions.items())
     return rows
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _text(path: Path) -> str:
