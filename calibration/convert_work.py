@@ -11,7 +11,7 @@ import torch
 
 from calibration.checkpoint import kernels, native
 from calibration.checkpoint.direct import Bytes, Extent
-from calibration.checkpoint.formats import TORCH_DTYPES, Formats, dequantize
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, dequantize, is_finite
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.layout import Job, Piece
 from calibration.checkpoint.nvfp4 import RANGE
@@ -226,7 +226,7 @@ class Work:
         dtype = torch.float32 if step.outputs[0].dtype == "F32" else self.dtype
         moved = {role: scale.to(native.device()) for role, scale in scales.items()}
         value = dequantize(stored, codes.to(native.device()), moved, dtype).contiguous()
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise kernels.NotFinite(f"holds NaN or Inf, or its values overflow {dtype}")
         made: Bytes = value.view(torch.uint8).cpu().numpy().reshape(-1)
         return made
@@ -249,7 +249,7 @@ def _quantize_tiles(stripe: Stripe, codes: Bytes, scales: Bytes) -> None:
     weights = QuantizationArgs(**FP8_BLOCK.weights)
     for begin, values in kernels.parts(stripe):
         rows, columns = values.shape
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             raise kernels.NotFinite("holds NaN or Inf, or its values overflow float32")
         padded = torch.nn.functional.pad(values, (0, -columns % 128, 0, -rows % 128))
         tiles = padded.reshape(padded.shape[0] // 128, 128, -1, 128)

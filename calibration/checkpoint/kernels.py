@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from calibration.checkpoint import native, nvfp4
-from calibration.checkpoint.formats import MXFP4_GROUP, StoredFormat, dequantize
+from calibration.checkpoint.formats import MXFP4_GROUP, StoredFormat, dequantize, is_finite
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 
 Bytes = npt.NDArray[np.uint8]
@@ -183,8 +183,7 @@ def finite(dtype: str, data: Bytes) -> bool:
         return bool((_group_maxima(data) != 0x7F).all())
     if dtype not in TORCH or not TORCH[dtype].is_floating_point:
         return True
-    value = torch.from_numpy(data).view(TORCH[dtype])
-    return bool(torch.isfinite(value.to(torch.float32) if value.element_size() == 1 else value).all())
+    return is_finite(torch.from_numpy(data).view(TORCH[dtype]))
 
 
 def _fp8_amax(stripe: Stripe) -> float:

@@ -16,9 +16,18 @@ import yaml
 
 from calibration.journal import RunDirectory
 from tests.integration.interrupted_runs import _CONTEXT, finish
+from tests.models import deepseek_v4, standard
 
 QWEN = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 V4 = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
+
+
+def write_sources(root: Path) -> dict[str, Path]:
+    """The tiny sources of the batches, by name."""
+    return {
+        "qwen": standard.write(root / "qwen", "qwen3_moe"),
+        "v4": deepseek_v4.write(root / "v4", "fp8_mxfp4"),
+    }
 
 
 def write_recipe(folder: Path, name: str, source: Path, targets: list[str], **sections: Any) -> Path:

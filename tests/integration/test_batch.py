@@ -27,8 +27,8 @@ from tests.integration.batch_runs import (
     summary,
     wait_for,
     write_recipe,
+    write_sources,
 )
-from tests.models import deepseek_v4, standard
 from workflows.batch_state import alive
 
 FAILED, INTERRUPTED = 6, 130
@@ -36,11 +36,7 @@ FAILED, INTERRUPTED = 6, 130
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("sources")
-    return {
-        "qwen": standard.write(root / "qwen", "qwen3_moe"),
-        "v4": deepseek_v4.write(root / "v4", "fp8_mxfp4"),
-    }
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 def under_way(batch: Path, names: list[str]) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from tests.integration.batch_runs import (
     summary,
     wait_for,
     write_recipe,
+    write_sources,
 )
-from tests.models import deepseek_v4, standard
 from tests.slurm.local_cluster import LocalSlurm
 
 pytestmark = pytest.mark.slurm
@@ -37,11 +37,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("sources")
-    return {
-        "qwen": standard.write(root / "qwen", "qwen3_moe"),
-        "v4": deepseek_v4.write(root / "v4", "fp8_mxfp4"),
-    }
+    return write_sources(tmp_path_factory.mktemp("sources"))
 
 
 @pytest.fixture(scope="module")
