@@ -24,6 +24,7 @@ from llmcompressor.observers.min_max import MemorylessMinMaxObserver, MinMaxObse
 from torch import nn
 
 from calibration.observers import fast_extremes
+from calibration.stacked_experts import Routing, Stack, is_plain
 
 #: Observers whose whole state is min_vals and max_vals, so that equal inputs mean equal states.
 MIN_MAX = (StaticMinMaxObserver, MinMaxObserver, MemorylessMinMaxObserver)
@@ -63,11 +64,14 @@ class _Call:
 class ExpertCalibration:
     """State of the calibration forward: the kind of pass that runs, and the tokens routed to each expert so far."""
 
+    #: Whether all experts are computed at once where they can be (stacked_experts.py); None: on accelerators.
+    stacked: bool | None = None
+
     def __init__(self) -> None:
         self.kind = Pass.CALIBRATE
         #: The last CALIBRATE call of each module: a REPEAT with the very same input has the very same output.
         self._last: dict[nn.Module, _Call] = {}
-        self._tokens: dict[nn.Module, torch.Tensor] = {}
+        self._tokens: dict[nn.Module, list[int]] = {}
         self._observers: dict[nn.Module, list[list[Observer]] | None] = {}
 
     @contextmanager
@@ -102,13 +106,12 @@ class ExpertCalibration:
 
     def tokens(self, experts: nn.Module) -> dict[int, int]:
         """Tokens routed to each expert of this module in CALIBRATE passes; padding tokens count like any other."""
-        counted = self._tokens.get(experts)
-        return {} if counted is None else dict(enumerate(counted.tolist()))
+        return dict(enumerate(self._tokens.get(experts, ())))
 
     def count(self, experts: nn.Module, tokens: dict[int, int]) -> None:
         """Replaces what `tokens` returns: the sums over all ranks."""
         if tokens:
-            self._tokens[experts] = torch.tensor([tokens[number] for number in range(len(tokens))])
+            self._tokens[experts] = [tokens[number] for number in range(len(tokens))]
 
     def forget(self, experts: nn.Module) -> None:
         """Drops what is known about a module whose block is done."""
@@ -120,26 +123,26 @@ class ExpertCalibration:
         self, experts: LinearExperts2D, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden [T, D], top_k_index and top_k_weights [T, k] -> [T, D], as LinearExperts2D.forward."""
-        # Sorted by expert, then by position among the top k, then by token: the order of stock's torch.where, so that
-        # sums accumulate in the same order; one device synchronisation instead of one per expert.
-        flat = top_k_index.t().reshape(-1)
-        order = flat.argsort(stable=True)
-        rows, weights = order % hidden.shape[0], top_k_weights.t().reshape(-1)[order, None]
-        routed = torch.bincount(flat, minlength=experts.num_experts)
+        routing = Routing.of(hidden.shape[0], experts.num_experts, top_k_index, top_k_weights)
         if self.kind is Pass.CALIBRATE:
-            known = self._tokens.get(experts)
-            self._tokens[experts] = routed if known is None else known + routed
+            self._tokens[experts] = [a + b for a, b in zip(routing.counts, self._counted(experts), strict=True)]
         all_experts = get_calibrate_all_experts_flag() and self.kind is not Pass.PROPAGATE
         shared = self._shared_observers(experts) if all_experts else None
         if shared is not None and self.kind is Pass.CALIBRATE:
             for observers in shared:
                 _observe_once(observers, hidden)
 
+        stacks = hidden.device.type != "cpu" if self.stacked is None else self.stacked
+        stack = Stack.of(experts) if stacks else None
+        if stack is not None and shared is not None:
+            return stack.all_tokens(hidden, routing, lambda number, value: self._observe_down(experts[number], value))
+        if stack is not None and self.kind is Pass.PROPAGATE:
+            return stack.routed_tokens(hidden, routing)
         output = torch.zeros_like(hidden)
         begin = 0
-        for number, count in enumerate(routed.tolist()):
-            expert, part = experts[number], slice(begin, begin + count)
-            tokens, begin = rows[part], begin + count
+        for number, count in enumerate(routing.counts):
+            expert, part = experts[number], slice(begin, begin := begin + count)
+            tokens = routing.rows[part]
             if not count and not all_experts:
                 continue
             if shared is not None:
@@ -149,16 +152,22 @@ class ExpertCalibration:
             else:
                 # Other modifiers' hooks may count rows: none is added where they run.
                 out = expert(hidden[_padded(tokens) if self.kind is Pass.PROPAGATE else tokens])[:count]
-            output.index_add_(0, tokens, (out * weights[part]).to(output.dtype))
+            output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
         return output
 
     def _fast(self, expert: ExpertMLPWithGate, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         gate, up = _linear(expert.gate_proj, hidden), _linear(expert.up_proj, hidden)
         activated = expert._apply_gate(torch.cat([gate, up], dim=-1))
+        self._observe_down(expert, activated)
+        return _linear(expert.down_proj, activated[_padded(tokens)])[: len(tokens)]
+
+    def _observe_down(self, expert: ExpertMLPWithGate, activated: torch.Tensor) -> None:
         observer = getattr(expert.down_proj, "input_observer", None)
         if observer is not None and self.kind is Pass.CALIBRATE:
             observer(activated)
-        return _linear(expert.down_proj, activated[_padded(tokens)])[: len(tokens)]
+
+    def _counted(self, experts: LinearExperts2D) -> list[int]:
+        return self._tokens.get(experts) or [0] * experts.num_experts
 
     def _shared_observers(self, experts: LinearExperts2D) -> list[list[Observer]] | None:
         """Input observers of gate and up of all experts, grouped by equal behaviour; None where the short way would
@@ -211,9 +220,7 @@ def _padded(tokens: torch.Tensor) -> torch.Tensor:
 
 def _linear(linear: nn.Linear, value: torch.Tensor) -> torch.Tensor:
     """The layer without its hooks, and without compressed-tensors' wrapper where that is switched off."""
-    if type(linear) is nn.Linear and (
-        "forward" not in vars(linear) or not getattr(linear, "quantization_enabled", True)
-    ):
+    if is_plain(linear):
         return F.linear(value, linear.weight, linear.bias)
     out: torch.Tensor = linear.forward(value)
     return out

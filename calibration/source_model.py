@@ -6,22 +6,20 @@ until `SourceModel.load` reads them, and go back there with `SourceModel.unload`
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import itertools
 import json
-import mmap
 import shutil
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from compressed_tensors.utils import match_named_modules
-from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
@@ -31,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.formats import Formats, check_finite, dequantize
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.room import Ahead, Room
 from recipes.errors import SourceError
 
 PACKED, WEIGHT = ".weight_packed", ".weight"
@@ -64,7 +63,7 @@ class SourceModel:
         #: Whether reading the next block ahead gains time: on the CPU it takes the time that the forward pass needs,
         #: and the memory of a block on top.
         self.reads_ahead = device.type != "cpu"
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
 
     def module_name(self, module: nn.Module) -> str:
         """The name of a module of the skeleton in transformers' tree."""
@@ -100,27 +99,21 @@ class SourceModel:
         ahead = {} if self._ahead is None else self._ahead.take()
         self._ahead = None
         missing = [found for found in self._tensors(roots) if found[-1].is_meta]
-        room = _Room(tensor for _, _, full, tensor in missing if full not in ahead and self._fits_room(full, tensor))
+        reads = self._reads((full, tensor) for _, _, full, tensor in missing if full not in ahead)
         for module, leaf, full, tensor in missing:
-            source = self.sources.get(full)
-            value = ahead.pop(full, None)
+            read, value = reads.get(full), ahead.pop(full, None)
             if value is None:
-                out = room.take(tensor) if self._fits_room(full, tensor) else None
-                value = self._empty(leaf, tensor) if source is None else self._read(source, tensor.dtype, out)
+                value = self._empty(leaf, tensor) if read is None else read()
             self._place(module, leaf, value)
-            if source is not None:
+            if full in self.sources:
                 self._versions[full] = _tensor(module, leaf)._version
 
     def prefetch(self, roots: Iterable[nn.Module]) -> None:
         """Begins to read what `load` of the same roots will need, in a thread; it takes the memory of one more block.
         Tensors that cannot be read are left to `load`, which raises where they are needed."""
         self.stop_reading()
-        wanted = [
-            (full, self.sources[full], tensor.dtype)
-            for _, _, full, tensor in self._tensors(roots)
-            if tensor.is_meta and full in self.sources
-        ]
-        self._ahead = _Ahead(self._read, wanted)
+        reads = self._reads((full, tensor) for _, _, full, tensor in self._tensors(roots) if tensor.is_meta)
+        self._ahead = Ahead(self.device, reads)
         self._ahead.start()
 
     def stop_reading(self) -> None:
@@ -158,10 +151,18 @@ class SourceModel:
                 for leaf, tensor in _own_tensors(module):
                     yield module, leaf, prefix + leaf, tensor
 
-    def _fits_room(self, full: str, tensor: torch.Tensor) -> bool:
-        return self.device.type == "cpu" and full in self.sources and tensor.is_floating_point()
+    def _reads(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Callable[[], torch.Tensor]]:
+        """How to read those of the named tensors that the source has; all of them into one room, in this order."""
+        wanted = [(full, tensor) for full, tensor in tensors if full in self.sources]
+        # Formats.read gives integers as a tensor of its own.
+        fitting = {full: tensor for full, tensor in wanted if tensor.is_floating_point() and tensor.numel()}
+        room = Room(self.device, fitting.values())
+        return {
+            full: partial(self._read, self.sources[full], tensor.dtype, room.take(tensor) if full in fitting else None)
+            for full, tensor in wanted
+        }
 
-    def _read(self, source: str, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    def _read(self, source: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         if self.device.type == "cpu":
             return self.formats.read(source, dtype, out)
         # The raw bytes travel: they are a half to a quarter of the BF16 values, and the accelerator dequantizes faster.
@@ -170,7 +171,7 @@ class SourceModel:
         if not raw.is_floating_point() and stored.kind == "plain":
             return raw
         scales = {role: checkpoint.read(name).to(self.device) for role, name in stored.companions.items()}
-        value = dequantize(stored, raw, scales, dtype)
+        value = dequantize(stored, raw, scales, dtype, out)
         check_finite(value, f"{checkpoint.path(source)}: {source}")
         return value
 
@@ -185,55 +186,6 @@ class SourceModel:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
-
-
-class _Room:
-    """One stretch of host memory for the weights of a block. It goes back to the system whole, when the last tensor in
-    it is dropped; single tensors would leave holes in the heap, and memory would grow block by block."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        size, self._used = sum(map(_room_for, tensors)), 0
-        # Private: shared memory would not count as the process's own (RssAnon), and could not be told from files.
-        self._memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # a block is always larger than a huge page, and never shared
-            with contextlib.suppress(OSError):
-                self._memory.madvise(mmap.MADV_HUGEPAGE)
-
-    def take(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory for a tensor of this shape and dtype, not filled."""
-        if not like.numel():
-            return torch.empty_like(like, device="cpu")
-        begin, self._used = self._used, self._used + _room_for(like)
-        return torch.frombuffer(self._memory, dtype=like.dtype, count=like.numel(), offset=begin).view(like.shape)
-
-
-def _room_for(tensor: torch.Tensor) -> int:
-    return -(-tensor.nbytes // 64) * 64
-
-
-class _Ahead(threading.Thread):
-    """Reads tensors before they are asked for."""
-
-    def __init__(
-        self, read: Callable[[str, torch.dtype], torch.Tensor], wanted: list[tuple[str, str, torch.dtype]]
-    ) -> None:
-        super().__init__(name="next block's weights", daemon=True)
-        self.stopped = False
-        self._read_one, self._wanted = read, wanted
-        self._values: dict[str, torch.Tensor] = {}
-
-    def run(self) -> None:
-        """Ends early when stopped or at the first tensor that cannot be read."""
-        with torch.no_grad(), contextlib.suppress(Exception):
-            for full, source, dtype in self._wanted:
-                if self.stopped:
-                    return
-                self._values[full] = self._read_one(source, dtype)
-
-    def take(self) -> dict[str, torch.Tensor]:
-        """What was read, by the model's tensor names; waits for the end."""
-        self.join()
-        return self._values
 
 
 def build_skeleton(
@@ -307,11 +259,19 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
             # transformers' class patching would walk every lazy module of transformers; replacing the empty modules
             # gives the same tree.
             linear = LinearExperts2D.get_linear_experts_cls(type(experts))
-            model.set_submodule(name, linear(getattr(experts, "config", model.config)))
+            model.set_submodule(name, _gate_first(linear(getattr(experts, "config", model.config))))
     for module in model.modules():
         for leaf, tensor in list(_own_tensors(module)):
             SourceModel._place(module, leaf, tensor.detach().to("meta"))
     return model.eval()
+
+
+def _gate_first(experts: LinearExperts2D) -> LinearExperts2D:
+    """gate before up, as `_apply_gate` takes them: their weights are read in this order, and lie in it in memory."""
+    for expert in experts:
+        if isinstance(expert, ExpertMLPWithGate):
+            expert._modules = {leaf: expert._modules[leaf] for leaf in ("gate_proj", "up_proj", "down_proj")}
+    return experts
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

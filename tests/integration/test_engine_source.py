@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.source_model import build_skeleton
+from calibration.experts import ExpertCalibration
+from calibration.source_model import SourceModel, build_skeleton
+from calibration.stacked_experts import Stack
 from recipes.errors import SourceError
 from tests.integration.engine_runs import (
     STANDARD,
@@ -161,3 +163,39 @@ def test_a_run_that_reads_ahead_gives_the_same_scales() -> None:
     ahead.reads_ahead = True
     one, two = ours(recipe("mixtral"), plain), ours(recipe("mixtral"), ahead)
     assert differing(one.parameters, two.parameters) == [] and ahead.loaded() == set()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "bf16", "fp8_mxfp4"])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_run_that_computes_all_experts_at_once_gives_the_same_scales(
+    name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator; on the CPU the products have the same bits."""
+    one, used = ours(recipe(name), skeleton(name)), list[int]()
+    all_tokens = Stack.all_tokens
+    monkeypatch.setattr(ExpertCalibration, "stacked", True)
+    monkeypatch.setattr(Stack, "all_tokens", lambda *given: used.append(1) or all_tokens(*given))
+    source = skeleton(name)
+    source.reads_ahead = ahead
+    two = ours(recipe(name), source)
+    assert differing(one.parameters, two.parameters) == []
+    assert [r.tokens_per_expert for r in one.results] == [r.tokens_per_expert for r in two.results]
+    assert len(used) >= 3 * len(source.blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen3_moe", "fp8_mxfp4"])
+def test_a_run_on_the_gpu_agrees_with_the_cpu(name: str) -> None:
+    """Twice the same bits; weight scales those of the CPU, input scales within a rounding of its products."""
+    gpu = [ours(recipe(name), _skeleton_on(name, torch.device("cuda"))).scales for _ in range(2)]
+    assert differing(*gpu) == []
+    on_host = {key: value.cpu() for key, value in gpu[0].items()}
+    wanted = ours(recipe(name), _skeleton_on(name, torch.device("cpu"))).scales
+    assert all(key.endswith("input_global_scale") for key in differing(on_host, wanted))
+    for key, value in wanted.items():
+        torch.testing.assert_close(on_host[key].float(), value.float(), rtol=2**-5, atol=0)
+
+
+def _skeleton_on(name: str, device: torch.device) -> SourceModel:
+    source = skeleton(name)
+    return build_skeleton(source.formats.checkpoint, Path(source.model.config.name_or_path).parent, False, device)

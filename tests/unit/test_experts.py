@@ -20,8 +20,10 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Exper
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from calibration.experts import ROWS, ExpertCalibration, Pass, fill_from_peers
+from calibration.room import Room
+from calibration.stacked_experts import Stack
 
-EXPERTS, HIDDEN, TOP_K = 8, 64, 2
+EXPERTS, HIDDEN, TOP_K = 8, 64, 3
 
 
 def make_experts(kind: str = "mixtral") -> LinearExperts2D:
@@ -58,7 +60,7 @@ def watch(
 
 def batches(count: int = 3, tokens: int = 50) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """(hidden [T, D], top_k_index [T, k], top_k_weights [T, k]); expert 7 is never chosen, expert 6 by one token
-    alone, twice, which is larger than all others."""
+    alone, three times, which is larger than all others."""
     generator = torch.Generator().manual_seed(2)
     made = []
     for number in range(count):
@@ -66,7 +68,9 @@ def batches(count: int = 3, tokens: int = 50) -> list[tuple[torch.Tensor, torch.
         index = torch.rand(tokens, EXPERTS - 2, generator=generator).topk(TOP_K).indices
         if number == 0:
             index[3], hidden[3] = EXPERTS - 2, hidden[3] * 10
-        made.append((hidden, index, torch.rand(tokens, TOP_K, generator=generator).to(torch.bfloat16)))
+        weights = torch.rand(tokens, TOP_K, generator=generator).to(torch.bfloat16)
+        weights[3, 1:] = 0  # equal sums in any order, where an expert is chosen more than once
+        made.append((hidden, index, weights))
     return made
 
 
@@ -107,6 +111,80 @@ def test_statistics_and_outputs_equal_stock(
     assert statistics(theirs)
     assert same(statistics(mine), statistics(theirs))
     del hooks
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Products over all experts at once, as on an accelerator, two experts at a time; the experts of each grouped one."""
+    calls = list[int]()
+    product = nn.functional.grouped_mm
+    monkeypatch.setattr(ExpertCalibration, "stacked", True)
+    monkeypatch.setattr("calibration.stacked_experts.CHUNK", 2 * 50 * 2 * 96 * 2)
+    monkeypatch.setattr(nn.functional, "grouped_mm", lambda *a, **k: calls.append(a[1].shape[0]) or product(*a, **k))
+    return calls
+
+
+def side_by_side(experts: LinearExperts2D) -> LinearExperts2D:
+    """The same experts with their weights in one room, in the order in which SourceModel reads them."""
+    linears = [getattr(experts[n], f"{leaf}_proj") for n in range(EXPERTS) for leaf in ("gate", "up", "down")]
+    room = Room(torch.device("cpu"), [linear.weight for linear in linears])
+    for linear in linears:
+        linear.weight.data = room.take(linear.weight).copy_(linear.weight)
+    return experts
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v4"])
+@pytest.mark.parametrize("observer", ["static_minmax", "minmax", "memoryless_minmax"])
+@pytest.mark.parametrize("leaves", [(), ("down_proj",), ("gate_proj", "up_proj")])
+def test_all_experts_at_once_give_the_same_bits(
+    kind: str, observer: str, leaves: tuple[str, ...], grouped: list[int]
+) -> None:
+    mine, theirs = side_by_side(make_experts(kind)), make_experts(kind)
+    hooks = [watch(experts, observer, leaves) for experts in (mine, theirs)]
+    made, wanted = run(mine, ExpertCalibration()), run(theirs, None)
+    assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+    assert statistics(theirs) and same(statistics(mine), statistics(theirs))
+    # Of experts 6 and 7 only the first batch has rows: no rows, no product.
+    assert grouped == [2] * (4 + 3 + 3)
+    del hooks
+
+
+def test_all_experts_at_once_on_their_own_tokens(grouped: list[int]) -> None:
+    """The pass that computes outputs alone."""
+    mine, calibration = side_by_side(make_experts()), ExpertCalibration()
+    with calibration.running(Pass.PROPAGATE):
+        made = run(mine, calibration)
+    assert grouped == [EXPERTS] * 6
+    assert all(torch.equal(a, b) for a, b in zip(made, run(make_experts(), None), strict=True))
+
+
+@pytest.mark.parametrize("what", ["replaced", "bias", "watched", "wrapped", "class", "apart", "odd", "turned"])
+def test_experts_that_are_no_stack_are_computed_one_by_one(what: str, grouped: list[int]) -> None:
+    experts = make_experts() if what == "apart" else side_by_side(make_experts())
+    linear, seen = experts[3].up_proj, list[int]()
+    if what == "replaced":
+        linear.weight = nn.Parameter(linear.weight.clone() * 2)
+    elif what == "bias":
+        linear.bias = nn.Parameter(torch.ones(96, dtype=torch.bfloat16))
+    elif what == "watched":
+        linear.register_forward_hook(lambda *_: seen.append(1))
+    elif what == "wrapped":
+        linear.forward, linear.quantization_enabled = lambda value: nn.functional.linear(value, linear.weight) * 2, True
+    elif what == "class":
+        experts[3].__class__ = type("Other", (type(experts[3]),), {})
+    elif what == "turned":
+        linear.weight.data = linear.weight.data.as_strided((96, HIDDEN), (1, 96))
+    elif what == "odd":
+        for number in range(EXPERTS):
+            for leaf in ("gate_proj", "up_proj"):
+                module = getattr(experts[number], leaf)
+                module.weight.data = module.weight.data[:95]
+            down = experts[number].down_proj
+            down.weight.data = down.weight.data[:, :95]
+    wanted = run(experts, None)
+    assert Stack.of(experts) is None
+    assert all(torch.equal(a, b) for a, b in zip(run(experts, ExpertCalibration()), wanted, strict=True))
+    assert grouped == [] and bool(seen) == (what == "watched")
 
 
 @pytest.mark.parametrize("all_experts", [True, False])
@@ -193,8 +271,8 @@ def test_peers_fill_experts_with_too_few_tokens() -> None:
     hooks = watch(experts)
     run(experts, calibration, all_experts=False)
     tokens, before = calibration.tokens(experts), statistics(experts)
-    assert (tokens[6], tokens[7]) == (2, 0)
-    assert fill_from_peers(experts, tokens, 3) == [6, 7]
+    assert (tokens[6], tokens[7]) == (TOP_K, 0)
+    assert fill_from_peers(experts, tokens, TOP_K + 1) == [6, 7]
     after = statistics(experts)
     for leaf, group in (("gate_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
         peers = [f"{e}.{name}.input_observer" for e in range(6) for name in group]
