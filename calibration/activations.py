@@ -1,5 +1,5 @@
-"""Activations between blocks: in host memory up to a limit, beyond it in one file per batch; kept on disk at every
-block boundary where a run must be able to go on from there."""
+"""Activations between blocks: one mapped file per batch, which the system's page cache holds as long as it can, or host
+memory up to a limit; kept on disk at every block boundary where a run must be able to go on from there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from recipes.errors import EnvironmentProblem
 class ActivationCache(IntermediatesCache):  # type: ignore[misc]
     """llm-compressor's cache of a batch's named values, with a budget and with boundaries.
 
-    A batch that would pass `limit` bytes of host memory lies in a file below `directory` and is read back for each use.
+    A batch that would pass `limit` bytes of host memory lies in a file below `directory`, which is mapped for each use:
+    its pages belong to the page cache, and the system takes them where it has no other room. Without a `limit` all batches
+    lie in files with `lasting`, and in host memory else.
     `aim` names the boundary that values belong to from now on: each boundary has a folder of its own, so that the one
     before stays whole until the next is. With `lasting`, `directory` belongs to this run alone and boundaries that were
     committed survive an error; else everything lies in a temporary folder inside it.
@@ -107,12 +109,11 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         self._bytes = [0] * len(self.numbers)
         for index, number in enumerate(self.numbers):
             path = boundary.directory / batch_file(number)
-            values = torch.load(path, weights_only=False)
-            size = _nbytes(values)
+            self._files[index] = path
+            size = _nbytes(self._values(index))
             if self._fits(size):
-                self.batch_intermediates[index], self._bytes[index] = values, size
-            else:
-                self._files[index] = path
+                self.batch_intermediates[index], self._bytes[index] = torch.load(path, weights_only=False), size
+                del self._files[index]
 
     def forget(self, before: int) -> None:
         """Removes the folders of the boundaries below number `before`."""
@@ -139,7 +140,8 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         path = self._files.get(index)
         if path is None:
             return dict(self.batch_intermediates[index])
-        values: dict[str, IntermediateValue] = torch.load(path, weights_only=False)
+        # Private pages: a block that writes to its input writes to a copy, not to the file.
+        values: dict[str, IntermediateValue] = torch.load(path, weights_only=False, mmap=True)
         return values
 
     def _keep(self, index: int, values: dict[str, IntermediateValue]) -> None:
@@ -154,7 +156,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
             self._files[index] = path
 
     def _fits(self, size: int) -> bool:
-        return self.limit is None or self.held_bytes + size <= self.limit
+        return not self.lasting if self.limit is None else self.held_bytes + size <= self.limit
 
     def _write(self, index: int, values: dict[str, IntermediateValue]) -> Path:
         path = self._path(index)
@@ -182,8 +184,8 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
 
     def _problem(self, what: str, error: Exception) -> EnvironmentProblem:
         return EnvironmentProblem(
-            f"{self._directory}: {what} cannot be written: {error}; give offload.directory more space, raise "
-            "offload.max_host_memory, or use fewer samples; the same command goes on from the last finished block"
+            f"{self._directory}: {what} cannot be written: {error}; give offload.directory more space, or use "
+            "fewer samples; the same command goes on from the last finished block"
         )
 
 

@@ -154,5 +154,5 @@ def boundary_bytes(width: int, batches: Sequence[tuple[int, int]]) -> int:
 def scratch_bytes(boundary: int, blocks: int, max_host_memory: int | None) -> int:
     """Most bytes of activations on disk at any time: those that enter and leave a block. What enters the first one is
     there only as far as it passes `max_host_memory`, nothing leaves the last."""
-    first = 0 if max_host_memory is None else max(boundary - max_host_memory, 0)
+    first = max(boundary - (max_host_memory or 0), 0)
     return max(first + (boundary if blocks > 1 else 0), boundary * min(2, max(blocks - 1, 0)))

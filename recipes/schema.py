@@ -79,7 +79,8 @@ class Offload(Section):
     directory: PathText | None = None
     """Directory on a fast local disk for activations; the run directory when left out."""
     max_host_memory: Bytes | None = None
-    """Host memory that activations may take, for example 500GiB; the rest goes to the directory."""
+    """Memory of its own that a run may take for activations, for example 500GiB. The others, all when left out, lie in
+    mapped files of the directory, which the system keeps in memory as long as it has room."""
 
 
 class Export(Section):

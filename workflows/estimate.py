@@ -131,12 +131,13 @@ def _calibration(
             terms["forward"] += machine.attention(*cost.attention, largest[1]) * largest[0] * (squares + again)
         terms["quantize"] += machine.pack * (cost.quantized / run.ranks.size)
         terms["write"] += write * cost.written
-    kept = boundary * max(len(blocks) - 1, 0)
+    held = min(boundary, run.recipe.offload.max_host_memory or 0)
+    # What enters the first block goes to disk only where memory does not hold it.
+    first = boundary - held if any(cost.number == 0 for cost in blocks) else 0
+    kept = first + boundary * max(len(blocks) - 1, 0)
     terms["activations"] = write * kept
     if not _one_pass(run):
         notes.append("weights are edited (GPTQ, ...): two passes; the modifier's own arithmetic is not predicted")
-    limit = run.recipe.offload.max_host_memory
-    held = boundary if limit is None else min(boundary, limit)
     block = max((cost.values * BF16 for cost in blocks), default=0)
     peak = _peak(costs, block, largest, rehearsal) + held
     return _told(terms, sum(cost.source_bytes for cost in costs), sum(cost.written for cost in costs) + kept, peak)

@@ -210,14 +210,13 @@ def _space(run: Run, boundary: int) -> None:
 
 
 def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
-    limit = run.recipe.offload.max_host_memory
-    held = boundary if limit is None else min(boundary, limit)
+    held = min(boundary, run.recipe.offload.max_host_memory or 0)
     wanted, there = rehearsal.peak_memory * run.ranks.local + held, available_memory()
     if wanted > there:
         raise EnvironmentProblem(
-            f"memory: the rehearsal took {rehearsal.peak_memory:,} bytes and the activations of all samples take "
-            f"{held:,}, together more than the {there:,} that this process can have; set offload.max_host_memory, or "
-            "lower calibration.batch_size or calibration.max_seq_length"
+            f"memory: the rehearsal took {rehearsal.peak_memory:,} bytes and offload.max_host_memory lets activations take "
+            f"{held:,}, together more than the {there:,} that this process can have; lower offload.max_host_memory, "
+            "calibration.batch_size or calibration.max_seq_length"
         )
 
 

@@ -34,7 +34,7 @@ def write_source(directory: Path, case: str) -> Path:
     """A model of 55 MB (V4), 27 MB (Qwen3-MoE) or 13 MB (Llama) a block in BF16."""
     if case.startswith(("v4", "convert")):
         stored: Any = "fp8_mxfp4" if case == "convert" else case.removeprefix("v4-")
-        return deepseek_v4.write(directory, stored, **(FLAT | {"layers": 3}))
+        return deepseek_v4.write(directory, stored, **(FLAT["small"] | {"layers": 3}))
     form = standard.FORMS[case]
     larger: dict[str, Any] = {"blocks": 4, "hidden": 768, "intermediate": 2048}
     if case == "qwen3_moe":

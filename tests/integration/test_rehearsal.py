@@ -168,7 +168,7 @@ def small_machine() -> None:
 
 def test_too_little_memory(case: Case, attempt: Rehearsed) -> None:
     assert attempt.go(small_machine) == ENVIRONMENT
-    assert "offload.max_host_memory" in attempt.text and "1,000 that this process can have" in attempt.text
+    assert "lower offload.max_host_memory" in attempt.text and "1,000 that this process can have" in attempt.text
 
 
 def rehearse(directory: Path, source: Path, **options: Any) -> Any:

@@ -380,7 +380,7 @@ def test_disk_holds_two_boundaries_at_most(case: Case, attempt: Attempt) -> None
     seen = attempt.directory / "seen"
     assert attempt.go(partial(list_boundaries, attempt.run_directory / "activations", seen)) == 0
     assert [json.loads(line) for line in seen.read_text().splitlines()] == [
-        [0, ["boundary-0002"]],
+        [0, ["boundary-0001", "boundary-0002"]],
         [1, ["boundary-0002", "boundary-0003"]],
         [2, ["boundary-0003"]],
     ]

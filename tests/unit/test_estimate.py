@@ -75,8 +75,8 @@ def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
     boundary = boundary_bytes(4 * 64, [(2, 32), (2, 32), (1, 32)])
     assert work["terms"]["load"] == [run.source.total_bytes, 2 * run.source.total_bytes]
     assert work["terms"]["write"] == [run.plan.output_bytes, run.plan.output_bytes]
-    assert work["terms"]["activations"] == [2 * boundary, 2 * boundary]  # nothing leaves the last of three blocks
-    assert work["bytes_written"] == run.plan.output_bytes + 2 * boundary
+    assert work["terms"]["activations"] == [3 * boundary, 3 * boundary]  # nothing leaves the last of three blocks
+    assert work["bytes_written"] == run.plan.output_bytes + 3 * boundary
     # 160 tokens, and what is outside the experts for two batches of 64 again, for the comparison with the model's own
     # forward: lengths 2 and 1 differ.
     blocks = [cost for cost in costs if cost.number is not None]

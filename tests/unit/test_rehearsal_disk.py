@@ -38,7 +38,7 @@ def test_probe_names_the_place_that_takes_no_file(place: str, tmp_path: Path) ->
 
 def test_scratch_holds_two_boundaries_at_most() -> None:
     """As counted in a run by test_disk_holds_two_boundaries_at_most, and what enters the first block beyond the limit."""
-    assert [scratch_bytes(100, blocks, None) for blocks in (1, 2, 3, 60)] == [0, 100, 200, 200]
+    assert [scratch_bytes(100, blocks, None) for blocks in (1, 2, 3, 60)] == [100, 200, 200, 200]
     assert [scratch_bytes(100, blocks, 30) for blocks in (1, 2, 3)] == [70, 170, 200]
     assert boundary_bytes(10, [(2, 5), (1, 3)]) == 13 * (20 + 24) + 2 * 25 * 2 + 9 * 2
 
