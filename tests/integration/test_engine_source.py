@@ -165,8 +165,9 @@ def test_a_run_that_reads_ahead_gives_the_same_scales() -> None:
     assert differing(one.parameters, two.parameters) == [] and ahead.loaded() == set()
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "bf16", "fp8_mxfp4"])
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize(
+    ("name", "ahead"), [("mixtral", False), ("qwen3_moe", True), ("bf16", False), ("fp8_mxfp4", True)]
+)
 def test_a_run_that_computes_all_experts_at_once_gives_the_same_scales(
     name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
