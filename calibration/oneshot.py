@@ -152,7 +152,8 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
             continue
         if entry.name in SCALING and not takes_edits:
             problems.append(
-                f"{where}: changes norms and other tensors that the output copies from the source; remove it"
+                f"{where}: changes norms and other tensors that the output copies from the source, and its input scales "
+                "would be those of the inputs before it scaled them; remove it"
             )
             continue
         if arguments.get("kv_cache_scheme") is not None:
