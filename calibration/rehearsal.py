@@ -24,7 +24,7 @@ from calibration.experts import Pass
 from calibration.machine import Spent, Watch
 from calibration.memory import PeakMemory
 from calibration.results import Callbacks
-from calibration.sequential import CalibrationRun, _Walk
+from calibration.sequential import CalibrationRun, Walk
 from calibration.source_model import SourceModel
 from recipes.errors import EnvironmentProblem
 
@@ -111,14 +111,14 @@ def _walk(
         cache = stack.enter_context(ActivationCache(source.device, scratch))
         cache.add(sample)
         samples = {0: cache.fetch(0)}
-        walk = _Walk(run, cache, run._trace(samples[0], DatasetArguments().tracing_ignore), samples, edits=False)
+        walk = Walk(run, cache, run.trace(samples[0], DatasetArguments().tracing_ignore), samples, edits=False)
         stack.enter_context(run.experts.installed())
         stack.enter_context(calibration_forward_context(source.model))
         if all_experts:
             stack.enter_context(moe_calibration_context())
         number = 0
         for index, subgraph in enumerate(walk.subgraphs):
-            block = next(iter(run._blocks_in(subgraph)), None)
+            block = next(iter(run.blocks_in(subgraph)), None)
             if block is None and index:
                 break
             last = into.blocks[-1] if into.blocks else None
@@ -140,30 +140,30 @@ def _walk(
 
 
 def _step(
-    walk: _Walk, index: int, block: nn.Module | None, skipped: nn.Module | None, number: int
+    walk: Walk, index: int, block: nn.Module | None, skipped: nn.Module | None, number: int
 ) -> tuple[Spent, Spent, float] | None:
     """One subgraph: what loading and the forward pass took, and the difference to the model's own forward."""
     source, worst, watch = walk.run.source, 0.0, Watch()
-    roots = [root for root in walk._roots(index) if root is not skipped]
+    roots = [root for root in walk.roots(index) if root is not skipped]
     source.load(roots)
     loaded = watch.lap()
     if index == 0:
-        walk._record_own_calls()
+        walk.record_own_calls()
     with ExitStack() as stack:
         stack.enter_context(walk.run.experts.running(Pass.REPEAT))
         if skipped is not None:
             stack.enter_context(patch_attr(skipped, "forward", _pass_on))
         watch.lap()
-        for batch, outputs, passed in walk._forward(index, block, number, "rehearse"):
+        for batch, outputs, passed in walk.forward(index, block, number, "rehearse"):
             forward = watch.lap()
             if block is not None and passed is not None:
                 hidden, made = passed
                 name = source.source_block(source.module_name(block))
-                walk._require_finite(index, block, made, batch, f"rehearsal of block {number} ({name})")
+                walk.require_finite(index, block, made, batch, f"rehearsal of block {number} ({name})")
                 watch.lap()
-                worst = walk._parity(block, number, batch, hidden, made)
+                worst = walk.check_parity(block, number, batch, hidden, made)
                 forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
-            walk._keep(index, batch, outputs)
+            walk.keep(index, batch, outputs)
     source.unload(roots)
     return None if block is None else (loaded, forward, worst)
 

@@ -44,7 +44,7 @@ from calibration.ranks import Ranks, summed, widen
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume
 from calibration.source_model import SourceModel
-from calibration.tracing import BlockCall, hidden_of, own_block_calls, parity_samples, require_parity
+from calibration.tracing import BlockCall, called_modules, hidden_of, own_block_calls, parity_samples, require_parity
 from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
 
 PIPELINE = "streaming_sequential"
@@ -111,7 +111,7 @@ class CalibrationRun:
                 raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
             samples = parity_samples(cache)
             self._tell("trace", blocks=len(self.source.blocks), batches=len(dataloader))
-            subgraphs = self._trace(samples[0], tracing_ignore)
+            subgraphs = self.trace(samples[0], tracing_ignore)
             stack.enter_context(self.experts.installed())
             LifecycleCallbacks.calibration_start()
             require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, self.source)
@@ -123,7 +123,7 @@ class CalibrationRun:
             session = active_session()
             session.state.loss_masks, session.state.sequential_prefetch = None, False
             edits = any(type(modifier) is not QuantizationModifier for modifier in session.lifecycle.recipe.modifiers)
-            _Walk(self, cache, subgraphs, samples, edits).walk()
+            Walk(self, cache, subgraphs, samples, edits).walk()
             LifecycleCallbacks.calibration_end()
             self.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
         self.summary.blocks, self.summary.batches = len(self.source.blocks), len(dataloader)
@@ -132,7 +132,8 @@ class CalibrationRun:
     def _tell(self, event: str, **facts: Any) -> None:
         self.callbacks.on_progress({"event": event, **facts})
 
-    def _trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
+    def trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
+        """llm-compressor's trace of the model on one batch. Raises WorkflowError unless each block is a subgraph of its own."""
         blocks = list(self.source.blocks.values())
         try:
             with tracing.repaired_tracing():
@@ -140,7 +141,7 @@ class CalibrationRun:
         except Exception as error:
             name = type(self.source.model).__name__
             raise WorkflowError(f"{name}: llm-compressor cannot trace this model: {str(error)[-600:]}") from error
-        found = [self._blocks_in(subgraph) for subgraph in subgraphs]
+        found = [self.blocks_in(subgraph) for subgraph in subgraphs]
         if [block for group in found for block in group] != blocks or any(len(group) > 1 for group in found):
             raise WorkflowError(
                 f"{type(self.source.model).__name__}: tracing gave {len(subgraphs)} parts that do not hold its "
@@ -148,9 +149,10 @@ class CalibrationRun:
             )
         return list(subgraphs)
 
-    def _blocks_in(self, subgraph: Subgraph) -> list[nn.Module]:
+    def blocks_in(self, subgraph: Subgraph) -> list[nn.Module]:
+        """The blocks that a subgraph calls: one, or none before the first and behind the last."""
         blocks = set(self.source.blocks.values())
-        return [module for module in _called(subgraph, self.source.model) if module in blocks]
+        return [module for module in called_modules(subgraph, self.source.model) if module in blocks]
 
     def _link_fused(self) -> None:
         for group in self.fused:
@@ -161,7 +163,7 @@ class CalibrationRun:
 
 
 @dataclass
-class _Walk:
+class Walk:
     """The way of all batches through the subgraphs."""
 
     run: CalibrationRun
@@ -178,7 +180,7 @@ class _Walk:
         """Takes every batch through every block that is not finished, from the nearest saved activations on."""
         run, resume = self.run, self.run.resume or Resume(self.run.scratch)
         numbers = iter(range(len(run.source.blocks)))
-        self.numbers = [next(numbers) if run._blocks_in(subgraph) else None for subgraph in self.subgraphs]
+        self.numbers = [next(numbers) if run.blocks_in(subgraph) else None for subgraph in self.subgraphs]
         for number, facts in sorted(resume.finished.items()):
             run.summary.take(number, facts)
         where = {number: index for index, number in enumerate(self.numbers) if number is not None}
@@ -206,9 +208,9 @@ class _Walk:
 
     def _look_before_the_blocks(self) -> None:
         """Records the model's own calls of its blocks, for parity, where the walk does not begin at the text."""
-        roots = self._roots(0)
+        roots = self.roots(0)
         self.run.source.load(roots)
-        self._record_own_calls()
+        self.record_own_calls()
         self.run.source.unload(roots)
 
     def step(self, index: int, following: int | None) -> None:
@@ -216,17 +218,17 @@ class _Walk:
         then makes its end durable."""
         run, subgraph, started = self.run, self.subgraphs[index], time.monotonic()
         source, number = run.source, self.numbers[index]
-        block = next(iter(run._blocks_in(subgraph)), None)
+        block = next(iter(run.blocks_in(subgraph)), None)
         name = "before the blocks" if block is None else source.source_block(source.module_name(block))
         where = name if number is None else f"block {number} ({name})"
-        roots = self._roots(index)
+        roots = self.roots(index)
         run._tell("load", block=number, name=name)
         source.load(roots)
         if following is not None and source.reads_ahead:
-            source.prefetch(self._roots(following))
+            source.prefetch(self.roots(following))
         self.cache.aim(index + 1, save=block is not None and index + 1 < len(self.subgraphs))
         if index == 0:
-            self._record_own_calls()
+            self.record_own_calls()
         known = run.resume is not None and number in run.resume.finished and not self.edits
         result = None if known else self._work(index, block, number, name, where, roots, started)
         if result is not None:
@@ -310,24 +312,25 @@ class _Walk:
     def _repeat(self, index: int, block: nn.Module | None, number: int | None, where: str) -> None:
         """The pass that computes the outputs of a block again, to the same bits, and observes nothing."""
         with self.run.experts.running(Pass.REPEAT):
-            for batch, outputs, passed in self._forward(index, block, number, "repeat"):
+            for batch, outputs, passed in self.forward(index, block, number, "repeat"):
                 if block is not None and passed is not None:
-                    self._require_finite(index, block, passed[1], batch, where)
-                self._keep(index, batch, outputs)
+                    self.require_finite(index, block, passed[1], batch, where)
+                self.keep(index, batch, outputs)
 
-    def _roots(self, index: int) -> list[nn.Module]:
+    def roots(self, index: int) -> list[nn.Module]:
         """The modules whose weights a subgraph needs."""
         model = self.run.source.model
-        roots = _called(self.subgraphs[index], model)
+        roots = called_modules(self.subgraphs[index], model)
         if index == 0:
             # The embedding is called inside wrapped code, which the graph does not show.
-            later = {module for subgraph in self.subgraphs[1:] for module in _called(subgraph, model)}
+            later = {module for subgraph in self.subgraphs[1:] for module in called_modules(subgraph, model)}
             roots += [module for module in self.run.source.outside_blocks() if module not in {*later, *roots}]
         # calibration_forward_context gives the head a forward that needs no weights.
         head = model.get_output_embeddings()
         return [module for module in roots if module is not head or is_module_quantized(module)]
 
-    def _record_own_calls(self) -> None:
+    def record_own_calls(self) -> None:
+        """Runs the model's own forward with blocks that pass their input on, to learn how it calls them (for parity)."""
         source = self.run.source
         for batch, sample in self.samples.items():
             with self.run.experts.running(Pass.REPEAT):
@@ -338,25 +341,25 @@ class _Walk:
         """The pass that observes. Returns the largest difference to the model's own forward."""
         worst = 0.0
         with self.run.experts.running(Pass.CALIBRATE):
-            for batch, outputs, passed in self._forward(index, block, number, "calibrate"):
+            for batch, outputs, passed in self.forward(index, block, number, "calibrate"):
                 if block is not None and passed is not None:
                     hidden, made = passed
-                    self._require_finite(index, block, made, batch, where)
+                    self.require_finite(index, block, made, batch, where)
                     if batch in self.calls and number is not None:
-                        worst = max(worst, self._parity(block, number, batch, hidden, made))
+                        worst = max(worst, self.check_parity(block, number, batch, hidden, made))
                 if not self.edits:
-                    self._keep(index, batch, outputs)
+                    self.keep(index, batch, outputs)
         return worst
 
     def _propagate(self, index: int, number: int | None, block: nn.Module | None, where: str) -> None:
         """The pass that computes the outputs of the edited weights."""
         with self.run.experts.running(Pass.PROPAGATE):
-            for batch, outputs, passed in self._forward(index, block, number, "propagate"):
+            for batch, outputs, passed in self.forward(index, block, number, "propagate"):
                 if block is not None and passed is not None:
-                    self._require_finite(index, block, passed[1], batch, where)
-                self._keep(index, batch, outputs)
+                    self.require_finite(index, block, passed[1], batch, where)
+                self.keep(index, batch, outputs)
 
-    def _forward(
+    def forward(
         self, index: int, block: nn.Module | None, number: int | None, kind: str
     ) -> Iterator[tuple[int, dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
         """Yields batch, outputs, and the hidden states that entered and left the block."""
@@ -375,11 +378,15 @@ class _Walk:
             self.run._tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
             yield batch, outputs, passed.pop() if passed else None
 
-    def _keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
+    def keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
+        """Hands a subgraph's outputs to the next one."""
         if index + 1 < len(self.subgraphs):
             self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
 
-    def _parity(self, block: nn.Module, number: int, batch: int, hidden: torch.Tensor, made: torch.Tensor) -> float:
+    def check_parity(
+        self, block: nn.Module, number: int, batch: int, hidden: torch.Tensor, made: torch.Tensor
+    ) -> float:
+        """The largest difference of `made` to what the model's own call of the block makes of `hidden`. Raises ParityError."""
         worst = 0.0
         if number == 0:
             worst = require_parity("before block 0", hidden, self.entering[batch])
@@ -387,7 +394,8 @@ class _Walk:
             own = self.calls[batch][number](block, hidden)
         return max(worst, require_parity(f"block {number}", made, own))
 
-    def _require_finite(self, index: int, block: nn.Module, made: torch.Tensor, batch: int, where: str) -> None:
+    def require_finite(self, index: int, block: nn.Module, made: torch.Tensor, batch: int, where: str) -> None:
+        """Raises SourceError, naming the first module that gave NaN or Inf, where a block did."""
         if is_finite(made):
             return
         source, subgraph = self.run.source, self.subgraphs[index]
@@ -421,19 +429,6 @@ class _Walk:
         if outside and not self.run.callbacks.takes_edits:
             raise RecipeError(f"{where}: the modifiers changed {', '.join(outside)}, which the output copies unchanged")
         return outside
-
-
-def _called(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
-    """The modules a subgraph calls, and the owners of tensors it reads by itself."""
-    found: dict[nn.Module, None] = {}
-    for node in subgraph.graph.nodes:
-        if node.op == "call_module":
-            found[model.get_submodule(node.target)] = None
-        elif node.op == "get_attr":
-            owner = model.get_submodule(node.target.rpartition(".")[0])
-            if isinstance(getattr(owner, node.target.rpartition(".")[2], None), torch.Tensor):
-                found[owner] = None
-    return list(found)
 
 
 def _attach_again(modules: Iterable[nn.Module]) -> None:

@@ -18,6 +18,7 @@ import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pipelines.cache import IntermediatesCache
 from llmcompressor.pipelines.sequential import helpers
+from llmcompressor.pipelines.sequential.helpers import Subgraph
 from torch import nn
 from torch.fx.node import Argument
 from transformers.configuration_utils import PretrainedConfig
@@ -147,3 +148,16 @@ def parity_samples(cache: IntermediatesCache) -> dict[int, dict[str, Any]]:
         if len(samples) == PARITY_SAMPLES:
             break
     return samples
+
+
+def called_modules(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
+    """The modules a subgraph calls, and the owners of tensors it reads by itself."""
+    found: dict[nn.Module, None] = {}
+    for node in subgraph.graph.nodes:
+        if node.op == "call_module":
+            found[model.get_submodule(node.target)] = None
+        elif node.op == "get_attr":
+            owner = model.get_submodule(node.target.rpartition(".")[0])
+            if isinstance(getattr(owner, node.target.rpartition(".")[2], None), torch.Tensor):
+                found[owner] = None
+    return list(found)

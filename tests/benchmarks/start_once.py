@@ -66,7 +66,7 @@ def start(source: Path, recipe_path: Path, work: Path) -> dict[str, float]:
     batch = {"input_ids": torch.arange(2, 34).reshape(1, 32), "attention_mask": torch.ones(1, 32, dtype=torch.long)}
     batches = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
     try:
-        with patch_attr(sequential._Walk, "walk", _stop):
+        with patch_attr(sequential.Walk, "walk", _stop):
             calibrate(recipe, model, plan, batches, Callbacks(lambda _: None, lambda _: None), work)
     except _Reached:
         done("session")

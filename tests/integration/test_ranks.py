@@ -167,14 +167,14 @@ def broken(block: int) -> None:
     """A defect of this program on this rank."""
     from calibration import sequential
 
-    work = sequential._Walk._work
+    work = sequential.Walk._work
 
     def fails(self: Any, index: int, block_: Any, number: int | None, *args: Any) -> Any:
         if number == block:
             raise IndexError("list index out of range")
         return work(self, index, block_, number, *args)
 
-    sequential._Walk._work = fails  # type: ignore[method-assign]
+    sequential.Walk._work = fails  # type: ignore[method-assign]
 
 
 def test_a_defect_on_one_rank_ends_all(case: Case, attempt: Attempt) -> None:

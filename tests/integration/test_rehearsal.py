@@ -22,7 +22,7 @@ from calibration.data import load_batches, load_tokenizer
 from calibration.journal import RunDirectory
 from calibration.oneshot import quiet
 from calibration.rehearsal import kinds, rehearse_blocks
-from calibration.sequential import _Walk
+from calibration.sequential import Walk
 from calibration.source_model import build_skeleton
 from recipes.schema import Calibration
 from tests.integration.interrupted_runs import finish
@@ -210,13 +210,13 @@ def test_operations_and_activations_are_what_the_cost_model_says(
     """torch counts the operations of a block's forward pass and of the model's own (parity); routers are not in the
     formula, nor rotary tables in the bytes."""
     source = standard.write(tmp_path / "source", family)
-    counter, forward = FlopCounterMode(display=False), _Walk._forward
+    counter, forward = FlopCounterMode(display=False), Walk.forward
 
     def counted(*args: Any) -> Any:
         with counter:
             yield from forward(*args)
 
-    monkeypatch.setattr(_Walk, "_forward", counted)
+    monkeypatch.setattr(Walk, "forward", counted)
     model, done = rehearse(tmp_path, source)
     checkpoint = Checkpoint.open(source)
     formats, config = Formats(checkpoint), checkpoint.config

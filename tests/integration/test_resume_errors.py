@@ -183,13 +183,13 @@ def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
 def slow_blocks(seconds: float = 0.5) -> None:
     from calibration import sequential
 
-    work = sequential._Walk._work
+    work = sequential.Walk._work
 
     def slow(*args: Any) -> Any:
         time.sleep(seconds)
         return work(*args)
 
-    sequential._Walk._work = slow  # type: ignore[method-assign]
+    sequential.Walk._work = slow  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
