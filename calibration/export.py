@@ -17,7 +17,8 @@ from calibration.checkpoint.kernels import TORCH
 from calibration.checkpoint.plan import Plan, PlannedShard, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
 from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
-from calibration.ranks import Ranks, shares
+from calibration.ranks import Ranks
+from calibration.sharing import shares
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Recipe
 

@@ -31,10 +31,11 @@ from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
 
 from calibration.checkpoint.plan import Plan
-from calibration.ranks import Ranks, shares
+from calibration.ranks import Ranks
 from calibration.results import CalibrationSummary, Callbacks
 from calibration.resume import Resume
 from calibration.sequential import PIPELINE, CalibrationRun
+from calibration.sharing import shares
 from calibration.source_model import SourceModel
 from recipes.errors import RecipeError
 from recipes.modifiers import ConfigGroup

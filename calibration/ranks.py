@@ -19,11 +19,11 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,9 +31,8 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from calibration.checkpoint.plan import Plan
 from calibration.journal import process_began
-from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, WorkflowError
+from recipes.errors import EnvironmentProblem, Interrupted, WorkflowError
 
 T = TypeVar("T")
 #: Seconds between two looks for failures, and between two signs of life.
@@ -160,81 +159,6 @@ def connect() -> Ranks:
         ) from None
 
 
-def shares(plan: Plan, size: int) -> dict[str, int]:
-    """The rank that observes and packs each quantized module of `plan`: of every block about the same number of bytes,
-    a fused group whole."""
-    leader = {module: group[0] for group in plan.fused for module in group}
-    loads: dict[int | None, list[int]] = {}
-    owners: dict[str, int] = {}
-    for module, step in plan.quantized.items():
-        load = loads.setdefault(plan.family.place(module).block, [0] * size)
-        owner = owners.setdefault(leader.get(module, module), load.index(min(load)))
-        owners[module] = owner
-        load[owner] += sum(output.nbytes for output in step.outputs)
-    return {module: owners[module] for module in plan.quantized}
-
-
-def require_batches(ranks: Ranks, batches: int) -> None:
-    """Raises RecipeError where a rank would have nothing to calibrate with."""
-    if batches < ranks.size:
-        raise RecipeError(
-            f"calibration: {batches} batches for {ranks.size} ranks; give torchrun at most --nproc-per-node {batches}, "
-            "or raise calibration.num_samples, or lower calibration.batch_size"
-        )
-
-
-def require_equal(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
-    """Raises EnvironmentProblem that names what differs between the ranks' `facts`."""
-    first, *others = ranks.exchange(what, dict(facts))
-    lines = [
-        f"  {key}: {first.get(key)} on rank 0, {facts.get(key)} on rank {rank}"
-        for rank, facts in enumerate(others, start=1)
-        for key in {**first, **facts}
-        if first.get(key) != facts.get(key)
-    ]
-    if lines:
-        raise EnvironmentProblem("the ranks would not calculate the same:\n" + "\n".join(lines))
-
-
-def widen(ranks: Ranks, observers: Sequence[Any]) -> None:
-    """Gives every observer the extremes of what it saw on all ranks: exact, in any order. `observers` are
-    llm-compressor's with `min_vals` and `max_vals`, the same ones in the same order on every rank; one that saw nothing
-    on a rank takes the others' extremes."""
-    if ranks.size == 1:
-        return
-    own = [(tuple(o.min_vals.shape), o.min_vals.dtype) if o.has_statistics else None for o in observers]
-    every = ranks.exchange("statistics", own)
-    forms = [next((form for form in seen if form is not None), None) for seen in zip(*every, strict=True)]
-    values = []
-    for observer, form in zip(observers, forms, strict=True):
-        if form is not None and observer.has_statistics:
-            values += [observer.min_vals.float().flatten(), -observer.max_vals.float().flatten()]
-        elif form is not None:
-            values.append(torch.full((2 * torch.Size(form[0]).numel(),), torch.inf, device=ranks.device))
-    if not values:
-        return
-    flat = torch.cat(values)
-    ranks.least(flat)
-    for observer, form in zip(observers, forms, strict=True):
-        if form is not None:
-            shape, dtype = form
-            count = torch.Size(shape).numel()
-            observer.min_vals = flat[:count].reshape(shape).to(dtype)
-            observer.max_vals = (-flat[count : 2 * count]).reshape(shape).to(dtype)
-            flat = flat[2 * count :]
-
-
-def summed(ranks: Ranks, what: str, counts: Iterable[Mapping[int, int]]) -> list[dict[int, int]]:
-    """Counts by number, added up over all ranks."""
-    totals = []
-    for same in zip(*ranks.exchange(what, [dict(count) for count in counts]), strict=True):
-        total: Counter[int] = Counter()
-        for count in same:
-            total.update(count)
-        totals.append(dict(sorted(total.items())))
-    return totals
-
-
 class _Connected(Ranks):
     """A rank among others. `store` is torchrun's; see the module's docstring for what goes through it."""
 
@@ -253,6 +177,7 @@ class _Connected(Ranks):
             if self.processes[other].host == self.processes[rank].host and self._lives(other)
         }  # fmt: skip
         signal.signal(signal.SIGUSR1, self._interrupt)
+        sys.unraisablehook = partial(_report_unraisable, sys.unraisablehook)
         self._done = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="other ranks", daemon=True)
         self._watcher.start()
@@ -448,3 +373,9 @@ class _Connected(Ranks):
             # The connection to a rank that ended breaks before anybody has noticed: the watcher will, and says more.
             time.sleep(4 * LOOK)
             raise EnvironmentProblem(f"{self._name(self.rank)}: the connection to the others broke: {error}") from None
+
+
+def _report_unraisable(report: Callable[[Any], Any], caught: Any) -> None:
+    """Stopped may be raised where Python can only drop it (a finalizer, a weak reference's callback): it comes again."""
+    if caught.exc_type is not Stopped:
+        report(caught)

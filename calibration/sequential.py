@@ -40,9 +40,10 @@ from calibration.checkpoint.formats import is_finite
 from calibration.checks import first_non_finite, require_mappings_inside_blocks, require_scales, require_statistics
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
 from calibration.memory import PeakMemory
-from calibration.ranks import Ranks, summed, widen
+from calibration.ranks import Ranks
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume
+from calibration.sharing import summed, widen
 from calibration.source_model import SourceModel
 from calibration.tracing import BlockCall, called_modules, hidden_of, own_block_calls, parity_samples, require_parity
 from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError

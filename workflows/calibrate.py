@@ -25,9 +25,10 @@ from calibration.data import load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
 from calibration.oneshot import calibrate, quiet
-from calibration.ranks import Ranks, require_batches, require_equal
+from calibration.ranks import Ranks
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume
+from calibration.sharing import require_batches, require_equal
 from calibration.source_model import build_skeleton
 from recipes.errors import RecipeError
 from recipes.schema import Recipe

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch.distributed import HashStore
 from calibration import ranks
 from calibration.checkpoint.plan import Plan
 from calibration.oneshot import require_divisible
-from calibration.ranks import Ranks, connect, require_batches, shares
+from calibration.ranks import Ranks, connect
 from calibration.resume import Boundary, batch_file
+from calibration.sharing import require_batches, shares
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe
 from tests import exported
@@ -138,3 +141,21 @@ def test_a_rank_that_dies_before_the_ranks_have_met_is_missed(monkeypatch: pytes
     monkeypatch.setattr(ranks, "SILENCE", 0.2)
     with pytest.raises(EnvironmentProblem, match="introduction: rank 1 of 2 did not come within 0 s"):
         ranks._Connected(HashStore(), 0, 2)
+
+
+def test_an_end_that_python_can_only_drop_is_not_reported() -> None:
+    """A finalizer or a weak reference's callback swallows what a signal handler raises there; it is raised again."""
+    told = list[type]()
+
+    class Finalized:
+        def __init__(self, error: type[BaseException]) -> None:
+            self.error = error
+
+        def __del__(self) -> None:
+            raise self.error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "unraisablehook", partial(ranks._report_unraisable, lambda c: told.append(c.exc_type)))
+        Finalized(ranks.Stopped)
+        Finalized(ValueError)
+    assert told == [ValueError]
