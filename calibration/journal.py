@@ -63,6 +63,13 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def free(self) -> bool:
+        """Whether the lock can be taken now. `holder` alone cannot tell whether a process of another host still lives."""
+        with contextlib.suppress(OSError), (self.path / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        return False
+
     def event(self, name: str, /, **facts: Any) -> dict[str, Any]:
         """Appends one line to events.jsonl and returns it. `time` is seconds since the epoch. A full disk loses it:
         events inform, and only the journal must hold."""

@@ -16,6 +16,7 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 from rich.console import Console
 
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             batch = BatchDirectory(_directory(options))
             if options.status:
-                _show(batch, options.json, summarize(batch, _jobs(batch)))
+                _show(batch, options.json, summarize(batch, _jobs(batch), _jobs(batch, "gone")))
                 return 0
             _work(options, batch, reporter, interrupts)
         except KeyboardInterrupt:
@@ -136,12 +137,12 @@ def _submit(
         _judge(cluster.outcomes(batch, found.entries), "stopped")
 
 
-def _jobs(batch: BatchDirectory) -> dict[str, str]:
+def _jobs(batch: BatchDirectory, which: Literal["queued", "gone"] = "queued") -> dict[str, str]:
     """Run -> state of its job, where the batch has been given to a cluster."""
     entries, _ = batch.load()
     if not any(attempt["fact"] == "submitted" for entry in entries for attempt in batch.attempts(entry.name)):
         return {}
-    found: dict[str, str] = _cluster().queued(batch, entries)
+    found: dict[str, str] = getattr(_cluster(), which)(batch, entries)
     return found
 
 

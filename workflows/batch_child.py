@@ -37,13 +37,15 @@ class Child:
     """A process of `workflows.run`, in a session of its own: a Ctrl-C of the terminal does not reach it, and it goes on
     when the batch is killed."""
 
-    def __init__(self, batch: BatchDirectory, entry: Entry, pid: int, began: float, log_from: int, slot: Slot) -> None:
+    def __init__(
+        self, batch: BatchDirectory, entry: Entry, pid: int, began: float, log_from: int, slot: Slot, log: Path
+    ) -> None:
         self.batch, self.entry, self.pid, self.began, self.log_from, self.slot = (
             batch, entry, pid, began, log_from, slot,
         )  # fmt: skip
         self.asked_to_stop = False
         self.before = entry.progress()
-        self.log = batch.runs(entry.name) / "log.txt"
+        self.log = log
         self.peak_rss: int | None = None
         self.cpu_seconds: float | None = None
         self._adopted: dict[str, Any] | None = None
@@ -54,11 +56,11 @@ class Child:
         first_node: bool = True,
     ) -> Child:  # fmt: skip
         """Starts the next attempt; `launcher` stands before `-m workflows.run` (torchrun's own arguments). The process of a
-        further node is no attempt of its own."""
-        log = batch.runs(entry.name) / "log.txt"
+        further node is no attempt of its own, and has a log of its own: what two hosts append to one file can be lost."""
+        log = batch.runs(entry.name) / ("log.txt" if first_node else f"log.{socket.gethostname()}.txt")
         found = standing(entry)
-        if found.kind == "verify" or entry.method != "calibrate":
-            launcher = ()  # what only calibration shares out runs in one process
+        if not shared_out(entry):
+            launcher = ()
         options = ["--from", "verify"] if found.kind == "verify" else []
         if found.kind == "foreign" and overwrite:
             options = ["--overwrite"]
@@ -79,12 +81,13 @@ class Child:
                 entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
                 log_from=log_from, slot=str(slot), options=options,
             )  # fmt: skip
-        return cls(batch, entry, process.pid, began, log_from, slot)
+        return cls(batch, entry, process.pid, began, log_from, slot, log)
 
     @classmethod
     def adopt(cls, batch: BatchDirectory, entry: Entry, attempt: dict[str, Any], slot: Slot) -> Child:
         """Watches an attempt that a killed batch left behind."""
-        child = cls(batch, entry, int(attempt["pid"]), float(attempt["time"]), int(attempt["log_from"]), slot)
+        pid, began, log_from = int(attempt["pid"]), float(attempt["time"]), int(attempt["log_from"])
+        child = cls(batch, entry, pid, began, log_from, slot, batch.runs(entry.name) / "log.txt")
         child._adopted = attempt
         return child
 
@@ -122,6 +125,11 @@ class Child:
                 os.kill(pid, signal.SIGKILL)
 
 
+def shared_out(entry: Entry) -> bool:
+    """Whether the next attempt is work for several processes: calibration alone is."""
+    return entry.method == "calibrate" and standing(entry).kind not in ("verify", "done")
+
+
 def child_path() -> str:
     """PYTHONPATH with this project in front: a run is of the same code as its batch, whatever is installed."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -139,16 +147,17 @@ def resident_peak(pid: int) -> int | None:
 
 def torchrun(gpus: int, nodes: Sequence[str] = (), rank: int = 0, job: str = "") -> list[str]:
     """What stands before `-m workflows.run` for one process per GPU; none for a single process. With several `nodes` (the
-    names of all hosts) the agents of all of them meet at the first, at a port made from the number of the job."""
-    if gpus * max(len(nodes), 1) <= 1:
+    names of all hosts) the agents of all of them meet at the first, at a port made from the number of the job, and rank 0
+    is there; a node without GPUs has one process."""
+    if max(gpus, 1) * max(len(nodes), 1) <= 1:
         return []
     ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={max(gpus, 1)}", "--signals-to-handle=SIGQUIT"]
     if len(nodes) <= 1:
         return [*ranks, "--standalone"]
-    port = 29400 + sum(map(ord, job)) % 1000
+    # torchrun's c10d backend would take no notice of the nodes' order.
     return [
-        *ranks, f"--nnodes={len(nodes)}", f"--node-rank={rank}", "--rdzv-backend=c10d", f"--rdzv-id={job}",
-        f"--rdzv-endpoint={nodes[0]}:{port}",
+        *ranks, f"--nnodes={len(nodes)}", f"--node-rank={rank}", "--rdzv-backend=static", f"--rdzv-id={job}",
+        f"--master-addr={nodes[0]}", f"--master-port={29400 + int(job) % 3000}",
     ]  # fmt: skip
 
 
@@ -174,7 +183,7 @@ def _since(log: Path, begin: int) -> bytes:
 
 
 def _mark(batch: BatchDirectory, entry: Entry) -> str:
-    return str(batch.runs(entry.name).absolute())
+    return f"{batch.runs(entry.name).absolute()} on {socket.gethostname()}"
 
 
 def _marked(mark: str) -> list[int]:

@@ -228,7 +228,7 @@ def _serving_engines(loaded: dict[str, Recipe], problems: dict[str, list[tuple[i
 def _output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
     """What stands against writing to the output; claims it otherwise."""
     holder = entry.run.holder()
-    if holder is not None and orphan(batch.attempts(entry.name)) is None:
+    if holder is not None and orphan(batch.attempts(entry.name)) is None and not entry.run.free():
         return [f"{entry.output}: another process works on it ({holder}); wait for it, or name another output"]
     found = standing(entry)
     if found.kind == "foreign" and not overwrite:

@@ -17,7 +17,7 @@ from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 
 _TICK_SECONDS = 0.2
 _LONGEST_BACKOFF = 900.0
-#: From the second Ctrl-C to SIGKILL.
+#: From the second Ctrl-C to SIGKILL, where nothing else is said.
 _PATIENCE_SECONDS = 30.0
 
 
@@ -31,6 +31,8 @@ class Rules:
     until: float | None = None
     space_patience: float = 3600.0
     overwrite: bool = False
+    #: Whether an attempt that could be tried again ends the queue instead: a cluster starts it on fresh nodes.
+    once: bool = False
 
 
 @dataclass
@@ -50,7 +52,8 @@ class Queue:
 
     launcher: what stands before `-m workflows.run` for a slot (torchrun's arguments), none for one process.
     should_stop: asked all the time; true lets every run finish its block. changed: called whenever a run has begun,
-    ended or finished a block. failed: called with each run that failed for good.
+    ended or finished a block. failed: called with each run that failed for good. patience: seconds from stopping at once
+    to SIGKILL.
     """
 
     batch: BatchDirectory
@@ -62,6 +65,7 @@ class Queue:
     should_stop: Callable[[], bool] = lambda: False
     changed: Callable[[], None] = lambda: None
     failed: Callable[[Entry, str], None] = lambda entry, reason: None
+    patience: float = _PATIENCE_SECONDS
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     running: list[Child] = field(default_factory=list)
     attempted: dict[str, Waiting] = field(default_factory=dict)
@@ -172,7 +176,7 @@ class Queue:
         waiting = self.attempted.pop(entry.name, Waiting(entry))
         child.sweep()
         outcome = judge(entry, code, child.began, child.log, child.log_from, child.asked_to_stop)
-        if outcome.kind in ("transient", "space") and self.stopping:
+        if outcome.kind in ("transient", "space") and (self.stopping or self.rules.once):
             outcome = Outcome("stopped", outcome.reason)
         progressed = entry.progress() > child.before
         self.batch.record(
@@ -227,7 +231,7 @@ class Queue:
 
     def _stop_at_once(self) -> None:
         self.stopping = self.stopping or "stopped at once"
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        deadline = time.monotonic() + self.patience
         for child in self.running:
             for _ in range(1 if child.asked_to_stop else 2):
                 child.ask_to_stop()
@@ -241,6 +245,7 @@ class Queue:
         for child in self.running:
             child.kill()
             self.batch.record(child.entry.name, "ended", code=None, outcome="stopped", reason="killed: did not stop")
+            self.outcomes[child.entry.name] = Outcome("stopped", "killed: did not stop")
 
 
 def parse_slots(text: str | None) -> list[Slot]:

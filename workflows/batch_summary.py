@@ -35,10 +35,13 @@ _STYLE = {
 }
 
 
-def summarize(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The whole batch as JSON: `counts` per state and `runs`, see `_row`. jobs: run -> state of its cluster job."""
+def summarize(
+    batch: BatchDirectory, jobs: Mapping[str, str] | None = None, gone: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The whole batch as JSON: `counts` per state and `runs`, see `_row`. jobs: run -> state of its cluster job; gone: run
+    -> how its job ended, of jobs that the cluster has no longer."""
     entries, facts = batch.load()
-    rows = [_row(batch, entry, (jobs or {}).get(entry.name)) for entry in entries]
+    rows = [_row(batch, entry, (jobs or {}).get(entry.name), (gone or {}).get(entry.name)) for entry in entries]
     pending = [
         entry for entry, row in zip(entries, rows, strict=True) if row["state"] in ("running", "retrying", "waiting")
     ]
@@ -88,7 +91,7 @@ def print_summary(found: dict[str, Any], console: Console) -> None:
     console.print(f"{counts}; {found['batch']}/summary.html", markup=False, soft_wrap=True)
 
 
-def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]:
+def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None) -> dict[str, Any]:
     """One run. Bytes, seconds, bits per parameter; None where nothing is known or was measured.
 
     `size` is that of the output's shards now; `peak_memory` the largest resident size of any of the run's processes, as
@@ -97,7 +100,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]
     """
     attempts = batch.attempts(entry.name)
     status = read_status(Path(entry.output)) if entry.output else {}
-    state, reason = _state(entry, attempts, status, job)
+    state, reason = _state(entry, attempts, status, job, gone)
     verified = entry.run.facts("verified") if entry.output else []
     verdicts = {level: verified[-1].get(level, "UNCHECKED") for level in LEVELS} if verified else {}
     serving = (verified and read_json(entry.run.path / "serving.json")) or {}
@@ -137,26 +140,32 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None) -> dict[str, Any]
 
 
 def _state(
-    entry: Entry, attempts: Sequence[dict[str, Any]], status: dict[str, Any], job: str | None
+    entry: Entry, attempts: Sequence[dict[str, Any]], status: dict[str, Any], job: str | None, gone: str | None
 ) -> tuple[str, str]:
     """(state, why in one line)."""
     if entry.problems:
         return "failed", entry.problems[0].splitlines()[0]
-    last = next((attempt for attempt in reversed(attempts) if attempt["fact"] != "stopping"), {"fact": "none"})
+    last = next((a for a in reversed(attempts) if a["fact"] not in ("stopping", "job")), {"fact": "none"})
     fact = last["fact"]
     if fact == "gave_up":
         return "failed", last["reason"]
-    if fact == "begun" and (alive(last) or (last["host"] != socket.gethostname() and status.get("holder"))):
+    if (
+        fact == "begun"
+        and not gone
+        and (alive(last) or (last["host"] != socket.gethostname() and status.get("holder")))
+    ):
         return "running", job or ""
     if standing(entry).kind == "done":
         return "done", ""
+    if gone and (last.get("outcome") != "stopped" or not gone.endswith(("completed", "by now"))):
+        return "stopped", f"{gone}; the same command goes on"
     if fact == "ended" and last["outcome"] in ("transient", "space"):
         return "retrying", last["reason"]
     if fact == "ended":
         return "stopped", last["reason"]
     if fact == "begun":
         return "stopped", "its process is gone; the same command goes on"
-    return "waiting", job or ("requeued by the cluster" if fact == "requeued" else "")
+    return "waiting", "; ".join(filter(None, (job, f"requeued: {last['reason']}" if fact == "requeued" else "")))
 
 
 def _overall(verdicts: Mapping[str, str]) -> str:

@@ -1,120 +1,37 @@
-"""A batch on a cluster, through submitit: each run becomes a job that works like a queue of one run, is requeued when it
-is preempted or its time is over, and goes on at the last finished block."""
+"""A batch on a cluster, through submitit: each run is submitted as a job (`cluster_job`), and Slurm is asked for it."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.helpers import Checkpointable
 
-from recipes.errors import EnvironmentProblem, WorkflowError
+from recipes.errors import EnvironmentProblem
 from recipes.matrix import Resources
-from workflows.batch_child import Child, Slot, child_path, torchrun
-from workflows.batch_hooks import Hooks
+from workflows.batch_child import Slot, child_path
 from workflows.batch_outcome import Outcome
-from workflows.batch_queue import Queue, Rules
+from workflows.batch_queue import Rules
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
-from workflows.batch_summary import write_summary
+from workflows.cluster_job import STOP, Job, killed_marker
 
-#: A file in the batch's directory that ends every job behind its block: `block`, or at once: `now`.
-STOP = "stop"
 _POLL_SECONDS = 0.5
-#: From Slurm's SIGTERM, which usually reaches the run as well, to our own.
-_ECHO_SECONDS = 1.0
-
-
-class Job(Checkpointable):
-    """One run as a cluster's job. submitit pickles it, and calls it again in a requeued job."""
-
-    def __init__(
-        self, directory: Path, name: str, rules: Rules, resources: Resources, slot: Slot, notify: str | None
-    ) -> None:
-        self.directory, self.name, self.rules = directory.absolute(), name, rules
-        self.resources, self.slot, self.notify, self.cwd = resources, slot, notify, Path.cwd()
-
-    def __call__(self) -> dict[str, str]:
-        """Works until the run is done, failed or stopped; returns its outcome. Ends the process where it is requeued."""
-        os.chdir(self.cwd)
-        environment = submitit.JobEnvironment()
-        batch = BatchDirectory(self.directory)
-        entry = next(entry for entry in batch.load()[0] if entry.name == self.name)
-        signals = _Signals(batch)
-        launcher = torchrun(
-            self.resources.gpus_per_node or len(self.slot.gpus or ()), _hosts(environment), environment.global_rank,
-            environment.job_id,
-        )  # fmt: skip
-        if environment.global_rank > 0:
-            return _follow(batch, entry, self.slot, launcher, signals)
-        taken = batch.claim(Path(entry.output))
-        if taken:
-            batch.record(entry.name, "gave_up", reason=taken)
-            return {"outcome": "failed", "reason": taken}
-        hooks = Hooks(batch.path, self.notify, None, _say)
-
-        def rewrite() -> None:
-            try:
-                write_summary(batch)
-            except (WorkflowError, OSError) as error:
-                _say(f"summary: not written: {error}", "warning")
-
-        queue = Queue(
-            batch, [entry], [self.slot], self.rules, _say,
-            launcher=lambda slot: launcher,
-            should_stop=signals.stop_asked_for,
-            changed=rewrite,
-            failed=lambda entry, reason: hooks.notify("failure", entry.name, reason),
-        )  # fmt: skip
-        queue.work()
-        batch.close()
-        outcome = queue.outcomes[entry.name]
-        if outcome.kind == "stopped" and signals.by_cluster:
-            batch.record(entry.name, "requeued")
-            signals.requeue()
-        return {"outcome": outcome.kind, "reason": outcome.reason}
-
-
-class _Signals:
-    """The cluster's signals in a job's main process: they set a flag, the run finishes its block, and only then does
-    submitit, whose handler is kept, checkpoint and requeue."""
-
-    def __init__(self, batch: BatchDirectory) -> None:
-        self.batch = batch
-        self.number = signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"]
-        self._handler: Any = signal.getsignal(self.number)
-        self._terminated: float | None = None
-        self.by_cluster = False
-        signal.signal(self.number, self._asked)
-        signal.signal(signal.SIGTERM, self._term)
-
-    def stop_asked_for(self) -> bool:
-        """Whether to finish the block and stop. Raises KeyboardInterrupt where it shall not be finished."""
-        stop = self.batch.path / STOP
-        if stop.exists():
-            if stop.read_text().strip() == "now":
-                raise KeyboardInterrupt
-            return True
-        if self._terminated is not None and time.monotonic() - self._terminated > _ECHO_SECONDS:
-            self.by_cluster = True
-        return self.by_cluster
-
-    def requeue(self) -> None:
-        """submitit's own way: `Job.checkpoint`, requeue, exit."""
-        self._handler(self.number, None)
-
-    def _asked(self, number: int, frame: object) -> None:
-        self.by_cluster = True
-
-    def _term(self, number: int, frame: object) -> None:
-        self._terminated = self._terminated or time.monotonic()
+#: squeue's words for a job that has not ended.
+_LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING",
+         "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
+#: Python starts with both signals held back until the job listens: before, they would end it.
+_HOLD_SIGNALS = (
+    "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIG%s, signal.SIGTERM}); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
 
 
 def submit(
@@ -194,23 +111,41 @@ def outcomes(batch: BatchDirectory, entries: Sequence[Entry]) -> dict[str, Outco
 
 def queued(batch: BatchDirectory, entries: Sequence[Entry]) -> dict[str, str]:
     """Run -> state, of the runs that have a job in Slurm's queue or a living process here."""
+    found, attempts = {}, {entry.name: batch.attempts(entry.name) for entry in entries}
+    for name, state in _states(attempts).items():
+        if state.partition(" ")[2] in _LIVE:
+            found[name] = state.lower()
+    return found | {
+        name: f"still running since the last call (pid {some[-1]['pid']})"
+        for name, some in attempts.items() if orphan(some) is not None
+    }  # fmt: skip
+
+
+def gone(batch: BatchDirectory, entries: Sequence[Entry]) -> dict[str, str]:
+    """Run -> how its last job ended, in Slurm's words, of the jobs that are not in the queue any more."""
+    attempts = {entry.name: batch.attempts(entry.name) for entry in entries}
+    ended = {n: state for n, state in _states(attempts).items() if state.partition(" ")[2] not in _LIVE}
+    return {name: f"job {state.lower()}" for name, state in ended.items() if orphan(attempts[name]) is None}
+
+
+def _states(attempts: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, str]:
+    """Run -> number and state of its last job in Slurm; Slurm forgets a job some minutes behind its end."""
     jobs: dict[str, str] = {}
-    found: dict[str, str] = {}
-    for entry in entries:
-        attempts = batch.attempts(entry.name)
-        if orphan(attempts) is not None:
-            found[entry.name] = f"still running since the last call (pid {attempts[-1]['pid']})"
-        submitted = [attempt for attempt in attempts if attempt.get("fact") == "submitted"]
+    for name, some in attempts.items():
+        submitted = [attempt for attempt in some if attempt.get("fact") == "submitted"]
         if submitted and submitted[-1]["executor"] == "slurm":
-            jobs[submitted[-1]["job"]] = entry.name
+            jobs[submitted[-1]["job"]] = name
+    found: dict[str, str] = {}
     if jobs and shutil.which("squeue"):
         wanted = ",".join(sorted({job.partition("_")[0] for job in jobs}))
-        command = ["squeue", "--noheader", "--array", "--jobs", wanted, "--format", "%i %T"]
-        told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        for line in told.splitlines():
+        command = ["squeue", "--noheader", "--array", "--states=all", "--jobs", wanted, "--format", "%i %T"]
+        told = subprocess.run(command, capture_output=True, text=True, check=False)
+        if told.returncode == 0 or "Invalid job id" in told.stderr:
+            found = {name: f"{job} UNKNOWN to Slurm by now" for job, name in jobs.items()}
+        for line in told.stdout.splitlines():
             job, _, state = line.partition(" ")
             if job in jobs:
-                found[jobs[job]] = f"{job} {state.strip().lower()}"
+                found[jobs[job]] = f"{job} {state.strip()}"
     return found
 
 
@@ -219,8 +154,10 @@ def _executor(batch: BatchDirectory, executor: str, asked: Resources) -> submiti
         batch.path / "jobs",
         cluster=executor,
         slurm_max_num_timeout=asked.requeues,
+        slurm_python=shlex.join([sys.executable, "-ISc", _HOLD_SIGNALS % submitit.JobEnvironment.USR_SIG]),
         local_max_num_timeout=asked.requeues,
     )
+    marker = shlex.quote(str(killed_marker((batch.path / "jobs").absolute(), "JOB"))).replace("JOB", '"$SLURM_JOB_ID"')
     chosen.update_parameters(
         name=batch.path.name.removesuffix(".run"),
         timeout_min=max(1, round(asked.hours * 60)),
@@ -237,35 +174,17 @@ def _executor(batch: BatchDirectory, executor: str, asked: Resources) -> submiti
         slurm_signal_delay_s=asked.grace_seconds,
         slurm_array_parallelism=asked.parallel,
         slurm_setup=asked.setup or None,
+        # One node's end ends the step on all of them, and a job whose process was killed begins again.
+        slurm_srun_args=["--kill-on-bad-exit=1"],
+        slurm_teardown=[
+            "code=$?",
+            'state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)',
+            f'if [ $code = 137 ] && [ "$state" = RUNNING ]; then touch {marker}; scontrol requeue "$SLURM_JOB_ID"; fi',
+            "exit $code",
+        ],
         slurm_additional_parameters={"requeue": True, **asked.extra},
     )
     return chosen
-
-
-def _follow(
-    batch: BatchDirectory, entry: Entry, slot: Slot, launcher: Sequence[str], signals: _Signals
-) -> dict[str, str]:
-    """A further node of a run: its torchrun agent is started as often as that of the first node, which decides."""
-    while standing(entry).kind != "done" and not signals.stop_asked_for():
-        attempts = batch.attempts(entry.name)
-        if attempts and attempts[-1]["fact"] == "gave_up":
-            break
-        if attempts and attempts[-1]["fact"] == "begun":
-            child = Child.start(batch, entry, slot, False, launcher, first_node=False)
-            while not child.poll()[0]:
-                if signals.stop_asked_for():
-                    child.ask_to_stop(once=True)
-                time.sleep(_POLL_SECONDS)
-        time.sleep(_POLL_SECONDS)
-    return {"outcome": "followed", "reason": ""}
-
-
-def _hosts(environment: submitit.JobEnvironment) -> list[str]:
-    return list(environment.hostnames) if environment.num_nodes > 1 else []
-
-
-def _say(text: str, level: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {level}: {text}", flush=True)
 
 
 @contextmanager

@@ -1,5 +1,9 @@
-"""A real Slurm of one machine on loopback: munged, slurmctld and slurmd in the foreground, started and ended by this
-process alone, everything below one directory. Needs root and Debian's packages slurm-wlm and munge.
+"""A real Slurm of one machine on loopback: munged, slurmctld and a slurmd for each of two nodes in the foreground, started
+and ended by this process alone, everything below one directory. Needs root and Debian's packages slurm-wlm and munge.
+
+Each node has a host name of its own and an /etc/hosts with both (UTS and mount namespaces): its processes take the other
+for another machine. The nodes share what those of a cluster share, the file system, and beyond that processors, process
+numbers and loopback.
 
     python -m tests.slurm.local_cluster DIRECTORY     # until Ctrl-C; says which SLURM_CONF to export
 """
@@ -7,20 +11,34 @@ process alone, everything below one directory. Needs root and Debian's packages 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
+PROGRAMS = (
+    "munged",
+    "mungekey",
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "scancel",
+    "squeue",
+    "sinfo",
+    "unshare",
+)
+NODES = ("node1", "node2")
 _CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmUser=root
 SlurmdUser=root
@@ -29,11 +47,11 @@ AuthType=auth/munge
 AuthInfo=socket={directory}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation={directory}/state
-SlurmdSpoolDir={directory}/spool
+SlurmdSpoolDir={directory}/spool.%n
 SlurmctldPidFile={directory}/slurmctld.pid
-SlurmdPidFile={directory}/slurmd.pid
+SlurmdPidFile={directory}/slurmd.%n.pid
 SlurmctldLogFile={directory}/slurmctld.log
-SlurmdLogFile={directory}/slurmd.log
+SlurmdLogFile={directory}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -48,19 +66,21 @@ PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 KillWait=5
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+NodeName=node1 NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} State=UNKNOWN
+NodeName=node2 NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} State=UNKNOWN
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
 class LocalSlurm:
-    """`with LocalSlurm(directory) as cluster:` has SLURM_CONF set in this process's environment, and a node that is idle.
+    """`with LocalSlurm(directory) as cluster:` has SLURM_CONF set in this process's environment, and two idle nodes.
     Raises RuntimeError with the daemons' own words where Slurm cannot start."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self._started = False
 
     def __enter__(self) -> LocalSlurm:
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
@@ -68,22 +88,21 @@ class LocalSlurm:
             raise RuntimeError(
                 f"Slurm cannot start here: missing {', '.join(missing) or 'root'}; apt-get install slurm-wlm munge, as root"
             )
-        for name in ("state", "spool"):
-            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        (self.directory / "state").mkdir(parents=True, exist_ok=True)
         host = socket.gethostname().partition(".")[0]
-        text = _CONFIGURATION.format(host=host, directory=self.directory, ports=_free_ports(2), cpus=os.cpu_count())
+        text = _CONFIGURATION.format(host=host, directory=self.directory, ports=_free_ports(3), cpus=os.cpu_count())
         (self.directory / "slurm.conf").write_text(text)
         os.environ["SLURM_CONF"] = str(self.directory / "slurm.conf")
         try:
             self._start()
-            self._await_node()
+            self._await_nodes()
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        if "SLURM_CONF" in os.environ and len(self.daemons) == 3:
+        if "SLURM_CONF" in os.environ and self._started:
             self._cancel_all()
         for daemon in reversed(self.daemons):
             if daemon.poll() is None:
@@ -123,19 +142,25 @@ class LocalSlurm:
         self._daemon("munged", "--foreground", "--force", f"--socket={at / 'munge.socket'}", *munge)
         self._until(lambda: (at / "munge.socket").exists(), "munged")
         self._daemon("slurmctld", "-D", "-i")
-        self._daemon("slurmd", "-D")
+        self._started = True
+        (at / "hosts").write_text(Path("/etc/hosts").read_text() + "".join(f"\n127.0.0.1 {node}\n" for node in NODES))
+        for node in NODES:
+            become = f"hostname {node} && mount --bind {shlex.quote(str(at / 'hosts'))} /etc/hosts"
+            self._daemon("unshare", "--uts", "--mount", "sh", "-c", f"{become} && exec slurmd -D -N {node}")
 
     def _daemon(self, program: str, *arguments: str) -> None:
         with (self.directory / f"{program}.out.log").open("ab") as log:
             command = [shutil.which(program) or program, *arguments]
             self.daemons.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
 
-    def _await_node(self) -> None:
+    def _await_nodes(self) -> None:
         def idle() -> bool:
-            told = subprocess.run(["sinfo", "-h", "-o", "%T"], capture_output=True, text=True, check=False).stdout
-            return set(told.split()) == {"idle"}
+            told = subprocess.run(
+                ["sinfo", "-h", "-N", "-p", "low", "-o", "%T"], capture_output=True, text=True, check=False
+            )
+            return told.stdout.split() == ["idle"] * len(NODES)
 
-        self._until(idle, "the node")
+        self._until(idle, "a node")
 
     def _until(self, ready: object, what: str, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
@@ -159,4 +184,6 @@ def _free_ports(count: int) -> list[int]:
 if __name__ == "__main__":
     with LocalSlurm(Path(sys.argv[1])) as cluster:
         print(f"export SLURM_CONF={cluster.directory / 'slurm.conf'}", flush=True)
-        signal.sigwait([signal.SIGINT, signal.SIGTERM])
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            signal.pause()

@@ -20,7 +20,7 @@ from recipes.matrix import Matrix, Resources, load_matrix, parse_resources, vari
 from tests.models import standard
 from workflows import batch_plan
 from workflows.batch import _until
-from workflows.batch_child import Slot, torchrun
+from workflows.batch_child import Slot
 from workflows.batch_hooks import Hooks
 from workflows.batch_outcome import Outcome, judge
 from workflows.batch_plan import Wanted, ends, preflight, wanted_runs
@@ -404,10 +404,3 @@ def test_a_full_disk_is_waited_for(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     waiting.starved_since = time.time() - 3601
     assert not queue._is_ready(waiting) and "no space came back in 60 min" in queue.outcomes["a"].reason
-
-
-def test_torchrun_stands_before_a_run_of_several_gpus_alone() -> None:
-    assert torchrun(0) == torchrun(1) == []
-    assert torchrun(4)[1:3] == ["torch.distributed.run", "--nproc-per-node=4"] and "--standalone" in torchrun(4)
-    assert "--nnodes=2" in torchrun(8, ["a", "b"], 1, "77") and "--node-rank=1" in torchrun(8, ["a", "b"], 1, "77")
-    assert torchrun(8, ["a", "b"], 0, "77")[-1] == torchrun(8, ["a", "b"], 1, "77")[-1]

@@ -1,0 +1,75 @@
+"""What a cluster's job decides from what it reads: time left, when it is given up, what a batch says of its end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from recipes.matrix import Resources
+from workflows.batch_child import torchrun
+from workflows.batch_state import Entry
+from workflows.batch_summary import _state
+from workflows.cluster_job import _why_given_up, fruitless, seconds_left
+
+SUBMITTED = {"fact": "submitted"}
+
+
+def requeued(why: str, progressed: bool = False, **facts: Any) -> dict[str, Any]:
+    return {"fact": "requeued", "why": why, "progressed": progressed, "reason": why, "seconds": 55.0, **facts}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0:07", 7), ("59:59", 3599), ("12:00:01", 43201), ("1-02:03:04", 93784), ("UNLIMITED", None), ("", None)],
+)
+def test_time_left_as_squeue_writes_it(text: str, seconds: float | None) -> None:
+    assert seconds_left(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("attempts", "count"),
+    [
+        ([SUBMITTED], 0),
+        ([SUBMITTED, requeued("time"), {"fact": "begun"}, requeued("time")], 2),
+        ([SUBMITTED, requeued("time"), requeued("preempted"), requeued("loss")], 2),  # not the run's own fault
+        ([SUBMITTED, requeued("time"), requeued("time", progressed=True), requeued("time")], 1),
+        ([requeued("time"), requeued("time"), SUBMITTED, requeued("time")], 1),  # somebody has changed something
+    ],
+)
+def test_jobs_in_a_row_that_finished_nothing(attempts: list[dict[str, Any]], count: int) -> None:
+    assert fruitless(attempts) == count
+
+
+def test_the_reason_for_giving_up_names_the_limit_and_the_remedy() -> None:
+    entry = Entry("a", "a.yaml", "a.yaml", "/nowhere/output")
+    reason = _why_given_up([SUBMITTED, requeued("time"), requeued("time")], entry, Resources(hours=12))
+    assert "2 jobs in a row" in reason and "limit 12:00:00" in reason and "--resource hours=24" in reason
+    lost = [SUBMITTED, requeued("loss", reason="killed by SIGKILL")]
+    assert _why_given_up(lost, entry, Resources()) == "killed by SIGKILL (1 jobs in a row finished nothing)"
+
+
+@pytest.mark.parametrize(
+    ("fact", "gone", "state"),
+    [
+        ({"fact": "submitted"}, "job 7 node_fail", "stopped"),
+        ({"fact": "begun", "pid": 1, "began": "0", "host": "elsewhere"}, "job 7 timeout", "stopped"),
+        ({"fact": "ended", "outcome": "transient", "reason": "killed"}, "job 7 cancelled", "stopped"),
+        ({"fact": "ended", "outcome": "transient", "reason": "killed"}, None, "retrying"),
+        ({"fact": "requeued", "reason": "preempted"}, None, "waiting"),
+    ],
+)
+def test_a_job_that_the_cluster_no_longer_has(fact: dict[str, Any], gone: str | None, state: str) -> None:
+    entry = Entry("a", "a.yaml", "a.yaml", "/nowhere/output")
+    found, why = _state(entry, [fact, {"fact": "job"}], {"holder": "host elsewhere (if it still lives)"}, None, gone)
+    assert found == state and (gone or "") in why
+
+
+def test_torchrun_stands_before_a_run_of_several_gpus_or_nodes_alone() -> None:
+    assert torchrun(0) == torchrun(1) == torchrun(0, ["a"], 0, "77") == []
+    assert torchrun(4)[1:3] == ["torch.distributed.run", "--nproc-per-node=4"] and "--standalone" in torchrun(4)
+    first, second = (torchrun(8, ["a", "b"], rank, "77") for rank in (0, 1))
+    assert {"--nnodes=2", "--node-rank=1", "--master-addr=a"} <= set(second)
+    assert {one for one in first if one not in second} == {"--node-rank=0"}
+    assert "--nproc-per-node=1" in torchrun(0, ["a", "b"], 0, "77")
+    assert torchrun(8, ["a", "b"], 0, "78")[-1] != first[-1]  # two jobs may share their first node
