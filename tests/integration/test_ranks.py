@@ -114,11 +114,13 @@ def kill_once(case: Case, name: str, moments: random.Random) -> None:
     pytest.fail("every run was done before it could be killed")
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
-def test_one_rank_killed_at_random_moments(case: Case, kills: int) -> None:
-    moments = random.Random(kills)
+@pytest.mark.parametrize(
+    ("part", "kills"), [(0, 2), *(pytest.param(part, 10, marks=pytest.mark.slow) for part in range(1, 6))]
+)
+def test_one_rank_killed_at_random_moments(case: Case, part: int, kills: int) -> None:
+    moments = random.Random(part)
     for number in range(kills):
-        kill_once(case, f"random-{kills}-{number}", moments)
+        kill_once(case, f"random-{part}-{number}", moments)
 
 
 @pytest.mark.parametrize(("victim", "size"), [(0, 3), (1, 1)])
