@@ -116,6 +116,7 @@ def _submit(
     matrices: list[tuple[Path, Matrix]], reporter: Reporter, interrupts: Interrupts,
 ) -> None:  # fmt: skip
     cluster = _cluster()
+    hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
     resources = {}
     for wanted, entry in zip(wanted_runs(options.recipes, matrices, options.set), found.entries, strict=True):
         resources[entry.name] = parse_resources(options.resource, wanted.resources)
@@ -124,7 +125,7 @@ def _submit(
     try:
         with interrupts.deferring():
             cluster.submit(
-                batch, found.entries, options.executor, resources, rules, slots, options.notify, reporter.say,
+                batch, found.entries, options.executor, resources, rules, slots, hooks, reporter.say,
                 lambda: interrupts.requested,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -133,7 +134,6 @@ def _submit(
     finally:
         _show(batch, options.json, write_summary(batch, cluster.queued(batch, found.entries)))
     if options.executor == "local":
-        Hooks(batch.path, options.notify, options.mlflow, reporter.say).notify("end")
         _judge(cluster.outcomes(batch, found.entries), "stopped")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from recipes.errors import EnvironmentProblem, RecipeError
 
@@ -20,7 +22,7 @@ class Hooks:
 
     def __init__(self, batch: Path, notify: str | None, mlflow: Path | None, say: Callable[[str, str], None]) -> None:
         """Raises RecipeError for a command that cannot be split, EnvironmentProblem where mlflow is not installed."""
-        self.batch, self.say, self.store = batch, say, mlflow
+        self.batch, self.say, self.given, self.store = batch, say, notify, mlflow
         try:
             self.command = shlex.split(notify) if notify else []
         except ValueError as error:
@@ -68,6 +70,40 @@ class Hooks:
                     mlflow.set_tags({key: row[key] or "" for key in ("state", "verdict", "reason")})
         except Exception as error:  # a tracker's own trouble, of any kind, must not cost a night's batch its end
             self.say(f"--mlflow {self.store}: {type(error).__name__}: {error}", "warning")
+
+
+def expect(batch: Path, pending: Sequence[str], under_way: Iterable[str]) -> None:
+    """Notes which runs a cluster has still to bring to an end: those `pending`, and of those `under_way` the ones that
+    have not left since they were noted."""
+    with _expected(batch) as file:
+        known = set(_names(file))
+        _replace(file, [*(name for name in under_way if name in known), *pending])
+
+
+def leave(batch: Path, name: str) -> bool:
+    """Takes a run off that note; whether it was the last one. True once, whoever asks."""
+    with _expected(batch) as file:
+        before = _names(file)
+        after = [other for other in before if other != name]
+        _replace(file, after)
+    return name in before and not after
+
+
+def _names(file: IO[str]) -> list[str]:
+    file.seek(0)
+    return file.read().splitlines()
+
+
+def _replace(file: IO[str], names: Sequence[str]) -> None:
+    file.truncate(0)
+    file.write("\n".join(names))
+
+
+@contextmanager
+def _expected(batch: Path) -> Iterator[IO[str]]:
+    with (batch / "expected").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def _import_mlflow() -> Any:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,10 @@ _PASSES = ("another process works on this output", "is gone without a word", "no
 _MEMORY = re.compile(r"OutOfMemoryError|MemoryError|CUDA out of memory|Cannot allocate memory|std::bad_alloc")
 #: torchrun ends with 1 whatever ended its workers, and says in its own words what it was.
 _WORKER_KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID|exitcode\s*:\s*-(\d+)")
+#: Python's exit code where its last lines could not be written.
+_FLUSH_FAILED = 120
+#: Below this the log of a run has no room.
+_LEAST_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 16
 _REASON_LENGTH = 300
 
@@ -44,7 +49,8 @@ def judge(entry: Entry, code: int | None, began: float, log: Path, log_from: int
     """
     error = _error_event(entry, began)
     tail = _tail(log, log_from)
-    if standing(entry).kind == "done" and (code in (0, None)):
+    full = code in (1, _FLUSH_FAILED) and _is_full(tail, log.parent)
+    if standing(entry).kind == "done" and (full or code in (0, None)):
         return Outcome("done")
     known = error.get("exit_code")
     if known is not None and code in (None, 1):  # torchrun hides the code of its workers
@@ -66,6 +72,8 @@ def judge(entry: Entry, code: int | None, began: float, log: Path, log_from: int
         if any(words in text for words in _FULL):
             return Outcome("space", reason)
         return Outcome("transient" if any(words in text for words in _PASSES) else "failed", reason)
+    if full:
+        return Outcome("space", reason or f"{log}: {_FULL[0]}")
     if code == 1:
         memory = _MEMORY.search(tail)
         if memory:
@@ -106,6 +114,11 @@ def _verification(entry: Entry, error: dict[str, Any], reason: str) -> Outcome:
 def _error_event(entry: Entry, began: float) -> dict[str, Any]:
     since = [event for event in entry.run.events() if event["event"] == "error" and event["time"] >= began]
     return since[-1] if since else {}
+
+
+def _is_full(tail: str, place: Path) -> bool:
+    """Whether a crash was that of a full disk: it says so, or it could not, for the log's own disk is full."""
+    return _FULL[0] in tail or shutil.disk_usage(place).free < _LEAST_BYTES
 
 
 def _tail(log: Path, begin: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.checkpoint.writer import write_text
 from calibration.disk import Need, space_problems
+from calibration.resume import activations_directory
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, Resources, variants
@@ -139,10 +140,15 @@ def ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float | None]]
     return sorted(found, key=lambda pair: float("inf") if pair[1] is None else pair[1])
 
 
-def remaining_bytes(entry: Entry) -> int:
-    """Bytes of the output that are still to be written."""
-    there = sum(path.stat().st_size for path in Path(entry.output).glob("*.safetensors"))
-    return max(entry.output_bytes - there, 0)
+def needs(entry: Entry) -> tuple[Need, Need]:
+    """What a run will still put on disk: the rest of its output, and its activations."""
+    scratch = activations_directory(Path(entry.scratch) if entry.scratch else None, entry.run.path, Path(entry.output))
+    rest = 0 if standing(entry).kind in ("done", "verify") else entry.activation_bytes - _size(scratch.rglob("*"))
+    written = _size(Path(entry.output).glob("*.safetensors"))
+    return (
+        Need(entry.name, Path(entry.output), max(entry.output_bytes - written, 0)),
+        Need(f"activations of {entry.name}", scratch, max(rest, 0)),
+    )
 
 
 def _plan(
@@ -248,9 +254,9 @@ def _disks(entries: Sequence[Entry], slots: int) -> list[str]:
         if not entry.problems and entry.plan_digest and standing(entry).kind not in ("done", "verify")
     ]
     at_once = sorted(open_runs, key=lambda entry: entry.activation_bytes, reverse=True)[:slots]
-    needs = [Need(entry.name, Path(entry.output), remaining_bytes(entry)) for entry in open_runs]
-    needs += [
-        Need(f"activations of {entry.name}", Path(entry.scratch or entry.output), entry.activation_bytes)
-        for entry in at_once
-    ]
-    return space_problems(needs)
+    outputs, activations = [needs(entry)[0] for entry in open_runs], [needs(entry)[1] for entry in at_once]
+    return space_problems([*outputs, *activations])
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from calibration.disk import existing
+from calibration.disk import Need, space_problems
 from recipes.errors import RecipeError
 from workflows.batch_child import Child, Slot, torchrun
 from workflows.batch_outcome import Outcome, judge
-from workflows.batch_plan import remaining_bytes
+from workflows.batch_plan import needs
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 
 _TICK_SECONDS = 0.2
 _LONGEST_BACKOFF = 900.0
 #: From the second Ctrl-C to SIGKILL, where nothing else is said.
 _PATIENCE_SECONDS = 30.0
+#: Beside its output and its activations a run writes lines and pages; also with nothing left to compute.
+_ROOM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,14 @@ class Queue:
             return False
         if waiting.starved_since is None:
             return True
-        place = existing(Path(waiting.entry.output))
-        if shutil.disk_usage(place).free > remaining_bytes(waiting.entry):
-            return True
-        if now - waiting.starved_since > self.rules.space_patience:
+        wanted = [*needs(waiting.entry), Need("log and reports", self.batch.path, _ROOM)]
+        missing = space_problems([*wanted, Need("journal and reports", waiting.entry.run.path, _ROOM)])
+        if missing and now - waiting.starved_since > self.rules.space_patience:
             self.waiting.remove(waiting)
             self._fail(
-                waiting.entry, f"{place}: full, and no space came back in {self.rules.space_patience / 60:.0f} min"
+                waiting.entry, f"no space came back in {self.rules.space_patience / 60:g} min: {'; '.join(missing)}"
             )
-        return False
+        return not missing
 
     def _ended(self, child: Child, code: int | None) -> None:
         entry = child.entry

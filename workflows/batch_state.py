@@ -27,8 +27,8 @@ from recipes.errors import EnvironmentProblem, WorkflowError
 from recipes.loader import load_recipe, recipe_digest
 from recipes.schema import Verify
 
-#: Facts of a run's journal that mean that it came further.
-_PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported", "verified")
+#: Facts of a run's journal that mean that it came further. Not `verified`: an engine that is killed leaves it each time.
+_PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ class Entry:
         return RunDirectory(Path(self.output))
 
     def progress(self) -> int:
-        """Grows whenever the run has finished something."""
-        return sum(fact.get("fact") in _PROGRESS for fact in self.run.facts())
+        """Grows whenever the run has finished something for the first time."""
+        facts = [fact for fact in self.run.facts() if fact.get("fact") in _PROGRESS]
+        return len({(fact["fact"], fact.get("block"), str(fact.get("shards"))) for fact in facts})
 
 
 class BatchDirectory:

@@ -18,10 +18,11 @@ import submitit
 from recipes.errors import EnvironmentProblem
 from recipes.matrix import Resources
 from workflows.batch_child import Slot, child_path
+from workflows.batch_hooks import Hooks, expect
 from workflows.batch_outcome import Outcome
 from workflows.batch_queue import Rules
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
-from workflows.cluster_job import STOP, Job, killed_marker
+from workflows.cluster_job import STOP, Job, end, killed_marker, over, rewrite
 
 _POLL_SECONDS = 0.5
 #: squeue's words for a job that has not ended.
@@ -36,10 +37,11 @@ _HOLD_SIGNALS = (
 
 def submit(
     batch: BatchDirectory, entries: Sequence[Entry], executor: str, resources: Mapping[str, Resources], rules: Rules,
-    slots: Sequence[Slot], notify: str | None, say: Callable[[str, str], None], should_stop: Callable[[], bool],
+    slots: Sequence[Slot], hooks: Hooks, say: Callable[[str, str], None], should_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     """Submits every run that is neither done nor under way. Slurm: returns behind the submission. local: works with one
-    job per slot at a time until all have ended. Raises EnvironmentProblem where there is no Slurm, or it refuses."""
+    job per slot at a time until all have ended. The last run to end tells `hooks`. Raises EnvironmentProblem where there
+    is no Slurm, or it refuses."""
     (batch.path / STOP).unlink(missing_ok=True)
     os.environ["PYTHONPATH"] = child_path()  # a job's process imports this module by name
     under_way = queued(batch, entries)
@@ -54,13 +56,20 @@ def submit(
         else:
             batch.record(entry.name, "queued")
             pending.append(entry)
+    expect(batch.path, [entry.name for entry in pending], under_way)
+    rewrite(batch, say)
+    for entry in entries:
+        if entry.problems:
+            hooks.notify("failure", entry.name, entry.problems[0])
+    if not pending and not under_way:
+        end(batch, hooks)
 
     def jobs_of(some: Sequence[Entry], slot: Slot) -> list[submitit.Job[Any]]:
         asked = resources[some[0].name]
         try:
             chosen = _executor(batch, executor, asked)
             with chosen.batch():
-                found = [chosen.submit(Job(batch.path, e.name, rules, asked, slot, notify)) for e in some]
+                found = [chosen.submit(Job(batch.path, e.name, rules, asked, slot, hooks)) for e in some]
         except (RuntimeError, ValueError, NameError, submitit.core.utils.FailedJobError, OSError) as error:
             raise EnvironmentProblem(
                 f"--executor {executor}: {error}; see --resource, or leave --executor out"
@@ -75,19 +84,24 @@ def submit(
         for kind in dict.fromkeys(resources[entry.name].model_dump_json() for entry in pending):
             jobs_of([entry for entry in pending if resources[entry.name].model_dump_json() == kind], Slot())
         return
-    running: dict[Slot, submitit.Job[Any]] = {}
-    while pending or running:
-        stopping = should_stop()
-        if stopping:
-            (batch.path / STOP).write_text("block")
-            pending = []
-        for slot in [slot for slot, job in running.items() if job.done()]:
-            del running[slot]
-        for slot in slots:
-            if pending and slot not in running:
-                with _shielded():
-                    running[slot] = jobs_of([pending.pop(0)], slot)[0]
-        time.sleep(_POLL_SECONDS)
+    running: dict[Slot, tuple[str, submitit.Job[Any]]] = {}
+    try:
+        while pending or running:
+            if should_stop():
+                (batch.path / STOP).write_text("block")
+                while pending:
+                    over(batch, pending.pop().name, hooks)
+            for slot in [slot for slot, (_, job) in running.items() if job.done()]:
+                over(batch, running.pop(slot)[0], hooks)  # a job that was killed has not said so itself
+            for slot in slots:
+                if pending and slot not in running:
+                    with _shielded():
+                        running[slot] = (pending[0].name, jobs_of(pending[:1], slot)[0])
+                    del pending[0]
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for entry in pending:
+            over(batch, entry.name, hooks)
 
 
 def stop_at_once(batch: BatchDirectory) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from submitit.helpers import Checkpointable
 from recipes.errors import WorkflowError
 from recipes.matrix import Resources
 from workflows.batch_child import Child, Slot, shared_out, torchrun
-from workflows.batch_hooks import Hooks
+from workflows.batch_hooks import Hooks, leave
 from workflows.batch_queue import Queue, Rules
 from workflows.batch_state import BatchDirectory, Entry
-from workflows.batch_summary import write_summary
+from workflows.batch_summary import summarize, write_summary
 from workflows.progress import clock
 
 #: A file in the batch's directory that ends every job behind its block: `block`, or at once: `now`.
@@ -43,10 +44,11 @@ class Job(Checkpointable):
     """One run as a cluster's job. submitit pickles it, and calls it again in a requeued job."""
 
     def __init__(
-        self, directory: Path, name: str, rules: Rules, resources: Resources, slot: Slot, notify: str | None
+        self, directory: Path, name: str, rules: Rules, resources: Resources, slot: Slot, hooks: Hooks
     ) -> None:
         self.directory, self.name, self.rules = directory.absolute(), name, rules
-        self.resources, self.slot, self.notify, self.cwd = resources, slot, notify, Path.cwd()
+        self.resources, self.slot, self.cwd = resources, slot, Path.cwd()
+        self.notify, self.mlflow = hooks.given, hooks.store
 
     def __call__(self) -> dict[str, str]:
         """Works until the run is done, failed or stopped; returns its outcome. Ends the process where it is requeued."""
@@ -62,20 +64,25 @@ class Job(Checkpointable):
         )  # fmt: skip
         if environment.global_rank > 0:
             return _follow(batch, entry, self.slot, launcher)
-        hooks = Hooks(batch.path, self.notify, None, _say)
+        hooks = Hooks(batch.path, self.notify, self.mlflow, _say)
+        try:
+            return self._work(batch, entry, environment, signals, launcher, hooks)
+        finally:
+            if not isinstance(sys.exception(), SystemExit):  # that one is a requeue
+                over(batch, entry.name, hooks)
+
+    def _work(
+        self, batch: BatchDirectory, entry: Entry, environment: submitit.JobEnvironment, signals: _Signals,
+        launcher: Sequence[str], hooks: Hooks,
+    ) -> dict[str, str]:  # fmt: skip
+        several = environment.num_nodes > 1
 
         def give_up(reason: str) -> dict[str, str]:
             batch.record(entry.name, "gave_up", reason=reason)
             _say(f"{entry.name}: failed: {reason}", "error")
-            rewrite()
+            rewrite(batch, _say)
             hooks.notify("failure", entry.name, reason)
             return {"outcome": "failed", "reason": reason}
-
-        def rewrite() -> None:
-            try:
-                write_summary(batch)
-            except (WorkflowError, OSError) as error:
-                _say(f"summary: not written: {error}", "warning")
 
         taken = batch.claim(Path(entry.output))
         if taken:
@@ -89,7 +96,7 @@ class Job(Checkpointable):
             batch, [entry], [self.slot], replace(self.rules, once=several), _say,
             launcher=lambda slot: launcher,
             should_stop=signals.stop_asked_for,
-            changed=rewrite,
+            changed=lambda: rewrite(batch, _say),
             failed=lambda entry, reason: hooks.notify("failure", entry.name, reason),
             patience=signals.leave / 2,
         )  # fmt: skip
@@ -108,7 +115,7 @@ class Job(Checkpointable):
             )  # fmt: skip
             if fruitless(batch.attempts(entry.name)) >= self.rules.tries:
                 return give_up(_why_given_up(batch.attempts(entry.name), entry, self.resources))
-            rewrite()
+            rewrite(batch, _say)
             batch.close()
             try:
                 signals.requeue()
@@ -116,6 +123,27 @@ class Job(Checkpointable):
                 return give_up(f"stopped at its time limit {self.resources.requeues} times; the same command goes on")
         batch.close()
         return {"outcome": outcome.kind, "reason": outcome.reason}
+
+
+def rewrite(batch: BatchDirectory, say: Callable[[str, str], None]) -> None:
+    """Writes the summary; a full disk must not end the batch."""
+    try:
+        write_summary(batch)
+    except (WorkflowError, OSError) as error:
+        say(f"summary: not written: {error}", "warning")
+
+
+def over(batch: BatchDirectory, name: str, hooks: Hooks) -> None:
+    """A run is not worked on any more until the next submission; with the last such run the batch ends."""
+    if leave(batch.path, name):
+        end(batch, hooks)
+
+
+def end(batch: BatchDirectory, hooks: Hooks) -> None:
+    """Tells the outside that the batch has ended."""
+    rewrite(batch, hooks.say)
+    hooks.track(summarize(batch))
+    hooks.notify("end")
 
 
 class _OutOfTime(KeyboardInterrupt):

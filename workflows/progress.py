@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import time
@@ -43,7 +44,8 @@ class Reporter:
         """One line for people."""
         if _LEVELS.index(level) >= self.level and not self.muted:
             style = {"warning": "yellow", "error": "bold red"}.get(level)
-            self.console.print(text, style=style, markup=False, soft_wrap=True)
+            with contextlib.suppress(OSError):  # a log on a full disk must not end the run
+                self.console.print(text, style=style, markup=False, soft_wrap=True)
 
     def event(self, name: str, /, **facts: Any) -> None:
         """One line of events.jsonl; nothing before the run directory is open."""

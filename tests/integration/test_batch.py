@@ -7,8 +7,12 @@ import json
 import os
 import random
 import re
+import resource
 import signal
+import sys
 import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,10 @@ from tests.integration.batch_runs import (
     write_recipe,
     write_sources,
 )
-from workflows.batch_state import alive
+from workflows.batch_child import Slot
+from workflows.batch_plan import preflight, wanted_runs
+from workflows.batch_queue import Queue, Rules
+from workflows.batch_state import BatchDirectory, alive
 
 FAILED, INTERRUPTED = 6, 130
 
@@ -92,6 +99,21 @@ def soak(folder: Path, recipes: list[Path], kills: int, seed: int, *options: str
     return hit
 
 
+def overlapping(batch: Path, names: list[str]) -> list[str]:
+    """Runs that were in a slot while another one was: from each start to the next line that the batch wrote of the run."""
+    spans = []
+    for name in names:
+        lines = [json.loads(line) for line in (batch / "runs" / name / "attempts.jsonl").read_text().splitlines()]
+        ends = [line["time"] for line in lines[1:]] + [lines[-1]["time"]]
+        spans += [
+            (line["slot"], line["time"], end, name)
+            for line, end in zip(lines, ends, strict=True)
+            if line["fact"] == "begun"
+        ]
+    spans.sort()
+    return [f"{a} {b}" for a, b in pairwise(spans) if a[0] == b[0] and b[1] < a[2]]
+
+
 def all_as_alone(folder: Path, recipes: list[Path], bad: dict[str, str]) -> None:
     rows = summary(folder / "b.run")
     for recipe in recipes:
@@ -119,6 +141,7 @@ def test_kills_of_workers_and_of_the_batch_lose_nothing(sources: dict[str, Path]
     batch = tmp_path / "b.run"
     slots = {fact["slot"] for name in ("qwen", "v4", "no_data") for fact in facts(batch, name, "begun")}
     assert slots == {"GPU 0", "GPU 1"}
+    assert overlapping(batch, ["qwen", "v4", "no_data"]) == []
     # A recipe's own fault is not tried again by one call of the batch.
     faults = [fact for fact in facts(batch, "no_data", "ended") if fact["outcome"] == "failed"]
     assert 1 <= len(faults) <= 1 + hit["batch"]
@@ -177,6 +200,81 @@ def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Pa
     assert facts(batch, "later", "begun") == []
     code, text = finish_batch(arguments, log)
     assert code == 0, text
+    assert files(tmp_path, "qwen") == single_run(recipe, tmp_path / "alone")
+
+
+def test_the_hour_of_until_finishes_the_block(sources: dict[str, Path], tmp_path: Path) -> None:
+    data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
+    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
+    later = write_recipe(tmp_path, "later", sources["qwen"], QWEN, **converted())
+    batch = BatchDirectory(tmp_path / "b.run")
+    batch.open()
+    entries = preflight(wanted_runs([recipe, later], [], []), batch, 1, False, lambda text: None).entries
+    queue = Queue(batch, entries, [Slot()], Rules(), lambda text, level: None)
+
+    def strike() -> None:  # whatever the clock says, the hour comes with the first block
+        if journal(tmp_path, "qwen"):
+            queue.rules = replace(queue.rules, until=time.time())
+
+    queue.changed = strike
+    queue.work()
+    batch.close()
+    assert {name: outcome.kind for name, outcome in queue.outcomes.items()} == {"qwen": "stopped", "later": "stopped"}
+    (ended,) = facts(batch.path, "qwen", "ended")
+    assert ended["code"] == INTERRUPTED and not facts(batch.path, "later", "begun")
+    assert [line["block"] for line in journal(tmp_path, "qwen")] == [0, 1]  # the one under way, and no further one
+
+
+@pytest.mark.parametrize("executor", [pytest.param((), marks=pytest.mark.slow), ("--executor", "local")])
+def test_the_user_is_told_of_every_failure_and_of_the_end(
+    sources: dict[str, Path], tmp_path: Path, executor: tuple[str, ...]
+) -> None:
+    """The same events from one machine and from a cluster's jobs: one failure each, before or in a job, and one end."""
+    recipes = [
+        write_recipe(tmp_path, "good", sources["qwen"], QWEN, **converted()),
+        write_recipe(tmp_path, "no_match", sources["qwen"], ["re:^nothing$"], **converted()),
+        write_recipe(tmp_path, "no_data", sources["qwen"], QWEN, calibration={"dataset": str(tmp_path / "none.txt")}),
+    ]
+    hook, told, batch, log = tmp_path / "hook.py", tmp_path / "told", tmp_path / "b.run", tmp_path / "log"
+    hook.write_text(
+        "import json, os, sys\n"
+        "states = [run['state'] for run in json.load(open(os.environ['BATCH_SUMMARY']))['runs']]\n"
+        "line = [os.environ['BATCH_EVENT'], os.environ['BATCH_RUN'], os.environ['BATCH_REASON'], states]\n"
+        f"open({str(told)!r}, 'a').write(json.dumps(line) + '\\n')\n"
+    )
+    arguments = [*map(str, recipes), "--directory", str(batch), "--keep-going", "--gpus", "0,1", *executor]
+    arguments += ["--notify", f"{sys.executable} {hook}"]
+    code, text = finish_batch(arguments, log)
+    assert code == FAILED, text
+    events = [json.loads(line) for line in told.read_text().splitlines()]
+    assert sorted(event[:2] for event in events) == [["end", ""], ["failure", "no_data"], ["failure", "no_match"]]
+    reasons = {run: reason for _, run, reason, _ in events}
+    assert "matches no module" in reasons["no_match"] and "none.txt" in reasons["no_data"]
+    assert events[-1][0] == "end" and events[-1][3] == ["done", "failed", "failed"], events
+    # Also where there is nothing left to do.
+    code, text = finish_batch([str(recipes[0]), *arguments[3:]], log)
+    assert code == 0, text
+    assert json.loads(told.read_text().splitlines()[-1])[:2] == ["end", ""]
+    assert len(told.read_text().splitlines()) == len(events) + 1
+
+
+def test_a_run_that_gets_no_memory_is_tried_again(sources: dict[str, Path], tmp_path: Path) -> None:
+    """The kernel refuses: the run's address space is limited to what it has in the middle of its calibration."""
+    data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
+    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
+    batch, log = tmp_path / "b.run", tmp_path / "log"
+    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1", "--gpus", "5"], log)
+    wait_for(lambda: journal(tmp_path, "qwen"), "a block")
+    pid = facts(batch, "qwen", "begun")[0]["pid"]
+    assert b"CUDA_VISIBLE_DEVICES=5" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    there = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (there, there))
+    process.join(300)
+    assert process.exitcode == 0, log.read_text()
+    first, second = facts(batch, "qwen", "ended")
+    assert first["outcome"] == "transient" and re.search("emory", first["reason"]), first
+    assert second["outcome"] == "done"
+    assert [line["block"] for line in journal(tmp_path, "qwen")] == [0, 1, 2]
     assert files(tmp_path, "qwen") == single_run(recipe, tmp_path / "alone")
 
 

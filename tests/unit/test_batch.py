@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from calibration import disk
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
@@ -21,12 +24,13 @@ from tests.models import standard
 from workflows import batch_plan
 from workflows.batch import _until
 from workflows.batch_child import Slot
-from workflows.batch_hooks import Hooks
+from workflows.batch_hooks import Hooks, expect, leave
 from workflows.batch_outcome import Outcome, judge
 from workflows.batch_plan import Wanted, ends, preflight, wanted_runs
 from workflows.batch_queue import Queue, Rules, Waiting, parse_slots
 from workflows.batch_state import BatchDirectory, Entry, standing
 from workflows.batch_summary import summarize, write_summary
+from workflows.progress import Reporter
 
 BODY: dict[str, Any] = {
     "method": "convert",
@@ -398,9 +402,55 @@ def test_a_full_disk_is_waited_for(
     queue, waiting = queue_of(batch, [entry], Rules(backoff=0.0)), Waiting(entry)
     usage = shutil.disk_usage(tmp_path)
     queue._again(waiting, Outcome("space", "the disk is full"), False)
-    for free, ready in ((entry.output_bytes, False), (entry.output_bytes + 1, True)):
+    waiting.entry = replace(entry, activation_bytes=50_000_000)
+    wanted = entry.output_bytes + 50_000_000 + 2 * (1 << 20)  # and room for lines and pages
+    for free, ready in ((wanted - 1, False), (wanted, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         assert queue._is_ready(waiting) is ready
+    # What an earlier attempt left there counts.
+    (entry.run.path / "activations").mkdir(parents=True)
+    (entry.run.path / "activations" / "batch").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=wanted - 1000))
+    assert queue._is_ready(waiting)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=0))
     waiting.starved_since = time.time() - 3601
-    assert not queue._is_ready(waiting) and "no space came back in 60 min" in queue.outcomes["a"].reason
+    assert not queue._is_ready(waiting)
+    assert re.match(r"no space came back in 60 min: .*0 bytes free, the run needs [\d,]+ ", queue.outcomes["a"].reason)
+
+
+def test_an_engine_that_is_killed_each_time_is_no_progress(tmp_path: Path, source: Path, batch: BatchDirectory) -> None:
+    (entry,) = looked_at(batch, recipe(tmp_path, "a", source)).entries
+    finish(entry, serving="FAIL")
+    before = entry.progress()
+    entry.run.record("exported", plan=entry.plan_digest)
+    entry.run.record("verified", serving="FAIL")
+    assert entry.progress() == before
+    entry.run.record("shards", plan=entry.plan_digest, block=1, shards={"model-2.safetensors": "d"})
+    assert entry.progress() == before + 1
+
+
+def test_a_log_on_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
+    reporter = Reporter()
+    with open("/dev/full", "w", buffering=1) as full:
+        reporter.console = Console(file=full)
+        reporter.say("block 1/3")
+        with pytest.raises(OSError, match="No space left"):
+            reporter.console.print("the disk is full indeed")
+        with contextlib.suppress(OSError):
+            full.close()
+    # Nor is a crash for which it had no words held against the recipe.
+    entry = Entry("a", "a.yaml", str(tmp_path / "a.yaml"), str(tmp_path / "out"))
+    log = tmp_path / "log"
+    log.write_text("Traceback\nOSError: [Errno 28] No space left on device\n")
+    assert judge(entry, 1, 0.0, log, 0, False).kind == "space"
+    log.write_text("Traceback\nOSError: [Errno 27] File too large\n")
+    assert judge(entry, 1, 0.0, log, 0, False).kind == "failed"
+
+
+def test_the_last_run_of_a_cluster_ends_the_batch_once(tmp_path: Path) -> None:
+    expect(tmp_path, ["a", "b"], [])
+    assert [leave(tmp_path, name) for name in ("b", "b", "a", "a", "c")] == [False, False, True, False, False]
+    expect(tmp_path, ["a", "b"], [])
+    leave(tmp_path, "b")  # ended between the look at the queue and the next submission
+    expect(tmp_path, ["c"], ["a", "b"])
+    assert [leave(tmp_path, name) for name in ("c", "a")] == [False, True]
