@@ -30,6 +30,7 @@ from torch import accelerator
 from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
 
+from calibration.attachment import BlockQuantizationModifier
 from calibration.checkpoint.plan import Plan
 from calibration.ranks import Ranks
 from calibration.results import CalibrationSummary, Callbacks
@@ -165,7 +166,7 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
                 "config_groups": _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
             }
         try:
-            modifiers.append(create(entry.name, **arguments) if others else QuantizationModifier(**arguments))
+            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, source, plan))
         except ValidationError as error:
             problems += [
                 f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")
@@ -272,6 +273,16 @@ def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
     finally:
         logger.remove(sink)
         configure_logger()
+
+
+def _blockwise(arguments: dict[str, Any], source: SourceModel, plan: Plan) -> BlockQuantizationModifier:
+    modules = {name: source.model.get_submodule(module) for name, module in source.model_modules().items()}
+    modifier = BlockQuantizationModifier(**arguments)
+    modifier.choose(
+        {modules[name]: str(step.group) for name, step in plan.quantized.items()},
+        [[modules[name] for name in group if name in modules] for group in plan.fused],
+    )
+    return modifier
 
 
 def _schemes(

@@ -27,7 +27,6 @@ from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization, observe, update_qparams
 from llmcompressor.observers import ACTIVATION_OBS, Observer
-from llmcompressor.observers.fusion import FusionHandler
 from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
@@ -36,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from calibration import tracing
 from calibration.activations import ActivationCache
+from calibration.attachment import BlockQuantizationModifier, link_fused
 from calibration.checkpoint.formats import is_finite
 from calibration.checks import first_non_finite, require_mappings_inside_blocks, require_scales, require_statistics
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
@@ -116,15 +116,17 @@ class CalibrationRun:
             stack.enter_context(self.experts.installed())
             LifecycleCallbacks.calibration_start()
             require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, self.source)
-            self._link_fused()
+            link_fused([model.get_submodule(name) for name in group] for group in self.fused)
             gc.collect()  # tracing leaves cycles of graphs behind
             self.calibrating = True
             stack.enter_context(calibration_forward_context(model))
             stack.enter_context(DisableQuantization(model))
             session = active_session()
             session.state.loss_masks, session.state.sequential_prefetch = None, False
-            edits = any(type(modifier) is not QuantizationModifier for modifier in session.lifecycle.recipe.modifiers)
-            Walk(self, cache, subgraphs, samples, edits).walk()
+            modifiers = session.lifecycle.recipe.modifiers
+            edits = not all(isinstance(modifier, QuantizationModifier) for modifier in modifiers)
+            blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
+            Walk(self, cache, subgraphs, samples, edits, blockwise).walk()
             LifecycleCallbacks.calibration_end()
             self.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
         self.summary.blocks, self.summary.batches = len(self.source.blocks), len(dataloader)
@@ -155,13 +157,6 @@ class CalibrationRun:
         blocks = set(self.source.blocks.values())
         return [module for module in called_modules(subgraph, self.source.model) if module in blocks]
 
-    def _link_fused(self) -> None:
-        for group in self.fused:
-            modules = [self.source.model.get_submodule(name) for name in group]
-            pairs = [(module.weight_observer, module) for module in modules if hasattr(module, "weight_observer")]
-            if len(pairs) > 1 and all(observer.args.strategy == "tensor_group" for observer, _ in pairs):
-                FusionHandler.fuse(pairs)
-
 
 @dataclass
 class Walk:
@@ -172,6 +167,8 @@ class Walk:
     subgraphs: list[Subgraph]
     samples: dict[int, dict[str, Any]]
     edits: bool
+    #: The modifiers that take up and let go of the modules of each subgraph; others do all at the start and the end.
+    blockwise: Sequence[BlockQuantizationModifier] = ()
     #: Block number by subgraph; None for what stands before the first block (or behind the last).
     numbers: list[int | None] = field(default_factory=list)
     entering: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -223,6 +220,9 @@ class Walk:
         name = "before the blocks" if block is None else source.source_block(source.module_name(block))
         where = name if number is None else f"block {number} ({name})"
         roots = self.roots(index)
+        known = run.resume is not None and number in run.resume.finished and not self.edits
+        for modifier in self.blockwise if not known else ():
+            modifier.attach(roots)
         run._tell("load", block=number, name=name)
         source.load(roots)
         if following is not None and source.reads_ahead:
@@ -230,12 +230,13 @@ class Walk:
         self.cache.aim(index + 1, save=block is not None and index + 1 < len(self.subgraphs))
         if index == 0:
             self.record_own_calls()
-        known = run.resume is not None and number in run.resume.finished and not self.edits
         result = None if known else self._work(index, block, number, name, where, roots, started)
         if result is not None:
             self._hand_over(result)
         else:
             self._repeat(index, block, number, where)
+        for modifier in self.blockwise:
+            modifier.detach()
         for module in [module for root in roots for module in root.modules()]:
             run.experts.forget(module)
             freeze_module_quantization(module)  # calibration_end would do it: a thousand observers per block until then
@@ -328,7 +329,8 @@ class Walk:
             roots += [module for module in self.run.source.outside_blocks() if module not in {*later, *roots}]
         # calibration_forward_context gives the head a forward that needs no weights.
         head = model.get_output_embeddings()
-        return [module for module in roots if module is not head or is_module_quantized(module)]
+        wanted = is_module_quantized(head) or any(modifier.quantizes(head) for modifier in self.blockwise)
+        return [module for module in roots if module is not head or wanted]
 
     def record_own_calls(self) -> None:
         """Runs the model's own forward with blocks that pass their input on, to learn how it calls them (for parity)."""

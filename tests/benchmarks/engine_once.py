@@ -26,7 +26,8 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
-import workflows.calibrate  # noqa: F401  its imports are not what is measured
+import verify.plots  # noqa: F401  the report's matplotlib; imports are not what is measured
+import workflows.calibrate  # noqa: F401
 from calibration.checkpoint.families import family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
@@ -83,7 +84,7 @@ def ours(recipe: Recipe) -> dict[str, Any]:
 
 
 def stock(recipe: Recipe) -> dict[str, Any]:
-    """transformers' load (which dequantizes FP8 and MXFP4), llm-compressor's oneshot and save_pretrained.
+    """transformers' load, llm-compressor's oneshot and save_pretrained.
 
     Repaired where it could not run, or where it would calibrate another model: the F32 norms and the quantized config of
     DeepSeek-V4, the lost causal mask of Qwen3-MoE (calibration.tracing)."""
