@@ -149,11 +149,10 @@ def _state(
     fact = last["fact"]
     if fact == "gave_up":
         return "failed", last["reason"]
-    if (
-        fact == "begun"
-        and not gone
-        and (alive(last) or (last["host"] != socket.gethostname() and status.get("holder")))
-    ):
+    elsewhere = fact == "begun" and last["host"] != socket.gethostname()
+    # Of a process of another host only the cluster knows; without it, the run's own lock is what there is.
+    lives = not gone and (status.get("holder") if job is None else "pending" not in job)
+    if fact == "begun" and (alive(last) or (elsewhere and lives)):
         return "running", job or ""
     if standing(entry).kind == "done":
         return "done", ""
@@ -163,7 +162,7 @@ def _state(
         return "retrying", last["reason"]
     if fact == "ended":
         return "stopped", last["reason"]
-    if fact == "begun":
+    if fact == "begun" and not (elsewhere and job):
         return "stopped", "its process is gone; the same command goes on"
     return "waiting", "; ".join(filter(None, (job, f"requeued: {last['reason']}" if fact == "requeued" else "")))
 

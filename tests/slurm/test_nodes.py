@@ -12,6 +12,7 @@ import pytest
 from tests.integration.batch_runs import QWEN, V4, converted, facts, files, single_run, write_recipe
 from tests.slurm.local_cluster import LocalSlurm
 from tests.slurm.slurm_runs import DATA, blocks, ended, first_block, job_of, processes, submit, told
+from workflows.interrupts import NOTICE
 
 pytestmark = pytest.mark.slurm
 TWO = ("hours=1", "nodes=2")
@@ -42,7 +43,9 @@ def test_two_nodes(
     why = facts(batch, "qwen", "requeued")[0]["why"]
     if how.startswith("scancel"):
         # Slurm's signal reached both nodes, and the block under way was finished, once.
-        assert why == "preempted" and "stopped behind block" in (batch / "runs/qwen/log.txt").read_text()
+        told_first, _, later = (batch / "runs/qwen/log.txt").read_bytes().partition(NOTICE)
+        assert why == "preempted" and later.count(b"block 1/3") + told_first.count(b"block 1/3") == 1
+        assert facts(batch, "qwen", "ended")[0]["outcome"] == "stopped" and later, told(batch)
     else:
         assert why == "loss"
     assert not processes("SLURMD_NODENAME=node", f"SLURM_JOB_ID={job}\0")

@@ -65,6 +65,17 @@ def test_a_job_that_the_cluster_no_longer_has(fact: dict[str, Any], gone: str | 
     assert found == state and (gone or "") in why
 
 
+@pytest.mark.parametrize(
+    ("job", "holder", "state"),
+    [("7 running", None, "running"), ("7 pending", "host elsewhere", "waiting"), (None, "host elsewhere", "running"),
+     (None, None, "stopped")],
+)  # fmt: skip
+def test_a_run_on_another_host(job: str | None, holder: str | None, state: str) -> None:
+    begun = {"fact": "begun", "pid": 1, "began": "0", "host": "elsewhere"}
+    found, why = _state(Entry("a", "a.yaml", "a.yaml", "/nowhere/output"), [begun], {"holder": holder}, job, None)
+    assert found == state and (job or "") in why
+
+
 def test_torchrun_stands_before_a_run_of_several_gpus_or_nodes_alone() -> None:
     assert torchrun(0) == torchrun(1) == torchrun(0, ["a"], 0, "77") == []
     assert torchrun(4)[1:3] == ["torch.distributed.run", "--nproc-per-node=4"] and "--standalone" in torchrun(4)
