@@ -20,9 +20,15 @@ from workflows.batch_state import Entry, standing
 OUTCOMES = ("done", "transient", "space", "stopped", "failed")
 
 _FULL = (os.strerror(errno.ENOSPC), "free some space")
-#: Of exit code 4, what passes by itself: somebody else's run, and ranks that were killed (`calibration.ranks`).
-_PASSES = ("another process works on this output", "is gone without a word", "no sign of life", "torchrun's store at")
-_MEMORY = re.compile(r"OutOfMemoryError|MemoryError|CUDA out of memory|Cannot allocate memory|std::bad_alloc")
+#: Of exit code 4, what passes by itself: somebody else's run, ranks that were killed (`calibration.ranks`), no memory for
+#: a mapping.
+_PASSES = ("another process works on this output", "is gone without a word", "no sign of life", "torchrun's store at",
+           os.strerror(errno.ENOMEM))  # fmt: skip
+#: The last but one: the dynamic loader's words, which are others where a mount forbids execution.
+_MEMORY = re.compile(
+    r"OutOfMemoryError|MemoryError|CUDA out of memory|Cannot allocate memory|std::bad_alloc|"
+    r"failed to map segment from shared object(?!: Operation not permitted)|can't start new thread"
+)
 #: torchrun ends with 1 whatever ended its workers, and says in its own words what it was.
 _WORKER_KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID|exitcode\s*:\s*-(\d+)")
 #: Python's exit code where its last lines could not be written.

@@ -210,16 +210,19 @@ def test_the_hour_of_until_finishes_the_block(sources: dict[str, Path], tmp_path
     batch = BatchDirectory(tmp_path / "b.run")
     batch.open()
     entries = preflight(wanted_runs([recipe, later], [], []), batch, 1, False, lambda text: None).entries
-    queue = Queue(batch, entries, [Slot()], Rules(), lambda text, level: None)
+    queue = Queue(batch, entries, [Slot((5, 6))], Rules(), lambda text, level: None, launcher=lambda slot: ())
+    environments: list[bytes] = []
 
     def strike() -> None:  # whatever the clock says, the hour comes with the first block
-        if journal(tmp_path, "qwen"):
+        if queue.running and journal(tmp_path, "qwen"):
+            environments.append(Path(f"/proc/{queue.running[0].pid}/environ").read_bytes())
             queue.rules = replace(queue.rules, until=time.time())
 
     queue.changed = strike
     queue.work()
     batch.close()
     assert {name: outcome.kind for name, outcome in queue.outcomes.items()} == {"qwen": "stopped", "later": "stopped"}
+    assert b"CUDA_VISIBLE_DEVICES=5,6" in environments[0].split(b"\0")
     (ended,) = facts(batch.path, "qwen", "ended")
     assert ended["code"] == INTERRUPTED and not facts(batch.path, "later", "begun")
     assert [line["block"] for line in journal(tmp_path, "qwen")] == [0, 1]  # the one under way, and no further one
@@ -258,21 +261,23 @@ def test_the_user_is_told_of_every_failure_and_of_the_end(
     assert len(told.read_text().splitlines()) == len(events) + 1
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_no_memory_is_tried_again(sources: dict[str, Path], tmp_path: Path) -> None:
     """The kernel refuses: the run's address space is limited to what it has in the middle of its calibration."""
     data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
     recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
     batch, log = tmp_path / "b.run", tmp_path / "log"
-    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1", "--gpus", "5"], log)
+    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1"], log)
     wait_for(lambda: journal(tmp_path, "qwen"), "a block")
     pid = facts(batch, "qwen", "begun")[0]["pid"]
-    assert b"CUDA_VISIBLE_DEVICES=5" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     there = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (there, there))
     process.join(300)
     assert process.exitcode == 0, log.read_text()
     first, second = facts(batch, "qwen", "ended")
-    assert first["outcome"] == "transient" and re.search("emory", first["reason"]), first
+    assert first["outcome"] == "transient" and re.search("emory|map segment|new thread|killed by", first["reason"]), (
+        first
+    )
     assert second["outcome"] == "done"
     assert [line["block"] for line in journal(tmp_path, "qwen")] == [0, 1, 2]
     assert files(tmp_path, "qwen") == single_run(recipe, tmp_path / "alone")
