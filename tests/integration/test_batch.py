@@ -37,6 +37,7 @@ from workflows.batch_child import Slot
 from workflows.batch_plan import preflight, wanted_runs
 from workflows.batch_queue import Queue, Rules
 from workflows.batch_state import BatchDirectory, alive
+from workflows.interrupts import NOTICE
 
 FAILED, INTERRUPTED = 6, 130
 
@@ -178,10 +179,11 @@ def test_soak_of_twelve_recipes(sources: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Path], tmp_path: Path) -> None:
-    data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
+    data = {"dataset": "bundled", "num_samples": 48, "max_seq_length": 256, "batch_size": 1}
     recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
     later = write_recipe(tmp_path, "later", sources["qwen"], QWEN, **converted())
     batch, log = tmp_path / "b.run", tmp_path / "log"
+    told = batch / "runs/qwen/log.txt"
     arguments = [str(recipe), str(later), "--directory", str(batch)]
     for signals, finished in ((1, 2), (2, 2)):
         known = len(journal(tmp_path, "qwen"))
@@ -189,10 +191,12 @@ def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Pa
         if signals == 1:
             wait_for(lambda known=known: len(journal(tmp_path, "qwen")) > known, "a block")
         else:  # the block under way is the last one
-            wait_for(lambda: "going on with block 3" in (batch / "runs/qwen/log.txt").read_text(), "the last block")
-        for _ in range(signals):
+            wait_for(lambda: "tracing" in told.read_text().partition("going on with block 3")[2], "the last block")
+        for number in range(signals):
+            notices = told.read_bytes().count(NOTICE)
             os.kill(process.pid or 0, signal.SIGINT)
-            time.sleep(0.5)
+            if number == 0:  # the run itself must have the first one before it gets the second
+                wait_for(lambda n=notices: told.read_bytes().count(NOTICE) > n, "the notice", 60)
         process.join(120)
         assert process.exitcode == INTERRUPTED, log.read_text()
         assert [line["block"] for line in journal(tmp_path, "qwen")] == list(range(finished)), log.read_text()
