@@ -10,7 +10,6 @@ from typing import Any
 
 from calibration.checkpoint.writer import write_text
 from calibration.journal import RunDirectory
-from recipes.errors import WorkflowError
 from verify.checks import Check
 from verify.engine import read_json
 from workflows.status import read_status, render_status
@@ -34,7 +33,9 @@ class ReportPage:
             return
         try:
             write_report(self.output)
-        except (WorkflowError, OSError) as error:  # a full disk must not end a run that could still be continued
+        except (
+            Exception
+        ) as error:  # a full disk; an import that another rank's failure broke off, and that fails from then on
             logging.getLogger(__name__).warning("%s: not written: %s", self.path, error)
         ended = time.monotonic()
         self._due = ended + max(_FIRST, (ended - started) / _SHARE)

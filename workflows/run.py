@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
         if run is not None:
             run.directory.close()
             if reporter.directory is not None:
-                run.page.update(now=True)
+                with suppress(KeyboardInterrupt):  # the run's own end is told; one more Ctrl-C ends the page alone
+                    run.page.update(now=True)
         ranks.leave()
     if options.json and not options.dry_run and ranks.writes:
         print(json.dumps(_result(run, None), indent=2))

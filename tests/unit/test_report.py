@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -115,10 +116,16 @@ def test_the_page_is_not_written_all_the_time(tmp_path: Path, monkeypatch: pytes
     assert kept.path.stat().st_mtime_ns != first
 
 
-def test_a_page_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_page_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out.run").write_text("in the way")
     ReportPage(tmp_path / "out").update(now=True)
     assert "not written" in caplog.text
+    # matplotlib, whose import was broken off: from then on it fails in this process.
+    monkeypatch.setitem(sys.modules, "verify.plots", None)
+    ReportPage(tmp_path / "other").update(now=True)
+    assert caplog.text.count("not written") == 2
 
 
 def test_a_report_without_a_run_needs_checks_alone() -> None:
