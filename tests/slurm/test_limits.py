@@ -80,8 +80,11 @@ def batches(
     def hung() -> None:
         """All processes of the first job stand still once a block is finished, and answer no signal."""
         if journal(root / "hung", "qwen") and len(facts(batch["hung"], "qwen", "submitted")) == 1:
-            job = f"SLURM_JOB_ID={job_of(batch['hung'], 'qwen')}\0"
-            stop([*processes("workflows.run", job), *processes("submitit.core._submit", job)])
+            stop(first_of_hung())
+
+    def first_of_hung() -> list[int]:
+        job = f"SLURM_JOB_ID={facts(batch['hung'], 'qwen', 'submitted')[0]['job']}\0"
+        return [*processes("workflows.run", job), *processes("submitit.core._submit", job)]
 
     submit(batch["slow"], recipes["slow"], resources=(f"hours={2 * MINUTE}", "grace_seconds=50"))
     # Without Slurm's signal: the job itself must look at the clock.
@@ -95,6 +98,7 @@ def batches(
         over.set()
         for thread in threads:
             thread.join()
+        stop(first_of_hung(), signal.SIGKILL)  # srun among them, which Slurm leaves standing
 
 
 def test_a_block_that_no_limit_is_long_enough_for(
