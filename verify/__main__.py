@@ -13,18 +13,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
-from rich.console import Console
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import EnvironmentProblem, SourceError, VerificationFailed, WorkflowError
+from recipes.errors import EnvironmentProblem, SourceError, VerificationFailed, WorkflowError, exit_with
 from recipes.loader import load_recipe
 from recipes.schema import Fidelity, Serving
 from verify.checks import Check
 from verify.levels import print_samples, verify_levels
 from verify.page import Report
-from verify.report import LEVELS, failed, print_checks, to_json
+from verify.report import LEVELS, OutputConsole, failed, print_checks, to_json
 from verify.serving import check_serving
 
 
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.json:
             print(json.dumps(to_json(checks) | {"samples": samples}, indent=2))
         else:
-            console = Console(width=None if sys.stdout.isatty() else 160)
+            console = OutputConsole()
             print_checks(checks, console)
             print_samples(samples, console)
         bad = failed(checks)
@@ -121,4 +120,4 @@ def _own_recipe(checkpoint: Path) -> Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +16,19 @@ LEVELS = ("structure", "fidelity", "serving")
 #: The verdicts, worst first.
 SEVERITY: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
 _STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
+
+
+class OutputConsole(Console):
+    """Standard output: as wide as the terminal, or `width` columns where it is none. Raises BrokenPipeError where nobody
+    reads it any more; rich's own ends the process with 1, which is a defect's code here."""
+
+    def __init__(self, width: int = 160) -> None:
+        super().__init__(width=None if sys.stdout.isatty() else width)
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich inside the handler of the error."""
+        self.quiet = True
+        raise BrokenPipeError
 
 
 def level_verdicts(checks: Sequence[Check]) -> dict[str, Verdict]:

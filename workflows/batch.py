@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from rich.console import Console
-
-from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
+from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError, exit_with
 from recipes.matrix import Matrix, load_matrix, parse_resources
+from verify.report import OutputConsole
 from workflows.batch_child import Slot
 from workflows.batch_hooks import Hooks
 from workflows.batch_outcome import Outcome
@@ -178,7 +176,7 @@ def _show(batch: BatchDirectory, as_json: bool, summary: dict[str, object]) -> N
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        print_summary(summary, Console(width=None if sys.stdout.isatty() else 200))
+        print_summary(summary, OutputConsole(200))
 
 
 def _directory(options: argparse.Namespace) -> Path:
@@ -259,4 +257,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

@@ -20,8 +20,9 @@ from calibration.checkpoint.families import ROUTED, SHARED, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import WorkflowError
+from recipes.errors import WorkflowError, exit_with
 from recipes.loader import load_recipe
+from verify.report import OutputConsole
 from workflows.progress import size
 from workflows.source import resolve_source
 
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps({"checkpoint": facts, "plan": plan}, indent=2))
         return 0
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = OutputConsole()
     print_checkpoint(facts, console)
     if plan is not None:
         print_plan(plan, console)
@@ -177,4 +178,4 @@ def _pattern(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

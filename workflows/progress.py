@@ -27,11 +27,19 @@ from calibration.journal import RunDirectory
 _LEVELS = ("debug", "info", "warning", "error")
 
 
+class _Lines(Console):
+    """Standard error; where nobody reads it any more (`2>&1 | tee` was killed), a run goes on unheard."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own ends the process."""
+        self.quiet = True
+
+
 class Reporter:
     """Prints to stderr what is at or above `level`, unless `muted`, and writes every event to the run directory."""
 
     def __init__(self, level: str = "info", muted: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+        self.console = _Lines(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
         self.level, self.muted = _LEVELS.index(level), muted
         self.directory: RunDirectory | None = None
         #: Called after every event: what is kept up to date from events.

@@ -1,27 +1,24 @@
 """`python -m workflows.run recipe.yaml`: inspect -> rehearse -> calibrate -> export -> verify.
 
 Exit codes: 0 success; 1 a defect of this program; 2 recipe or command line; 3 source checkpoint or data set;
-4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted.
+4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted; 141 nobody reads standard output.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from calibration.checkpoint.writer import write_json
 from calibration.ranks import connect
-from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError
+from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, exit_with
 from recipes.loader import load_recipe
 from verify.levels import print_samples
-from verify.report import failed, level_verdicts, print_checks
+from verify.report import OutputConsole, failed, level_verdicts, print_checks
 from workflows import estimate, stages
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
 from workflows.interrupts import Interrupts
@@ -128,7 +125,7 @@ def _dry_run(run: Run, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = OutputConsole()
     print_checkpoint(facts["checkpoint"], console)
     print_plan(facts["plan"], console)
     predicted = facts["predicted"]
@@ -154,7 +151,7 @@ def _compare(run: Run) -> None:
 def _summarize(run: Run, as_json: bool) -> None:
     if as_json or not run.checks:
         return
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = OutputConsole()
     print_checks(run.checks, console)
     print_samples(stages.read_samples(run), console)
     console.print(f"output: {run.output}", markup=False, soft_wrap=True)
@@ -211,4 +208,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)
