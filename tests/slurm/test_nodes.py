@@ -47,7 +47,8 @@ def test_two_nodes(
         assert why == "preempted" and later.count(b"block 1/3") + told_first.count(b"block 1/3") == 1
         assert facts(batch, "qwen", "ended")[0]["outcome"] == "stopped" and later, told(batch)
     else:
-        assert why == "loss"
+        # Where a job's process is lost, Slurm ends the step on the other node with the SIGTERM of a preemption.
+        assert why == "loss" or (how != "a rank" and why == "preempted"), told(batch)
     assert not processes("SLURMD_NODENAME=node", f"SLURM_JOB_ID={job}\0")
 
 
