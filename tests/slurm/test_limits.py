@@ -100,6 +100,8 @@ def batches(
         for thread in threads:
             thread.join()
         stop(first_of_hung(), signal.SIGKILL)  # srun among them, which Slurm leaves standing
+        # Slurm may have drained the node where it could not end them ("Kill task failed"); an idle node refuses this.
+        subprocess.run(["scontrol", "update", "nodename=ALL", "state=resume"], check=False, capture_output=True)
 
 
 def test_a_block_that_no_limit_is_long_enough_for(
