@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from calibration.checkpoint.files import is_directory, is_file, read_json_object
 from calibration.checkpoint.header import TensorHeader, read_header
 from recipes.errors import SourceError
 
@@ -39,9 +39,9 @@ class Checkpoint:
         truncated shards, tensors that index and shards do not agree on.
         """
         directory = Path(directory)
-        if not directory.is_dir():
+        if not is_directory(directory):
             raise SourceError(f"{directory}: no such checkpoint directory; check source.checkpoint in the recipe")
-        config = _json_object(directory / CONFIG_NAME)
+        config = read_json_object(directory / CONFIG_NAME, constants=True)
         weight_map, shards = _weight_map(directory)
         problems: list[str] = []
         tensors: dict[str, TensorHeader] = {}
@@ -99,25 +99,13 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}; a checkpoint needs it") from None
-    except ValueError as error:
-        raise SourceError(f"{path}: is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise SourceError(f"{path}: must hold a JSON object, holds a {type(value).__name__}")
-    return value
-
-
 def _weight_map(directory: Path) -> tuple[dict[str, str] | None, list[str]]:
     index_path = directory / INDEX_NAME
     if not index_path.exists():
         if (directory / SINGLE_NAME).exists():
             return None, [SINGLE_NAME]
         raise SourceError(f"{directory}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; is it a safetensors checkpoint?")
-    weight_map = _json_object(index_path).get("weight_map")
+    weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index_path}: weight_map is missing or empty; download the index again")
     problems = []
@@ -132,7 +120,7 @@ def _weight_map(directory: Path) -> tuple[dict[str, str] | None, list[str]]:
             problems.append(
                 f"{index_path}: weight_map names {shard!r}: only plain file names beside the index are allowed"
             )
-        elif not (directory / shard).is_file():
+        elif not is_file(directory / shard):
             absent = sum(target == shard for target in weight_map.values())
             problems.append(f"{directory / shard}: missing shard: {absent} tensors of the index lie in it; download it")
     if problems:
