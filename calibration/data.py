@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calibration import deepseek_v4_encoding
+from calibration.checkpoint.permissions import refuse_outside
 from calibration.dataset import first_line, load_table
 from recipes.errors import RecipeError, SourceError
 from recipes.schema import Calibration
@@ -49,9 +50,11 @@ class CalibrationData:
 
 
 def load_tokenizer(source_directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises SourceError when there is none or it cannot be loaded."""
+    """The checkpoint's tokenizer. Raises SourceError if there is none, it cannot be loaded, or its files name a path
+    outside the checkpoint."""
     if not source_directory.is_dir():
         raise SourceError(f"{source_directory}: no such directory; source.checkpoint must hold a tokenizer")
+    refuse_outside(source_directory)
     try:
         return AutoTokenizer.from_pretrained(
             str(source_directory), trust_remote_code=trust_remote_code, local_files_only=True

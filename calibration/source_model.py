@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.formats import Formats, check_finite, dequantize
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.checkpoint.permissions import without_choices
 from calibration.room import Ahead, Room
 from recipes.errors import SourceError
 
@@ -202,7 +203,7 @@ def build_skeleton(
     """
     family, formats = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME)), Formats(checkpoint)
     device = device or _main_device()
-    model = _empty_model(_clean_config(checkpoint, run_directory), trust_remote_code)
+    model = _empty_model(_clean_config(checkpoint, run_directory, trust_remote_code), trust_remote_code)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf in module._non_persistent_buffers_set:
@@ -224,14 +225,14 @@ def _main_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def _clean_config(checkpoint: Checkpoint, run_directory: Path) -> Path:
+def _clean_config(checkpoint: Checkpoint, run_directory: Path, trust_remote_code: bool) -> Path:
     directory = run_directory / "skeleton"
     directory.mkdir(parents=True, exist_ok=True)
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = without_choices({k: value for k, value in checkpoint.config.items() if k != "quantization_config"})
     partial = directory / (CONFIG_NAME + ".partial")
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     partial.replace(directory / CONFIG_NAME)
-    for code in checkpoint.directory.glob("*.py"):
+    for code in checkpoint.directory.glob("*.py") if trust_remote_code else ():
         shutil.copyfile(code, directory / code.name)
     return directory
 

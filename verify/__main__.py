@@ -1,5 +1,8 @@
 """`python -m verify CHECKPOINT`: verifies a compressed-tensors NVFP4 checkpoint, ours or not.
 
+The checkpoint is a stranger. Thresholds, data, trust and the interpreter come from the command line, from the recipe that
+--recipe names, or from the defaults. A recipe.yaml inside the checkpoint says at most what was planned.
+
 Exit codes as in workflows.run: 0 no check says FAIL, 2 command line or recipe, 3 source, 4 environment, 5 a check says
 FAIL.
 """
@@ -9,18 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-import yaml
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
 from recipes.errors import EnvironmentProblem, SourceError, VerificationFailed, WorkflowError, exit_with
-from recipes.loader import load_recipe
+from recipes.loader import load_recipe, read_yaml
 from recipes.schema import Fidelity, Serving
-from verify.checks import Check
+from verify.checks import Check, verdict
 from verify.levels import print_samples, verify_levels
 from verify.page import Report
 from verify.report import LEVELS, OutputConsole, failed, print_checks, to_json
@@ -35,20 +37,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--source", type=Path, help="the checkpoint it was made from")
     parser.add_argument(
-        "--recipe", type=Path, help="the recipe it was made with (default: recipe.yaml in the checkpoint)"
-    )
+        "--recipe", type=Path,
+        help="the recipe it was made with, for plan, thresholds, data and trust (default: the plan alone, from the "
+        "checkpoint's own recipe.yaml)",
+    )  # fmt: skip
     parser.add_argument("--level", choices=LEVELS, default="serving", help="check up to this level (default: serving)")
     parser.add_argument(
         "--python", help="interpreter of the vLLM environment (default: that of --recipe, or .venv-vllm)"
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code of the checkpoint and of the source: tokenizer, model",
     )
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the engine's requests, results and logs there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page as well")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     try:
-        checks, samples = verify(
-            options.checkpoint, options.source, options.recipe, options.level, options.python, options.logs
-        )
+        granted = Granted(options.python, options.trust_remote_code, options.logs)
+        checks, samples = verify(options.checkpoint, options.source, options.recipe, options.level, granted)
         if options.html is not None:
             write_page(options.html, Report(options.checkpoint.name, checks, samples=samples))
         if options.json:
@@ -76,47 +84,64 @@ def write_page(path: Path, report: Report) -> None:
         raise EnvironmentProblem(f"{path}: --html: cannot be written: {error.strerror}; name another file") from None
 
 
+@dataclass(frozen=True)
+class Granted:
+    """What the caller of a verification allows, which no file of the checkpoint can: `python` the interpreter of vLLM
+    (None: the recipe's, or the default), `trust_remote_code` to run the checkpoint's own code, `logs` a directory to
+    keep the engine's files in."""
+
+    python: str | None = None
+    trust_remote_code: bool = False
+    logs: Path | None = None
+
+
 def verify(
-    checkpoint: Path, source: Path | None, recipe: Path | None, level: str, python: str | None, logs: Path | None = None
+    checkpoint: Path, source: Path | None, recipe: Path | None, level: str, granted: Granted | None = None
 ) -> tuple[list[Check], list[dict[str, str]]]:
-    """Checks up to `level`; returns the checks and generated samples. `logs` gets the engine's logs. Raises
+    """Checks up to `level`; returns the checks and generated samples. `recipe` is one that the caller named. Raises
     WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
+    granted = granted or Granted()
     if not checkpoint.is_dir():
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
-    plan: Plan | None = None
-    formats: Formats | None = None
-    serving, fidelity = Serving(), Fidelity()
-    own = _own_recipe(checkpoint) if recipe is None else None
-    used = recipe or own
-    loaded = load_recipe(used) if used is not None else None
-    if loaded is not None:
-        serving, fidelity = loaded.verify.serving or serving, loaded.verify.fidelity or fidelity
-    if own is not None:  # a checkpoint that came from elsewhere must not choose what is executed here
-        serving = serving.model_copy(update={"python": Serving().python})
-    if source is not None:
-        formats = Formats(Checkpoint.open(source))
-        plan = make_plan(formats.checkpoint, formats, loaded) if loaded is not None else None
+    named = load_recipe(recipe) if recipe is not None else None
+    serving, fidelity, text = Serving(), Fidelity(), None
+    if named is not None:
+        serving, fidelity = named.verify.serving or serving, named.verify.fidelity or fidelity
+        text = named.calibration
+    formats = Formats(Checkpoint.open(source)) if source is not None else None
+    plan, own = None, list[Check]()
+    if formats is not None and named is not None:
+        plan = make_plan(formats.checkpoint, formats, named)
+    elif formats is not None:
+        plan, own = own_plan(checkpoint, formats)
     wanted = LEVELS[: LEVELS.index(level) + 1]
-    serving = serving.model_copy(update={"python": python}) if python else serving
+    serving = serving.model_copy(update={"python": granted.python}) if granted.python else serving
     if "serving" in wanted:
         check_serving(serving)
     with TemporaryDirectory(prefix="verify-") as temporary:
         checks, result = verify_levels(
-            checkpoint, wanted, logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity,
-            text=loaded.calibration if loaded is not None else None, serving=serving,
-            trust_remote_code=loaded is not None and loaded.source.trust_remote_code,
+            checkpoint, wanted, granted.logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity, text=text,
+            serving=serving,
+            trust_remote_code=granted.trust_remote_code or (named is not None and named.source.trust_remote_code),
         )  # fmt: skip
-    return checks, result.get("samples", [])
+    return own + checks, result.get("samples", [])
 
 
-def _own_recipe(checkpoint: Path) -> Path | None:
-    """The recipe inside the checkpoint where it is one of this project: llm-compressor writes a recipe.yaml too."""
+def own_plan(checkpoint: Path, source: Formats) -> tuple[Plan | None, list[Check]]:
+    """The plan that the recipe inside a checkpoint makes of the source, and a check that says whether it could be made.
+    Of that recipe nothing else is used. llm-compressor writes a recipe.yaml too, which is left alone."""
+    id, what = "structure.recipe", "the recipe inside the checkpoint makes a plan of the source"
     path = checkpoint / "recipe.yaml"
+    if not path.exists():
+        return None, []
     try:
-        body = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return path if isinstance(body, dict) and {"source", "output"} <= body.keys() else None
+        if not {"source", "output"} <= read_yaml(path)[1].keys():
+            return None, []
+        plan = make_plan(source.checkpoint, source, load_recipe(path))
+    except WorkflowError as error:
+        doubt = f"recipe.yaml is not used, name one with --recipe: {error.problems[0]}"
+        return None, [verdict(id, what, [], [doubt], "headers of the source")]
+    return plan, [verdict(id, what, [], [], "headers of the source", f"{len(plan.quantized)} modules to quantize")]
 
 
 if __name__ == "__main__":

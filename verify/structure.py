@@ -18,6 +18,7 @@ from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
+from calibration.checkpoint.permissions import requests
 from calibration.checkpoint.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
@@ -54,6 +55,7 @@ def verify_structure(
     checks = [
         verdict("structure.open", what, [], [], "headers", f"{len(output.shards)} shards, {len(output.tensors)} tensors"),
         verdict("structure.files", "no shard beside the index, nothing half written", _stray(output), [], "listing"),
+        _requests(output, source),
         verdict("structure.total_size", "index total_size equals the bytes", _total_size(output), [], "headers and index"),
     ]  # fmt: skip
     try:
@@ -91,6 +93,14 @@ def _stray(output: Checkpoint) -> list[str]:
             if not target.is_relative_to(output.directory.resolve()) and target.parent.name != "blobs":
                 problems.append(f"{path.name}: a link out of the checkpoint, to {target}: copies and uploads lose it")
     return problems
+
+
+def _requests(output: Checkpoint, source: Checkpoint | None) -> Check:
+    asked, theirs = requests(output.directory), requests(source.directory) if source is not None else []
+    problems = [str(request) for request in asked if request.kind == "path"]
+    doubts = [f"{r}; not followed" for r in asked if r.kind != "path" and r not in theirs]
+    what = "no file asks to run code, to download or to open a path outside"
+    return verdict("structure.requests", what, problems, doubts, "JSON files of the checkpoint")
 
 
 def _total_size(output: Checkpoint) -> list[str]:

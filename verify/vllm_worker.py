@@ -250,6 +250,7 @@ def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
     cache = {"kv_cache_memory_bytes": request["kv_cache_bytes"]} if on_cpu and request.get("kv_cache_bytes") else {}
     return vllm.LLM(
         model=str(checkpoint),
+        load_format="safetensors",  # never a pickle beside the shards
         dtype=request["dtype"],
         max_model_len=request["max_model_len"],
         max_num_batched_tokens=max(request["max_model_len"], 2 * len(request["prompts"])),
