@@ -31,6 +31,11 @@ def collapsed(problems: Iterable[str]) -> list[str]:
     return [first + (f" (and {len(rest)} more like this)" if rest else "") for first, *rest in alike.values()]
 
 
+def first_of(problems: list[str], most: int = 100) -> list[str]:
+    """The first problems and a count of the others: a hostile file can have a million of them."""
+    return [*problems[:most], *([f"and {len(problems) - most:,} further problems"] if len(problems) > most else [])]
+
+
 class RecipeError(WorkflowError):
     """The recipe or the command line is wrong: unknown key, bad value, target that matches nothing."""
 

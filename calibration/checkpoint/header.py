@@ -7,7 +7,6 @@ Source: the safetensors format description (README of the safetensors project).
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -15,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import SourceError
+from calibration.checkpoint.files import open_regular, parse_json
+from recipes.errors import SourceError, first_of
 
 #: Bytes per element of every dtype the project reads or writes, by safetensors' own spelling.
 DTYPE_BYTES = {
@@ -27,6 +27,14 @@ DTYPE_BYTES = {
 
 #: The safetensors library refuses longer headers (its MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
+#: Sizes of a shape; models have up to 5.
+MAX_DIMENSIONS = 32
+#: Letters of a tensor name; the longest ones of real models have about 120.
+MAX_NAME = 1_000
+#: Largest number in a shape or an offset: that of a file.
+MAX_SIZE = (1 << 63) - 1
+#: Problems of one file that a message lists.
+MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +65,14 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Reads and checks the header of one safetensors file.
 
-    Returns tensor name -> header, in the order of the bytes. Raises SourceError, listing every problem: a file too
-    short for its own header (truncated), a header that is not JSON, an unknown dtype, a shape that does not fit its
-    offsets, overlapping or gapped offsets, bytes missing at the end or left over.
+    Returns tensor name -> header, in the order of the bytes. Raises SourceError, listing the first problems: no regular
+    file, a file too short for its own header (truncated), a header that is not JSON, a name that is no text of printable
+    letters, an unknown dtype, a shape that does not fit its offsets, overlapping or gapped offsets, bytes missing at the
+    end or left over.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    with open_regular(path, "copy or download the shard again") as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
             if length < 2 or length > MAX_HEADER_BYTES or 8 + length > size:
@@ -72,40 +81,91 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
                     f"{size} bytes; copy or download the shard again"
                 )
             raw = file.read(length)
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}; check the path and the permissions") from None
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be read: {error.strerror}; check the path and the permissions") from None
+    return parse_header(path, raw, size)
+
+
+def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorHeader]:
+    """The header `raw` (JSON) of the file `path` of `size` bytes, checked. Raises SourceError as `read_header`."""
+    if not raw.startswith(b"{"):
+        raise SourceError(f"{path}: the safetensors header is damaged (it is no JSON object); download the shard again")
     try:
-        header = json.loads(raw)
-        if not isinstance(header, dict):
-            raise ValueError("the header is not a JSON object")
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: the safetensors header is damaged ({error}); download the shard again") from None
-    header.pop("__metadata__", None)
-    return _checked(path, header, data_begin=8 + length, size=size)
-
-
-def _checked(path: Path, header: dict[str, Any], data_begin: int, size: int) -> dict[str, TensorHeader]:
-    problems: list[str] = []
-    tensors: list[TensorHeader] = []
+        header = parse_json(raw, str(path))
+    except SourceError as error:
+        raise SourceError(f"{error}: the safetensors header is damaged; download the shard again") from None
+    metadata = header.pop("__metadata__", {})
+    problems = [] if _is_metadata(metadata) else [f"{path}: __metadata__ is no mapping of text to text"]
+    data_begin = 8 + len(raw)
+    tensors, shard = list[TensorHeader](), path.name
     for name, entry in header.items():
-        try:
-            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
-            begin, end = (int(n) for n in entry["data_offsets"])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            problems.append(f"{path}: {name}: the header entry lacks dtype, shape or data_offsets")
-            continue
-        if dtype not in DTYPE_BYTES:
-            problems.append(f"{path}: {name}: dtype {dtype} is not known; known: {', '.join(DTYPE_BYTES)}")
-        elif min(shape, default=0) < 0 or begin < 0 or end - begin != tensor_bytes(dtype, shape):
-            problems.append(
-                f"{path}: {name}: {dtype} {list(shape)} takes {tensor_bytes(dtype, shape)} bytes, its offsets "
-                f"[{begin}, {end}] hold {end - begin}"
+        problem = _entry_problem(name, entry)
+        if problem is None:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if end - begin == tensor_bytes(dtype, shape):
+                tensors.append(TensorHeader(name, dtype, shape, shard, data_begin + begin, data_begin + end))
+                continue
+            problem = (
+                f"{dtype} {list(shape)} takes {tensor_bytes(dtype, shape)} bytes, its offsets [{begin}, {end}] hold "
+                f"{end - begin}"
             )
-        else:
-            tensors.append(TensorHeader(name, dtype, shape, path.name, data_begin + begin, data_begin + end))
+        problems.append(f"{path}: {shown_name(name)}: {problem}")
     tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    position = data_begin
-    for tensor in tensors if not problems else []:
+    if not problems:
+        problems = _layout_problems(path, tensors, data_begin, size)
+    if problems:
+        raise SourceError([*first_of(problems, MOST_PROBLEMS), f"{path}: remedy: copy or download this shard again"])
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def shown_name(name: str) -> str:
+    """A tensor name for a message: as it is, or quoted and cut where it is none."""
+    return name if name_problem(name) is None else f"{name!r:.100}"
+
+
+def name_problem(name: str) -> str | None:
+    """Why a text is no tensor name, or None. Control characters and what turns the direction of text would act on a
+    terminal, a page or a log; no model has such a name."""
+    if not 0 < len(name) <= MAX_NAME:
+        return f"the name has {len(name):,} letters, 1 to {MAX_NAME:,} are allowed"
+    return None if name.isprintable() else "the name holds characters that cannot be printed"
+
+
+def _entry_problem(name: str, entry: Any) -> str | None:
+    """What is wrong with one entry of a header by itself, or None."""
+    problem = name_problem(name)
+    if problem is not None:
+        return problem
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        return "the header entry lacks dtype, shape or data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        return f"dtype {dtype!r:.40} is not known; known: {', '.join(DTYPE_BYTES)}"
+    if not isinstance(shape, list) or not _are_sizes(shape, MAX_DIMENSIONS):
+        found = (
+            f"{shape!r:.80}"
+            if not isinstance(shape, list) or len(shape) <= MAX_DIMENSIONS
+            else f"of {len(shape):,} numbers"
+        )
+        return f"shape {found} is no list of at most {MAX_DIMENSIONS} sizes"
+    if not isinstance(offsets, list) or len(offsets) != 2 or not _are_sizes(offsets, 2):
+        return "data_offsets are no two byte numbers"
+    return None
+
+
+def _are_sizes(numbers: list[Any], most: int) -> bool:
+    # `type`: True and 1.0 are no sizes.
+    return len(numbers) <= most and all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
+
+
+def _is_metadata(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _layout_problems(path: Path, tensors: list[TensorHeader], data_begin: int, size: int) -> list[str]:
+    """Gaps and overlaps of tensors in the order of their bytes, and a file that is shorter or longer than they say."""
+    problems, position = list[str](), data_begin
+    for tensor in tensors:
         if tensor.begin != position:
             kind = "overlaps the tensor before it" if tensor.begin < position else "leaves a gap before it"
             problems.append(f"{path}: {tensor.name}: begins at byte {tensor.begin}, expected {position}: it {kind}")
@@ -113,9 +173,7 @@ def _checked(path: Path, header: dict[str, Any], data_begin: int, size: int) -> 
     if not problems and position != size:
         kind = "truncated" if position > size else "longer than its header says"
         problems.append(f"{path}: {kind}: the header ends at byte {position}, the file at {size}")
-    if problems:
-        raise SourceError([*problems, f"{path}: remedy: copy or download this shard again"])
-    return {tensor.name: tensor for tensor in tensors}
+    return problems
 
 
 def fsync_directory(directory: Path) -> None:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from calibration.checkpoint.files import is_directory, is_file, read_json_object
-from calibration.checkpoint.header import TensorHeader, read_header
-from recipes.errors import SourceError
+from calibration.checkpoint.files import is_directory, is_file, open_regular, read_json_object
+from calibration.checkpoint.header import TensorHeader, name_problem, read_header, shown_name
+from calibration.checkpoint.source_config import check_config
+from recipes.errors import SourceError, first_of
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+#: The longest honest ones list every module that is not quantized.
+MAX_CONFIG_BYTES = 16 << 20
 
 
 class Checkpoint:
     """A safetensors checkpoint in hub form, opened for reading.
 
     `tensors` maps every tensor name to its header, `shards` lists the file names in the order of the index, and
-    `config` is the parsed config.json. Nothing is ever written; handles are kept open until `close`.
+    `config` is the parsed config.json; the fields of it that are read have the types that `source_config` says. Nothing is
+    ever written; handles are kept open until `close`.
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorHeader], shards: list[str]):
@@ -41,8 +46,10 @@ class Checkpoint:
         directory = Path(directory)
         if not is_directory(directory):
             raise SourceError(f"{directory}: no such checkpoint directory; check source.checkpoint in the recipe")
-        config = read_json_object(directory / CONFIG_NAME, constants=True)
-        weight_map, shards = _weight_map(directory)
+        # transformers reads NaN and Infinity too, and some configs (Mamba's time_step_limit) have them.
+        config = read_json_object(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES, constants=True)
+        check_config(config, directory / CONFIG_NAME)
+        promised, shards = _weight_map(directory)
         problems: list[str] = []
         tensors: dict[str, TensorHeader] = {}
         for shard in shards:
@@ -55,10 +62,10 @@ class Checkpoint:
                 if name in tensors:
                     problems.append(f"{directory}: {name} stands both in {tensors[name].shard} and in {shard}")
                 tensors[name] = header
-            if weight_map is not None:
-                problems += _disagreements(directory, shard, headers, weight_map)
+            if promised is not None:
+                problems += _disagreements(directory, shard, headers, promised[shard])
         if problems:
-            raise SourceError(problems)
+            raise SourceError(first_of(problems))
         return cls(directory, config, tensors, shards)
 
     def path(self, name: str) -> Path:
@@ -80,9 +87,9 @@ class Checkpoint:
         return tensor
 
     def read_bytes(self, name: str) -> bytes:
-        """The stored bytes of tensor `name`, unchanged."""
+        """The stored bytes of tensor `name`, unchanged. Raises SourceError."""
         header = self.tensors[name]
-        with self.path(name).open("rb") as file:
+        with open_regular(self.path(name)) as file:
             data = os.pread(file.fileno(), header.nbytes, header.begin)
             while len(data) < header.nbytes:
                 more = os.pread(file.fileno(), header.nbytes - len(data), header.begin + len(data))
@@ -99,43 +106,48 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def _weight_map(directory: Path) -> tuple[dict[str, str] | None, list[str]]:
+def _weight_map(directory: Path) -> tuple[dict[str, set[str]] | None, list[str]]:
+    """Shard -> the tensors that the index promises in it, None without an index; and the shards."""
     index_path = directory / INDEX_NAME
-    if not index_path.exists():
-        if (directory / SINGLE_NAME).exists():
+    if not os.path.lexists(index_path):
+        if os.path.lexists(directory / SINGLE_NAME):
             return None, [SINGLE_NAME]
         raise SourceError(f"{directory}: holds neither {INDEX_NAME} nor {SINGLE_NAME}; is it a safetensors checkpoint?")
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise SourceError(f"{index_path}: weight_map is missing or empty; download the index again")
+    promised: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        problem = name_problem(name)
+        if problem is None and not isinstance(shard, str):
+            problem = f"weight_map places it in {shard!r:.80}: a file name is needed"
+        if problem is not None:
+            raise SourceError(f"{index_path}: {shown_name(name)}: {problem}; download the index again")
+        promised.setdefault(shard, set()).add(name)
     problems = []
-    strange = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
-    if strange:
-        raise SourceError(
-            f"{index_path}: weight_map places {strange[0]} in {weight_map[strange[0]]!r}: a file name is needed"
-        )
-    shards = list(dict.fromkeys(weight_map.values()))
-    for shard in shards:
-        if Path(shard).name != shard or shard in ("", ".", ".."):
+    for shard, names in promised.items():
+        if not _is_file_name(shard):
             problems.append(
-                f"{index_path}: weight_map names {shard!r}: only plain file names beside the index are allowed"
+                f"{index_path}: weight_map names {shard!r:.300}: only plain file names beside the index are allowed"
             )
         elif not is_file(directory / shard):
-            absent = sum(target == shard for target in weight_map.values())
-            problems.append(f"{directory / shard}: missing shard: {absent} tensors of the index lie in it; download it")
+            problems.append(
+                f"{directory / shard}: missing shard: {len(names)} tensors of the index lie in it; download it"
+            )
     if problems:
-        raise SourceError(problems)
-    return weight_map, shards
+        raise SourceError(first_of(problems))
+    return promised, list(promised)
 
 
-def _disagreements(
-    directory: Path, shard: str, headers: dict[str, TensorHeader], weight_map: dict[str, str]
-) -> list[str]:
-    promised = {name for name, target in weight_map.items() if target == shard}
+def _is_file_name(text: str) -> bool:
+    return text not in ("", ".", "..") and "/" not in text and text.isprintable() and len(os.fsencode(text)) <= 255
+
+
+def _disagreements(directory: Path, shard: str, found: Collection[str], promised: set[str]) -> list[str]:
     problems = []
     for kind, names in (
-        ("the index promises {} in it, its header does not have it", sorted(promised - headers.keys())),
-        ("its header has {}, the index does not place it there", sorted(headers.keys() - promised)),
+        ("the index promises {} in it, its header does not have it", sorted(promised - set(found))),
+        ("its header has {}, the index does not place it there", sorted(set(found) - promised)),
     ):
         if names:
             more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""

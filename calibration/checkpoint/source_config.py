@@ -1,0 +1,132 @@
+"""The fields of a config.json that this project reads, checked once, before anything is derived from them.
+
+A config is a stranger's: a field may be absent, which what needs it says, but never of a type or size that arithmetic
+with it could fail on. Fields that are not named here are not read and stay as they are, whatever they hold; code that
+reads a further field adds it here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recipes.errors import SourceError, first_of
+
+#: Blocks times routed experts of a block; a 1.6 T model has about 25,000. What is expected is made from this number.
+MOST_EXPERTS = 200_000
+#: Problems that one message lists.
+_MOST_PROBLEMS = 20
+
+Width = Annotated[int, Field(ge=0, le=1 << 31)]
+Count = Annotated[int, Field(ge=0, le=100_000)]
+Blocks = Annotated[int, Field(ge=0, le=10_000)]
+Positive = Annotated[int, Field(gt=0, le=1 << 31)]
+Text = Annotated[str, Field(max_length=1_000)]
+#: `fail_fast`: one problem for a list, not one for each of its million entries.
+Widths = Annotated[list[Width], Field(max_length=10_000, fail_fast=True)]
+Names = Annotated[list[Text], Field(max_length=1_000_000, fail_fast=True)]
+Tile = Annotated[list[Positive], Field(min_length=2, max_length=2, fail_fast=True)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class QuantizationArguments(_Part):
+    """`weights` and `input_activations` of a config group (compressed_tensors.quantization.QuantizationArgs)."""
+
+    num_bits: Annotated[int, Field(gt=0, le=64)] | None = None
+    type: Text | None = None
+    symmetric: bool | None = None
+    strategy: Text | None = None
+    group_size: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    block_structure: Tile | Text | None = None
+    dynamic: bool | Text | None = None
+
+
+class ConfigGroup(_Part):
+    """One entry of `config_groups`."""
+
+    targets: Names | None = None
+    weights: QuantizationArguments | None = None
+    input_activations: QuantizationArguments | None = None
+    format: Text | None = None
+
+
+class Quantization(_Part):
+    """`quantization_config`, the parts of it that are read here: FP8 tiles and compressed-tensors' groups."""
+
+    quant_method: Text | None = None
+    weight_block_size: Tile | None = None
+    format: Text | None = None
+    ignore: Names | None = None
+    config_groups: dict[str, ConfigGroup] | None = Field(None, max_length=10_000)
+
+
+class SourceConfig(_Part):
+    """The fields that are read. None is what an absent field is."""
+
+    model_type: Text | None = None
+    num_hidden_layers: Blocks | None = None
+    num_nextn_predict_layers: Annotated[int, Field(le=1_000, ge=-1)] | None = None
+    num_hash_layers: Blocks | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | Widths | None = None
+    moe_intermediate_size: Width | Widths | None = None
+    vocab_size: Width | None = None
+    max_position_embeddings: Positive | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    head_dim: Width | None = None
+    index_n_heads: Count | None = None
+    index_head_dim: Width | None = None
+    q_lora_rank: Width | None = None
+    o_lora_rank: Width | None = None
+    o_groups: Count | None = None
+    hc_mult: Count | None = None
+    compress_ratios: Widths | None = None
+    n_routed_experts: Count | None = None
+    num_experts: Count | None = None
+    num_local_experts: Count | None = None
+    n_shared_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    decoder_sparse_step: Positive | None = None
+    mlp_only_layers: Widths | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    quantization_config: Quantization | None = None
+
+
+def check_config(config: dict[str, Any], where: Path) -> None:
+    """Raises SourceError with every field of `config` that is of a wrong type or size; `where` is its file."""
+    problems = list[str]()
+    try:
+        found = SourceConfig.model_validate(config)
+    except ValidationError as error:
+        problems = [
+            f"{where}: {_field(detail['loc'])}: {detail['msg']}, is {_shown(detail['input'])}"
+            for detail in error.errors(include_url=False)
+        ]
+    else:
+        experts = max(found.n_routed_experts or 0, found.num_experts or 0, found.num_local_experts or 0)
+        if experts * (found.num_hidden_layers or 0) > MOST_EXPERTS:
+            problems.append(
+                f"{where}: num_hidden_layers: {found.num_hidden_layers} blocks of {experts} experts are more than "
+                f"{MOST_EXPERTS:,} experts in all"
+            )
+    if problems:
+        raise SourceError([*first_of(problems, _MOST_PROBLEMS), f"{where}: remedy: copy or download config.json again"])
+
+
+def _field(location: tuple[int | str, ...]) -> str:
+    # pydantic puts the member of a union into the path (`list[constrained-int]`).
+    return ".".join(str(part)[:100] for part in location if "constrained" not in str(part))
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict | list):
+        return f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
+    return f"{value!r:.80}"
