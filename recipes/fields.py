@@ -21,6 +21,12 @@ PRESET_SCHEMES = (
 _REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]|{}]")
 _BYTES = re.compile(r"\d+(\.\d+)?\s*([KMGTP]i?)?B?", re.IGNORECASE)
 _SMALLEST_SIZE = 64 * 1024
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+# Linux takes 255 and 4,095 bytes; a run adds `.run`, `.partial` and names of its own.
+_LONGEST_NAME, _LONGEST_PATH = 240, 3_800
+_GROUP_NAME = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_. -]{0,63}")
+#: The config group of FP8 tiles that a recipe does not quantize and the output keeps.
+KEPT_FP8 = "kept_fp8"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -63,12 +69,27 @@ def _check_byte_size(size: ByteSize) -> ByteSize:
     return size
 
 
-def _expand_home(path: str) -> str:
+def _check_path(path: str) -> str:
+    if found := _CONTROL.search(path):
+        raise ValueError(f"must not hold the control character {found[0]!a}; correct the path")
+    if len(os.fsencode(path)) > _LONGEST_PATH or max(map(len, os.fsencode(path).split(b"/"))) > _LONGEST_NAME:
+        raise ValueError(
+            f"is longer than a path may be ({_LONGEST_NAME} bytes per name, {_LONGEST_PATH:,} in all); shorten it"
+        )
     return os.path.expanduser(path)
 
 
+def _check_group_name(name: str) -> str:
+    if not _GROUP_NAME.fullmatch(name):
+        raise ValueError("must be a name of at most 64 letters, digits, '_', '-', '.' and spaces; rename the group")
+    if name == KEPT_FP8:
+        raise ValueError("is the name of the group of FP8 tiles that the output keeps; rename the group")
+    return name
+
+
 Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[str, Field(min_length=1), AfterValidator(_expand_home)]
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+GroupName = Annotated[str, AfterValidator(_check_group_name)]
 Target = Annotated[str, Field(min_length=1), AfterValidator(_check_target)]
 Scheme = Annotated[str, AfterValidator(_check_scheme), WithJsonSchema({"type": "string", "enum": list(PRESET_SCHEMES)})]
 Targets = Annotated[

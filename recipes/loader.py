@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -16,11 +16,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from recipes import documents
+from recipes.documents import Location, dotted
 from recipes.errors import RecipeError
 from recipes.fields import did_you_mean
 from recipes.schema import Recipe
 
-Location = tuple[int | str, ...]
 S = TypeVar("S", bound=BaseModel)
 
 # The rule that pydantic's error type stands for; `{...}` comes from the error's context.
@@ -55,11 +56,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
     Raises:
         RecipeError: with every problem of the file and of the overrides.
     """
-    root, data = read_yaml(path)
-    problems = [
-        f"{path}:{line}: {dotted}: is given twice, first in line {first}; remove one of the two"
-        for line, dotted, first in _duplicates(root)
-    ]
+    root, data, problems = read_yaml(path)
     labels: dict[Location, str] = {}
     for text in overrides:
         try:
@@ -74,9 +71,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
 
 def load_section(model: type[S], path: Path) -> S:
     """Read a YAML file that holds one section of its own, such as a matrix. Raises RecipeError with every problem."""
-    root, data = read_yaml(path)
-    twice = [f"{path}:{line}: {key}: is given twice, first in line {first}" for line, key, first in _duplicates(root)]
-    return _validated(model, path, root, data, {}, twice)
+    root, data, problems = read_yaml(path)
+    return _validated(model, path, root, data, {}, problems)
 
 
 def _validated(
@@ -104,64 +100,28 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def read_yaml(path: Path) -> tuple[yaml.Node, dict[Any, Any]]:
-    """The nodes (for line numbers) and the data of a YAML file that must hold a mapping. Raises RecipeError."""
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file; the shipped ones are listed in recipes/README.md") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give a readable YAML file") from None
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RecipeError(
-            f"{path}:{line}: must be UTF-8, byte {error.start} is 0x{raw[error.start]:02x}; save the file as UTF-8"
-        ) from None
-    try:
-        root, data = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        written = text.splitlines()[line - 1] if line <= len(text.splitlines()) else ""
-        if "\t" in written[: len(written) - len(written.lstrip())] or "'\\t'" in str(error.problem):
-            raise RecipeError(f"{path}:{line}: has a tab; YAML is indented with spaces, replace it") from None
-        context = f"{error.context}: " if error.context else ""
-        raise RecipeError(
-            f"{path}:{line}: is not valid YAML ({context}{error.problem}); see {written.strip()!r}"
-        ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: is not valid YAML ({str(error).splitlines()[0]}); correct the file") from None
-    if root is None or data is None:
+def read_yaml(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
+    """The nodes (for line numbers), the data and the problems of a YAML file that must hold a mapping. Raises RecipeError."""
+    document = documents.read(path)
+    if document.root is None or document.data is None:
         raise RecipeError(f"{path}: is empty; a recipe needs at least source, output, modifiers and calibration")
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}:1: must be a mapping with keys such as source and output, is {_shown(data)}")
-    return root, data
+    if not isinstance(document.data, dict):
+        raise RecipeError(
+            f"{path}:1: must be a mapping with keys such as source and output, is {_shown(document.data)}"
+        )
+    problems = [f"{path}:{line}: {place}: {problem}" for line, place, problem in document.problems]
+    return document.root, document.data, problems
 
 
-def _duplicates(root: yaml.Node) -> Iterator[tuple[int, str, int]]:
-    """(line, key path, line of the first one) of every key that a mapping holds twice."""
-    seen: set[int] = set()
-
-    def walk(node: yaml.Node, at: Location) -> Iterator[tuple[int, str, int]]:
-        # An alias is the same node again, and may even hold itself.
-        if id(node) in seen:
-            return
-        seen.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            for index, entry in enumerate(node.value):
-                yield from walk(entry, (*at, index))
-        elif isinstance(node, yaml.MappingNode):
-            first: dict[str, int] = {}
-            for key, value in node.value:
-                line, name = key.start_mark.line + 1, str(key.value)
-                if name in first:
-                    yield line, _dotted((*at, name)), first[name]
-                first.setdefault(name, line)
-                yield from walk(value, (*at, name))
-
-    yield from walk(root, ())
+def parse_value(text: str) -> Any:
+    """The value of the YAML on a command line. Raises ValueError."""
+    try:
+        document = documents.parse(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value is not YAML ({str(error).splitlines()[0]}); put it in quotes") from None
+    if document.problems:
+        raise ValueError("; ".join(problem for _, _, problem in document.problems))
+    return document.data
 
 
 def _override(data: dict[Any, Any], text: str) -> Location:
@@ -170,10 +130,7 @@ def _override(data: dict[Any, Any], text: str) -> Location:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ValueError("must be key.path=value, for example calibration.num_samples=32")
-    try:
-        value = yaml.safe_load(value_text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"the value is not YAML ({str(error).splitlines()[0]}); put it in quotes") from None
+    value = parse_value(value_text)
     target: Any = data
     location: Location = ()
     for depth, part in enumerate(parts):
@@ -181,10 +138,10 @@ def _override(data: dict[Any, Any], text: str) -> Location:
         index: int | str = part
         if isinstance(target, list):
             if not part.isdecimal() or int(part) >= len(target):
-                raise ValueError(f"{_dotted(location)} is a list; {part!r} must be an index below {len(target)}")
+                raise ValueError(f"{dotted(location)} is a list; {part!r} must be an index below {len(target)}")
             index = int(part)
         elif not isinstance(target, dict):
-            raise ValueError(f"{_dotted(location)} is {_shown(target)}, it has no key {part!r}")
+            raise ValueError(f"{dotted(location)} is {_shown(target)}, it has no key {part!r}")
         elif part not in target and (section := _section(location)) and part not in section.model_fields:
             raise ValueError(f"there is no key {part!r}{did_you_mean(part, section.model_fields)}")
         location += (index,)
@@ -255,27 +212,25 @@ def _line(node: yaml.Node, location: Location) -> tuple[int, bool]:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """`key.path: rule, value; remedy` of one pydantic error."""
-    location, kind, value = detail["loc"], detail["type"], detail["input"]
+    # pydantic says "[key]" of a key that is wrong itself.
+    location = tuple(part for part in detail["loc"] if part != "[key]")
+    kind, value = detail["type"], detail["input"]
     context = detail.get("ctx", {})
-    dotted = _dotted(location)
+    place = dotted(location)
     section = _section(location[:-1], model) if location else None
     fields = section.model_fields if section else {}
     if kind == "extra_forbidden":
-        return f"{dotted}: unknown key{did_you_mean(str(location[-1]), fields)}"
+        return f"{place}: unknown key{did_you_mean(str(location[-1]), fields)}"
     if kind == "missing":
-        return f"{dotted}: is required and missing; add `{location[-1]}: ...`"
+        return f"{place}: is required and missing; add `{location[-1]}: ...`"
     if kind == "value_error":
         subject = "" if value is None or isinstance(value, (dict, list)) else f"{_shown(value)} "
-        return f"{dotted}: {subject}{context['error']}"
+        return f"{place}: {subject}{context['error']}"
     rule = _RULES[kind].format(**context) if kind in _RULES else detail["msg"]
     field = fields.get(str(location[-1])) if location else None
     default = field.get_default() if field and not field.is_required() else None
     remedy = f"; leave it out for the default {_shown(default)}" if isinstance(default, (bool, int, str)) else ""
-    return f"{dotted}: {rule}, is {_shown(value)}{remedy}"
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(map(str, location)) or "the recipe"
+    return f"{place}: {rule}, is {_shown(value)}{remedy}"
 
 
 def _shown(value: object) -> str:

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
-from recipes.loader import load_section
+from recipes.loader import load_section, parse_value
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
@@ -122,9 +121,9 @@ def parse_resources(pairs: Sequence[str], base: Resources) -> Resources:
             problems.append(f"--resource {pair}: must be key=value, for example hours=8")
             continue
         try:
-            data[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            problems.append(f"--resource {pair}: the value is not YAML; put it in quotes")
+            data[key.strip()] = parse_value(text)
+        except ValueError as error:
+            problems.append(f"--resource {pair}: {error}")
     if not problems:
         try:
             return Resources.model_validate(data)

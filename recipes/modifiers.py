@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_serializer, model_validator
 
-from recipes.fields import PassThrough, Scheme, Section, Target, Targets, Text, did_you_mean
+from recipes.fields import GroupName, PassThrough, Scheme, Section, Target, Targets, Text, did_you_mean
 
 
 class ConfigGroup(Section):
@@ -54,7 +54,7 @@ class QuantizationArguments(Section):
     """Short form for a single group: the modules that `scheme` applies to. Instead of config_groups."""
     scheme: Scheme | None = None
     """Short form for a single group: its preset scheme. Instead of config_groups."""
-    config_groups: dict[str, ConfigGroup] | None = Field(default=None, min_length=1, validate_default=True)
+    config_groups: dict[GroupName, ConfigGroup] | None = Field(default=None, min_length=1, validate_default=True)
     """Groups of modules by a name of your choice, each with its targets and its scheme."""
     ignore: list[Target] = Field(default=[])
     """Module names or 're:' expressions left alone although a target matches. Each must match something."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator
@@ -215,7 +216,9 @@ class Recipe(Section):
 
     @field_validator("output")
     @classmethod
-    def _output_is_not_the_source(cls, output: str, info: ValidationInfo) -> str:
+    def _output_is_a_directory_of_its_own(cls, output: str, info: ValidationInfo) -> str:
+        if Path(output).name in ("", ".."):
+            raise ValueError("must end in the name of a directory, such as models/output; name a new one")
         source = info.data.get("source")
         if source is not None and os.path.abspath(source.checkpoint) == os.path.abspath(output):
             raise ValueError("must not be the source checkpoint's own directory, the source is read only; name another")

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
+from recipes import files
 from recipes.errors import SourceError
 
 #: Bytes of a text or JSON file. The largest honest ones: the index of a 1.6 T model in NVFP4 with its experts apart
@@ -32,19 +33,12 @@ def open_regular(path: Path, remedy: str = "check the path and the permissions")
     """Opens a regular file for reading, its size unbounded. Raises SourceError for a FIFO, a device, a directory, a name
     that no file can have, a file that cannot be opened; MissingFile if there is none."""
     try:
-        # O_NONBLOCK: a FIFO without a writer would wait for ever.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return files.open_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFile(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
     except OSError as error:
-        raise SourceError(f"{path}: cannot be read: {error.strerror}; {remedy}") from None
-    except ValueError as error:  # a NUL or a lone surrogate in the name
-        raise SourceError(f"{str(path)!r}: no file can have this name: {error}") from None
-    mode = os.fstat(handle).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(handle)
-        raise SourceError(f"{path}: is no regular file ({_kind(mode)}); {remedy}")
-    return os.fdopen(handle, "rb")
+        shown = str(path) if str(path).isprintable() else repr(str(path))
+        raise SourceError(f"{shown}: cannot be read: {error.strerror}; {remedy}") from None
 
 
 def is_file(path: Path) -> bool:
@@ -112,8 +106,3 @@ def _mode(path: Path, wanted: Any) -> bool:
         return bool(wanted(os.stat(path).st_mode))
     except (OSError, ValueError):
         return False
-
-
-def _kind(mode: int) -> str:
-    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
-    return next((kind for test, kind in kinds if test(mode)), "a device")

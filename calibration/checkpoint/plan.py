@@ -22,12 +22,11 @@ from calibration.checkpoint.header import tensor_bytes
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
 from recipes.errors import RecipeError, collapsed
+from recipes.fields import KEPT_FP8
 from recipes.modifiers import ConfigGroup
 from recipes.schema import Recipe
 
 Action = Literal["copy", "cast", "quantize", "consume"]
-#: The config group of FP8 tiles that the recipe does not quantize and the output keeps.
-KEPT_FP8 = "kept_fp8"
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 

@@ -1,0 +1,29 @@
+"""Opening files that a user or a stranger names: regular ones alone, without waiting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading. Raises OSError, its `strerror` in words, for what cannot be opened, for a FIFO, a
+    device, a directory and a name that no file can have (a NUL in it)."""
+    try:
+        # O_NONBLOCK: a FIFO without a writer would wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no file can have this name: {error}") from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, f"is no regular file ({_kind(mode)})")
+    return os.fdopen(handle, "rb")
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a FIFO"), (stat.S_ISSOCK, "a socket"))
+    return next((kind for test, kind in kinds if test(mode)), "a device")
