@@ -1,1 +1,1 @@
-"""Recipes: the YAML files, their schema and their loader. Knows pydantic and YAML only."""
+"""Recipes: the YAML files, their schema and their loader. Knows pydantic, YAML and regex only."""

@@ -10,6 +10,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, JsonValue, WithJsonSchema
 
+from recipes.patterns import Pattern, PatternError
+
 # Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: what is not to be
 # quantized is simply not targeted.
 PRESET_SCHEMES = (
@@ -40,9 +42,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def _check_target(target: str) -> str:
     if target.startswith("re:"):
         try:
-            re.compile(target.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"must be a regular expression that compiles after 're:' ({error})") from None
+            Pattern(target.removeprefix("re:"))
+        except PatternError as error:
+            raise ValueError(f"must be a regular expression that compiles after 're:'; {error}") from None
         if target == "re:":
             raise ValueError("must not be an empty regular expression, it would match every module")
     elif _REGEX_SIGNS.search(target):

@@ -14,6 +14,7 @@ from typing import Any
 from calibration.checkpoint.families import NOT_LINEAR, ROUTED, Family
 from calibration.checkpoint.formats import module_of
 from calibration.checkpoint.nvfp4 import GROUP
+from recipes.patterns import Pattern, PatternError, TimeLimit
 from verify.expected import Stored
 
 METHOD = "compressed-tensors"
@@ -50,16 +51,25 @@ class Group:
 
 class Names:
     """Targets or ignore entries, matched as vLLM does: `re:` against its own names from the beginning, others by
-    equality, also with the source's name, which vLLM maps to its own."""
+    equality, also with the source's name, which vLLM maps to its own. An entry that is no pattern, or takes too long to
+    match, becomes a problem of `problems` and names nothing from then on."""
 
-    def __init__(self, entries: Sequence[str]) -> None:
+    def __init__(self, entries: Sequence[str], where: str, problems: list[str], limit: TimeLimit) -> None:
         self.entries = tuple(entries)
         self._exact = frozenset(e for e in entries if not e.startswith("re:"))
-        self._patterns = [re.compile(e[3:]) for e in entries if e.startswith("re:")]
+        self._where, self._problems = where, problems
+        self._patterns: dict[str, Pattern] = {}
+        for entry in dict.fromkeys(e for e in entries if e.startswith("re:")):
+            try:
+                self._patterns[entry] = Pattern(entry[3:], limit)
+            except PatternError as error:
+                self._refuse(entry, error)
 
     def name(self, module: str, names: Iterable[str]) -> bool:
         """Whether an entry names the source module, which vLLM calls `names`."""
-        return module in self._exact or any(n in self._exact or any(p.match(n) for p in self._patterns) for n in names)
+        if module in self._exact:
+            return True
+        return any(n in self._exact or any(self._match(e, n) for e in tuple(self._patterns)) for n in names)
 
     def idle(self, modules: Mapping[str, tuple[str, ...]]) -> list[str]:
         """Entries that name none of the modules (source module -> vLLM's names)."""
@@ -67,8 +77,19 @@ class Names:
         every = served | modules.keys()
         return [
             e for e in self.entries
-            if (not any(re.match(e[3:], name) for name in served) if e.startswith("re:") else e not in every)
+            if (not any(self._match(e, name) for name in served) if e.startswith("re:") else e not in every)
         ]  # fmt: skip
+
+    def _match(self, entry: str, name: str) -> bool:
+        try:
+            return entry in self._patterns and self._patterns[entry].match(name)
+        except PatternError as error:
+            self._refuse(entry, error)
+            return False
+
+    def _refuse(self, entry: str, error: PatternError) -> None:
+        self._patterns.pop(entry, None)
+        self._problems.append(f"quantization_config.{self._where}: {entry[:200]!r} {error}")
 
 
 @dataclass
@@ -76,7 +97,7 @@ class Quantization:
     """The parsed `quantization_config`; `problems` is what keeps vLLM from reading it."""
 
     groups: list[Group] = field(default_factory=list)
-    ignore: Names = field(default_factory=lambda: Names(()))
+    ignore: Names = field(default_factory=lambda: Names((), "ignore", [], TimeLimit()))
     problems: list[str] = field(default_factory=list)
     present: bool = False
 
@@ -99,7 +120,12 @@ def read_quantization(config: dict[str, Any]) -> Quantization:
         method = raw.get("quant_method") if isinstance(raw, dict) else raw
         found.problems.append(f"quantization_config: quant_method is {method!r}, {METHOD} is needed")
         return found
-    found.ignore = Names(_entries(raw.get("ignore") or [], "ignore", found.problems))
+    limit = TimeLimit()
+
+    def names(value: Any, where: str) -> Names:
+        return Names(_entries(value, where, found.problems), where, found.problems, limit)
+
+    found.ignore = names(raw.get("ignore") or [], "ignore")
     groups = raw.get("config_groups")
     if not isinstance(groups, dict) or not groups:
         found.problems.append("quantization_config: config_groups is missing or empty")
@@ -113,11 +139,11 @@ def read_quantization(config: dict[str, Any]) -> Quantization:
         if inputs is not None and not isinstance(inputs, dict):
             found.problems.append(f"{where}: input_activations is no mapping")
             inputs = None
-        targets = _entries(group.get("targets"), f"config_groups.{name}.targets", found.problems)
+        targets = names(group.get("targets"), f"config_groups.{name}.targets")
         form = group.get("format") or raw.get("format")
-        made = Group(str(name), Names(targets), group["weights"], inputs, form if isinstance(form, str) else None)
+        made = Group(str(name), targets, group["weights"], inputs, form if isinstance(form, str) else None)
         found.groups.append(made)
-        if not targets:
+        if not targets.entries:
             found.problems.append(f"{where}: targets is empty")
         if made.nvfp4 and made.format != NVFP4_FORMAT:
             found.problems.append(f"{where}: weights are NVFP4 and format is {made.format!r}, {NVFP4_FORMAT} is needed")
@@ -134,14 +160,7 @@ def _entries(value: Any, where: str, problems: list[str]) -> tuple[str, ...]:
             f"quantization_config.{where}: a list of names and 're:' patterns is needed, found {value!r:.60}"
         )
         return ()
-    good = []
-    for entry in value:
-        try:
-            re.compile(entry[3:] if entry.startswith("re:") else "")
-            good.append(entry)
-        except re.error as error:
-            problems.append(f"quantization_config.{where}: {entry!r} is no pattern: {error}")
-    return tuple(good)
+    return tuple(value)
 
 
 class Resolution:
@@ -173,7 +192,7 @@ class Resolution:
     def problems(self) -> tuple[list[str], list[str]]:
         """Problems: a module whose stored form is not what vLLM expects of it, a group that names nothing, a fused
         group ignored in part. Doubts: entries that name nothing, routed experts named in one of vLLM's two spellings."""
-        quantization, problems, doubts = self.quantization, list(self.quantization.problems), list[str]()
+        quantization, problems, doubts = self.quantization, list[str](), list[str]()
         if not quantization.present:
             low_bit = [module for module, found in self.modules.items() if found.low_bit]
             return [f"{m}: stored quantized, config.json has no quantization_config" for m in low_bit], []
@@ -209,4 +228,4 @@ class Resolution:
         for group_modules in self.family.fused(m for m in self.modules if self.names[m]):
             if len({quantization.ignore.name(m, self.names[m]) for m in group_modules}) > 1:
                 problems.append(f"ignore names only a part of what is served as one matrix: {', '.join(group_modules)}")
-        return problems, doubts
+        return [*quantization.problems, *problems], doubts

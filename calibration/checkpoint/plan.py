@@ -24,6 +24,7 @@ from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
 from recipes.errors import RecipeError, collapsed
 from recipes.fields import KEPT_FP8
 from recipes.modifiers import ConfigGroup
+from recipes.patterns import Pattern, PatternError, TimeLimit
 from recipes.schema import Recipe
 
 Action = Literal["copy", "cast", "quantize", "consume"]
@@ -157,6 +158,7 @@ class _Planner:
         self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.limit = TimeLimit()
         self.weights = {
             module_of(name): name
             for name in checkpoint.tensors
@@ -205,18 +207,12 @@ class _Planner:
         modifier = self.recipe.quantization_modifier
         ignored: set[str] = set()
         for entry in modifier.ignore:
-            hits = self._matching(entry)
-            if not hits:
-                self.problems.append(f"ignore: {entry!r} matches no module of the source{self._closest(entry)}")
-            ignored.update(hits)
+            ignored.update(self._matching("ignore", entry))
         assigned: dict[str, str] = {}
         for name, scheme in groups.items():
             for target in modifier.config_groups[name].targets:
-                hits = self._matching(target)
+                hits = self._matching(f"config_groups.{name}.targets", target)
                 if not hits:
-                    self.problems.append(
-                        f"config_groups.{name}.targets: {target!r} matches no module of the source{self._closest(target)}"
-                    )
                     continue
                 wanted = [m for m in hits if m not in ignored and self._can_quantize(m, target, scheme)]
                 if not wanted:
@@ -258,13 +254,22 @@ class _Planner:
                 self.warnings.append(warning)
         return False
 
-    def _matching(self, entry: str) -> list[str]:
+    def _matching(self, where: str, entry: str) -> list[str]:
+        """The modules that a target or ignore entry names; with none, and for a pattern that takes too long, a problem."""
         if entry.startswith("re:"):
-            pattern = re.compile(entry[3:])
-            return [module for module in self.weights if pattern.match(module)]
-        if entry == "Linear":
-            return [m for m in self.weights if self.places[m].part not in NOT_LINEAR]
-        return [entry] if entry in self.weights else []
+            try:
+                pattern = Pattern(entry[3:], self.limit)
+                hits = [module for module in self.weights if pattern.match(module)]
+            except PatternError as error:
+                self.problems.append(f"{where}: {entry!r} {error}")
+                return []
+        elif entry == "Linear":
+            hits = [m for m in self.weights if self.places[m].part not in NOT_LINEAR]
+        else:
+            hits = [entry] if entry in self.weights else []
+        if not hits:
+            self.problems.append(f"{where}: {entry!r} matches no module of the source{self._closest(entry)}")
+        return hits
 
     def _closest(self, entry: str) -> str:
         """A hint for an entry that matched nothing: names are those of the source, not of transformers."""

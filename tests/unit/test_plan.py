@@ -173,3 +173,14 @@ def test_transformers_names_of_every_family(sources: dict[str, Path]) -> None:
     assert v4.model_name("mtp.0.ffn.experts.0.w1.weight") is None
     with pytest.raises(SourceError, match="'gpt9' has no grammar here"):
         family_of({"model_type": "gpt9"})
+
+
+def test_a_target_that_takes_for_ever_to_match_is_refused(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.patterns.SECONDS_PER_MATCH", 0.02)
+    slow = r"re:(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1[XY]"
+    with pytest.raises(RecipeError) as caught:
+        make(sources["bf16"], [*EXPERTS, slow], ignore=[slow])
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["ignore", "config_groups.experts.targets"]
+    assert all("takes too long to match" in problem for problem in caught.value.problems)

@@ -145,6 +145,23 @@ def test_a_malformed_config_is_a_verdict(good: tuple, output: Path, edit: Callab
         assert level_verdicts(checks)["structure"] == "FAIL"
 
 
+@pytest.mark.parametrize("place", ["ignore", "config_groups.experts.targets"])
+def test_a_pattern_that_takes_for_ever_is_a_verdict(output: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.patterns.SECONDS_PER_MATCH", 0.02)
+    slow = r"re:(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)\1[XY]"
+
+    def edit(config: dict[str, Any]) -> None:
+        *parents, last = place.split(".")
+        for key in ("quantization_config", *parents):
+            config = config[key]
+        config[last] = [*config[last], slow]
+
+    config(edit)(output)
+    targets = by_id(verify_structure(output))["targets"]
+    assert targets.verdict == "FAIL"
+    assert f"quantization_config.{place}: {slow!r} takes too long to match" in targets.figure
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {"x": ["y"]}}', '{"weight_map": {"x": 3}}', "\udcff"])
 def test_a_malformed_index_is_a_verdict(output: Path, content: str) -> None:
     (output / INDEX_NAME).write_bytes(content.encode("utf-8", "surrogateescape"))
