@@ -117,7 +117,7 @@ def verify(
     wanted = LEVELS[: LEVELS.index(level) + 1]
     serving = serving.model_copy(update={"python": granted.python}) if granted.python else serving
     if "serving" in wanted:
-        check_serving(serving)
+        check_serving(serving, checkpoint, *([source] if source is not None else []))
     with TemporaryDirectory(prefix="verify-") as temporary:
         checks, result = verify_levels(
             checkpoint, wanted, granted.logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity, text=text,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoint.formats import Formats
-from recipes.errors import RecipeError
+from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Serving
 from verify.checks import Check
 from verify.engine import check_environment, read_json, run_engine
@@ -54,9 +54,17 @@ def default_prompts() -> list[dict[str, Any]]:
     ]
 
 
-def check_serving(options: Serving) -> None:
-    """Raise EnvironmentProblem without a vLLM to ask, RecipeError without the text to score; takes seconds."""
+def check_serving(options: Serving, *strangers: Path) -> None:
+    """Raise EnvironmentProblem without a vLLM to ask or if its interpreter lies in one of the `strangers`, directories that
+    may bring their own, RecipeError without the text to score; takes seconds."""
     read_text(options)
+    for directory in strangers:
+        # The parent alone is resolved: an environment's python is a link to the system's.
+        if (Path(options.python).absolute().parent.resolve() / "python").is_relative_to(directory.resolve()):
+            raise EnvironmentProblem(
+                f"{options.python}: lies inside the checkpoint {directory} (verify.serving.python), and would run what it "
+                "brings; run the command from another directory, or name an interpreter outside"
+            )
     check_environment(options.python)
 
 

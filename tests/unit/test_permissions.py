@@ -16,7 +16,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.permissions import refuse_outside, requests, without_choices
 from calibration.data import load_tokenizer
 from calibration.source_model import build_skeleton
-from recipes.errors import SourceError
+from recipes.errors import EnvironmentProblem, SourceError
 from recipes.loader import dump_recipe
 from recipes.schema import Fidelity, Serving
 from tests.exported import export, recipe
@@ -63,7 +63,7 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return [], {}
 
     monkeypatch.setattr(command, "verify_levels", levels)
-    monkeypatch.setattr(command, "check_serving", lambda options: None)
+    monkeypatch.setattr(command, "check_serving", lambda options, *strangers: None)
     return seen
 
 
@@ -130,6 +130,22 @@ def test_a_recipe_of_llm_compressor_is_left_alone(pair: tuple[Path, Path], outpu
 def test_the_output_of_a_run_says_that_its_own_recipe_fits(pair: tuple[Path, Path]) -> None:
     assert (pair[1] / "recipe.yaml").read_text() == dump_recipe(recipe(*pair, [r"re:.*_proj$"]))
     assert by_id(command.verify(pair[1], pair[0], None, "structure")[0])["structure.recipe"].verdict == "PASS"
+
+
+def test_an_interpreter_inside_the_checkpoint_is_not_started(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interpreter, ran = output / Serving().python, output / "ran"
+    interpreter.parent.mkdir(parents=True)
+    interpreter.write_text(f"#!/bin/sh\ntouch '{ran}'\n")
+    interpreter.chmod(0o755)
+    monkeypatch.chdir(output)  # where the default, a relative path, is the checkpoint's own file
+    assert command.main(["."]) == EnvironmentProblem.exit_code and not ran.exists()
+    assert "lies inside the checkpoint" in capsys.readouterr().err
+    monkeypatch.chdir(output.parent)
+    assert (
+        command.main([str(output), "--python", str(interpreter)]) == EnvironmentProblem.exit_code and not ran.exists()
+    )
 
 
 REQUESTS: list[tuple[str, Callable[[dict[str, Any]], object], str, str]] = [
