@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from calibration import deepseek_v4_encoding
+from calibration.chat import Chat, choose_chat, joined, transcript
 from calibration.checkpoint.permissions import refuse_outside
-from calibration.dataset import first_line, load_table
+from calibration.dataset import Table, first_line, load_table
+from calibration.rows import (
+    UnknownRole,
+    choose_columns,
+    known_columns,
+    normalise,
+    pair_messages,
+    plain_text,
+    row_tools,
+    token_ids,
+    unknown_roles,
+)
 from recipes.errors import RecipeError, SourceError
 from recipes.schema import Calibration
 
-MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
-TEXT_COLUMNS = ("text", "content")
-ROLE_ALIASES = {"human": "user", "gpt": "assistant"}
 MIN_TOKENS = 2
 """A sample of one token attends to nothing but itself."""
 SLICE_CHARS = 1 << 20
 """Characters of a book tokenised at a time."""
-
-Render = Callable[[list[dict[str, Any]]], str]
 
 
 @dataclass(frozen=True)
@@ -80,26 +85,29 @@ def load_batches(
     RecipeError for a chat format that the tokenizer does not have, and batches that it cannot pad.
     """
     bundled = options.dataset == "bundled"
-    table, books = load_table(options)
-    encoder = _Encoder(options, tokenizer, table, bundled)
-    if books:
-        windows = [w for row in table for w in _windows(encoder.book(row), options.max_seq_length, encoder.begin)]
-        samples = [windows[i] for i in _order(options, len(windows))][: options.num_samples]
-        available = len(windows)
-    else:
-        rows = encoder.rows(table, _order(options, len(table)))
-        if bundled:
-            closed = (token for row in rows for token in encoder.closed(row))
-            found: Iterable[list[int]] = _windows(closed, options.max_seq_length, encoder.begin)
+    table = load_table(options)
+    if options.column is None and not known_columns(table):
+        table = table.unfolded()
+    with _Encoder(options, tokenizer, table, bundled) as encoder:
+        if table.books:
+            texts = table.rows([encoder.columns.text or "text"], range(len(table)))
+            windows = [w for row in texts for w in _windows(encoder.book(row), options.max_seq_length, encoder.begin)]
+            samples = [windows[i] for i in _order(options, len(windows))][: options.num_samples]
+            available = len(windows)
         else:
-            found = (row[: options.max_seq_length] for row in rows)
-        usable = (sample for sample in found if len(sample) >= MIN_TOKENS)
-        samples = list(islice(usable, options.num_samples))
-        available = len(samples)
+            rows = encoder.rows(_order(options, len(table)))
+            if bundled:
+                closed = (token for row in rows for token in encoder.closed(row))
+                found: Iterable[list[int]] = _windows(closed, options.max_seq_length, encoder.begin)
+            else:
+                found = (row[: options.max_seq_length] for row in rows)
+            usable = (sample for sample in found if len(sample) >= MIN_TOKENS)
+            samples = list(islice(usable, options.num_samples))
+            available = len(samples)
     if available < options.num_samples:
         remedies = ["name a larger data set"]
         remedies += [f"set calibration.num_samples: {available}"] if available else []
-        remedies += ["lower calibration.max_seq_length"] if bundled or books else []
+        remedies += ["lower calibration.max_seq_length"] if bundled or table.books else []
         raise SourceError(
             f"calibration.dataset {options.dataset!r}: {options.num_samples} samples of at most "
             f"{options.max_seq_length} tokens wanted (calibration.num_samples), {available} there, {encoder.skipped} rows "
@@ -109,11 +117,11 @@ def load_batches(
     notes = [
         f"{options.dataset} ({options.split}, {f'shuffled with seed {options.seed}' if options.shuffle else 'in order'})",
         f"{len(samples)} samples, {tokens} tokens, at most {options.max_seq_length} each",
-        *(["windows over joined rows"] if bundled else ["windows of whole files"] if books else []),
-        *([f"chat: {encoder.chat_name}"] if encoder.chat_name else []),
-        *([f"{encoder.skipped} rows skipped with fewer than {MIN_TOKENS} tokens"] if encoder.skipped else []),
+        *(["windows over joined rows"] if bundled else ["windows of whole files"] if table.books else []),
+        *encoder.notes,
     ]
-    if encoder.chat_name == "deepseek_v4" and (source_directory / "encoding" / "encoding_dsv4.py").is_file():
+    chat = encoder.chat.name if encoder.chat is not None else ""
+    if chat == "deepseek_v4" and (source_directory / "encoding" / "encoding_dsv4.py").is_file():
         notes.append("encoding/encoding_dsv4.py of the checkpoint not executed, rendered by this project")
     collate = partial(_collate, pad=_pad_token(tokenizer, options))
     return CalibrationData(
@@ -182,27 +190,54 @@ def _windows(tokens: Iterable[int], length: int, begin: int | None) -> Iterator[
 
 
 class _Encoder:
-    """Rows of a table -> token ids. `skipped` counts rows that gave fewer than 2 tokens."""
+    """Rows of a table -> token ids. `skipped` counts rows that gave fewer than 2 tokens. Use as a context manager."""
 
-    def __init__(
-        self, options: Calibration, tokenizer: PreTrainedTokenizerBase, table: datasets.Dataset, bundled: bool
-    ) -> None:
-        self.dataset = options.dataset
+    def __init__(self, options: Calibration, tokenizer: PreTrainedTokenizerBase, table: Table, bundled: bool) -> None:
         self.tokenizer = tokenizer
-        self.messages_column, self.text_column = _columns(options, table)
+        self.table = table
+        self.columns = choose_columns(options, table)
         self.skipped = 0
         adds_begin = tokenizer.bos_token_id is not None and self._ids("x", True)[:1] == [tokenizer.bos_token_id]
         self.begin: int | None = tokenizer.bos_token_id if adds_begin else None
-        self.chat_name = ""
-        self.render: Render = _render_plain
-        if self.messages_column:
-            self.chat_name, self.render = _chat(options, tokenizer, plain=bundled)
+        self.chat: Chat | None = None
+        if self.columns.messages or self.columns.question:
+            self.chat = choose_chat(options, tokenizer) or (transcript() if bundled else None)
+        if self.chat is None and self.columns.messages:
+            raise RecipeError(
+                f"{table.place} holds messages, and the tokenizer has neither a chat template nor DeepSeek-V4's special "
+                "tokens; put the model's chat_template.jinja beside its tokenizer, or name a text column with "
+                "calibration.format: text"
+            )
 
-    def rows(self, table: datasets.Dataset, order: list[int]) -> Iterator[list[int]]:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.chat is not None:
+            self.chat.__exit__(*exception)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the description says about columns, chat and skipped rows."""
+        notes = [self.columns.description]
+        if self.chat is not None:
+            notes.append(f"chat: {self.chat.name}")
+            if self.columns.tools and not self.chat.takes_tools:
+                notes.append(f"tools left out: chat: {self.chat.name} writes none")
+        elif self.columns.question:
+            notes.append("joined as text: the tokenizer has no chat format")
+        return notes + ([f"{self.skipped} rows skipped with fewer than {MIN_TOKENS} tokens"] if self.skipped else [])
+
+    def rows(self, order: list[int]) -> Iterator[list[int]]:
         """Token ids of the rows in `order`, the skipped ones left out."""
-        wanted = table.select_columns([name for name in (self.messages_column, self.text_column) if name])
-        for index in order:
-            ids = self._row(wanted[index], index)
+        found = self.table.rows(list(self.columns.uses.values()), order)
+        for index, row in zip(order, found, strict=True):
+            place = f"{self.table.place}, row {index + 1}"
+            try:
+                ids = self._row(row, place)
+            except UnknownRole as error:
+                counted = unknown_roles(self.table, self.columns.messages or "", order)
+                raise SourceError([*error.problems, *([counted] if counted else [])]) from None
             if len(ids) < MIN_TOKENS:
                 self.skipped += 1
             else:
@@ -210,7 +245,7 @@ class _Encoder:
 
     def book(self, row: Mapping[str, Any]) -> Iterator[int]:
         """Token ids of a whole text without special tokens."""
-        text, start = str(row[self.text_column or "text"]), 0
+        text, start = str(row[self.columns.text or "text"]), 0
         while start < len(text):
             newline = text.rfind("\n", start, start + SLICE_CHARS)
             last = start + SLICE_CHARS >= len(text) or newline < 0
@@ -223,119 +258,38 @@ class _Encoder:
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1] == end else [*ids, end]
 
-    def _row(self, row: Mapping[str, Any], index: int) -> list[int]:
-        place = f"calibration.dataset {self.dataset!r}, row {index + 1}"
-        messages = row.get(self.messages_column) if self.messages_column else None
-        if messages is not None:
+    def _row(self, row: Mapping[str, Any], place: str) -> list[int]:
+        columns = self.columns
+        if columns.ids:
+            return token_ids(row, columns, place)
+        messages: list[dict[str, Any]] = []
+        if columns.question:
+            messages = pair_messages(row, columns, place)
+        elif columns.messages and row[columns.messages] is not None:
+            messages = normalise(row[columns.messages], f"{place}, column {columns.messages!r}")
             if not messages:
                 return []
-            normal = _normalise(messages, f"{place}, column {self.messages_column!r}")
-            try:
-                rendered = self.render(normal)
-            except Exception as error:  # a chat template is a program of its own and raises what it likes
-                raise SourceError(
-                    f"{place}: chat: {self.chat_name} cannot render it: {first_line(error)}. Roles are "
-                    f"{[message['role'] for message in normal]}; correct or remove the row"
-                ) from error
-            return self._ids(rendered, self.chat_name == "plain")
-        text = row.get(self.text_column) if self.text_column else None
-        if text is None:
-            return []
-        if not isinstance(text, str):
+        if messages:
+            return self._conversation(messages, row, place)
+        return self._ids(plain_text(row, columns.text, place), True) if columns.text else []
+
+    def _conversation(self, messages: list[dict[str, Any]], row: Mapping[str, Any], place: str) -> list[int]:
+        if self.chat is None:
+            return self._ids("\n\n".join(joined(message["content"]) for message in messages), True)
+        tools = row_tools(row, self.columns.tools, place) if self.columns.tools and self.chat.takes_tools else None
+        try:
+            rendered = self.chat.render(messages, tools)
+        except Exception as error:  # a chat template is a program of its own and raises what it likes
+            what = str(error) if self.chat.name == "template" else first_line(error)
             raise SourceError(
-                f"{place}: column {self.text_column!r} must be text, not {type(text).__name__}; name another with "
-                "calibration.column, or set calibration.format: messages for lists of messages"
-            )
-        return self._ids(text, True)
+                f"{place}: chat: {self.chat.name} cannot render it: {what}. Roles are "
+                f"{[message['role'] for message in messages]}; correct or remove the row, or name text with "
+                "calibration.format: text"
+            ) from error
+        return self._ids(rendered, self.chat.name == "plain")
 
     def _ids(self, text: str, special: bool) -> list[int]:
         """Token ids; never a second BOS in front of one that the text already spells out."""
         begin = self.tokenizer.bos_token
         special = special and not (begin and text.startswith(begin))
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
-
-
-def _columns(options: Calibration, table: datasets.Dataset) -> tuple[str | None, str | None]:
-    """The columns with messages and with text; one of them may be None. With both, text serves rows without messages."""
-    there = table.column_names
-    if options.column is not None:
-        if options.column not in there:
-            raise SourceError(
-                f"calibration.column {options.column!r}: data set {options.dataset!r} has no such column; it has {there}"
-            )
-        values = (row[options.column] for row in table.select_columns([options.column]))
-        first = next((value for value in values if value is not None), None)
-        if options.format == "messages" or (options.format == "auto" and isinstance(first, list)):
-            return options.column, None
-        return None, options.column
-    messages = next((name for name in MESSAGE_COLUMNS if name in there), None) if options.format != "text" else None
-    text = next((name for name in TEXT_COLUMNS if name in there), None) if options.format != "messages" else None
-    if messages is None and text is None:
-        usual = {"text": TEXT_COLUMNS, "messages": MESSAGE_COLUMNS, "auto": MESSAGE_COLUMNS + TEXT_COLUMNS}
-        raise SourceError(
-            f"calibration.dataset {options.dataset!r}: none of the columns {', '.join(usual[options.format])} is there "
-            f"(calibration.format: {options.format}); it has {there}. Name one with calibration.column"
-        )
-    return messages, text
-
-
-def _normalise(messages: Any, place: str) -> list[dict[str, Any]]:
-    """Messages as {role, content, ...} without the nulls that a table fills in; ShareGPT's from/value are renamed."""
-    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise SourceError(
-            f"{place}: must be a list of {{role, content}}, is {type(messages).__name__}; set calibration.format: text "
-            "or name another calibration.column"
-        )
-    normal, problems = [], []
-    for number, message in enumerate(messages, start=1):
-        clean = _without_nulls(message)
-        if "role" not in clean and "from" in clean:
-            clean["role"], clean["content"] = clean.pop("from"), clean.pop("value", "")
-        clean["role"] = ROLE_ALIASES.get(str(clean.get("role")), clean.get("role"))
-        if clean["role"] not in deepseek_v4_encoding.ROLES:
-            allowed = ", ".join(sorted(deepseek_v4_encoding.ROLES))
-            problems.append(f"{place}: message {number} has role {clean['role']!r}; roles are {allowed}")
-        elif not isinstance(clean.setdefault("content", ""), str | list):
-            kind = type(clean["content"]).__name__
-            problems.append(f"{place}: content of message {number} must be text or a list of parts, is {kind}")
-        normal.append(clean)
-    if problems:
-        raise SourceError(problems)
-    return normal
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _chat(options: Calibration, tokenizer: PreTrainedTokenizerBase, plain: bool) -> tuple[str, Render]:
-    """Name and function of the rendering; `plain` allows a transcript for tokenizers that know no chat format."""
-    template = bool(tokenizer.chat_template)
-    missing = sorted(deepseek_v4_encoding.SPECIAL_TOKENS - set(tokenizer.get_vocab()))
-    if options.chat == "template" and not template:
-        raise RecipeError(
-            "calibration.chat: template: the tokenizer has no chat template; set calibration.chat: auto, or put the "
-            "model's chat_template.jinja beside its tokenizer"
-        )
-    if options.chat == "deepseek_v4" and missing:
-        raise RecipeError(
-            f"calibration.chat: deepseek_v4: the tokenizer lacks the tokens {', '.join(missing)}; "
-            "set calibration.chat: auto"
-        )
-    if options.chat == "template" or (options.chat == "auto" and template):
-        return "template", lambda messages: str(tokenizer.apply_chat_template(messages, tokenize=False))
-    if not missing:
-        return "deepseek_v4", deepseek_v4_encoding.render
-    if plain:
-        return "plain", _render_plain
-    raise RecipeError(
-        f"calibration.dataset {options.dataset!r} holds messages, and the tokenizer has neither a chat template nor "
-        "DeepSeek-V4's special tokens; put the model's chat_template.jinja beside its tokenizer, or name a text column "
-        "with calibration.format: text"
-    )
-
-
-def _render_plain(messages: list[dict[str, Any]]) -> str:
-    return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"

@@ -1,61 +1,216 @@
-"""The data set that a recipe names, read with Hugging Face datasets: bundled, local files, a directory, the hub."""
+"""The data set that a recipe names, read with Hugging Face datasets: bundled, local files, a directory, the hub.
+
+No code of a data set runs: datasets 5 refuses loading scripts and pickles.
+"""
 
 from __future__ import annotations
 
-import json
+import gzip
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
 
+from calibration.json_rows import as_rows, guarded_reader, not_utf8, read_rows
 from recipes.errors import SourceError
 from recipes.schema import Calibration
 
 BUNDLED = Path(__file__).parent / "bundled" / "texts.jsonl"
 """The text set that ships with the project; its NOTICE names sources and licences."""
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+BUILDERS = {
+    ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv",
+    ".tsv": "csv",
+}  # fmt: skip
+COMPRESSED = ".gz"
+"""May follow the suffix of a JSON or CSV file."""
+MAX_ENTRIES = 100_000
+"""Files and directories below a data set's directory at most."""
 
 
-def load_table(options: Calibration) -> tuple[datasets.Dataset, bool]:
-    """The rows of the recipe's data set and split, and whether they are whole books (one .txt file each).
+@dataclass(frozen=True)
+class Table:
+    """The rows of a data set. `books`: each is a whole .txt file. `place` begins every message about it; `files` are the
+    local ones, None for the hub."""
 
-    Raises SourceError for a data set that is missing, unreachable, damaged or empty, and for an unknown split.
+    data: Any
+    place: str
+    files: list[Path] | None
+    books: bool = False
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self.data.column_names)
+
+    def rows(self, columns: list[str], order: Iterable[int]) -> Iterator[Mapping[str, Any]]:
+        """The rows `order` of these columns. Raises SourceError for a row that cannot be read, and for a column of
+        images, audio or whatever else datasets would decode."""
+        wanted = self.data.select_columns(columns)
+        for column, feature in (wanted.features or {}).items():
+            if kind := _decoded(feature):
+                raise SourceError(f"{self.place}: column {column!r} holds {kind} and no text; name another column")
+        for index in order:
+            try:
+                row = wanted[index]
+            except Exception as error:  # Arrow reads the values here for the first time
+                raise SourceError(
+                    [f"{self.place}: row {index + 1}: {problem}" for problem in _explain(error, self.files)]
+                ) from error
+            yield row
+
+    def unfolded(self) -> Table:
+        """The rows in the one list of a table of one row (`{"version": 1, "data": [...]}`); else this table."""
+        if len(self) != 1:
+            return self
+        (row,) = self.rows(self.columns, [0])
+        lists = {name: value for name, value in row.items() if isinstance(value, list)}
+        if len(lists) != 1:
+            return self
+        ((name, values),) = lists.items()
+        try:
+            return Table(_Rows(as_rows(values, f"key {name!r}")), self.place, self.files)
+        except ValueError as error:
+            raise SourceError(f"{self.place}: {error}") from None
+
+
+class _Rows:
+    """Rows that datasets does not read, with what `Table` needs of a datasets.Dataset."""
+
+    features = None
+
+    def __init__(self, rows: list[dict[str, Any]], columns: list[str] | None = None) -> None:
+        self._rows = rows
+        self.column_names = list(dict.fromkeys(key for row in rows for key in row)) if columns is None else columns
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {name: self._rows[index].get(name) for name in self.column_names}
+
+    def select_columns(self, columns: list[str]) -> _Rows:
+        return _Rows(self._rows, columns)
+
+
+def load_table(options: Calibration) -> Table:
+    """The rows of the recipe's data set and split.
+
+    Raises SourceError for a data set that is missing, unreachable, damaged or empty, that holds anything but regular
+    files, and for an unknown split.
     """
     path = BUNDLED if options.dataset == "bundled" else Path(options.dataset).expanduser()
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise SourceError(
-                f"calibration.dataset {options.dataset}: a file must end in {', '.join(BUILDERS)}, not {path.suffix!r}"
-            )
-        return _load_files(options, BUILDERS[path.suffix], [path]), path.suffix == ".txt"
-    if path.is_dir():
+    mode = _mode(path, options)
+    if mode is not None and stat.S_ISREG(mode):
+        return _load_file(options, path)
+    if mode is not None and stat.S_ISDIR(mode):
+        _look_through(path, options)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            return _guarded(options, [], partial(_from_disk, path, options.split)), False
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in BUILDERS)
+            return _guarded(options, [], partial(_from_disk, path, options.split))
+        files = sorted(file for file in path.rglob("*") if file.is_file() and builder_of(file))
         if files and all(file.suffix == ".txt" for file in files):
-            return _load_files(options, "text", files), True
+            return _load_files(options, "text", files)
         read = partial(datasets.load_dataset, str(path), name=options.config_name, split=options.split)
-        return _guarded(options, files, read), False
-    if path.suffix in BUILDERS or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", options.dataset):
+        return _guarded(options, files, read)
+    if mode is not None:
+        raise SourceError(f"calibration.dataset {options.dataset}: is no regular file (a device, pipe or socket)")
+    if builder_of(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", options.dataset):
         raise SourceError(
             f"calibration.dataset {options.dataset}: no such file or directory (relative paths start at "
             f"{Path.cwd()}); name a {', '.join(BUILDERS)} file, a directory of them, a hub id, or `bundled`"
         )
     read = partial(datasets.load_dataset, options.dataset, name=options.config_name, split=options.split)
-    return _guarded(options, None, read), False
+    return _guarded(options, None, read)
 
 
-def _load_files(options: Calibration, builder: str, files: list[Path]) -> Any:
-    whole = {"sample_by": "document"} if builder == "text" else {}
+def builder_of(path: Path) -> str | None:
+    """The builder of datasets that reads a file of this name; None for another kind of file."""
+    name = path.name.lower()
+    builder = BUILDERS.get(Path(name.removesuffix(COMPRESSED)).suffix)
+    return None if name.endswith(COMPRESSED) and builder not in ("json", "csv") else builder
+
+
+def _mode(path: Path, options: Calibration) -> int | None:
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # a loop of links, a name too long, no permission
+        raise SourceError(f"calibration.dataset {options.dataset}: cannot be read: {error}") from None
+
+
+def _look_through(directory: Path, options: Calibration) -> None:
+    """Raises SourceError for what would never end: links back to a directory above, pipes and devices, too many files."""
+    place = f"calibration.dataset {options.dataset}"
+    entries = 0
+    above: dict[str, tuple[str, ...]] = {str(directory): (os.path.realpath(directory),)}
+    for folder, folders, files in os.walk(directory, followlinks=True):
+        entries += len(folders) + len(files)
+        if entries > MAX_ENTRIES:
+            raise SourceError(f"{place}: holds more than {MAX_ENTRIES:,} files; name one of them, or join them")
+        for name in folders:
+            real = os.path.realpath(os.path.join(folder, name))
+            if real in above[folder]:
+                raise SourceError(
+                    f"{place}: {os.path.join(folder, name)} links to a directory above it; remove the link"
+                )
+            above[os.path.join(folder, name)] = (*above[folder], real)
+        for file in (Path(folder, name) for name in files):
+            try:
+                regular = stat.S_ISREG(file.stat().st_mode)
+            except OSError:  # a link to nothing
+                continue
+            if not regular:
+                raise SourceError(f"{place}: {file} is no regular file (a device, pipe or socket); remove it")
+
+
+def _load_file(options: Calibration, path: Path) -> Table:
+    builder = builder_of(path)
+    if builder is None:
+        raise SourceError(
+            f"calibration.dataset {options.dataset}: a file must end in {', '.join(BUILDERS)} (JSON and CSV also in "
+            f"{COMPRESSED}), not {path.suffix!r}"
+        )
+    if builder == "json" and _begins(path) == b"[[":
+        # The library would make one row of every message.
+        return _guarded(options, [path], lambda: _Rows(read_rows(path)))
+    return _load_files(options, builder, [path])
+
+
+def _load_files(options: Calibration, builder: str, files: list[Path]) -> Table:
+    settings: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    if builder == "csv" and ".tsv" in files[0].name.lower():
+        settings["sep"] = "\t"
     data_files = {"train": [str(file) for file in files]}
-    read = partial(datasets.load_dataset, builder, data_files=data_files, split=options.split, **whole)
-    return _guarded(options, files, read)
+
+    def read() -> Any:
+        try:
+            return datasets.load_dataset(builder, data_files=data_files, split=options.split, **settings)
+        except datasets.exceptions.DatasetBuildError:
+            if builder != "json":
+                raise
+            # What the library cannot put into one table (lists of messages, values of several types).
+            return _Rows([row for file in files for row in read_rows(file)])
+
+    return _guarded(options, files, read, books=builder == "text")
+
+
+def _begins(path: Path) -> bytes:
+    """The first two bytes that are no space, after a byte order mark; nothing of a file that cannot be read."""
+    try:
+        with gzip.open(path) if path.suffix == COMPRESSED else path.open("rb") as file:
+            return b"".join(file.read(4096).removeprefix(b"\xef\xbb\xbf").split())[:2]
+    except (OSError, EOFError):
+        return b""
 
 
 def _from_disk(path: Path, split: str) -> datasets.Dataset:
@@ -67,28 +222,31 @@ def _from_disk(path: Path, split: str) -> datasets.Dataset:
     return loaded[split]
 
 
-def _guarded(options: Calibration, files: list[Path] | None, read: Callable[[], Any]) -> Any:
-    """`read()` with its many exceptions as one SourceError. `files` are the local ones, None for the hub."""
+def _guarded(options: Calibration, files: list[Path] | None, read: Callable[[], Any], books: bool = False) -> Table:
+    """`read()` as a table, its many exceptions as one SourceError. `files` are the local ones, None for the hub."""
     place = f"calibration.dataset {options.dataset!r}"
     if files and not any(file.stat().st_size for file in files):
         raise SourceError([f"{place}: {file} is empty" for file in files])
     try:
-        with _quiet(progress=files is None):
-            table = read()
+        with _quiet(progress=files is None), guarded_reader():
+            data = read()
     except Exception as error:  # datasets raises a dozen types, some of them only from its dependencies
-        raise SourceError([f"{place}: {line}" for line in _explain(error, options, files)]) from error
-    if len(table) == 0:
+        raise SourceError([f"{place}: {line}" for line in _explain(error, files, options.split)]) from error
+    if len(data) == 0:
         raise SourceError(f"{place}: split {options.split!r} has no rows; name another split or data set")
-    return table
+    return Table(data, place, files, books)
 
 
-def _explain(error: Exception, options: Calibration, files: list[Path] | None) -> list[str]:
-    damaged = [problem for file in files or [] if file.suffix in (".json", ".jsonl") for problem in _damaged(file)]
+def _explain(error: Exception, files: list[Path] | None, split: str | None = None) -> list[str]:
+    damaged = [problem for file in files or [] if (problem := _damaged(file))]
     if damaged:
-        return damaged
-    message = first_line(error.__cause__ if isinstance(error, datasets.exceptions.DatasetBuildError) else error)
+        return damaged[:_MOST_PROBLEMS]
+    cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetBuildError) else error
+    message = first_line(cause)
+    if split is None:
+        return [f"cannot be read: {message}; text must be UTF-8"]
     if "split" in message.lower() and isinstance(error, ValueError):
-        return [f"calibration.split {options.split!r}: {message}"]
+        return [f"calibration.split {split!r}: {message}"]
     if files is not None:
         return [f"cannot be read: {message}"]
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
@@ -99,24 +257,39 @@ def _explain(error: Exception, options: Calibration, files: list[Path] | None) -
     return [f"cannot be loaded from the hub: {message}. {remedy}"]
 
 
-def _damaged(file: Path) -> list[str]:
-    """The first line of a JSON file that does not parse, if any."""
+_MOST_PROBLEMS = 5
+"""Damaged files named in a message."""
 
-    def problem(text: str, offset: int) -> str | None:
+
+def _damaged(file: Path) -> str | None:
+    """What is wrong with a file of text: the first line that does not parse or is not UTF-8; None if nothing is."""
+    builder = builder_of(file)
+    if builder == "json":
         try:
-            json.loads(text)
+            read_rows(file)
         except ValueError as error:
-            line = offset + getattr(error, "lineno", 1)
-            return f"{file}, line {line} is not JSON: {error}; correct or remove the line"
-        return None
+            return str(error)
+    elif builder in ("csv", "text"):
+        try:
+            with gzip.open(file) if file.suffix == COMPRESSED else file.open("rb") as opened:
+                opened.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return f"{file}, {not_utf8(error)}"
+        except (OSError, EOFError) as error:
+            return f"{file} cannot be read: {error}"
+    return None
 
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if file.suffix == ".json" and problem(text, 0) is None:
-        return []
-    if file.suffix == ".json" and text.lstrip().startswith("["):
-        return [found] if (found := problem(text, 0)) else []
-    lines = (problem(line, number) for number, line in enumerate(text.split("\n")) if line.strip())
-    return list(islice((line for line in lines if line), 1))
+
+def _decoded(feature: Any) -> str | None:
+    """The kind of a column that datasets decodes from files or addresses, which a data set would choose; else None."""
+    if isinstance(feature, dict):
+        return next((kind for inner in feature.values() if (kind := _decoded(inner))), None)
+    if isinstance(feature, list):
+        return _decoded(feature[0])
+    if hasattr(feature, "feature"):
+        return _decoded(feature.feature)
+    plain = isinstance(feature, datasets.Value | datasets.ClassLabel | datasets.Translation | datasets.Json)
+    return None if plain else type(feature).__name__
 
 
 def first_line(error: BaseException | None) -> str:

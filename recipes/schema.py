@@ -36,7 +36,8 @@ class Calibration(Section):
     """The text that runs through the model while observers watch."""
 
     dataset: PathText
-    """'bundled' (small text set of this project), a hub id, or a local .jsonl/.json/.parquet/.txt file or directory."""
+    """'bundled' (small text set of this project), a hub id, or a local file (.jsonl, .json, .parquet, .txt, .csv, .tsv)
+    or directory."""
     config_name: Text | None = None
     """Configuration of a hub data set, where it has several."""
     split: Text = "train"

@@ -10,78 +10,17 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import pytest
 import torch
-from tokenizers import Tokenizer, processors
 
-from calibration.data import load_batches, load_tokenizer
+from calibration.data import load_tokenizer
 from calibration.dataset import BUNDLED
 from calibration.deepseek_v4_encoding import ASSISTANT, BEGIN, END, USER, render
 from recipes.errors import RecipeError, SourceError
-from recipes.schema import Calibration
-from tests.models.tokenizer import write_tokenizer
+from tests.calibration_sets import decoded, load, token_rows, write_rows
 
-VOCAB = 1024
+pytestmark = pytest.mark.usefixtures("own_cache")
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 DIALOGUE = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."}]
 TEXTS = [f"Line {number} of a text that is long enough to be told apart." for number in range(40)]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture(scope="session")
-def v4(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """DeepSeek-V4's special tokens, no chat template, no BOS of its own."""
-    directory = tmp_path_factory.mktemp("v4")
-    write_tokenizer(directory, VOCAB, chat_template=False)
-    return load_tokenizer(directory, False)
-
-
-@pytest.fixture(scope="session")
-def templated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A chat template that spells out BOS, and a post-processor that adds BOS too (as Llama 3 has it)."""
-    directory = tmp_path_factory.mktemp("templated")
-    write_tokenizer(directory, VOCAB, chat_template=True)
-    raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    raw.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", pair=f"{BEGIN} $A $B", special_tokens=[(BEGIN, 0)]
-    )
-    raw.save(str(directory / "tokenizer.json"))
-    return load_tokenizer(directory, False)
-
-
-@pytest.fixture(scope="session")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Neither a chat template nor DeepSeek-V4's user token."""
-    directory = tmp_path_factory.mktemp("bare")
-    write_tokenizer(directory, VOCAB, chat_template=False)
-    text = (directory / "tokenizer.json").read_text(encoding="utf-8")
-    (directory / "tokenizer.json").write_text(text.replace(USER, "<human>"), encoding="utf-8")
-    return load_tokenizer(directory, False)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def load(tokenizer: Any, dataset: str, source: Path = Path("unused"), **options: Any) -> Any:
-    options = {"num_samples": 1, "max_seq_length": 128, **options}
-    return load_batches(Calibration(dataset=dataset, **options), tokenizer, source_directory=source)
-
-
-def token_rows(data: Any) -> list[list[int]]:
-    return [
-        ids[mask.bool()].tolist()
-        for batch in data.batches
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
-
-
-def decoded(tokenizer: Any, data: Any) -> list[str]:
-    return [tokenizer.decode(row) for row in token_rows(data)]
 
 
 def test_the_seed_decides_which_samples(v4: Any, tmp_path: Path) -> None:
@@ -336,7 +275,7 @@ BAD_FILES: list[tuple[str, str, dict[str, Any], str]] = [
     ("x.jsonl", "", {}, "is empty"),
     ("x.txt", "", {}, "is empty"),
     ("x.parquet", "no parquet", {}, "cannot be read: ArrowInvalid"),
-    ("x.csv", "text\none\n", {}, r"must end in \.jsonl, \.json, \.parquet, \.txt, not '\.csv'"),
+    ("x.xlsx", "text\none\n", {}, r"must end in \.jsonl, .*\.txt, \.csv, .*not '\.xlsx'"),
     ("x.jsonl", '{"text": "one"}\n', {"split": "test"}, "calibration.split 'test'.*train"),
     ("x.jsonl", '{"prompt": "one", "id": 1}\n', {}, r"messages, .*text.*it has \['prompt', 'id'\]"),
     ("x.jsonl", '{"text": "one"}\n', {"column": "body"}, r"calibration.column 'body'.*it has \['text'\]"),
@@ -353,7 +292,7 @@ BAD_FILES: list[tuple[str, str, dict[str, Any], str]] = [
         "x.jsonl",
         '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n',
         {},
-        "row 1: chat: deepseek_v4 cannot render it: ValueError: content must be text",
+        r"row 1, .*content of message 1 has parts that are not text \(image\); remove",
     ),
 ]
 
