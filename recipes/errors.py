@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
@@ -19,8 +20,21 @@ class WorkflowError(Exception):
     exit_code = 1
 
     def __init__(self, problems: str | Iterable[str]) -> None:
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        self.problems = [printable(text) for text in ([problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
+
+
+def printable(text: str) -> str:
+    """`text` as it may reach a terminal, a log or a page: control characters, what turns the direction of text, and lone
+    surrogates are spelled as Python spells them (`\\x1b`). Line breaks, tabs and every kind of space stay."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter
+        if letter.isprintable() or letter in "\n\t" or unicodedata.category(letter) == "Zs"
+        else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
 
 
 def collapsed(problems: Iterable[str]) -> list[str]:

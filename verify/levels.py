@@ -72,4 +72,4 @@ def print_samples(samples: list[dict[str, Any]], console: Console, most: int = 2
     """The first samples, a line each, long prompts cut."""
     for sample in samples[:most]:
         prompt = sample["prompt"] if len(sample["prompt"]) <= 80 else sample["prompt"][:77] + "..."
-        console.print(f"sample ({sample['kind']}): {prompt!r} -> {sample['text']!r}", markup=False, soft_wrap=True)
+        console.print(f"sample ({sample['kind']}): {prompt!r} -> {sample['text']!r}", soft_wrap=True)

@@ -9,7 +9,9 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
+from recipes.errors import printable
 from verify.checks import Check
 from verify.plots import Figure
 from verify.report import SEVERITY, level_verdicts, overall
@@ -67,7 +69,13 @@ def render(template: str, /, **values: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    return Environment(loader=PackageLoader("verify", "pages"), autoescape=True, undefined=StrictUndefined)
+    return Environment(
+        loader=PackageLoader("verify", "pages"), autoescape=True, undefined=StrictUndefined, finalize=_finalize
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _worst(fidelity: Mapping[str, Any]) -> list[dict[str, str]]:

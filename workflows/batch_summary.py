@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from calibration.checkpoint.writer import write_json, write_text
 from verify.engine import read_json
@@ -82,13 +83,13 @@ def print_summary(found: dict[str, Any], console: Console) -> None:
     table = Table("run", "state", "verdict", "size", "bits", "time", "peak memory", "ppl", "KL", "what to know")
     for row in found["runs"]:
         shown = _shown(row)
-        state = f"[{_STYLE.get(row['state'], 'white')}]{row['state']}[/]"
-        verdict = f"[{_STYLE.get(row['verdict'], 'yellow')}]{row['verdict']}[/]"
+        state = Text(row["state"], _STYLE.get(row["state"], "white"))
+        verdict = Text(row["verdict"], _STYLE.get(row["verdict"], "yellow"))
         cells = [shown[key] for key in ("size", "bits", "time", "memory", "perplexity", "kl")]
-        table.add_row(row["name"], state, verdict, *cells, shown["note"].replace("[", "("))
+        table.add_row(row["name"], state, verdict, *cells, shown["note"])
     console.print(table)
     counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items() if number)
-    console.print(f"{counts}; {found['batch']}/summary.html", markup=False, soft_wrap=True)
+    console.print(f"{counts}; {found['batch']}/summary.html", soft_wrap=True)
 
 
 def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None) -> dict[str, Any]:

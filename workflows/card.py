@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+
+import yaml
 
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
@@ -10,7 +13,7 @@ from calibration.resume import versions
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from verify.checks import Check
-from verify.report import level_verdicts, markdown
+from verify.report import level_verdicts, markdown, markdown_text
 
 
 def model_card(
@@ -29,15 +32,20 @@ def model_card(
         "plan": plan.digest,
     }
     verdicts = ", ".join(f"{level} {verdict}" for level, verdict in level_verdicts(checks).items())
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {markdown_text(value)} |" for key, value in rows.items())
+    front = {
+        "base_model": recipe.source.checkpoint,
+        "library_name": "vllm",
+        "tags": ["nvfp4", "compressed-tensors", "llm-compressor"],
+    }
+    yaml_text = dump_recipe(recipe).rstrip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", yaml_text)), default=0))
     body = markdown(checks) if checks else "Not verified yet: every level is UNCHECKED."
     return f"""---
-base_model: {recipe.source.checkpoint}
-library_name: vllm
-tags: [nvfp4, compressed-tensors, llm-compressor]
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()}
 ---
 
-# {recipe.output.rstrip("/").rpartition("/")[2]}
+# {markdown_text(recipe.output.rstrip("/").rpartition("/")[2])}
 
 Tensor names are the source's own. What is not quantized is byte-identical to the source.
 
@@ -51,7 +59,7 @@ Tensor names are the source's own. What is not quantized is byte-identical to th
 
 ## Recipe
 
-```yaml
-{dump_recipe(recipe).rstrip()}
-```
+{fence}yaml
+{yaml_text}
+{fence}
 """

@@ -18,7 +18,7 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable
 
-from recipes.errors import WorkflowError
+from recipes.errors import WorkflowError, printable
 from recipes.matrix import Resources
 from workflows.batch_child import Child, Slot, shared_out, torchrun
 from workflows.batch_hooks import Hooks, leave
@@ -308,4 +308,4 @@ def _follow(batch: BatchDirectory, entry: Entry, slot: Slot, launcher: Sequence[
 
 
 def _say(text: str, level: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {level}: {text}", flush=True)
+    print(f"{time.strftime('%H:%M:%S')} {level}: {printable(text)}", flush=True)

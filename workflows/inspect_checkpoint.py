@@ -106,7 +106,7 @@ def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
     """The facts of `describe_checkpoint` as tables."""
     experts = ", ".join(map(str, facts["routed_experts_per_block"])) or "0"
     console.print(
-        f"[bold]{facts['checkpoint']}[/]: {facts['model_type']} (family {facts['family']}), "
+        f"{facts['checkpoint']}: {facts['model_type']} (family {facts['family']}), "
         f"{facts['parameters']:,} parameters, {size(facts['bytes'])} in {facts['shards']} shards, "
         f"{facts['tensors']:,} tensors"
     )
@@ -139,7 +139,7 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
         f"(source {size(facts['source_bytes'])}), {facts['bits_per_parameter']} bits per parameter"
     )
     for warning in facts["warnings"]:
-        console.print(f"[yellow]warning:[/] {warning}")
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,11 +22,12 @@ from rich.progress import (
 )
 
 from calibration.journal import RunDirectory
+from verify.report import PlainConsole
 
 _LEVELS = ("debug", "info", "warning", "error")
 
 
-class _Lines(Console):
+class _Lines(PlainConsole):
     """Standard error; where nobody reads it any more (`2>&1 | tee` was killed), a run goes on unheard."""
 
     def on_broken_pipe(self) -> None:
@@ -53,7 +53,7 @@ class Reporter:
         if _LEVELS.index(level) >= self.level and not self.muted:
             style = {"warning": "yellow", "error": "bold red"}.get(level)
             with contextlib.suppress(OSError):  # a log on a full disk must not end the run
-                self.console.print(text, style=style, markup=False, soft_wrap=True)
+                self.console.print(text, style=style, soft_wrap=True)
 
     def event(self, name: str, /, **facts: Any) -> None:
         """One line of events.jsonl; nothing before the run directory is open."""
@@ -84,7 +84,7 @@ class Reporter:
             yield
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -15,7 +15,7 @@ from typing import Any
 
 from calibration.checkpoint.writer import write_json
 from calibration.ranks import connect
-from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, exit_with
+from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, exit_with, printable
 from recipes.loader import load_recipe
 from verify.levels import print_samples
 from verify.report import OutputConsole, failed, level_verdicts, print_checks
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.status:
                 if ranks.writes:
                     status = read_status(Path(recipe.output))
-                    print(json.dumps(status, indent=2) if options.json else "\n".join(render_status(status)))
+                    print(json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status))))
                 return 0
             run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks)
             _execute(run, chosen, options.dry_run, options.json)
@@ -134,7 +134,7 @@ def _dry_run(run: Run, as_json: bool) -> None:
         f"{predicted['largest_block_bf16_bytes']:,} in BF16, activations {predicted['activation_bytes_at_a_boundary']:,}"
     )
     for line in estimate.render(facts["estimate"]) + facts["estimate"]["notes"]:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def _compare(run: Run) -> None:
@@ -154,10 +154,9 @@ def _summarize(run: Run, as_json: bool) -> None:
     console = OutputConsole()
     print_checks(run.checks, console)
     print_samples(stages.read_samples(run), console)
-    console.print(f"output: {run.output}", markup=False, soft_wrap=True)
+    console.print(f"output: {run.output}", soft_wrap=True)
     console.print(
         f"run directory: {run.directory.path} (report.html, events.jsonl, verify.json, serving.json, logs/)",
-        markup=False,
         soft_wrap=True,
     )
 

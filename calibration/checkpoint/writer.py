@@ -84,8 +84,8 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8)."""
-    write_safely(path, lambda partial: partial.write_bytes(text.encode()), len(text))
+    """Writes a text file (UTF-8). A lone surrogate, which a name of other bytes than UTF-8 has in Python, is spelled."""
+    write_safely(path, lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")), len(text))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,131 @@
+"""What a stranger's names and paths do on a terminal, a page and a model card: they are shown, and nothing else."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import yaml
+
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.plan import Plan
+from recipes.errors import SourceError, printable
+from recipes.schema import Recipe
+from tests.exported import plan_of, recipe
+from tests.models import standard
+from verify.checks import Check
+from verify.page import Report
+from verify.report import OutputConsole, markdown, print_checks
+from workflows.batch_summary import print_summary
+from workflows.card import model_card
+from workflows.inspect_checkpoint import print_checkpoint, print_plan
+from workflows.progress import Reporter
+
+#: Markup of rich, an emoji's name, ESC, BEL, CR, C1, a direction override and a lone surrogate.
+NASTY = "a[bold]b[/bold] [/x] :smile: \x1b]0;owned\x07 \r\x9b2J \u202egnp.exe \ud800"
+SHOWN = r"a[bold]b[/bold] [/x] :smile: \x1b]0;owned\x07 \r\x9b2J \u202egnp.exe \ud800"
+
+
+def console() -> tuple[OutputConsole, io.TextIOWrapper]:
+    """A console whose stream refuses what is no UTF-8, as a terminal's does."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    made = OutputConsole(400)
+    made.file = stream
+    return made, stream
+
+
+def text_of(stream: io.TextIOWrapper) -> str:
+    stream.flush()
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO)
+    text = buffer.getvalue().decode()
+    assert not [letter for letter in text if not letter.isprintable() and letter != "\n"]
+    return text
+
+
+def test_printable_text_is_spelled_as_python_spells_it() -> None:
+    assert printable(NASTY) == SHOWN
+    plain = "\u00e4 \u6f22\u5b57\u3000\U0001f600\u00a0a\n\tb"
+    assert printable(plain) == plain
+
+
+def test_a_message_of_an_error_holds_nothing_that_acts() -> None:
+    assert str(SourceError(f"{NASTY}: wrong")) == f"{SHOWN}: wrong"
+
+
+def test_verdicts_show_names_literally() -> None:
+    made, stream = console()
+    print_checks([Check("structure.tensors", "FAIL", "what", NASTY, NASTY, "how")], made)
+    assert text_of(stream).count(SHOWN) == 2
+
+
+def test_a_checkpoint_and_its_plan_show_names_literally() -> None:
+    made, stream = console()
+    checkpoint = {
+        "checkpoint": NASTY, "model_type": NASTY, "family": "dense", "parameters": 1, "bytes": 1, "shards": 1, "tensors": 1,
+        "blocks": 1, "routed_experts_per_block": [], "blocks_with_shared_experts": 0, "routers": 0, "norms": 0,
+        "mtp_blocks": 0, "parts": {NASTY: 1},
+        "patterns": [{"pattern": NASTY, "count": 1, "dtype": "U8", "stored": "plain", "shapes": [(1,)], "bytes": 1}],
+    }  # fmt: skip
+    plan = {
+        "digest": "0" * 64, "steps": [{"pattern": NASTY, "action": "copy", "count": 1, "reason": NASTY}],
+        "groups": {NASTY: {"scheme": "NVFP4", "modules": 1}}, "output_bytes": 1, "output_shards": 1, "source_bytes": 1,
+        "bits_per_parameter": 4.5, "warnings": [NASTY],
+    }  # fmt: skip
+    print_checkpoint(checkpoint, made)
+    print_plan(plan, made)
+    assert text_of(stream).count(SHOWN) == 8
+
+
+def test_a_batch_and_a_running_log_show_names_literally() -> None:
+    made, stream = console()
+    row = {
+        "name": NASTY, "state": "failed", "verdict": "FAIL", "reason": NASTY, "blocks": None, "eta": None, "size": 0,
+        "bits_per_parameter": None, "seconds": None, "peak_memory": None, "perplexity": None, "kl": None,
+    }  # fmt: skip
+    print_summary({"runs": [row], "counts": {"failed": 1}, "batch": NASTY}, made)
+    reporter = Reporter()
+    reporter.console.file = stream
+    reporter.say(NASTY)
+    assert text_of(stream).count(SHOWN) == 4
+
+
+def test_a_page_escapes_and_spells_names() -> None:
+    page = Report(
+        f"<img src=x>{NASTY}", [Check("structure.x", "FAIL", "w", "<script>", NASTY, "h")], recipe=NASTY
+    ).html()
+    page.encode()
+    assert "<img" not in page and "<script>" not in page and "\x1b" not in page and "\u202e" not in page
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Plan, Checkpoint]:
+    source = standard.write(tmp_path_factory.mktemp("card") / "source", "llama")
+    made = recipe(source, Path("/nowhere/out"), [r"re:.*_proj$"])
+    plan, formats = plan_of(source, made)
+    return made, plan, formats.checkpoint
+
+
+@pytest.mark.parametrize(
+    "name", ["a: b <img src=x onerror=alert(1)>", "#x", "- a\n---\n# b", "| x | `y` [z](u) |", "'\"", "x\n```\n# b"]
+)
+def test_a_model_card_shows_names_literally(name: str, planned: tuple[Recipe, Plan, Checkpoint]) -> None:
+    made, plan, source = planned
+    made = made.model_copy(update={"source": made.source.model_copy(update={"checkpoint": name})})
+    card = model_card(made, plan, source, [], {"calibration": name})
+    front, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert yaml.safe_load(front) == {
+        "base_model": name, "library_name": "vllm", "tags": ["nvfp4", "compressed-tensors", "llm-compressor"],
+    }  # fmt: skip
+    prose, _, text = body.partition("## Recipe")
+    assert "<" not in prose and "\n# b" not in prose
+    row = next(line for line in prose.splitlines() if line.startswith("| source"))
+    assert row.replace(r"\|", "").count("|") == 3
+    fence = text.strip().splitlines()[0].removesuffix("yaml")
+    assert text.count(fence) == 2 and text.rstrip().endswith(f"\n{fence}")
+
+
+def test_a_table_of_checks_in_markdown_keeps_its_cells() -> None:
+    line = markdown([Check("structure.x", "FAIL", "a|b", "<b>`c`</b>\nd", "[x](y)", "*how*")]).splitlines()[-1]
+    assert line == r"| structure.x | FAIL | a\|b | &lt;b&gt;\`c\`&lt;/b&gt; d | \[x\](y) | \*how\* |"
