@@ -27,13 +27,14 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from calibration.checkpoint.families import Family, family_of
-from calibration.checkpoint.formats import Formats, check_finite, dequantize
+from calibration.checkpoint.formats import Formats, check_finite, dequantize, logical_name
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import without_choices
+from calibration.checkpoint.source_check import is_carried, is_left_out
 from calibration.room import Ahead, Room
 from recipes.errors import SourceError
 
-PACKED, WEIGHT = ".weight_packed", ".weight"
+WEIGHT = ".weight"
 
 
 class SourceModel:
@@ -56,7 +57,7 @@ class SourceModel:
         self.blocks: dict[str, nn.Module] = dict(match_named_modules(model, self.sequential_targets))
         self._names = {module: name for name, module in model.named_modules()}
         self._modules = {
-            name.rpartition(".")[0]: _unpacked(source).removesuffix(WEIGHT)
+            name.rpartition(".")[0]: logical_name(source).removesuffix(WEIGHT)
             for name, source in sources.items()
             if name.endswith(WEIGHT)
         }
@@ -297,10 +298,6 @@ def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _unpacked(source: str) -> str:
-    return source.removesuffix(PACKED) + WEIGHT if source.endswith(PACKED) else source
-
-
 def _match(model: PreTrainedModel, checkpoint: Checkpoint, formats: Formats, family: Family) -> dict[str, str]:
     tensors, computed = _all_tensors(model), {name for name, _ in model.named_buffers()}
     where = checkpoint.directory
@@ -308,9 +305,9 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint, formats: Formats, fam
     unplaced: list[str] = []
     problems: list[str] = []
     for source in checkpoint.tensors:
-        if source in formats.companions or family.place(source).mtp:
+        if source in formats.companions or family.place(source).mtp or is_left_out(source) or is_carried(source):
             continue
-        name = family.model_name(_unpacked(source))
+        name = family.model_name(logical_name(source))
         if name in sources:
             problems.append(f"{where}: {sources[name]} and {source} are both meant for {name}; remove one")
         elif name in tensors:

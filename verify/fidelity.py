@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from calibration.checkpoint.families import Family, Place, family_of
-from calibration.checkpoint.formats import Formats, module_of
+from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
 from recipes.errors import WorkflowError
@@ -25,7 +25,7 @@ from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
 from verify.forward import verify_forward
 from verify.rescaled import Rescaled, rescaled_blocks
-from verify.weights import Measured, Stored, logical_name, measure, scale_ratio
+from verify.weights import Measured, Stored, measure, scale_ratio
 
 COLUMNS = ("module", "part", "block", "expert", "projection", "relative_error", "sqnr_db", "cosine", "saturated",
            "zero_groups")  # fmt: skip

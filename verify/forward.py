@@ -19,13 +19,12 @@ import torch
 from torch import nn
 
 from calibration.checkpoint import nvfp4
-from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.formats import Formats, logical_name
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
-from verify.weights import logical_name
 
 if TYPE_CHECKING:
     from calibration.source_model import SourceModel

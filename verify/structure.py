@@ -20,9 +20,10 @@ from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
 from calibration.checkpoint.permissions import requests
 from calibration.checkpoint.plan import Plan
+from calibration.checkpoint.promised import ADDED, Wanted, expected_tensors, mtp_blocks
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
-from verify.expected import ADDED, COMPANIONS, Stored, Wanted, compare, expected_tensors, mtp_blocks, stored_tensors
+from verify.expected import COMPANIONS, Stored, compare, stored_tensors
 from verify.stream import Progress
 from verify.targets import Resolution
 from verify.tokenizer import tokenizer_check

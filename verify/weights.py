@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from calibration.checkpoint import nvfp4
-from calibration.checkpoint.formats import Formats, dequantize, module_of
+from calibration.checkpoint.formats import Formats, dequantize
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 
 #: Values of a stripe: its float32 working set stays inside a core's cache.
@@ -143,11 +143,6 @@ def measure(source: Stored, output: Stored) -> Measured:
 def scale_ratio(global_scale: float, amax: float) -> float:
     """A global scale against the one that the source's largest magnitude implies, 2688 / amax; 1 where they agree."""
     return global_scale * amax / RANGE
-
-
-def logical_name(name: str) -> str:
-    """The name under which a tensor stands in any stored format: a packed weight is a weight."""
-    return f"{module_of(name)}.weight" if name.endswith(".weight_packed") else name
 
 
 def _step(source: Stored, output: Stored, columns: int) -> int:

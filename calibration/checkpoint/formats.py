@@ -50,6 +50,11 @@ def module_of(tensor: str) -> str:
     return tensor.rpartition(".")[0]
 
 
+def logical_name(tensor: str) -> str:
+    """The name under which a tensor stands in any stored format: a packed weight is a weight."""
+    return f"{module_of(tensor)}.weight" if tensor.endswith(".weight_packed") else tensor
+
+
 class Formats:
     """The stored format of every tensor of a checkpoint, and reading through it."""
 

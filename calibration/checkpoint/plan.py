@@ -21,7 +21,8 @@ from calibration.checkpoint.formats import Formats, StoredFormat, module_of
 from calibration.checkpoint.header import tensor_bytes
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
-from recipes.errors import RecipeError, collapsed
+from calibration.checkpoint.source_check import contradictions, is_carried, is_left_out
+from recipes.errors import RecipeError, SourceError, collapsed
 from recipes.fields import KEPT_FP8
 from recipes.modifiers import ConfigGroup
 from recipes.patterns import Pattern, PatternError, TimeLimit
@@ -148,7 +149,8 @@ class Plan:
 def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
     """Makes the plan. Raises RecipeError, all problems at once: a target or ignore entry that matches nothing, a
     module in two groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only
-    in part, an unsupported scheme, a stored format that cannot be kept."""
+    in part, an unsupported scheme, a stored format that cannot be kept. Raises SourceError for tensors that the source's
+    own config.json does not promise (see `contradictions`)."""
     return _Planner(checkpoint, formats, recipe).plan()
 
 
@@ -167,13 +169,18 @@ class _Planner:
         self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
 
     def plan(self) -> Plan:
+        misnamed, differing = contradictions(self.formats, self.family)
+        if misnamed:  # no target can be right
+            raise SourceError([*misnamed, *differing])
         plain = self.recipe.method == "plain"
         groups: dict[str, Scheme] = {} if plain else self._schemes()
         assigned = {} if plain else self._assign(groups)
         self._check_whole_groups(assigned)
         steps = self._steps(assigned, groups)
         if self.problems:
-            raise RecipeError(collapsed(self.problems))
+            raise RecipeError(collapsed([*self.problems, *differing]))
+        if differing:
+            raise SourceError(differing)
         parameters = self.formats.parameters
         plan = Plan(
             family=self.family,
@@ -185,7 +192,7 @@ class _Planner:
             parameters=parameters,
             input_global_scale=self.recipe.export.input_global_scale,
         )
-        self._warn_about_size(plan)
+        self._warn(plan)
         object.__setattr__(plan, "warnings", tuple(self.warnings))
         return plan
 
@@ -316,6 +323,10 @@ class _Planner:
         """The steps of one tensor and its scale companions."""
         stored = self.formats.of(name)
         module, place = module_of(name), self.family.place(name)
+        if is_left_out(name):
+            return _consumed([name], "rotary table: every loader computes it")
+        if is_carried(name):
+            return self._copied(name, "scale of the KV cache")
         if self.recipe.method == "plain":
             return self._copied(name, place.part) if stored.kind == "plain" else self._undone(name, place.part)
         group = assigned.get(module) if self.weights.get(module) == name else None
@@ -404,11 +415,14 @@ class _Planner:
             for i, (block, names) in enumerate(kept, 1)
         ]
 
-    def _warn_about_size(self, plan: Plan) -> None:
+    def _warn(self, plan: Plan) -> None:
         sources = [s for step in plan.quantized.values() for s in
                    (step.source, *self.formats.of(step.source).companions.values())]  # fmt: skip
         before = sum(self.checkpoint.tensors[name].nbytes for name in sources)
         after = sum(output.nbytes for step in plan.quantized.values() for output in step.outputs)
+        left_out = sum(map(is_left_out, plan.steps))
+        if left_out:
+            self.warnings.append(f"{left_out} rotary tables of the source are left out: every loader computes them")
         if plan.quantized and after >= before:
             self.warnings.append(
                 f"no disk is saved: the quantized modules take {after:,} bytes in the output and {before:,} in the source"
