@@ -23,12 +23,11 @@ import torch
 from calibration.checkpoint import native
 from calibration.checkpoint.direct import PAGE, Buffer, DirectReader, DirectWriter, digest
 from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import INDEX_NAME
 from calibration.checkpoint.layout import Job, ShardLayout
 from calibration.checkpoint.plan import Plan
-from calibration.checkpoint.writer import PARTIAL
 from calibration.convert_work import Totals, Work
 from calibration.journal import RunDirectory
+from calibration.output import remove_unfinished, start_over
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Recipe
 
@@ -118,8 +117,7 @@ def _kept(
     """Names of the shards that an earlier call finished; begins the run anew where it was another's."""
     settings = recipe.convert.model_dump(mode="json", exclude={"workers"}) | {"method": recipe.method}
     source = source_state(formats)
-    for partial in output.glob(f"*.safetensors{PARTIAL}"):
-        partial.unlink()
+    remove_unfinished(output)
     begun = directory.facts("started")
     if begun and begun[-1]["plan"] == plan.digest and begun[-1].get("settings") == settings:
         changed = sorted(s for s in source if begun[-1]["source"].get(s) != source[s])
@@ -129,10 +127,7 @@ def _kept(
                 f"{len(source)} shards did); bring the old files back, or begin anew with --overwrite"
             )
     else:
-        directory.restart()
-        for stale in (*output.glob("*.safetensors"), output / INDEX_NAME):
-            stale.unlink(missing_ok=True)
-        directory.record("started", plan=plan.digest, settings=settings, source=source)
+        start_over(directory, output, "started", plan=plan.digest, settings=settings, source=source)
     journaled: dict[str, str] = {}
     for fact in directory.facts("shards"):
         if fact["plan"] == plan.digest:

@@ -24,7 +24,8 @@ from recipes.schema import Recipe
 
 #: What never travels from the source to the output: weights in any form, indexes, caches and version control.
 _NOT_SIDECARS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json", ".partial")
-_CARD = "README.md"
+#: The model card, which is the output's own.
+CARD_NAME = "README.md"
 
 
 class Exporter:
@@ -50,12 +51,13 @@ class Exporter:
         """Writes the shards outside the blocks (embedding, head, MTP, ...), as `block` does."""
         return self._shards(None, modules)
 
-    def finish(self, recipe_text: str) -> None:
-        """Writes sidecars, recipe.yaml and config.json, and the index last: from then on the checkpoint loads."""
+    def finish(self, recipe_text: str) -> list[str]:
+        """Writes sidecars, recipe.yaml and config.json, and the index last: from then on the checkpoint loads. Returns the
+        files that it wrote, relative to the output."""
         source = self.formats.checkpoint
-        for path in sidecars(source.directory):
-            target = self.output / path.relative_to(source.directory)
-            write_safely(target, functools.partial(shutil.copyfile, path), path.stat().st_size)
+        copied = [(path, str(path.relative_to(source.directory))) for path in sidecars(source.directory)]
+        for path, name in copied:
+            write_safely(self.output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
         write_text(self.output / "recipe.yaml", recipe_text)
         write_json(self.output / CONFIG_NAME, output_config(self.plan, source.config))
         index = {
@@ -63,6 +65,7 @@ class Exporter:
             "weight_map": dict(sorted(self.plan.weight_map.items())),
         }
         write_json(self.output / INDEX_NAME, index)
+        return [*(name for _, name in copied), "recipe.yaml", CONFIG_NAME, INDEX_NAME]
 
     def _shards(self, block: int | None, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         shards = [shard for shard in self.plan.shards if shard.block == block]
@@ -186,7 +189,7 @@ def sidecars(directory: Path) -> list[Path]:
         linked_directory = any((directory / parent).is_symlink() for parent in list(relative.parents)[:-1])
         if hidden or linked_directory or not path.is_file() or path.name.endswith(_NOT_SIDECARS):
             continue
-        if len(relative.parts) == 1 and path.name in (CONFIG_NAME, _CARD, "recipe.yaml"):
+        if len(relative.parts) == 1 and path.name in (CONFIG_NAME, CARD_NAME, "recipe.yaml"):
             continue
         found.append(path)
     return found

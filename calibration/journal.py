@@ -14,14 +14,15 @@ from typing import IO, Any
 
 from calibration.checkpoint.header import fsync_directory
 from recipes.errors import EnvironmentProblem
+from recipes.places import run_directory
 
 
 class RunDirectory:
     """`<output>.run/` of one output: plan.json, recipe.yaml, journal.jsonl (durable facts), events.jsonl (progress),
-    logs/, skeleton/, activations/ and verify.json. One process at a time holds its lock."""
+    logs/, skeleton/, activations/ and verify.json. One process at a time holds its lock, however it spells the output."""
 
     def __init__(self, output: Path) -> None:
-        self.path = output.with_name(output.name + ".run")
+        self.path = run_directory(output)
         self._lock: IO[str] | None = None
 
     def open(self) -> RunDirectory:

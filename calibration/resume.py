@@ -22,8 +22,10 @@ from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan
 from calibration.checkpoint.writer import file_digest
 from calibration.journal import RunDirectory
+from calibration.output import start_over
 from calibration.ranks import Ranks
 from recipes.errors import EnvironmentProblem, SourceError
+from recipes.places import own_scratch
 from recipes.schema import Recipe
 
 #: Packages whose arithmetic or file format the output depends on, this one included.
@@ -203,11 +205,7 @@ def _opened(
             return read_resume(directory, plan, output, activations)
         if not overwrite:
             require_same(begun[-1], now, directory.path, len(finished))
-    # The index goes first: nothing may look like a checkpoint that is being taken apart.
-    (output / INDEX_NAME).unlink(missing_ok=True)
-    directory.restart("fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now)
-    for path in output.glob("*.safetensors") if output.is_dir() else ():
-        path.unlink()
+    start_over(directory, output, "fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now)
     return Resume(activations)
 
 
@@ -215,8 +213,7 @@ def activations_directory(scratch: Path | None, run_directory: Path, output: Pat
     """Where a run's activations lie: in its run directory, or below a scratch directory that runs may share."""
     if scratch is None:
         return run_directory / "activations"
-    tag = hashlib.sha256(str(output.absolute()).encode()).hexdigest()[:12]
-    return scratch.absolute() / f"{output.name}-{tag}.activations"
+    return own_scratch(scratch, output)
 
 
 def different(directory: Path, digests: Mapping[str, str]) -> set[str]:

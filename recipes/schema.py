@@ -19,6 +19,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
 from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_entries
+from recipes.places import is_inside, own_scratch, run_directory, source_conflict
 
 
 class Source(Section):
@@ -199,7 +200,7 @@ class Recipe(Section):
     source: Source
     """The checkpoint to read."""
     output: PathText
-    """Directory of the output checkpoint. The run directory is beside it: `<output>.run/`."""
+    """Directory of the output checkpoint, apart from the source. The run directory is beside it: `<output>.run/`."""
     method: Literal["calibrate", "convert", "plain"] = "calibrate"
     """calibrate runs data through the model; convert uses weight statistics alone; plain only undoes the formats."""
     modifiers: list[ModifierEntry] = Field(default=[], validate_default=True)
@@ -220,10 +221,20 @@ class Recipe(Section):
     def _output_is_a_directory_of_its_own(cls, output: str, info: ValidationInfo) -> str:
         if Path(output).name in ("", ".."):
             raise ValueError("must end in the name of a directory, such as models/output; name a new one")
-        source = info.data.get("source")
-        if source is not None and os.path.abspath(source.checkpoint) == os.path.abspath(output):
-            raise ValueError("must not be the source checkpoint's own directory, the source is read only; name another")
+        for place in (Path(output), run_directory(Path(output))):
+            _require_apart(place, info)
         return output
+
+    @field_validator("offload")
+    @classmethod
+    def _scratch_is_apart(cls, offload: Offload, info: ValidationInfo) -> Offload:
+        output = info.data.get("output")
+        if offload.directory is None or output is None:
+            return offload
+        if is_inside(Path(offload.directory), Path(output)):
+            raise ValueError(f"directory {offload.directory} lies inside the output {output}; name another directory")
+        _require_apart(own_scratch(Path(offload.directory), Path(output)), info)
+        return offload
 
     @field_validator("modifiers")
     @classmethod
@@ -257,6 +268,15 @@ class Recipe(Section):
         if not entries:
             raise RecipeError(f"modifiers: none names modules to quantize, and method {self.method!r} was asked for")
         return entries[0]
+
+
+def _require_apart(place: Path, info: ValidationInfo) -> None:
+    """Raises ValueError if `place` and the source, where that is a directory of this machine, are not apart."""
+    source = info.data.get("source")
+    if source is not None and (os.path.isdir(source.checkpoint) or is_inside(place, Path(source.checkpoint))):
+        why = source_conflict(place, Path(source.checkpoint))
+        if why is not None:
+            raise ValueError(why)
 
 
 class _Schema(GenerateJsonSchema):

@@ -19,8 +19,9 @@ from tempfile import TemporaryDirectory
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import EnvironmentProblem, SourceError, VerificationFailed, WorkflowError, exit_with
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError, exit_with
 from recipes.loader import load_recipe, read_yaml
+from recipes.places import is_inside
 from recipes.schema import Fidelity, Serving
 from verify.checks import Check, verdict
 from verify.levels import print_samples, verify_levels
@@ -55,6 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     options = parser.parse_args(arguments)
     try:
+        _require_apart(options)
         granted = Granted(options.python, options.trust_remote_code, options.logs)
         checks, samples = verify(options.checkpoint, options.source, options.recipe, options.level, granted)
         if options.html is not None:
@@ -72,6 +74,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _require_apart(options: argparse.Namespace) -> None:
+    """Raises RecipeError if a page or logs would be written into a checkpoint."""
+    written = [(name, path) for name, path in (("--html", options.html), ("--logs", options.logs)) if path is not None]
+    read = [path for path in (options.checkpoint, options.source) if path is not None]
+    problems = [
+        f"{name}: {path} lies inside the checkpoint {place}, which is only read; name another place"
+        for name, path in written
+        for place in read
+        if is_inside(path, place)
+    ]
+    if problems:
+        raise RecipeError(problems)
 
 
 def write_page(path: Path, report: Report) -> None:

@@ -12,6 +12,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.checkpoint.writer import write_text
 from calibration.disk import Need, space_problems
+from calibration.output import overwrite_problems
 from calibration.resume import activations_directory
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
@@ -22,7 +23,7 @@ from workflows import estimate
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 from workflows.progress import Reporter
 from workflows.rehearse import finished_blocks
-from workflows.source import resolve_source
+from workflows.source import require_apart, resolve_source
 from workflows.stages import Run
 
 #: Activations on disk at the same time, in boundaries: those that enter and those that leave a block.
@@ -176,6 +177,7 @@ def _plan(
 
 
 def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> Entry:
+    require_apart(recipe, source.directory)
     run = Run(recipe, Reporter("error"))
     run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
     calibrates = recipe.method == "calibrate"
@@ -239,6 +241,8 @@ def _output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
     found = standing(entry)
     if found.kind == "foreign" and not overwrite:
         return [f"{entry.output}: {found.why}; name another output, or pass --overwrite to replace what is there"]
+    if found.kind == "foreign" and (problems := overwrite_problems(entry.run, Path(entry.output))):
+        return problems
     try:
         taken = batch.claim(Path(entry.output))
     except OSError as error:

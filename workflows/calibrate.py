@@ -20,11 +20,11 @@ import torch
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
-from calibration.checkpoint.writer import remove_unfinished
 from calibration.data import load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
 from calibration.oneshot import calibrate, quiet
+from calibration.output import remove_unfinished
 from calibration.ranks import Ranks
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume

@@ -16,6 +16,7 @@ from calibration.checkpoint.writer import write_json
 from calibration.cost import boundary_bytes, hidden_width, scratch_bytes
 from calibration.disk import Need, probe_write, space_problems
 from calibration.memory import available_memory
+from calibration.output import BEGUN, overwrite_problems
 from calibration.resume import activations_directory
 from recipes.errors import EnvironmentProblem, WorkflowError
 from verify.serving import check_serving
@@ -233,10 +234,12 @@ def _output_problems(run: Run, stages: Sequence[str]) -> list[str]:
         return []
     if not run.output.is_dir():
         return [f"{run.output}: output exists and is no directory; name another output"]
-    if not any(run.output.iterdir()) or run.overwrite:
+    if not any(run.output.iterdir()):
         return []
+    if run.overwrite:
+        return overwrite_problems(run.directory, run.output)
     facts = {fact.get("fact") for fact in run.directory.facts()}
-    begun, complete = bool(facts & {"fingerprint", "started"}), "verified" in facts
+    begun, complete = bool(facts & BEGUN), "verified" in facts
     whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
     if begun and (run.restart or not complete or not whole):
         if not run.restart and not complete:

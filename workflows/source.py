@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from recipes.errors import SourceError
-from recipes.schema import Source
+from recipes.errors import RecipeError, SourceError
+from recipes.places import place_problems
+from recipes.schema import Recipe, Source
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def require_apart(recipe: Recipe, source: Path) -> None:
+    """Raises RecipeError if the run would write into its source; `source` is what `resolve_source` found, which the recipe's
+    own validation cannot know of a hub id."""
+    problems = place_problems(source, Path(recipe.output), recipe.offload.directory)
+    if problems:
+        raise RecipeError(problems)
 
 
 def resolve_source(source: Source) -> Path:

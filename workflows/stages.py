@@ -12,8 +12,9 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.writer import write_json, write_text
-from calibration.export import Exporter
+from calibration.export import CARD_NAME, Exporter
 from calibration.journal import RunDirectory
+from calibration.output import start_over
 from calibration.ranks import Ranks
 from calibration.resume import versions
 from recipes.errors import EnvironmentProblem, RecipeError
@@ -30,7 +31,7 @@ from workflows.plain_copy import source_to_serve
 from workflows.progress import Reporter
 from workflows.rehearse import Prepared
 from workflows.report import ReportPage
-from workflows.source import resolve_source
+from workflows.source import require_apart, resolve_source
 
 STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
 
@@ -64,8 +65,11 @@ class Run:
         self.page = ReportPage(self.output)
 
     def make_plan(self) -> None:
-        """Opens the source from its headers and makes the plan. Starts and writes nothing."""
-        self.source = Checkpoint.open(resolve_source(self.recipe.source))
+        """Opens the source from its headers and makes the plan. Starts and writes nothing. Raises RecipeError if the run
+        would write into the source."""
+        where = resolve_source(self.recipe.source)
+        require_apart(self.recipe, where)
+        self.source = Checkpoint.open(where)
         self.formats = Formats(self.source)
         self.plan = make_plan(self.source, self.formats, self.recipe)
         for warning in self.plan.warnings:
@@ -158,7 +162,7 @@ def _convert(run: Run) -> None:
     from calibration.convert import convert
 
     if run.overwrite or run.restart:
-        run.directory.restart()
+        start_over(run.directory, run.output, "replaced")
     # Until the export stage has run, nothing may take shards of two runs for a checkpoint.
     (run.output / INDEX_NAME).unlink(missing_ok=True)
     with run.reporter.transfer(run.recipe.method) as progress:
@@ -185,9 +189,9 @@ def export(run: Run) -> None:
             f"{run.output}: {len(missing)} of {len(run.plan.shards)} shards of this plan are not there (first: {missing[0]}); "
             "run the calibrate stage first (--from calibrate)"
         )
-    Exporter(run.plan, run.formats, run.recipe, run.output).finish(dump_recipe(run.recipe))
+    files = Exporter(run.plan, run.formats, run.recipe, run.output).finish(dump_recipe(run.recipe))
     _write_card(run)
-    run.directory.record("exported", plan=run.plan.digest)
+    run.directory.record("exported", plan=run.plan.digest, files=[*files, CARD_NAME])
     run.reporter.say(f"output: {run.output} ({run.plan.output_bytes:,} bytes in {len(run.plan.shards)} shards)")
 
 
@@ -239,7 +243,7 @@ def _write_card(run: Run) -> None:
     summary = run.directory.facts("calibrated")
     if summary:
         facts = {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
-    write_text(run.output / "README.md", model_card(run.recipe, run.plan, run.source, run.checks, facts))
+    write_text(run.output / CARD_NAME, model_card(run.recipe, run.plan, run.source, run.checks, facts))
 
 
 def read_samples(run: Run) -> list[dict[str, Any]]:

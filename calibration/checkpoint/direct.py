@@ -138,7 +138,8 @@ class DirectWriter:
         self._last = Buffer(PAGE)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            self._partial.unlink(missing_ok=True)  # a link there would have its target overwritten
+            self._file = _open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except OSError as error:
             raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from None
         try:

@@ -77,12 +77,6 @@ def _fill(
         raise WorkflowError(f"{min(missing)}: was not made (one of {len(missing)}): a defect here")
 
 
-def remove_unfinished(directory: Path) -> None:
-    """Removes what a kill left of half-written files in `directory` itself."""
-    for path in directory.glob("*" + PARTIAL):
-        path.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
     """Writes a text file (UTF-8). A lone surrogate, which a name of other bytes than UTF-8 has in Python, is spelled."""
     write_safely(path, lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")), len(text))
@@ -94,13 +88,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_safely(path: Path, write: Callable[[Path], object], nbytes: int) -> None:
-    """Calls `write` with `<path>.partial`, fsyncs it and renames it to `path`.
+    """Calls `write` with `<path>.partial`, which is not there, fsyncs it and renames it to `path`.
 
     Raises EnvironmentProblem naming the file, the bytes wanted and the bytes free; the partial file is removed.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # a link there would have its target overwritten
         write(partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
