@@ -41,14 +41,11 @@ from calibration.source_model import SourceModel
 from recipes.errors import RecipeError
 from recipes.modifiers import ConfigGroup
 from recipes.schema import Recipe
+from recipes.schemes import ARGUMENTS
 
 #: The observer of activations: the extremes of all batches, whatever their order. llm-compressor's default for schemes
 #: that name none is a moving average, which depends on it.
 ACTIVATION_OBSERVER = "static_minmax"
-#: Modifiers that scale tensors outside the quantized layers, which must then reach the output.
-SCALING = ("AWQModifier", "SmoothQuantModifier", "LogarithmicEqualizationModifier")
-_WHOLE_MODEL = "transforms the weights of all blocks before calibration, and only one block is in memory at a time"
-_PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
 #: Warnings of llm-compressor that say nothing about a run of this engine.
 _NOISE = (
     "Calibration pipeline is set to",
@@ -56,16 +53,6 @@ _NOISE = (
     "Disabling tokenizer parallelism",
     "Overriding weight observer for lower memory usage",
 )
-REFUSED = {
-    "SpinQuantModifier": _WHOLE_MODEL,
-    "QuIPModifier": _WHOLE_MODEL,
-    "AutoRoundModifier": "trains each block with forward passes of its own, which this engine does not feed",
-    "SparseGPTModifier": _PRUNES,
-    "WandaPruningModifier": _PRUNES,
-    "MagnitudePruningModifier": _PRUNES,
-    "ConstantPruningModifier": _PRUNES,
-    "REAPPruningModifier": "removes experts, and the output keeps the source's tensors",
-}
 
 
 def calibrate(
@@ -92,7 +79,7 @@ def calibrate(
     calibration, ranks = recipe.calibration, ranks or Ranks()
     if calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
-    modifiers = build_modifiers(recipe, source_model, plan, callbacks.takes_edits)
+    modifiers = build_modifiers(recipe, source_model, plan)
     names = source_model.model_modules()
     run = CalibrationRun(
         source=source_model,
@@ -133,10 +120,10 @@ def calibrate(
     return run.summary
 
 
-def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits: bool) -> list[Modifier]:
+def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan) -> list[Modifier]:
     """llm-compressor's modifiers of the recipe, their targets resolved to transformers' module names.
 
-    Raises RecipeError, all at once: refused modifiers by name, arguments llm-compressor does not take.
+    Raises RecipeError, all at once, for arguments that llm-compressor does not take.
     """
     problems: list[str] = []
     modifiers: list[Modifier] = []
@@ -149,18 +136,6 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan, takes_edits
     create = partial(ModifierFactory.create, allow_registered=True, allow_experimental=False)
     for position, entry in enumerate(recipe.modifiers):
         where, arguments = f"modifiers.{position}.{entry.name}", dict(entry.arguments)
-        if entry.name in REFUSED:
-            problems.append(f"{where}: {REFUSED[entry.name]}; remove it")
-            continue
-        if entry.name in SCALING and not takes_edits:
-            problems.append(
-                f"{where}: changes norms and other tensors that the output copies from the source, and its input scales "
-                "would be those of the inputs before it scaled them; remove it"
-            )
-            continue
-        if arguments.get("kv_cache_scheme") is not None:
-            problems.append(f"{where}.kv_cache_scheme: the output has no place for cache scales yet; remove it")
-            continue
         if position == quantization.position:
             arguments = quantization.arguments | {
                 "config_groups": _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
@@ -308,12 +283,12 @@ def _scheme(given: ConfigGroup, targets: list[str], pinned: bool) -> Quantizatio
     if given.scheme is not None:
         scheme = preset_name_to_scheme(given.scheme, targets)
     else:
-        arguments = given.model_dump(mode="json", exclude_unset=True, exclude={"targets", "scheme"})
-        scheme = QuantizationScheme.model_validate({"targets": targets, **arguments})
-    for written, args in (
-        (given.input_activations, scheme.input_activations),
-        (given.output_activations, scheme.output_activations),
-    ):
-        if pinned and args is not None and args.dynamic in (False, DynamicType.LOCAL):
-            args.observer = (written or {}).get("observer") or ACTIVATION_OBSERVER
+        weights, inputs = ARGUMENTS[given.preset]
+        arguments = {"targets": targets, "weights": weights | (given.weights or {})}
+        if inputs is not None:
+            arguments["input_activations"] = inputs | (given.input_activations or {})
+        scheme = QuantizationScheme.model_validate(arguments)
+    args = scheme.input_activations
+    if pinned and args is not None and args.dynamic in (False, DynamicType.LOCAL):
+        args.observer = (given.input_activations or {}).get("observer") or ACTIVATION_OBSERVER
     return scheme

@@ -11,9 +11,10 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, JsonValue, WithJsonSchema
 
 from recipes.patterns import Pattern, PatternError
+from recipes.schemes import ARGUMENTS
 
-# Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: what is not to be
-# quantized is simply not targeted.
+# Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: what is not to be quantized is
+# simply not targeted. Those of `recipes.schemes` can be written; the others are refused by name.
 PRESET_SCHEMES = (
     *("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
     *("W8A8", "INT8", "W4AFP8", "W4A16_ASYM", "W2A4", "W2A8", "W2A16", "W3A4", "W3A8", "W3A16", "W4A4", "W4A8"),
@@ -53,8 +54,9 @@ def _check_target(target: str) -> str:
 
 
 def _check_scheme(name: str) -> str:
-    if name.upper() not in PRESET_SCHEMES:
-        raise ValueError(f"must be a preset scheme of compressed-tensors{did_you_mean(name, PRESET_SCHEMES)}")
+    if name.upper() not in ARGUMENTS:
+        known = "is not one this project can write and verify; use one of " + ", ".join(ARGUMENTS)
+        raise ValueError(known if name.upper() in PRESET_SCHEMES else f"is no scheme{did_you_mean(name, ARGUMENTS)}")
     return name.upper()
 
 
@@ -93,12 +95,18 @@ Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 GroupName = Annotated[str, AfterValidator(_check_group_name)]
 Target = Annotated[str, Field(min_length=1), AfterValidator(_check_target)]
-Scheme = Annotated[str, AfterValidator(_check_scheme), WithJsonSchema({"type": "string", "enum": list(PRESET_SCHEMES)})]
+Scheme = Annotated[str, AfterValidator(_check_scheme), WithJsonSchema({"type": "string", "enum": list(ARGUMENTS)})]
+_OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Targets = Annotated[
     list[Target],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    _OneOrMore,
     Field(min_length=1),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "string"}}]}),
+]
+Ignored = Annotated[
+    list[Target],
+    _OneOrMore,
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Bytes = Annotated[
     ByteSize,

@@ -57,7 +57,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
         RecipeError: with every problem of the file and of the overrides.
     """
     root, data, problems = read_yaml(path)
-    labels: dict[Location, str] = {}
+    stages, labels = _take_stages(path, root, data), dict[Location, str]()
+    if stages and not {"source", "output"} <= data.keys():
+        problems.append(
+            f"{stages['modifiers',]}: llm-compressor's part of a recipe; add source, output and calibration"
+        )
     for text in overrides:
         try:
             labels[_override(data, text)] = f"--set {text}"
@@ -66,7 +70,33 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
     if output is not None:
         data["output"] = output
         labels[("output",)] = "--output"
+    for place, label in stages.items():
+        labels.setdefault(place, label)
     return _validated(Recipe, path, root, data, labels, problems)
+
+
+def _take_stages(path: Path, root: yaml.Node, data: dict[Any, Any]) -> dict[Location, str]:
+    """Turns llm-compressor's own forms, stages (`quant_stage: {quant_modifiers: {NAME: {...}}}`) and a mapping of
+    modifiers, into the list `modifiers`. Returns where they stand in the file, for messages."""
+    stages = [
+        (stage, key, modifiers)
+        for stage, groups in data.items()
+        if stage not in Recipe.model_fields and isinstance(groups, dict)
+        for key, modifiers in groups.items()
+        if str(key).endswith("_modifiers") and isinstance(modifiers, dict)
+    ]
+    if isinstance(data.get("modifiers"), dict):
+        data["modifiers"] = [{name: arguments} for name, arguments in data["modifiers"].items()]
+        return {("modifiers",): f"{path}:{_line(root, ('modifiers',))[0]}"}
+    if not stages or "modifiers" in data:
+        return {}
+    for stage, key, _ in stages:
+        del data[stage][key]
+        if not data[stage]:
+            del data[stage]
+    data["modifiers"] = [{name: arguments} for *_, modifiers in stages for name, arguments in modifiers.items()]
+    first = stages[0][:2]
+    return {("modifiers",): f"{path}:{_line(root, first)[0]}: {dotted(first)}, read as the list modifiers"}
 
 
 def load_section(model: type[S], path: Path) -> S:

@@ -1,8 +1,8 @@
 """llm-compressor's modifiers as a recipe spells them.
 
 Nothing here imports llm-compressor: its modifier names, argument names and preset schemes (in `recipes.fields`) are
-written out, and `tests/unit/test_recipes.py` compares them with the installed package. The modifiers that quantize
-are parsed in full; the arguments of the others pass through and llm-compressor checks them itself.
+written out, and `tests/unit/test_recipes.py` compares them with the installed package. The modifiers that can run are
+parsed in full; the others are refused by name, each with its reason.
 """
 
 from __future__ import annotations
@@ -11,8 +11,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_serializer, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
-from recipes.fields import GroupName, PassThrough, Scheme, Section, Target, Targets, Text, did_you_mean
+from recipes.fields import GroupName, Ignored, PassThrough, Scheme, Section, Targets, Text, did_you_mean
+from recipes.schemes import FORMATS, preset_of
+
+#: Key of pydantic's validation context: whoever validates a recipe writes what modifiers change outside the quantized
+#: layers (AWQ, SmoothQuant) into the output. No workflow does.
+TAKES_EDITS = "takes_edits"
+_WHOLE_MODEL = "transforms the weights of all blocks before calibration, and only one block is in memory at a time"
+_SCALES = (
+    "changes norms and other tensors that the output copies from the source, and its input scales would be those of the "
+    "inputs before it scaled them"
+)
+_PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
+#: Modifiers of llm-compressor that no run can take, and why.
+REFUSED = {
+    "AWQModifier": _SCALES,
+    "SmoothQuantModifier": _SCALES,
+    "LogarithmicEqualizationModifier": _SCALES,
+    "SpinQuantModifier": _WHOLE_MODEL,
+    "QuIPModifier": _WHOLE_MODEL,
+    "AutoRoundModifier": "trains each block with forward passes of its own, which this engine does not feed",
+    "SparseGPTModifier": _PRUNES,
+    "WandaPruningModifier": _PRUNES,
+    "MagnitudePruningModifier": _PRUNES,
+    "ConstantPruningModifier": _PRUNES,
+    "REAPPruningModifier": "removes experts, and the output keeps the source's tensors",
+}
 
 
 class ConfigGroup(Section):
@@ -21,15 +47,15 @@ class ConfigGroup(Section):
     targets: Targets
     """Module names as the source checkpoint spells them; a regular expression begins with 're:'. Each must match."""
     scheme: Scheme | None = None
-    """Preset scheme: NVFP4 (weights and activations), NVFP4A16 (weights only), FP8_BLOCK (128x128 tiles), ..."""
+    """Preset scheme: NVFP4 (weights and activations), NVFP4A16 (weights only) or FP8_BLOCK (128x128 tiles)."""
     weights: PassThrough | None = Field(default=None, validate_default=True)
-    """compressed-tensors QuantizationArgs of the weights, instead of a scheme."""
+    """compressed-tensors QuantizationArgs of the weights, instead of a scheme; those of one of the presets."""
     input_activations: PassThrough | None = None
     """compressed-tensors QuantizationArgs of the inputs; only together with weights."""
     output_activations: PassThrough | None = None
-    """compressed-tensors QuantizationArgs of the outputs; only together with weights."""
+    """Must be null: quantized outputs have no place in the output checkpoint."""
     format: Text | None = None
-    """compressed-tensors storage format such as nvfp4-pack-quantized; derived from the scheme when left out."""
+    """compressed-tensors storage format; that of the scheme, and derived from it when left out."""
 
     @field_validator("weights")
     @classmethod
@@ -38,6 +64,19 @@ class ConfigGroup(Section):
             given = "neither" if weights is None else "both"
             raise ValueError(f"needs exactly one of 'scheme' and 'weights', has {given}; a preset is `scheme: NVFP4`")
         return weights
+
+    @property
+    def preset(self) -> str:
+        """The preset scheme, also of arguments that are written out."""
+        return self.scheme or preset_of(self.weights or {}, self.input_activations)
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> ConfigGroup:
+        if self.output_activations is not None:
+            raise ValueError("output_activations: quantized outputs have no place in the output checkpoint; remove it")
+        if self.format not in (None, FORMATS[self.preset]):
+            raise ValueError(f"format: of {self.preset} is {FORMATS[self.preset]}, not {self.format}; remove it")
+        return self
 
     @field_validator("input_activations", "output_activations")
     @classmethod
@@ -56,10 +95,10 @@ class QuantizationArguments(Section):
     """Short form for a single group: its preset scheme. Instead of config_groups."""
     config_groups: dict[GroupName, ConfigGroup] | None = Field(default=None, min_length=1, validate_default=True)
     """Groups of modules by a name of your choice, each with its targets and its scheme."""
-    ignore: list[Target] = Field(default=[])
-    """Module names or 're:' expressions left alone although a target matches. Each must match something."""
+    ignore: Ignored = Field(default=[])
+    """Module names or 're:' expressions left alone although a target matches. One that matches nothing is a note."""
     kv_cache_scheme: PassThrough | None = None
-    """compressed-tensors QuantizationArgs of the key/value cache."""
+    """Must be null: the output has no place for scales of the key/value cache yet."""
     weight_observer: Text | None = None
     """Observer of the weights, for example memoryless_minmax, memoryless_mse, imatrix_mse."""
     input_observer: Text | None = None
@@ -83,6 +122,12 @@ class QuantizationArguments(Section):
             raise ValueError("'targets' and 'scheme' go together; give both, or config_groups instead of them")
         return groups
 
+    @field_validator("kv_cache_scheme")
+    @classmethod
+    def _no_cache_scales(cls, scheme: PassThrough | None) -> None:
+        if scheme is not None:
+            raise ValueError("the output has no place for scales of the key/value cache yet; remove it")
+
     def groups(self) -> dict[str, ConfigGroup]:
         """The config groups; the short form `targets` + `scheme` becomes one group named group_0."""
         if self.targets is not None:
@@ -103,23 +148,6 @@ class GPTQArguments(QuantizationArguments):
     """Batching of modules of one shape: auto, a positive number, or null (llm-compressor's default: auto)."""
 
 
-class AutoRoundArguments(QuantizationArguments):
-    """Arguments of llm-compressor's AutoRoundModifier: rounding tuned by signed gradient descent."""
-
-    iters: JsonValue = None
-    """Tuning iterations per block (llm-compressor's default: 200)."""
-    enable_torch_compile: JsonValue = None
-    """Compile the tuning loop (llm-compressor's default: true)."""
-    batch_size: JsonValue = None
-    """Tuning batch size (llm-compressor's default: 8)."""
-    lr: JsonValue = None
-    """Learning rate; chosen by AutoRound when left out."""
-    device_ids: JsonValue = None
-    """Devices for tuning, for example '0,1' or 'auto'."""
-    disable_opt_rtn: JsonValue = None
-    """Disable AutoRound's optimized round to nearest (llm-compressor's default: false)."""
-
-
 class ModifierEntry(Section):
     """One step of llm-compressor: a mapping with one key, the modifier's name, and its arguments below it."""
 
@@ -129,39 +157,22 @@ class ModifierEntry(Section):
     """Round to nearest with calibrated activation scales. The usual choice, and the fastest."""
     GPTQModifier: GPTQArguments | None = None
     """GPTQ: corrects each column's rounding error in the columns after it. Slower, smaller error."""
-    AutoRoundModifier: AutoRoundArguments | None = None
-    """AutoRound: learns the rounding by gradient descent. Slow; needs the auto-round package."""
-    AWQModifier: PassThrough | None = None
-    """AWQ: scales salient channels before quantization. Stands before the modifier that quantizes."""
-    SmoothQuantModifier: PassThrough | None = None
-    """SmoothQuant: moves activation outliers into the weights. Stands before the modifier that quantizes."""
-    LogarithmicEqualizationModifier: PassThrough | None = None
-    """SmoothQuant with logarithmic scales."""
-    SpinQuantModifier: PassThrough | None = None
-    """SpinQuant: rotations fused into the weights."""
-    QuIPModifier: PassThrough | None = None
-    """QuIP: random orthogonal transforms of weights and activations."""
-    SparseGPTModifier: PassThrough | None = None
-    """SparseGPT pruning."""
-    WandaPruningModifier: PassThrough | None = None
-    """Wanda pruning."""
-    MagnitudePruningModifier: PassThrough | None = None
-    """Magnitude pruning."""
-    ConstantPruningModifier: PassThrough | None = None
-    """Keeps a pruning mask constant."""
-    REAPPruningModifier: PassThrough | None = None
-    """REAP: prunes whole experts."""
+    AWQModifier: SkipJsonSchema[PassThrough | None] = None
+    SmoothQuantModifier: SkipJsonSchema[PassThrough | None] = None
+    LogarithmicEqualizationModifier: SkipJsonSchema[PassThrough | None] = None
 
     @model_validator(mode="before")
     @classmethod
-    def _one_known_modifier(cls, value: Any) -> Any:
+    def _one_known_modifier(cls, value: Any, info: ValidationInfo) -> Any:
+        takes_edits = bool(info.context and info.context.get(TAKES_EDITS))
         if not isinstance(value, dict):
             raise ValueError("must be a mapping of a modifier's name to its arguments, as in `AWQModifier: {}`")
         for name in value:
+            if name in REFUSED and not (takes_edits and name in cls.model_fields):
+                raise ValueError(f"{name} {REFUSED[name]}; remove it")
             if name not in cls.model_fields:
-                raise ValueError(
-                    f"{name!r} is no modifier of llm-compressor 0.14.0.1{did_you_mean(str(name), cls.model_fields)}"
-                )
+                known = [field for field in cls.model_fields if field not in REFUSED]
+                raise ValueError(f"{name!r} is no modifier that can run here{did_you_mean(str(name), known)}")
         if len(value) != 1:
             names = ", ".join(value) or "none"
             raise ValueError(
@@ -178,6 +189,11 @@ class ModifierEntry(Section):
     def name(self) -> str:
         """Class name of the llm-compressor modifier."""
         return next(iter(self.model_fields_set))
+
+    @property
+    def edits(self) -> bool:
+        """Whether it changes tensors outside the quantized layers."""
+        return self.name in REFUSED
 
     @property
     def arguments(self) -> dict[str, Any]:

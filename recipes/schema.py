@@ -239,7 +239,8 @@ class Recipe(Section):
     @field_validator("modifiers")
     @classmethod
     def _one_modifier_quantizes(cls, modifiers: list[ModifierEntry], info: ValidationInfo) -> list[ModifierEntry]:
-        found = [entry.name for entry in quantization_entries(modifiers)]
+        entries = quantization_entries(modifiers)
+        found = [entry.name for entry in entries]
         method = info.data.get("method")
         if method == "plain" and modifiers:
             raise ValueError("must be left out with method 'plain', which quantizes nothing")
@@ -252,6 +253,9 @@ class Recipe(Section):
                 f"exactly one modifier must name the modules to quantize (config_groups, or targets and scheme), "
                 f"found {', '.join(found) or 'none'}"
             )
+        idle = [entry.name for at, entry in enumerate(modifiers) if not entry.edits and at != entries[0].position]
+        if idle:
+            raise ValueError(f"{idle[0]} beside {found[0]} names no modules to quantize; remove it")
         return modifiers
 
     @field_validator("calibration")

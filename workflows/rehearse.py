@@ -149,7 +149,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
                 lambda: build_skeleton(source, place, recipe.source.trust_remote_code, run.ranks.device)
             )
             if model is not None:
-                attempts.of(lambda: build_modifiers(recipe, model, run.plan, takes_edits=False))
+                attempts.of(lambda: build_modifiers(recipe, model, run.plan))
             data = prepared.data
             if model is not None and data is not None:
                 prepared.rehearsal = attempts.of(

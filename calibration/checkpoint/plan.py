@@ -24,7 +24,6 @@ from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
 from calibration.checkpoint.source_check import contradictions, is_carried, is_left_out
 from recipes.errors import RecipeError, SourceError, collapsed
 from recipes.fields import KEPT_FP8
-from recipes.modifiers import ConfigGroup
 from recipes.patterns import Pattern, PatternError, TimeLimit
 from recipes.schema import Recipe
 
@@ -173,7 +172,10 @@ class _Planner:
         if misnamed:  # no target can be right
             raise SourceError([*misnamed, *differing])
         plain = self.recipe.method == "plain"
-        groups: dict[str, Scheme] = {} if plain else self._schemes()
+        groups: dict[str, Scheme] = {}
+        if not plain:
+            config_groups = self.recipe.quantization_modifier.config_groups
+            groups = {name: SCHEMES[group.preset] for name, group in config_groups.items()}
         assigned = {} if plain else self._assign(groups)
         self._check_whole_groups(assigned)
         steps = self._steps(assigned, groups)
@@ -195,19 +197,6 @@ class _Planner:
         self._warn(plan)
         object.__setattr__(plan, "warnings", tuple(self.warnings))
         return plan
-
-    def _schemes(self) -> dict[str, Scheme]:
-        schemes: dict[str, Scheme] = {}
-        for name, group in self.recipe.quantization_modifier.config_groups.items():
-            scheme = _scheme_of(group)
-            if scheme is None:
-                self.problems.append(
-                    f"config_groups.{name}: scheme {group.scheme or 'with own weights arguments'} is not one this "
-                    f"project can write and verify; use one of {', '.join(SCHEMES)}"
-                )
-            else:
-                schemes[name] = scheme
-        return schemes
 
     def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
         """Module -> config group, after ignore."""
@@ -432,16 +421,6 @@ class _Planner:
 def _keeps_tiles(scheme: Scheme, stored: StoredFormat) -> bool:
     """Whether the stored FP8 tiles are what the scheme asks for, so that codes can stay."""
     return scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == (128, 128)
-
-
-def _scheme_of(group: ConfigGroup) -> Scheme | None:
-    if group.scheme is not None:
-        return SCHEMES.get(group.scheme.upper())
-    weights = group.weights or {}
-    facts = (weights.get("num_bits"), weights.get("type"), weights.get("group_size"))
-    if facts != (4, "float", 16):
-        return None
-    return SCHEMES["NVFP4" if group.input_activations else "NVFP4A16"]
 
 
 def _consumed(companions: list[str], reason: str) -> dict[str, Step]:

@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibration.checkpoint.nvfp4 import GROUP
+from recipes.schemes import ARGUMENTS, FORMATS
 
 Outputs = tuple[tuple[str, str, tuple[int, ...]], ...]
 
-_NVFP4_WEIGHTS: dict[str, Any] = {
-    "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": GROUP,
-    "dynamic": False, "scale_dtype": "torch.float8_e4m3fn",
-}  # fmt: skip
 _TILES = [128, 128]
 
 
@@ -53,14 +50,9 @@ class Scheme:
         return (*outputs, (f"{module}.input_global_scale", "F32", (1,))) if self.input_scale else outputs
 
 
-NVFP4 = Scheme(
-    "NVFP4", "nvfp4-pack-quantized", True, _NVFP4_WEIGHTS,
-    {**_NVFP4_WEIGHTS, "dynamic": "local"},
-)  # fmt: skip
-NVFP4A16 = Scheme("NVFP4A16", "nvfp4-pack-quantized", False, _NVFP4_WEIGHTS, None)
-FP8_BLOCK = Scheme(
-    "FP8_BLOCK", "float-quantized", False,
-    {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "block", "block_structure": _TILES, "dynamic": False},
-    {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "group", "group_size": 128, "dynamic": True},
-)  # fmt: skip
+def _scheme(name: str, input_scale: bool) -> Scheme:
+    return Scheme(name, FORMATS[name], input_scale, *ARGUMENTS[name])
+
+
+NVFP4, NVFP4A16, FP8_BLOCK = _scheme("NVFP4", True), _scheme("NVFP4A16", False), _scheme("FP8_BLOCK", False)
 SCHEMES = {scheme.name: scheme for scheme in (NVFP4, NVFP4A16, FP8_BLOCK)}

@@ -27,6 +27,7 @@ from calibration.checkpoint.plan import make_plan
 from calibration.oneshot import calibrate, quiet
 from calibration.sequential import BlockResult, CalibrationSummary, Callbacks
 from calibration.source_model import SourceModel, build_skeleton
+from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard
 
@@ -105,7 +106,7 @@ def recipe(name: str, modifiers: list[dict[str, Any]] | None = None, **sections:
         "calibration": {"dataset": "bundled"},
         "export": {"kept": "plain"},
     }
-    return Recipe.model_validate(content | sections)
+    return Recipe.model_validate(content | sections, context={TAKES_EDITS: True})
 
 
 def skeleton(name: str) -> SourceModel:

@@ -186,23 +186,6 @@ def test_spilled_activations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(scratch.glob("activations-*")) == []
 
 
-@pytest.mark.parametrize(
-    ("modifiers", "message"),
-    [
-        ([{"SpinQuantModifier": {}}], "SpinQuantModifier: transforms the weights of all blocks"),
-        ([{"AWQModifier": {}}], "AWQModifier: changes norms"),
-        ([{"SmoothQuantModifier": {}}], "SmoothQuantModifier: changes norms"),
-    ],
-)
-def test_modifiers_that_cannot_run_are_refused_before_anything_starts(
-    modifiers: list[dict[str, Any]], message: str
-) -> None:
-    source = skeleton("llama")
-    with pytest.raises(RecipeError, match=message):
-        ours(recipe("llama", [*modifiers, {"QuantizationModifier": groups("llama")}]), source)
-    assert source.loaded() == set()
-
-
 def test_arguments_that_llm_compressor_refuses_are_named() -> None:
     gptq = {"GPTQModifier": groups("llama") | {"block_size": "many", "batched_quantization": -3}}
     with pytest.raises(RecipeError, match=r"modifiers\.0\.GPTQModifier\.block_size: .*integer") as caught:

@@ -117,7 +117,7 @@ def test_is_not_repeated_where_blocks_are_finished(case: Case, attempt: Rehearse
 def test_tells_all_problems_at_once(case: Case, attempt: Rehearsed) -> None:
     body = case.body | {
         "calibration": case.body["calibration"] | {"dataset": "absent.jsonl"},
-        "modifiers": [{"SpinQuantModifier": {}}, *case.body["modifiers"]],
+        "modifiers": [{"GPTQModifier": next(iter(case.body["modifiers"][0].values())) | {"block_size": "many"}}],
         "offload": {"directory": "/proc/no/such/place"},
         "verify": {"serving": {"python": "/nowhere/python"}},
     }
@@ -128,7 +128,7 @@ def test_tells_all_problems_at_once(case: Case, attempt: Rehearsed) -> None:
         "/nowhere/python: no such interpreter",
         "/proc: a file of",
         "absent.jsonl",
-        "SpinQuantModifier: transforms",
+        "modifiers.0.GPTQModifier.block_size: ",
     ):
         assert part in told, attempt.text
     assert "Traceback" not in attempt.text and not attempt.output.exists() and not attempt.run_directory.exists()

@@ -103,17 +103,14 @@ WRONG = {
     ),
     "ignore nothing": (EXPERTS, {"ignore": ["lm_head"]}, "ignore: 'lm_head' matches no module"),
     "norms only": ([r"re:^layers\.\d+\.attn_norm$"], {}, "none of them can be quantized"),
-    "unwritable scheme": (EXPERTS, {"scheme": "W4A16"}, "scheme W4A16 is not one this project can write"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_targets_are_refused(sources: dict[str, Path], case: str) -> None:
     targets, sections, message = WRONG[case]
-    scheme = sections.get("scheme", "NVFP4")
-    rest = {key: value for key, value in sections.items() if key != "scheme"}
     with pytest.raises(RecipeError, match=re.escape(message)):
-        make(sources["bf16"], targets, scheme, **rest)
+        make(sources["bf16"], targets, **sections)
 
 
 def test_all_problems_at_once(sources: dict[str, Path]) -> None:

@@ -18,7 +18,8 @@ from recipes.fields import PRESET_SCHEMES
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix
 from recipes.modifiers import (
-    AutoRoundArguments,
+    REFUSED,
+    TAKES_EDITS,
     ConfigGroup,
     GPTQArguments,
     ModifierEntry,
@@ -151,13 +152,13 @@ def test_modifier_names_are_those_of_the_installed_llmcompressor() -> None:
 
     ModifierFactory.refresh()
     installed = ModifierFactory._main_registry
-    assert set(ModifierEntry.model_fields) == set(installed) - {"Modifier"}
+    assert set(ModifierEntry.model_fields) | set(REFUSED) == set(installed) - {"Modifier"}
     parsed = {
         "QuantizationModifier": QuantizationArguments,
         "GPTQModifier": GPTQArguments,
-        "AutoRoundModifier": AutoRoundArguments,
     }
-    assert set(parsed) == {name for name, kind in installed.items() if issubclass(kind, QuantizationMixin)}
+    quantizing = {name for name, kind in installed.items() if issubclass(kind, QuantizationMixin)}
+    assert set(parsed) == quantizing - set(REFUSED)
     for name, arguments in parsed.items():
         # start, end, index and the like are the training loop's, without effect in one shot.
         assert set(arguments.model_fields) == set(installed[name].model_fields) - set(Modifier.model_fields), name
@@ -195,7 +196,8 @@ def test_quantization_modifier_separates_groups_from_other_arguments(tmp_path: P
         "weight_observer": "memoryless_mse",
     }
     modifiers = [{"AWQModifier": None}, {"QuantizationModifier": quantization}]
-    recipe = load_recipe(with_modifiers(tmp_path, modifiers))
+    raw = yaml.safe_load(MINIMAL) | {"modifiers": modifiers}
+    recipe = Recipe.model_validate(raw, context={TAKES_EDITS: True})
     entry = recipe.quantization_modifier
     assert (entry.name, entry.position) == ("QuantizationModifier", 1)
     assert entry.config_groups == {"group_0": ConfigGroup(targets=["lm_head"], scheme="NVFP4")}
@@ -279,6 +281,7 @@ def test_three_mistakes_are_reported_together_with_line_and_key(tmp_path: Path) 
         ({"targets": ["a"], "scheme": "NVFP4", "weights": {"num_bits": 4}}, "weights", "has both"),
         ({"targets": ["a"], "scheme": "NVFP4", "input_activations": {}}, "input_activations", "already says"),
         ({"targets": ["a"], "schema": "NVFP4", "weights": {}}, "schema", "did you mean 'scheme'?"),
+        ({"targets": ["a"], "scheme": "W4A16"}, "scheme", "use one of NVFP4, NVFP4A16, FP8_BLOCK"),
     ],
 )
 def test_config_group_errors(group: dict[str, Any], key: str, rule: str, tmp_path: Path) -> None:
@@ -296,7 +299,7 @@ GOOD = {"targets": ["a"], "scheme": "NVFP4"}
     [
         ([{"QuantizationModifer": GOOD}], "modifiers.0", "did you mean 'QuantizationModifier'?"),
         (["AWQModifier", {"QuantizationModifier": GOOD}], "modifiers.0", "must be a mapping"),
-        ([{"AWQModifier": {}, "QuantizationModifier": GOOD}], "modifiers.0", "exactly one key"),
+        ([{"GPTQModifier": {}, "QuantizationModifier": GOOD}], "modifiers.0", "exactly one key"),
         ([{"QuantizationModifier": GOOD | {"ignor": []}}], "modifiers.0.QuantizationModifier.ignor", "'ignore'?"),
         ([{"GPTQModifier": GOOD | {"dampening": 1}}], "modifiers.0.GPTQModifier.dampening", "'dampening_frac'?"),
         (
@@ -311,7 +314,17 @@ GOOD = {"targets": ["a"], "scheme": "NVFP4"}
             "modifiers",
             "found QuantizationModifier, GPTQModifier",
         ),
-        ([{"AWQModifier": {}}], "modifiers", "found none"),
+        ([{"QuantizationModifier": {}}], "modifiers", "found none"),
+        (
+            [{"GPTQModifier": {}}, {"QuantizationModifier": GOOD}],
+            "modifiers",
+            "GPTQModifier beside QuantizationModifier",
+        ),
+        (
+            [{"QuantizationModifier": GOOD | {"kv_cache_scheme": {"num_bits": 8}}}],
+            "modifiers.0.QuantizationModifier.kv_cache_scheme",
+            "no place for scales of the key/value cache yet; remove it",
+        ),
     ],
 )
 def test_modifier_errors(modifiers: list[Any], key: str, rule: str, tmp_path: Path) -> None:
@@ -319,6 +332,117 @@ def test_modifier_errors(modifiers: list[Any], key: str, rule: str, tmp_path: Pa
     assert len(found) == 1
     assert f": {key}: " in found[0]
     assert rule in found[0]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_modifier_that_no_run_can_take_is_refused_by_the_loader(name: str, tmp_path: Path) -> None:
+    found = problems(with_modifiers(tmp_path, [{name: {}}, {"QuantizationModifier": GOOD}]))
+    assert len(found) == 1 and f": modifiers.0: {name} {REFUSED[name]}; remove it" in found[0]
+
+
+def test_the_json_schema_offers_what_can_run_and_nothing_else() -> None:
+    schema = json.loads(json_schema_text())["$defs"]
+    assert set(schema["ModifierEntry"]["properties"]) == {"QuantizationModifier", "GPTQModifier"}
+    assert schema["ConfigGroup"]["properties"]["scheme"]["anyOf"][0]["enum"] == ["NVFP4", "NVFP4A16", "FP8_BLOCK"]
+
+
+FP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    ("group", "preset"),
+    [
+        ({"weights": FP4}, "NVFP4A16"),
+        ({"weights": FP4 | {"symmetric": True, "dynamic": False, "actorder": None, "zp_dtype": None}}, "NVFP4A16"),
+        ({"weights": FP4 | {"type": "FLOAT", "observer": "memoryless_mse"}, "output_activations": None}, "NVFP4A16"),
+        ({"weights": FP4, "input_activations": FP4 | {"dynamic": "local", "observer": "minmax"}}, "NVFP4"),
+        ({"weights": FP4 | {"scale_dtype": "torch.float8_e4m3fn"}, "format": "nvfp4-pack-quantized"}, "NVFP4A16"),
+        (
+            {
+                "weights": FP8,
+                "input_activations": {"type": "float", "strategy": "group", "group_size": 128, "dynamic": True},
+            },
+            "FP8_BLOCK",
+        ),
+    ],
+    ids=range(6),
+)
+def test_arguments_written_out_are_taken_where_they_are_a_presets(group: dict[str, Any], preset: str) -> None:
+    assert ConfigGroup.model_validate({"targets": ["a"]} | group).preset == preset
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        (
+            {"weights": FP4, "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}},
+            "for NVFP4 input_activations.num_bits must be 4, is '8'; input_activations.strategy must be 'tensor_group', "
+            "is 'token'; input_activations.group_size must be 16, is 'None'; input_activations.dynamic must be 'local', "
+            "is 'True'; `scheme: NVFP4` says it all",
+        ),
+        ({"weights": FP4 | {"strategy": "group"}}, "weights.strategy must be 'tensor_group', is 'group'; `scheme: NVFP4A16`"),
+        ({"weights": FP4 | {"group_size": 32}}, "weights.group_size must be 16, is '32'"),
+        ({"weights": FP4 | {"symmetric": False}}, "weights.symmetric must be True, is 'False'"),
+        ({"weights": FP4, "input_activations": FP4}, "input_activations.dynamic must be 'local', is 'False'"),
+        ({"weights": FP4 | {"numbits": 4}}, "weights.numbits must be None, is '4'"),
+        ({"weights": FP8}, "for FP8_BLOCK input_activations"),
+        ({"weights": FP8 | {"block_structure": [64, 64]}}, "weights.block_structure must be [128, 128], is '[64, 64]'"),
+        ({"weights": {}}, "for FP8_BLOCK"),
+        ({"weights": FP4, "output_activations": FP4}, "output_activations: quantized outputs have no place"),
+        ({"weights": FP4, "format": "float-quantized"}, "format: of NVFP4A16 is nvfp4-pack-quantized, not float-quantized"),
+        ({"scheme": "FP8_BLOCK", "format": "nvfp4-pack-quantized"}, "format: of FP8_BLOCK is float-quantized"),
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_arguments_that_cannot_be_written_are_refused_by_the_loader(
+    group: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    found = problems(
+        with_modifiers(tmp_path, [{"QuantizationModifier": {"config_groups": {"g": {"targets": ["a"]} | group}}}])
+    )
+    assert len(found) == 1
+    assert f": {GROUPS}.g: " in found[0] and says in found[0]
+
+
+STAGE = {"targets": "Linear", "scheme": "nvfp4", "ignore": "lm_head"}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"quant_stage": {"quant_modifiers": {"QuantizationModifier": STAGE}}},
+        {"default_stage": {"default_modifiers": {"QuantizationModifier": STAGE}}},
+        {"modifiers": {"QuantizationModifier": STAGE}},
+        {"modifiers": [{"QuantizationModifier": STAGE}]},
+    ],
+    ids=["stage", "default stage", "mapping", "list"],
+)
+def test_llm_compressors_own_forms_are_one_recipe(form: dict[str, Any], tmp_path: Path) -> None:
+    rest = {"source": {"checkpoint": "a"}, "output": "b", "calibration": {"dataset": "bundled"}}
+    recipe = load_recipe(write(tmp_path, yaml.safe_dump(rest | form)))
+    assert recipe.quantization_modifier.config_groups == {"group_0": ConfigGroup(targets=["Linear"], scheme="NVFP4")}
+    assert recipe.quantization_modifier.ignore == ["lm_head"]
+    usual = {
+        "modifiers": [
+            {"QuantizationModifier": STAGE | {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["lm_head"]}}
+        ]
+    }
+    assert recipe_digest(recipe) == recipe_digest(Recipe.model_validate(rest | usual))
+
+
+def test_a_stage_alone_says_what_to_add_and_where_its_own_mistakes_are(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, yaml.safe_dump({"s_stage": {"q_modifiers": {"QuantizationModifier": STAGE | {"scheme": "nv"}}}})
+    )
+    found = problems(path)
+    stage = f"{path}:2: s_stage.q_modifiers, read as the list modifiers: "
+    assert stage + "llm-compressor's part of a recipe; add source, output and calibration" in found
+    assert any(p.startswith(stage + 'modifiers.0.QuantizationModifier.scheme: "nv" is no scheme') for p in found)
+    assert any(
+        p.startswith("--set modifiers.0.QuantizationModifier.scheme=x: ")
+        for p in problems(path, "modifiers.0.QuantizationModifier.scheme=x")
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The quantization schemes that can be written and verified, in compressed-tensors' words (QuantizationArgs, 0.17 to 0.19)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Arguments = dict[str, Any]
+
+_FP4: Arguments = {
+    "num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16, "dynamic": False,
+    "scale_dtype": "torch.float8_e4m3fn",
+}  # fmt: skip
+_FP8: Arguments = {"num_bits": 8, "type": "float", "symmetric": True}
+#: Preset name -> arguments of the weights and of the inputs (None: inputs are not quantized).
+ARGUMENTS: dict[str, tuple[Arguments, Arguments | None]] = {
+    "NVFP4": (_FP4, {**_FP4, "dynamic": "local"}),
+    "NVFP4A16": (_FP4, None),
+    "FP8_BLOCK": (
+        {**_FP8, "strategy": "block", "block_structure": [128, 128], "dynamic": False},
+        {**_FP8, "strategy": "group", "group_size": 128, "dynamic": True},
+    ),
+}
+#: Preset name -> storage format.
+FORMATS = {
+    "NVFP4": "nvfp4-pack-quantized",
+    "NVFP4A16": "nvfp4-pack-quantized",
+    "FP8_BLOCK": "float-quantized",
+}
+# What QuantizationArgs takes for a key that is left out.
+_DEFAULTS: Arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+# Say how values are found, not what is stored.
+_FREE = frozenset({"observer", "observer_kwargs", "actorder"})
+
+
+def preset_of(weights: Arguments, inputs: Arguments | None) -> str:
+    """The preset whose arguments these are, written out. Raises ValueError: what differs from the nearest preset."""
+    nearest = "FP8_BLOCK" if weights.get("num_bits", 8) == 8 else "NVFP4" if inputs else "NVFP4A16"
+    wanted_weights, wanted_inputs = ARGUMENTS[nearest]
+    problems = list(_differences("weights", weights, wanted_weights))
+    if wanted_inputs is not None:
+        problems += _differences("input_activations", inputs or {}, wanted_inputs)
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(
+            f"written out must be the arguments of {', '.join(ARGUMENTS)}, which are all that can be written and "
+            f"verified; for {nearest} {shown}; `scheme: {nearest}` says it all"
+        )
+    return nearest
+
+
+def _differences(part: str, given: Arguments, wanted: Arguments) -> list[str]:
+    problems = []
+    for key in dict.fromkeys((*wanted, *given)):
+        value = given.get(key, _DEFAULTS.get(key))
+        value = value.lower() if isinstance(value, str) and key in ("type", "strategy", "dynamic") else value
+        # Storage types follow from the rest if they are left out.
+        free = key in _FREE or (key in ("scale_dtype", "zp_dtype") and value in (None, _FP4["scale_dtype"]))
+        if not free and value != wanted.get(key):
+            problems.append(f"{part}.{key} must be {wanted.get(key)!r}, is {str(value)[:40]!r}")
+    return problems
