@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import pydoc_data.topics
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,19 @@ class SourceToServe:
     directory: Path | None
     why: str = ""
     too_large: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What tests and benchmarks ask of the engine and no recipe can; `vllm_worker` says what each means.
+
+    prompts: instead of the built-in kinds and the recipe's own. processor: what the CPU is pretended to have or lack.
+    """
+
+    prompts: list[dict[str, Any]] | None = None
+    write_logits: Path | None = None
+    moe_input_scales: str = "stored"
+    processor: Mapping[str, bool] = field(default_factory=dict)
 
 
 def default_prompts() -> list[dict[str, Any]]:
@@ -109,10 +122,8 @@ def verify_serving(
     log_dir: Path,
     *,
     trust_remote_code: bool = False,
-    prompts: list[dict[str, Any]] | None = None,
-    write_logits: Path | None = None,
-    moe_input_scales: str = "stored",
     source: SourceToServe | None = None,
+    experiment: Experiment | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:
     """Serve `checkpoint`, then `source` where there is one to serve, and judge what happened.
 
@@ -120,26 +131,28 @@ def verify_serving(
     the prompts' token ids, with `samples` [{kind, prompt, text, source_text}], `text` (what was scored) and `source`
     added: None, or the source worker's result without its prompts and with `nll_difference` and `nll_error`, or
     `{"ok": false, "why": ...}`.
-    prompts: instead of the built-in kinds and `options.prompts`. write_logits, moe_input_scales: see the worker.
+    experiment: what no recipe can ask.
     Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
     """
     config = read_json(checkpoint / "config.json") or {}
+    experiment = experiment or Experiment()
     own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
     length = options.max_model_len or _length(options, config)
     text = read_text(options)
     request: dict[str, Any] = {
         "checkpoint": str(checkpoint.resolve()),
-        "prompts": default_prompts() + own if prompts is None else prompts,
+        "prompts": default_prompts() + own if experiment.prompts is None else experiment.prompts,
         "windows": text and {"text": text, "count": options.windows, "tokens": options.window_tokens},
         "max_tokens": min(options.max_tokens, length // 2),  # a prompt needs room too
         "dtype": options.dtype,
         "max_model_len": length,
         "trust_remote_code": trust_remote_code,
         "seed": 0,
-        "write_logits": str(write_logits.resolve()) if write_logits else None,
+        "write_logits": str(experiment.write_logits.resolve()) if experiment.write_logits else None,
         "compare_logits": None,
         "kv_cache_bytes": kv_cache_bytes(config, length),
-        "moe_input_scales": moe_input_scales,
+        "moe_input_scales": experiment.moe_input_scales,
+        "processor": dict(experiment.processor),
     }
     if source is not None and source.directory is not None:
         room = options.windows * options.window_tokens * int(config.get("vocab_size") or 0) * 4

@@ -100,7 +100,10 @@ def _stages(result: dict[str, Any], options: Serving, failure: str | None) -> di
     if loaded:
         about = result.get("engine", {})
         described = f"vLLM {about.get('version')} on {about.get('platform')}, {about.get('dtype')}"
-        verdicts["load"] = ("PASS", f"{described}, {load.get('seconds') or 0:.1f} s")
+        kernels = _kernels(result["layers"], "fp8")
+        notes = [f"FP8: {kernels}"] if kernels else []
+        notes += [f"{name} {told}" for name, told in about.get("processor", {}).items() if told in ("hidden", "claimed")]
+        verdicts["load"] = ("PASS", "; ".join([f"{described}, {load.get('seconds') or 0:.1f} s", *notes]))
     elif failure is not None:
         verdicts["load"] = ("FAIL", failure)
     if missing:
@@ -139,7 +142,7 @@ def _stages(result: dict[str, Any], options: Serving, failure: str | None) -> di
 
 
 def _w4a4(result: dict[str, Any]) -> Outcome:
-    kernels = _kernels(result["layers"])
+    kernels = _kernels(result["layers"], "nvfp4")
     if not kernels:
         return "FAIL", "config.json says NVFP4, but the engine runs no NVFP4 layer"
     if result.get("w4a4") is True:
@@ -197,7 +200,7 @@ def _input_scales(result: dict[str, Any], options: Serving) -> Outcome | None:
     other = scales.get("other")
     if other is None:
         if result.get("ok") and scales["mode"] == "kernel":
-            return "UNCHECKED", f"{differ}; the engine's kernels know one mode only: {_kernels(result['layers'])}"
+            return "UNCHECKED", f"{differ}; the engine's kernels know one mode only: {_kernels(result['layers'], 'nvfp4')}"
         return "UNCHECKED", differ
     here, there = result.get("perplexity"), other.get("perplexity")
     figure = (
@@ -254,10 +257,11 @@ def _measured(result: dict[str, Any]) -> str:
     )
 
 
-def _kernels(layers: list[dict[str, Any]]) -> str:
+def _kernels(layers: list[dict[str, Any]], stored: str) -> str:
+    """How many layers of a format ran in which kernel."""
     counts: dict[str, int] = {}
     for layer in layers:
-        if layer["format"] == "nvfp4":
+        if layer["format"] == stored:
             name = f"{layer['kind']} {layer['kernel'] or layer['method']}"
             counts[name] = counts.get(name, 0) + int(layer["count"])
     return ", ".join(f"{count} x {name}" for name, count in counts.items())

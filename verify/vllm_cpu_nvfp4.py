@@ -97,7 +97,7 @@ class CpuNvFp4WeightOnlyLinearKernel(CpuNvFp4LinearKernel):
 
 
 class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
-    """Block-FP8 linear where the CPU has no AMX: dequantized weights, activations left alone.
+    """Block-FP8 linear in float32, and where the CPU has no AMX: dequantized weights, activations left alone.
 
     Weight-only like vLLM's own AMX kernel (CPUFp8BlockScaledMMKernel); GPU kernels quantize the activations to FP8.
     """
@@ -280,5 +280,5 @@ def register(moe_input_scales: str = "stored") -> list[str]:
     return [
         "NVFP4 linear layers: activations quantized and dequantized, dense weights, torch",
         f"NVFP4 routed experts: the same, one expert at a time, input global scales {moe_input_scales}",
-        "block-FP8 linear layers where there is no AMX: weights only, like vLLM's AMX kernel, torch",
+        "block-FP8 linear layers in float32 and where there is no AMX: weights only, like vLLM's AMX kernel, torch",
     ]

@@ -19,10 +19,12 @@ REQUEST.json
     kv_cache_bytes      size of the KV cache on a CPU, or null for vLLM's default
     moe_input_scales    "stored" | "collapsed" (see vllm_cpu_nvfp4.register; CPU only). Where the experts of a layer
                         differ in theirs, the windows are scored in the other mode too
+    processor           {feature: bool}: what the CPU is pretended to have or lack, {} for the truth (see vllm_processor)
 
 RESULT.json (written .partial and renamed at every stage and at the end, also after an exception; keys always there)
     format 2; ok: no exception. stage: the stage reached, one of STAGES; error: null | {type, message, traceback}
-    engine              {name, version, torch, python, platform, emulations, dtype, kv_cache_dtype}; emulations: what
+    engine              {name, version, torch, python, platform, processor, emulations, dtype, kv_cache_dtype};
+                        processor: {feature: yes | no | hidden | claimed} of the CPU, as vLLM was told; emulations: what
                         ran as a torch emulation of ours because the platform has no kernel, [] on a GPU
     load                {seconds, tensors, missing: [{name, share, where}], missing_total}; share 1.0: never written.
                         Anything missing ends the run after the load with error type UnwrittenParameters
@@ -107,6 +109,7 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
         return time.monotonic()
 
     began = stage("import")
+    processor = sibling("vllm_processor").tell_features(request["processor"], request["dtype"])
     emulations, vllm = import_engine(request)
     import torch
     from vllm.platforms import current_platform
@@ -114,7 +117,8 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
     sentinel, watch, prompts = sibling("vllm_sentinel"), sibling("vllm_watch"), sibling("vllm_prompts")
     result["engine"] = {
         "name": "vllm", "version": vllm.__version__, "torch": torch.__version__, "python": platform.python_version(),
-        "platform": device_name(current_platform), "emulations": emulations, "dtype": None, "kv_cache_dtype": None,
+        "platform": device_name(current_platform), "processor": processor, "emulations": emulations, "dtype": None,
+        "kv_cache_dtype": None,
     }  # fmt: skip
     result["seconds"]["import"] = time.monotonic() - began
 

@@ -15,7 +15,7 @@ from recipes.schema import Serving
 from tests.integration.test_end_to_end import LINEAR, run, write_recipe
 from tests.models import smollm2
 from tests.reference.engine import VLLM_PYTHON
-from verify.serving import verify_serving
+from verify.serving import Experiment, verify_serving
 
 WINDOW = 512
 SAMPLES = {"dataset": "bundled", "num_samples": 64, "max_seq_length": 512, "batch_size": 4}
@@ -39,7 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
 def nll(checkpoint: Path, logs: Path, count: int) -> list[float]:
     """Mean negative log-likelihood of each of the first `count` windows, in nats."""
     serving = Serving(python=VLLM_PYTHON, max_tokens=1, windows=count, window_tokens=WINDOW, dtype="bfloat16")
-    _, result = verify_serving(checkpoint, serving, logs, prompts=[{"kind": "short", "text": "The"}])
+    experiment = Experiment(prompts=[{"kind": "short", "text": "The"}])
+    _, result = verify_serving(checkpoint, serving, logs, experiment=experiment)
     assert result["ok"], result["error"]
     return [window["nll"] for window in result["windows"]]
 

@@ -12,7 +12,7 @@ from tests.faults.checkpoints import Good, make
 from tests.faults.faults import FAULTS, Fault
 from tests.reference.engine import VLLM_PYTHON, random_prompts
 from verify.checks import Check
-from verify.serving import source_as_stored, verify_serving
+from verify.serving import Experiment, source_as_stored, verify_serving
 
 pytestmark = pytest.mark.slow
 
@@ -23,8 +23,8 @@ def served(good: Good, directory: Path, logs: Path) -> list[Check]:
     options = Serving.model_validate(
         {"python": VLLM_PYTHON, "max_tokens": 8, "text": None, "require": {"max_kl": 0.3, "min_top1": 0.5}}
     )
-    prompts = random_prompts(1024, (40, 200))
-    checks, _ = verify_serving(directory, options, logs, prompts=prompts, source=source_as_stored(good.source, options))
+    experiment, source = Experiment(random_prompts(1024, (40, 200))), source_as_stored(good.source, options)
+    checks, _ = verify_serving(directory, options, logs, source=source, experiment=experiment)
     return checks
 
 

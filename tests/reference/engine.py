@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ import torch
 from recipes.schema import Serving
 from tests.reference.compare import engine_logits
 from verify.checks import Check
-from verify.serving import verify_serving
+from verify.serving import Experiment, verify_serving
 
+PROCESSOR: dict[str, bool] = json.loads(os.environ.get("TEST_PROCESSOR", "{}"))
+"""What `serve` makes vLLM believe of the CPU: TEST_PROCESSOR='{"amx": true}' runs the tests as on a machine with AMX."""
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON", str(Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"))
 
 
@@ -24,14 +28,23 @@ def random_prompts(vocab: int, lengths: tuple[int, ...] = (1, 3, 40, 300), seed:
 
 
 def serve(
-    checkpoint: Path, log_dir: Path, prompts: list[dict[str, Any]], moe_input_scales: str = "stored", **options: Any
+    checkpoint: Path,
+    log_dir: Path,
+    prompts: list[dict[str, Any]],
+    *,
+    moe_input_scales: str = "stored",
+    processor: Mapping[str, bool] | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Check], dict[str, Any], list[list[int]], list[torch.Tensor]]:
-    """Serve in float32; returns checks by id, the worker's result, and token ids and logits per prompt."""
+    """Serve in float32; returns checks by id, the worker's result, and token ids and logits per prompt.
+
+    processor: what vLLM believes of the CPU, PROCESSOR unless said otherwise.
+    """
     captured = log_dir / "captured"
     defaults = {"python": VLLM_PYTHON, "dtype": "float32", "max_tokens": 8, "text": None}
     serving = Serving.model_validate(defaults | options)
-    checks, result = verify_serving(
-        checkpoint, serving, log_dir, prompts=prompts, write_logits=captured, moe_input_scales=moe_input_scales
-    )
+    pretended = PROCESSOR if processor is None else processor
+    experiment = Experiment(prompts, captured, moe_input_scales, pretended)
+    checks, result = verify_serving(checkpoint, serving, log_dir, experiment=experiment)
     ids, logits = engine_logits(captured) if captured.exists() else ([], [])
     return {check.id: check for check in checks}, result, ids, logits
