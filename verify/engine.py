@@ -22,8 +22,10 @@ WORKER = Path(__file__).with_name("vllm_worker.py")
 REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
 TAIL = 12
 """Lines of the engine's log in a verdict."""
-NO_MEMORY = ("MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "out of memory", "Cannot allocate memory")
-"""What Python, torch and the C library say when there is no more."""
+NO_MEMORY = (
+    "MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "Available memory",
+)  # fmt: skip
+"""What Python, torch, the C library and vLLM say when there is no more."""
 
 
 def check_environment(python: str) -> None:

@@ -102,7 +102,9 @@ def _stages(result: dict[str, Any], options: Serving, failure: str | None) -> di
         described = f"vLLM {about.get('version')} on {about.get('platform')}, {about.get('dtype')}"
         kernels = _kernels(result["layers"], "fp8")
         notes = [f"FP8: {kernels}"] if kernels else []
-        notes += [f"{name} {told}" for name, told in about.get("processor", {}).items() if told in ("hidden", "claimed")]
+        notes += [
+            f"{name} {told}" for name, told in about.get("processor", {}).items() if told in ("hidden", "claimed")
+        ]
         verdicts["load"] = ("PASS", "; ".join([f"{described}, {load.get('seconds') or 0:.1f} s", *notes]))
     elif failure is not None:
         verdicts["load"] = ("FAIL", failure)
@@ -200,7 +202,10 @@ def _input_scales(result: dict[str, Any], options: Serving) -> Outcome | None:
     other = scales.get("other")
     if other is None:
         if result.get("ok") and scales["mode"] == "kernel":
-            return "UNCHECKED", f"{differ}; the engine's kernels know one mode only: {_kernels(result['layers'], 'nvfp4')}"
+            return (
+                "UNCHECKED",
+                f"{differ}; the engine's kernels know one mode only: {_kernels(result['layers'], 'nvfp4')}",
+            )
         return "UNCHECKED", differ
     here, there = result.get("perplexity"), other.get("perplexity")
     figure = (

@@ -111,7 +111,9 @@ def test_collapsed_input_scales_are_another_model(tmp_path: Path) -> None:
     case = CASES["mixtral, input scales per expert"]
     case.source(tmp_path / "source")
     write_nvfp4(tmp_path / "source", tmp_path / "output", case.pattern, case.targets, per_expert_inputs=True)
-    _, result, ids, engine = serve(tmp_path / "output", tmp_path / "logs", random_prompts(1024), moe_input_scales="collapsed")
+    _, result, ids, engine = serve(
+        tmp_path / "output", tmp_path / "logs", random_prompts(1024), moe_input_scales="collapsed"
+    )
     assert any("collapsed" in text for text in result["engine"]["emulations"])
     stored = logits(reference_model(tmp_path / "output"), ids)
     agreement = compare(stored, engine)
