@@ -208,10 +208,10 @@ class _Planner:
         for name, scheme in groups.items():
             for target in modifier.config_groups[name].targets:
                 hits = self._matching(f"config_groups.{name}.targets", target)
-                if not hits:
-                    continue
-                wanted = [m for m in hits if m not in ignored and self._can_quantize(m, target, scheme)]
-                if not wanted:
+                left = {m: why for m in hits if m not in ignored and (why := self._why_left_out(m, target, scheme))}
+                self._note_left_out(target, left)
+                wanted = [m for m in hits if m not in ignored and m not in left]
+                if hits and not wanted:
                     self.problems.append(
                         f"config_groups.{name}.targets: {target!r} matches {len(hits)} modules and none of them can be "
                         f"quantized, for example {hits[0]} ({self.places[hits[0]].part})"
@@ -230,28 +230,40 @@ class _Planner:
                         )
         return assigned
 
-    def _can_quantize(self, module: str, target: str, scheme: Scheme) -> bool:
+    def _why_left_out(self, module: str, target: str, scheme: Scheme) -> str | None:
+        """Why a module that a target names stays as it is, or None if it is quantized."""
         place, stored = self.places[module], self.formats.of(self.weights[module])
-        never = next((why for pattern, why in self.family.never_quantized if re.search(pattern, module)), None)
         if place.mtp:
-            reason = "MTP modules are copied byte for byte"
-        elif never is not None:
-            reason = never
-        elif place.part in NOT_LINEAR or len(stored.shape) != 2:
-            reason = f"it is not a linear layer ({place.part})"
-        elif re.search(self.family.not_observed, module) and not _keeps_tiles(scheme, stored):
-            reason = "transformers does not run it as one matrix product, no observer would see its input"
+            return "MTP modules are copied byte for byte"
+        if never := next((why for pattern, why in self.family.never_quantized if re.search(pattern, module)), None):
+            return never
+        if place.part in NOT_LINEAR or len(stored.shape) != 2:
+            return f"it is not a linear layer ({place.part})"
+        if re.search(self.family.not_observed, module) and not _keeps_tiles(scheme, stored):
+            return "transformers does not run it as one matrix product, no observer would see its input"
+        # A name or a regex asks for the module; `Linear` asks for what can be quantized.
+        return scheme.problem(stored.shape) if target == "Linear" else None
+
+    def _note_left_out(self, target: str, left: dict[str, str]) -> None:
+        """A warning for each pattern of names; of `Linear` one in all."""
+        patterns: dict[str, list[str]] = defaultdict(list)
+        for module, reason in left.items():
+            if _pattern(module) not in patterns[reason]:
+                patterns[reason].append(_pattern(module))
+        if target == "Linear":
+            notes = [f"{_some(names)} ({reason})" for reason, names in patterns.items()]
+            warnings = [f"target 'Linear' leaves out {'; '.join(notes)}"] if notes else []
         else:
-            return True
-        # `Linear` means linear layers by definition: leaving the others out is no news.
-        if target != "Linear":
-            warning = f"target {target!r} also matches {_pattern(module)}: stays as it is, {reason}"
-            if warning not in self.warnings:
-                self.warnings.append(warning)
-        return False
+            warnings = [
+                f"target {target!r} also matches {name}: stays as it is, {reason}"
+                for reason, names in patterns.items()
+                for name in names
+            ]
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
 
     def _matching(self, where: str, entry: str) -> list[str]:
-        """The modules that a target or ignore entry names; with none, and for a pattern that takes too long, a problem."""
+        """The modules that a target or ignore entry names. A pattern that takes too long is a problem, and so is a target
+        that names none; an ignore entry that names none, as published lists have them, changes nothing and is a warning."""
         if entry.startswith("re:"):
             try:
                 pattern = Pattern(entry[3:], self.limit)
@@ -264,7 +276,11 @@ class _Planner:
         else:
             hits = [entry] if entry in self.weights else []
         if not hits:
-            self.problems.append(f"{where}: {entry!r} matches no module of the source{self._closest(entry)}")
+            problem = f"{where}: {entry!r} matches no module of the source"
+            if where == "ignore":
+                self.warnings.append(f"{problem} and changes nothing{self._closest(entry)}")
+            else:
+                self.problems.append(problem + self._closest(entry))
         return hits
 
     def _closest(self, entry: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from calibration.checkpoint.families import family_of
 from calibration.checkpoint.plan import Plan
 from recipes.errors import RecipeError, SourceError
 from tests.exported import EXPERTS, plan_of, recipe
+from tests.faults.editing import config, values
 from tests.models import deepseek_v4, standard
 
 
@@ -101,7 +103,6 @@ WRONG = {
         {},
         "routed experts of block 0 must be quantized alike",
     ),
-    "ignore nothing": (EXPERTS, {"ignore": ["lm_head"]}, "ignore: 'lm_head' matches no module"),
     "norms only": ([r"re:^layers\.\d+\.attn_norm$"], {}, "none of them can be quantized"),
 }
 
@@ -115,7 +116,7 @@ def test_wrong_targets_are_refused(sources: dict[str, Path], case: str) -> None:
 
 def test_all_problems_at_once(sources: dict[str, Path]) -> None:
     with pytest.raises(RecipeError) as caught:
-        make(sources["bf16"], [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w1$", "re:nothing.*"], ignore=["absent"])
+        make(sources["bf16"], [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w1$", "re:nothing.*", "absent"])
     text = str(caught.value)
     assert all(word in text for word in ("'re:nothing.*'", "'absent'", "served as one matrix"))
     assert len(caught.value.problems) == 4
@@ -136,6 +137,40 @@ def test_linear_means_linear_layers(sources: dict[str, Path]) -> None:
     plan = make(sources["qwen3_moe"], "Linear", ignore=["lm_head"])
     parts = Counter(plan.family.place(step.source).part for step in plan.quantized.values())
     assert parts.keys() == {"attention", "routed expert"} and not plan.warnings
+
+
+@pytest.mark.parametrize("entry", ["lm_head", r"re:.*mlp\.gate$", "re:visual.*", "re:.*shared_expert_gate$"])
+def test_an_ignore_entry_that_matches_nothing_is_a_note_and_changes_nothing(
+    sources: dict[str, Path], entry: str
+) -> None:
+    plan, bare = make(sources["bf16"], ignore=[entry]), make(sources["bf16"])
+    assert plan.digest == bare.digest
+    (note,) = plan.warnings
+    assert note.startswith(f"ignore: {entry!r} matches no module of the source and changes nothing; ")
+    assert ("; closest: " in note) == (entry != "re:visual.*")
+
+
+def test_linear_leaves_out_what_vllm_runs_unquantized_and_says_so_in_one_line(sources: dict[str, Path]) -> None:
+    plan = make(sources["bf16"], "Linear", ignore=["head"])
+    (note,) = plan.warnings
+    assert note.startswith("target 'Linear' leaves out ")
+    for part in ("layers.N.attn.compressor.wkv", "(vLLM runs the compressor unquantized)", "(MTP modules are copied"):
+        assert part in note
+    parts = Counter(plan.family.place(step.source).part for step in plan.quantized.values())
+    assert "router" not in parts and "compressor" not in parts and {"attention", "routed expert"} <= parts.keys()
+
+
+def test_linear_leaves_out_a_weight_whose_shape_does_not_fit(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(sources["llama"], tmp_path / "source")
+    values(r"\.mlp\.(gate|up)_proj\.", lambda weight: weight[:-8])(source)
+    values(r"\.mlp\.down_proj\.", lambda weight: weight[:, :-8])(source)
+    config(lambda c: c.update(intermediate_size=c["intermediate_size"] - 8))(source)
+    plan = make(source, "Linear")
+    (note,) = plan.warnings
+    assert "model.layers.N.mlp.down_proj (needs K to be a multiple of 16, K is " in note
+    assert "model.layers.0.mlp.down_proj" not in plan.quantized and "model.layers.0.mlp.up_proj" in plan.quantized
+    with pytest.raises(RecipeError, match="add the module to ignore"):
+        make(source, ["re:.*down_proj$"])
 
 
 def test_the_plan_is_deterministic_and_its_digest_sees_the_recipe(sources: dict[str, Path]) -> None:
