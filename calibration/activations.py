@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -19,6 +20,22 @@ from calibration.checkpoint.header import fsync_directory
 from calibration.checkpoint.writer import PARTIAL
 from calibration.resume import Boundary, batch_file
 from recipes.errors import EnvironmentProblem
+
+
+def _load(path: Path, mmap: bool) -> dict[str, IntermediateValue]:
+    """The values of a batch, from a file that may have come with a run directory from elsewhere: tensors and plain values
+    alone, nothing in it is executed. Raises EnvironmentProblem."""
+    try:
+        with torch.serialization.safe_globals([IntermediateValue]):
+            values: dict[str, IntermediateValue] = torch.load(path, weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
+        why = (
+            "they hold more than tensors and plain values" if isinstance(error, pickle.UnpicklingError) else str(error)
+        )
+        raise EnvironmentProblem(
+            f"{path}: saved activations cannot be read: {why.splitlines()[0]}; pass --restart, which calculates them again"
+        ) from None
+    return values
 
 
 class ActivationCache(IntermediatesCache):  # type: ignore[misc]
@@ -112,13 +129,14 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
             self._files[index] = path
             size = _nbytes(self._values(index))
             if self._fits(size):
-                self.batch_intermediates[index], self._bytes[index] = torch.load(path, weights_only=False), size
+                self.batch_intermediates[index], self._bytes[index] = _load(path, mmap=False), size
                 del self._files[index]
 
     def forget(self, before: int) -> None:
         """Removes the folders of the boundaries below number `before`."""
         for folder in self._root.glob("boundary-*") if self._root is not None else ():
-            if int(folder.name.rpartition("-")[2]) < before:
+            number = folder.name.rpartition("-")[2]
+            if number.isdecimal() and int(number) < before:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def fetch(self, batch_index: int, input_names: Collection[str] | None = None) -> dict[str, Any]:
@@ -141,8 +159,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         if path is None:
             return dict(self.batch_intermediates[index])
         # Private pages: a block that writes to its input writes to a copy, not to the file.
-        values: dict[str, IntermediateValue] = torch.load(path, weights_only=False, mmap=True)
-        return values
+        return _load(path, mmap=True)
 
     def _keep(self, index: int, values: dict[str, IntermediateValue]) -> None:
         self.batch_intermediates[index], self._bytes[index] = {}, 0

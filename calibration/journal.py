@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from calibration.checkpoint.files import read_json_object
 from calibration.checkpoint.header import fsync_directory
-from recipes.errors import EnvironmentProblem
+from calibration.lines import read_events, read_journal
+from recipes.errors import EnvironmentProblem, SourceError
 from recipes.places import run_directory
 
 
@@ -57,12 +59,14 @@ class RunDirectory:
     def holder(self) -> str | None:
         """Who works on this output now, as `pid N` or `host H`; None when nobody does. Does not touch the lock."""
         try:
-            told = json.loads((self.path / "lock").read_text())
-            if told["host"] != socket.gethostname():
-                return f"host {told['host']} (if it still lives)"
-            return f"pid {told['pid']}" if process_began(told["pid"]) == told["began"] is not None else None
-        except (OSError, ValueError, KeyError, TypeError):
+            told = read_json_object(self.path / "lock")
+        except SourceError:
             return None
+        if not isinstance(told.get("host"), str) or not isinstance(told.get("pid"), int):
+            return None
+        if told["host"] != socket.gethostname():
+            return f"host {told['host']} (if it still lives)"
+        return f"pid {told['pid']}" if process_began(told["pid"]) == told.get("began") is not None else None
 
     def free(self) -> bool:
         """Whether the lock can be taken now. `holder` alone cannot tell whether a process of another host still lives."""
@@ -80,8 +84,8 @@ class RunDirectory:
         return line
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl, oldest first; a line cut off by a kill is left out."""
-        return read_lines(self.path / "events.jsonl")
+        """The lines of events.jsonl, oldest first; a line that means nothing (`lines`) is left out."""
+        return read_events(self.path / "events.jsonl")
 
     def record(self, name: str, /, **facts: Any) -> None:
         """Appends one durable fact to journal.jsonl: on disk before this returns. Raises EnvironmentProblem."""
@@ -94,8 +98,8 @@ class RunDirectory:
             ) from None
 
     def facts(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The journal's lines, oldest first; a line cut off by a kill is left out."""
-        return [fact for fact in read_lines(self.path / "journal.jsonl") if kind is None or fact.get("fact") == kind]
+        """The journal's lines, oldest first; a line that means nothing (`lines`) is left out."""
+        return [fact for fact in read_journal(self.path / "journal.jsonl") if kind is None or fact["fact"] == kind]
 
     def restart(self, name: str | None = None, /, **facts: Any) -> None:
         """Forgets the journal: the run begins anew, with the fact `name` where one is given, in one step."""
@@ -130,21 +134,6 @@ def append_line(path: Path, line: dict[str, Any], durable: bool) -> None:
             os.fsync(file.fileno())
     if durable and new:
         fsync_directory(path.parent)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, oldest first; none where there is no file, and none for a line cut off by a kill."""
-    try:
-        text = path.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in text.split("\n"):
-        with contextlib.suppress(ValueError):
-            fact = json.loads(line)
-            if isinstance(fact, dict):
-                found.append(fact)
-    return found
 
 
 def process_began(pid: int) -> str | None:

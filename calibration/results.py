@@ -78,7 +78,9 @@ class CalibrationSummary:
     peak_rss: int = 0
 
     def take(self, block: int, facts: dict[str, Any]) -> None:
-        """Adds one block, from its `BlockResult.facts`."""
+        """Adds one block, from its `BlockResult.facts`; a journal may lack some of them."""
+        facts = {"modules": 0, "peak_rss": 0, "rounded_to_nearest": [], "parity": 0.0, "tokens_per_expert": {},
+                 "filled_experts": [], **facts}  # fmt: skip
         self.peak_rss = max(self.peak_rss, facts["peak_rss"])
         self.modules += facts["modules"]
         self.rounded_to_nearest += facts["rounded_to_nearest"]

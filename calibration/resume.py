@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,14 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "saf
 _WITHOUT_EFFECT = {"verify", "output", "offload", "convert"}
 _SAMPLE_BYTES = 1 << 16
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+def is_boundary(directory: Path, files: Mapping[str, str]) -> bool:
+    """Whether these are names that a run gives to its activations: a journal, which may come from elsewhere, must not name
+    another directory, for the directories of old activations are removed."""
+    ours = directory.parent.name == "activations" or directory.parent.suffix == ".activations"
+    named = re.fullmatch(r"boundary-\d{4,}", directory.name) is not None and ".." not in directory.parts
+    return ours and named and bool(files) and all(re.fullmatch(r"batch-\d{6,}\.pt", name) for name in files)
 
 
 def batch_file(number: int) -> str:
@@ -135,8 +144,8 @@ def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: 
             digests |= fact["shards"]
             if fact.get("block") is not None:
                 lines[fact["block"]] = fact
-        saved = fact.get("activations")
-        if saved:
+        saved = fact["activations"]
+        if saved and fact["block"] is not None and is_boundary(Path(saved["directory"]), saved["files"]):
             boundaries[fact["block"] + 1] = Boundary(Path(saved["directory"]), saved["files"])
     wanted = {shard.name: shard.block for shard in plan.shards}
     journaled = {name: digest for name, digest in digests.items() if name in wanted}
@@ -148,7 +157,7 @@ def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: 
         # What is quantized outside the blocks (a head) is calibrated with the last block.
         unfinished.add(blocks[-1])
     resume.finished = {
-        number: lines[number]["result"] for number in blocks if number in lines and number not in unfinished
+        number: lines[number]["result"] or {} for number in blocks if number in lines and number not in unfinished
     }
     pending = [number for number in blocks if number not in resume.finished]
     resume.boundaries = {n: boundary for n, boundary in boundaries.items() if pending and n <= pending[-1]}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading. Raises OSError, its `strerror` in words, for what cannot be opened, for a FIFO, a
     device, a directory and a name that no file can have (a NUL in it)."""
     try:

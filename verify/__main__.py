@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from calibration.checkpoint.files import is_directory
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
@@ -117,7 +118,7 @@ def verify(
     """Checks up to `level`; returns the checks and generated samples. `recipe` is one that the caller named. Raises
     WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
     granted = granted or Granted()
-    if not checkpoint.is_dir():
+    if not is_directory(checkpoint):
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
     named = load_recipe(recipe) if recipe is not None else None
     serving, fidelity, text = Serving(), Fidelity(), None

@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recipes.errors import EnvironmentProblem
+from calibration.checkpoint.files import read_json_object, read_text
+from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Serving
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -132,14 +133,13 @@ def failure(result: dict[str, Any]) -> str | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in `path`, None where there is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json_object(path, constants=True)
+    except SourceError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _tail(log: Path) -> list[str]:
     try:
-        return log.read_text(errors="replace").splitlines()[-TAIL:]
-    except OSError:
+        return read_text(log, errors="replace").splitlines()[-TAIL:]
+    except SourceError:
         return []

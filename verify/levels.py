@@ -68,6 +68,16 @@ def verify_levels(
     return checks + served, result
 
 
+def samples_of(result: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The samples of a serving.json, which may be damaged or another's; none where it holds none."""
+    samples = (result or {}).get("samples")
+    return [
+        sample
+        for sample in (samples if isinstance(samples, list) else [])
+        if isinstance(sample, dict) and all(isinstance(sample.get(key), str) for key in ("kind", "prompt", "text"))
+    ]
+
+
 def print_samples(samples: list[dict[str, Any]], console: Console, most: int = 2) -> None:
     """The first samples, a line each, long prompts cut."""
     for sample in samples[:most]:

@@ -6,7 +6,6 @@ source can tell is UNCHECKED.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from calibration.checkpoint.config import output_config
 from calibration.checkpoint.families import Family, family_of
+from calibration.checkpoint.files import read_json_object
 from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
@@ -108,7 +108,7 @@ def _total_size(output: Checkpoint) -> list[str]:
     path = output.directory / INDEX_NAME
     if not path.exists():
         return []
-    metadata = json.loads(path.read_text(encoding="utf-8")).get("metadata")
+    metadata = read_json_object(path).get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return [] if total == output.total_bytes else [f"index says {total}, the shards hold {output.total_bytes}"]
 

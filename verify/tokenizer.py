@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import filecmp
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import is_file, read_json_object, read_text
+from recipes.errors import SourceError
 from verify.checks import Check, verdict
 
 _FILES = (
@@ -38,7 +41,7 @@ def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None
     equal = 0
     for name in _FILES:
         ours, theirs = directory / name, source / name
-        if ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes():
+        if is_file(ours) and is_file(theirs) and filecmp.cmp(ours, theirs, shallow=False):
             equal += 1
         elif theirs.exists() or ours.exists():
             different = _difference(directory, source, name)
@@ -89,8 +92,8 @@ def _text(value: Any) -> Any:
 
 def _template(directory: Path) -> Any:
     path = directory / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8", errors="replace").strip()
+    with suppress(SourceError):
+        return read_text(path, errors="replace").strip()
     template = _json(directory / "tokenizer_config.json").get("chat_template")
     return template.strip() if isinstance(template, str) else template
 
@@ -113,7 +116,6 @@ def _vocabulary(path: Path) -> dict[str, int]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(path, constants=True)
+    except SourceError:
         return {}
-    return content if isinstance(content, dict) else {}

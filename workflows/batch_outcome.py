@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.errors import EnvironmentProblem, Interrupted, VerificationFailed
+from verify.engine import read_json
 from workflows.batch_state import Entry, standing
 
 #: How an attempt can end. `transient` is tried again after a while, `space` when the disk has room again, `stopped` by
@@ -107,11 +107,8 @@ def one_line(text: str) -> str:
 
 def _verification(entry: Entry, error: dict[str, Any], reason: str) -> Outcome:
     """A FAIL is final, unless the engine itself was killed: then nothing was said about the checkpoint."""
-    try:
-        engine = int(json.loads((entry.run.path / "serving.json").read_text()).get("exit_code") or 0)
-    except (OSError, ValueError, TypeError):
-        engine = 0
-    if engine < 0:
+    engine = (read_json(entry.run.path / "serving.json") or {}).get("exit_code")
+    if isinstance(engine, int) and engine < 0:
         return Outcome("transient", f"vLLM {killed_by(-engine)}")
     problems = error.get("problems") or [reason]
     return Outcome("failed", one_line(problems[1] if len(problems) > 1 else problems[0]))

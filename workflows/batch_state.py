@@ -20,10 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from calibration.checkpoint.files import is_file, read_json_object
 from calibration.checkpoint.index import INDEX_NAME
 from calibration.checkpoint.writer import write_json
-from calibration.journal import RunDirectory, append_line, process_began, read_lines
-from recipes.errors import EnvironmentProblem, WorkflowError
+from calibration.journal import RunDirectory, append_line, process_began
+from calibration.lines import read_attempts
+from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 from recipes.loader import load_recipe, recipe_digest
 from recipes.schema import Verify
 
@@ -121,7 +125,7 @@ class BatchDirectory:
 
     def attempts(self, name: str) -> list[dict[str, Any]]:
         """The lines of `record`, oldest first."""
-        return read_lines(self.runs(name) / "attempts.jsonl")
+        return read_attempts(self.runs(name) / "attempts.jsonl")
 
     def save(self, entries: Iterable[Entry], **facts: Any) -> None:
         """Writes batch.json."""
@@ -130,10 +134,20 @@ class BatchDirectory:
     def load(self) -> tuple[list[Entry], dict[str, Any]]:
         """The runs and the other facts of batch.json. Raises EnvironmentProblem where there is none."""
         try:
-            told = json.loads((self.path / "batch.json").read_text())
-        except (OSError, ValueError):
+            told = read_json_object(self.path / "batch.json")
+        except SourceError:
             raise EnvironmentProblem(f"{self.path}: no batch has begun there; name its --directory") from None
-        return [Entry(**entry) for entry in told.pop("runs")], told
+        where, remedy = self.path / "batch.json", "the file is damaged or of another version: name another --directory"
+        try:
+            entries = TypeAdapter(list[Entry]).validate_json(json.dumps(told.pop("runs", None)), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, ("runs", *first["loc"])))
+            raise EnvironmentProblem(f"{where}: {place}: {first['msg']}; {remedy}") from None
+        for entry in entries:
+            if entry.name in ("", ".", "..") or "/" in entry.name or "\0" in entry.name:
+                raise EnvironmentProblem(f"{where}: runs: {entry.name!r:.80} is no name of a run; {remedy}")
+        return entries, told
 
     def _lock(self, path: Path) -> str | None:
         file = path.open("a+")
@@ -175,7 +189,7 @@ def standing(entry: Entry) -> Standing:
             return Standing("foreign", "an unfinished run of another plan is there")
         return Standing("open")
     shards = {name for fact in facts if fact.get("fact") == "shards" for name in fact.get("shards", ())}
-    if not all((output / name).is_file() for name in (*shards, INDEX_NAME)):
+    if not all(is_file(output / name) for name in (*shards, INDEX_NAME)):
         return Standing("foreign", "a finished checkpoint is there that has lost files")
     planned = [e for e in events if e["event"] == "plan" and e["time"] <= verified["time"]]
     if plan != entry.plan_digest or not planned:

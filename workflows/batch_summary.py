@@ -26,6 +26,8 @@ from workflows.status import read_status
 #: States in the order in which somebody must look at them.
 STATES = ("failed", "running", "retrying", "stopped", "waiting", "done")
 REFRESH = 60
+#: GPUs or jobs of a batch at most; batch.json may be damaged.
+MOST_SLOTS = 10_000
 _STYLE = {
     "done": "green",
     "failed": "bold red",
@@ -42,13 +44,13 @@ def summarize(
     """The whole batch as JSON: `counts` per state and `runs`, see `_row`. jobs: run -> state of its cluster job; gone: run
     -> how its job ended, of jobs that the cluster has no longer."""
     entries, facts = batch.load()
+    slots = facts.get("slots")
+    slots = slots if isinstance(slots, int) and 0 < slots <= MOST_SLOTS else 1
     rows = [_row(batch, entry, (jobs or {}).get(entry.name), (gone or {}).get(entry.name)) for entry in entries]
     pending = [
         entry for entry, row in zip(entries, rows, strict=True) if row["state"] in ("running", "retrying", "waiting")
     ]
-    expected = (
-        dict(ends(pending, int(facts.get("slots", 1)))) if all(entry.seconds is not None for entry in pending) else {}
-    )
+    expected = dict(ends(pending, slots)) if all(entry.seconds is not None for entry in pending) else {}
     for row in rows:
         row["expected_end_seconds"] = expected.get(row["name"])
     return {
@@ -130,7 +132,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None)
         "attempts": begun,
         "peak_memory": max(peaks, default=None),
         "perplexity": _number(serving.get("perplexity")),
-        "kl": _number(((serving.get("source") or {}).get("agreement") or {}).get("kl")),
+        "kl": _number(_inner(_inner(serving, "source"), "agreement").get("kl")),
         "blocks": status.get("blocks"),
         "blocks_finished": status.get("blocks_finished"),
         "eta": status.get("eta"),
@@ -196,6 +198,11 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _link(batch: BatchDirectory, target: Path) -> str | None:
     return os.path.relpath(target, batch.path) if target.is_file() else None
+
+
+def _inner(values: dict[str, Any], key: str) -> dict[str, Any]:
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | None:

@@ -18,7 +18,8 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 from submitit.helpers import Checkpointable
 
-from recipes.errors import WorkflowError, printable
+from calibration.checkpoint.files import read_text
+from recipes.errors import SourceError, WorkflowError, printable
 from recipes.matrix import Resources
 from workflows.batch_child import Child, Slot, shared_out, torchrun
 from workflows.batch_hooks import Hooks, leave
@@ -173,8 +174,9 @@ class _Signals:
     def stop_asked_for(self) -> bool:
         """Whether to finish the block and stop. Raises KeyboardInterrupt where it shall not be finished."""
         if (self.batch.path / STOP).exists():
-            if (self.batch.path / STOP).read_text().strip() == "now":
-                raise KeyboardInterrupt
+            with suppress(SourceError):
+                if read_text(self.batch.path / STOP, errors="replace").strip() == "now":
+                    raise KeyboardInterrupt
             return True
         now = time.monotonic()
         left = float("inf") if self._ends is None else self._ends - now

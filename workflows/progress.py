@@ -24,6 +24,8 @@ from rich.progress import (
 from calibration.journal import RunDirectory
 from verify.report import PlainConsole
 
+#: timedelta holds no more than 8.6e13 seconds; what is read from a file may say anything.
+_LONGEST = 1e12
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -139,7 +141,7 @@ def _since(started: float) -> float:
 
 def clock(seconds: float) -> str:
     """`h:mm:ss`."""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(max(min(seconds, _LONGEST), -_LONGEST))))
 
 
 def size(nbytes: float) -> str:

@@ -8,10 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import read_text
 from calibration.checkpoint.writer import write_text
 from calibration.journal import RunDirectory
+from recipes.errors import SourceError
 from verify.checks import Check
 from verify.engine import read_json
+from verify.levels import samples_of
 from workflows.status import read_status, render_status
 
 NAME = "report.html"
@@ -66,7 +69,7 @@ def write_report(output: Path) -> Path:
         error=error is not None,
         figures=figures + _block_figures(blocks),
         fidelity=fidelity,
-        samples=(read_json(directory.path / "serving.json") or {}).get("samples", ()),
+        samples=samples_of(read_json(directory.path / "serving.json")),
         facts=_facts(directory, facts, events),
         recipe=_text(directory.path / "recipe.yaml"),
     )
@@ -150,6 +153,6 @@ def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[di
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
-    except OSError:
+        return read_text(path, errors="replace")
+    except SourceError:
         return ""

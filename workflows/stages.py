@@ -21,7 +21,8 @@ from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
 from verify.checks import Check
-from verify.levels import verify_levels
+from verify.engine import read_json
+from verify.levels import samples_of, verify_levels
 from verify.report import to_json
 from workflows import rehearse as rehearsal
 from workflows.card import model_card
@@ -248,8 +249,4 @@ def _write_card(run: Run) -> None:
 
 def read_samples(run: Run) -> list[dict[str, Any]]:
     """The generated samples of the last serving verification, for the summary."""
-    path = run.directory.path / "serving.json"
-    if run.samples or not path.exists():
-        return run.samples
-    samples: list[dict[str, Any]] = json.loads(path.read_text()).get("samples", [])
-    return samples
+    return run.samples or samples_of(read_json(run.directory.path / "serving.json"))

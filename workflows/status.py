@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from calibration.journal import RunDirectory
+from verify.engine import read_json
 from workflows.estimate import FILE, render
 from workflows.progress import clock
 
@@ -82,9 +82,10 @@ def render_status(status: dict[str, Any]) -> list[str]:
 
 def _estimate(path: Path) -> dict[str, Any] | None:
     """The prediction of the last rehearsal; with the facts beside it once the run is at its end."""
+    found = read_json(path)
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        render(found or {"stages": {}})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # of another version, or damaged
         return None
     return found
 

@@ -113,7 +113,7 @@ class DirectReader:
     def _open(self, shard: str) -> int:
         with self._lock:
             if shard not in self._files:
-                self._files[shard] = _open(self.directory / shard, os.O_RDONLY)
+                self._files[shard] = _open(self.directory / shard, os.O_RDONLY | os.O_NONBLOCK)
             return self._files[shard]
 
     def close(self) -> None:

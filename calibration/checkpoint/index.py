@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from calibration.checkpoint.files import is_directory, is_file, open_regular, read_json_object
+from calibration.checkpoint.files import MissingFile, is_directory, is_file, open_regular, read_json_object
 from calibration.checkpoint.header import TensorHeader, name_problem, read_header, shown_name
 from calibration.checkpoint.source_config import check_config
 from recipes.errors import SourceError, first_of
@@ -49,6 +49,7 @@ class Checkpoint:
         # transformers reads NaN and Infinity too, and some configs (Mamba's time_step_limit) have them.
         config = read_json_object(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES, constants=True)
         check_config(config, directory / CONFIG_NAME)
+        _refuse_special_files(directory)
         promised, shards = _weight_map(directory)
         problems: list[str] = []
         tensors: dict[str, TensorHeader] = {}
@@ -104,6 +105,25 @@ class Checkpoint:
     @property
     def total_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def _refuse_special_files(directory: Path) -> None:
+    """Raises SourceError for a FIFO, a device or a socket beside the shards: a library that reads the tokenizer or a copy of
+    the side files would wait for it for ever."""
+    problems = list[str]()
+    try:
+        with os.scandir(directory) as entries:
+            for path in (Path(entry.path) for entry in entries if not entry.is_file() and not entry.is_dir()):
+                try:
+                    open_regular(path, "remove it").close()
+                except MissingFile:  # a link to nothing
+                    continue
+                except SourceError as error:
+                    problems += error.problems
+    except OSError as error:
+        raise SourceError(f"{directory}: cannot be read: {error.strerror}; check the permissions") from None
+    if problems:
+        raise SourceError(first_of(problems))
 
 
 def _weight_map(directory: Path) -> tuple[dict[str, set[str]] | None, list[str]]:

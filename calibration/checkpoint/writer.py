@@ -18,6 +18,7 @@ import torch
 from calibration.checkpoint.header import fsync_directory
 from calibration.checkpoint.plan import OutputTensor
 from recipes.errors import EnvironmentProblem, WorkflowError
+from recipes.files import open_regular
 
 PARTIAL = ".partial"
 #: The order in which safetensors (0.8) puts the dtypes of a file; within one, tensors stand by name.
@@ -110,8 +111,8 @@ def write_safely(path: Path, write: Callable[[Path], object], nbytes: int) -> No
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
+    """sha256 of a regular file, hex. Raises OSError."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

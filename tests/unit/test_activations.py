@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from calibration.activations import ActivationCache
 from calibration.checkpoint.writer import file_digest
+from calibration.resume import Boundary
+from recipes.errors import EnvironmentProblem
 
 
 def mapped_file(tensor: torch.Tensor) -> str:
@@ -55,3 +58,24 @@ def test_without_a_run_directory_memory_holds_them(tmp_path: Path) -> None:
     with ActivationCache(torch.device("cpu"), tmp_path) as cache:
         cache.add(values(0, torch.Generator().manual_seed(0)))
         assert cache.held_bytes and not cache.spilled and not list(tmp_path.iterdir())
+
+
+class Order:
+    """What a pickle of a stranger does when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_saved_activations_from_elsewhere_run_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "activations" / "boundary-0001"
+    folder.mkdir(parents=True)
+    torch.save({"hidden": Order(tmp_path / "made")}, folder / "batch-000000.pt")
+    with ActivationCache(torch.device("cpu"), tmp_path / "activations", 10**9, lasting=True) as cache:
+        cache.numbers = [0]
+        with pytest.raises(EnvironmentProblem, match=r"batch-000000\.pt: .* more than tensors and plain values"):
+            cache.restore(Boundary(folder, {"batch-000000.pt": file_digest(folder / "batch-000000.pt")}))
+    assert not (tmp_path / "made").exists()

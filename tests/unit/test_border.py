@@ -182,3 +182,13 @@ def test_all_problems_of_a_config_come_at_once_and_unknown_fields_stay() -> None
     many = {"num_hidden_layers": 10_000, "num_experts": 10_000}
     with pytest.raises(SourceError, match=f"more than {MOST_EXPERTS:,} experts"):
         check_config(many, Path(CONFIG_NAME))
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, INDEX_NAME, "m.safetensors", "tokenizer.json", "generation_config.json"])
+def test_a_fifo_of_any_name_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
+    directory = write(tmp_path)
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    with pytest.raises(SourceError, match=name):
+        Checkpoint.open(directory)
+    assert level_verdicts(verify_structure(directory))["structure"] == "FAIL"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -334,3 +335,49 @@ def test_second_signal_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
     finally:
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
             signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"shards": ["model-00001-of-00002.safetensors"]},
+        {"shards": {"a": 1}},
+        {"shards": {"a": "b"}, "block": "0"},
+        {"shards": {"a": "b"}, "block": True},
+        {"shards": {"a": "b"}, "block": 10**4000},
+        {"shards": {"a": "b"}, "time": float("nan")},
+        {"shards": {"a": "b"}, "activations": {"directory": 3, "files": {}}},
+        {"shards": {"a": "b"}, "result": {"peak_rss": "much"}},
+    ],
+)
+def test_a_line_whose_fields_mean_nothing_was_never_written(directory: RunDirectory, line: dict[str, Any]) -> None:
+    directory.record("shards", **{"plan": "p", "block": 0, **line})
+    directory.record("shards", plan="p", block=1, shards={"b": "c"})
+    assert [fact["block"] for fact in directory.facts("shards")] == [1]
+    assert read_status(directory.path.with_name("output"))["blocks_finished"] == 1
+
+
+@pytest.mark.parametrize("spoil", ["elsewhere", "../boundary-0002", "activations/boundary-0002", "no files"])
+def test_a_journal_names_no_directory_but_a_runs_own_activations(
+    directory: RunDirectory, source: Path, spoil: str
+) -> None:
+    begun = Begun(directory, source, 1)
+    text = journal(directory).read_text()
+    place = str(begun.activations / "boundary-0002")
+    assert place in text
+    if spoil == "no files":
+        text = re.sub(r'"files": \{[^}]*\}', '"files": {}', text)
+    elif spoil != "activations/boundary-0002":
+        text = text.replace(place, str(directory.path / spoil))
+    journal(directory).write_text(text)
+    assert list(begun.open().boundaries) == ([1] if spoil.startswith("activations") else [])
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"stages": 3}', '{"stages": {"a": {"predicted": {}}}}', "[" * 10_000]
+)
+def test_status_of_a_run_with_damaged_files_says_what_is_known(directory: RunDirectory, content: str) -> None:
+    running(directory)
+    for name in ("estimate.json", "lock", "serving.json", "verify.json"):
+        (directory.path / name).write_text(content)
+    assert "blocks: 2/5 finished" in "\n".join(render_status(read_status(directory.path.with_name("output"), now=1100)))
