@@ -41,8 +41,15 @@ def collapsed(problems: Iterable[str]) -> list[str]:
     """Problems that differ in numbers alone (block, expert, shard) become their first and a count of the others."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
-        alike.setdefault(re.sub(r"\d+", "N", problem), []).append(problem)
+        # w1, w2, w3: the projections of an expert.
+        alike.setdefault(re.sub(r"\.w[123]\b", ".w", without_numbers(problem)), []).append(problem)
     return [first + (f" (and {len(rest)} more like this)" if rest else "") for first, *rest in alike.values()]
+
+
+def without_numbers(text: str) -> str:
+    """`text` with N for every number that stands alone (`layers.3`, `block 3`, `00003-of`), not for digits of a word
+    (`w1`, `FP8`, `128x128`)."""
+    return re.sub(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])", "N", text)
 
 
 def first_of(problems: list[str], most: int = 100) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from calibration.checkpoint.families import ROUTED, SHARED, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import WorkflowError, exit_with
+from recipes.errors import WorkflowError, exit_with, without_numbers
 from recipes.loader import load_recipe
 from verify.report import OutputConsole
 from workflows.progress import size
@@ -35,7 +34,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, header in checkpoint.tensors.items():
         scale = name in formats.companions
-        rows[(_pattern(name), header.dtype, "scale" if scale else formats.of(name).label)].append(name)
+        rows[(without_numbers(name), header.dtype, "scale" if scale else formats.of(name).label)].append(name)
     part_bytes: Counter[str] = Counter()
     for name, header in checkpoint.tensors.items():
         part_bytes["MTP" if places[name].mtp else places[name].part] += header.nbytes
@@ -82,7 +81,7 @@ def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     rows: Counter[tuple[str, str, str]] = Counter()
     for step in plan.steps.values():
         if step.action != "consume":
-            rows[(_pattern(step.source), step.action, re.sub(r"\d+", "N", step.reason))] += 1
+            rows[(without_numbers(step.source), step.action, without_numbers(step.reason))] += 1
     return {
         "digest": plan.digest,
         "groups": {
@@ -171,10 +170,6 @@ def main(arguments: list[str] | None = None) -> int:
     if plan is not None:
         print_plan(plan, console)
     return 0
-
-
-def _pattern(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "N", name)
 
 
 if __name__ == "__main__":

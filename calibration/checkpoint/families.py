@@ -126,7 +126,8 @@ _DEEPSEEK_V4 = Family(
     mtp=r"^mtp\.",
     parts=(
         ("mHC", r"(^|\.)hc_\w+$"),
-        ("norm", r"(^|[._])norm(\.weight)?$"),
+        ("norm", r"(^|[._])[eh]?norm(\.weight)?$"),
+        ("MTP projection", r"^mtp\.\d+\.[eh]_proj(\.|$)"),
         ("compressor position", r"\.ape$"),
         ("sink", r"\.attn_sink$"),
         ("indexer", r"\.attn\.indexer\."),

@@ -22,7 +22,7 @@ from calibration.checkpoint.header import tensor_bytes
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
 from calibration.checkpoint.source_check import contradictions, is_carried, is_left_out
-from recipes.errors import RecipeError, SourceError, collapsed
+from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
 from recipes.fields import KEPT_FP8
 from recipes.patterns import Pattern, PatternError, TimeLimit
 from recipes.schema import Recipe
@@ -248,8 +248,8 @@ class _Planner:
         """A warning for each pattern of names; of `Linear` one in all."""
         patterns: dict[str, list[str]] = defaultdict(list)
         for module, reason in left.items():
-            if _pattern(module) not in patterns[reason]:
-                patterns[reason].append(_pattern(module))
+            if (pattern := without_numbers(module)) not in patterns[reason]:
+                patterns[reason].append(pattern)
         if target == "Linear":
             notes = [f"{_some(names)} ({reason})" for reason, names in patterns.items()]
             warnings = [f"target 'Linear' leaves out {'; '.join(notes)}"] if notes else []
@@ -285,7 +285,7 @@ class _Planner:
 
     def _closest(self, entry: str) -> str:
         """A hint for an entry that matched nothing: names are those of the source, not of transformers."""
-        patterns = sorted({_pattern(module) for module in self.weights})
+        patterns = sorted({without_numbers(module) for module in self.weights})
         wanted = re.sub(r"[\\^$()]", "", entry.removeprefix("re:"))
         close = difflib.get_close_matches(wanted, patterns, n=2, cutoff=0.3)
         hint = f"; closest: {', '.join(close)}" if close else ""
@@ -441,10 +441,6 @@ def _keeps_tiles(scheme: Scheme, stored: StoredFormat) -> bool:
 
 def _consumed(companions: list[str], reason: str) -> dict[str, Step]:
     return {companion: Step(companion, "consume", (), reason) for companion in companions}
-
-
-def _pattern(module: str) -> str:
-    return re.sub(r"\d+", "N", module)
 
 
 def _some(names: list[str]) -> str:

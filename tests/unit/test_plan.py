@@ -12,11 +12,13 @@ import pytest
 
 from calibration.checkpoint.config import output_config
 from calibration.checkpoint.families import family_of
+from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
-from recipes.errors import RecipeError, SourceError
+from recipes.errors import RecipeError, SourceError, collapsed
 from tests.exported import EXPERTS, plan_of, recipe
 from tests.faults.editing import config, values
 from tests.models import deepseek_v4, standard
+from workflows.inspect_checkpoint import describe_plan
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,34 @@ def test_linear_leaves_out_a_weight_whose_shape_does_not_fit(sources: dict[str, 
     assert "model.layers.0.mlp.down_proj" not in plan.quantized and "model.layers.0.mlp.up_proj" in plan.quantized
     with pytest.raises(RecipeError, match="add the module to ignore"):
         make(source, ["re:.*down_proj$"])
+
+
+def test_the_table_of_a_plan_shows_formats_and_leaves_as_they_are_spelled(sources: dict[str, Path]) -> None:
+    plan, formats = plan_of(
+        sources["fp8_mxfp4"], recipe(sources["fp8_mxfp4"], Path("/nowhere/out"), export={"kept": "plain"})
+    )
+    rows = describe_plan(plan, formats.checkpoint)["steps"]
+    reasons = {row["reason"] for row in rows}
+    assert "attention: FP8 tiles 128x128 undone" in reasons
+    assert not any("FPN" in reason or "NVFPN" in reason for reason in reasons)
+    assert {row["pattern"] for row in rows} >= {f"layers.N.ffn.experts.N.w{leaf}.weight" for leaf in (1, 2, 3)}
+
+
+def test_problems_collapse_over_blocks_and_experts_alone() -> None:
+    blocks = [f"{shard}: layers.{n}.ffn.experts.{n}.w1 saw {n} of block {n}" for n in (1, 2) for shard in
+              (f"a/model-0000{n}-of-00002.safetensors",)]  # fmt: skip
+    assert collapsed(blocks) == [f"{blocks[0]} (and 1 more like this)"]
+    apart = ["group1: w1 is FP8", "group2: w1 is FP8", "group1: v2 is FP8", "group1: w1 is FP4"]
+    assert collapsed(apart) == apart
+
+
+def test_every_mtp_tensor_has_a_part(sources: dict[str, Path]) -> None:
+    family = family_of({"model_type": "deepseek_v4"})
+    names = [name for name in Checkpoint.open(sources["bf16"]).tensors if name.startswith("mtp.")]
+    parts = {name.removeprefix("mtp.0."): family.place(name).part for name in names}
+    assert "other" not in parts.values()
+    assert parts["enorm.weight"] == parts["hnorm.weight"] == parts["norm.weight"] == "norm"
+    assert parts["e_proj.weight"] == parts["h_proj.weight"] == "MTP projection"
 
 
 def test_the_plan_is_deterministic_and_its_digest_sees_the_recipe(sources: dict[str, Path]) -> None:
