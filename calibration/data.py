@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from calibration.chat import Chat, choose_chat, joined, transcript
+from calibration.checkpoint.families import family_of
+from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import refuse_outside
 from calibration.dataset import Table, first_line, load_table
 from calibration.rows import (
@@ -52,6 +54,17 @@ class CalibrationData:
     num_samples: int
     num_tokens: int
     description: str
+    warning: str | None = None
+
+
+def embedding_rows(source: Checkpoint) -> dict[str, int]:
+    """Rows of the source's embedding by where they are written: config.json, and the header of its tensor."""
+    rows = {"vocab_size in config.json": source.config.get("vocab_size")}
+    family = family_of(source.config, str(source.directory / CONFIG_NAME))
+    for name, tensor in source.tensors.items():
+        if len(tensor.shape) == 2 and family.place(name).part == "embedding" and name.endswith(".weight"):
+            rows[f"{name} in {tensor.shard}"] = tensor.shape[0]
+    return {where: number for where, number in rows.items() if isinstance(number, int)}
 
 
 def load_tokenizer(source_directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -73,15 +86,21 @@ def load_tokenizer(source_directory: Path, trust_remote_code: bool) -> PreTraine
 
 
 def load_batches(
-    options: Calibration, tokenizer: PreTrainedTokenizerBase, *, source_directory: Path
+    options: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source_directory: Path,
+    embedding: Mapping[str, int] | None = None,
 ) -> CalibrationData:
-    """Exactly `options.num_samples` samples of 2 to `options.max_seq_length` tokens each.
+    """`options.num_samples` samples of 2 to `options.max_seq_length` tokens each; fewer, with a warning, where the data
+    set gives fewer and `options.exact` is false.
 
     Rows of a table are one sample each, cut at the end. Books (.txt) are cut into windows of max_seq_length, drawn from
     all windows. Rows of the bundled set are packed: joined in shuffled order, each closed by EOS, and cut into windows.
     Rows with fewer than 2 tokens are skipped and counted in the description.
 
-    Raises SourceError for a data set that is missing, unreachable, damaged, without the column, or too small;
+    Raises SourceError for a data set that is missing, unreachable, damaged, without the column, or empty (with `exact`:
+    too small), and for a token that has no row in the `embedding` (see `embedding_rows`);
     RecipeError for a chat format that the tokenizer does not have, and batches that it cannot pad.
     """
     bundled = options.dataset == "bundled"
@@ -104,15 +123,19 @@ def load_batches(
             usable = (sample for sample in found if len(sample) >= MIN_TOKENS)
             samples = list(islice(usable, options.num_samples))
             available = len(samples)
+    _require_rows(samples, embedding or {}, tokenizer, source_directory)
+    warning = None
     if available < options.num_samples:
-        remedies = ["name a larger data set"]
-        remedies += [f"set calibration.num_samples: {available}"] if available else []
-        remedies += ["lower calibration.max_seq_length"] if bundled or table.books else []
-        raise SourceError(
-            f"calibration.dataset {options.dataset!r}: {options.num_samples} samples of at most "
-            f"{options.max_seq_length} tokens wanted (calibration.num_samples), {available} there, {encoder.skipped} rows "
-            f"skipped with fewer than {MIN_TOKENS} tokens. Remedy: {', or '.join(remedies)}"
+        warning = (
+            f"{table.place}: {options.num_samples} samples of at most {options.max_seq_length} tokens wanted "
+            f"(calibration.num_samples), {available} there, {encoder.skipped} rows skipped with fewer than {MIN_TOKENS} "
+            "tokens"
         )
+        if options.exact or not available:
+            remedies = ["name a larger data set"]
+            remedies += [f"set calibration.num_samples: {available}, or calibration.exact: false"] if available else []
+            remedies += ["lower calibration.max_seq_length"] if bundled or table.books else []
+            raise SourceError(f"{warning}. Remedy: {', or '.join(remedies)}")
     tokens = sum(map(len, samples))
     notes = [
         f"{options.dataset} ({options.split}, {f'shuffled with seed {options.seed}' if options.shuffle else 'in order'})",
@@ -130,7 +153,21 @@ def load_batches(
         num_samples=len(samples),
         num_tokens=tokens,
         description="; ".join(notes),
+        warning=warning,
     )
+
+
+def _require_rows(
+    samples: list[list[int]], embedding: Mapping[str, int], tokenizer: PreTrainedTokenizerBase, source: Path
+) -> None:
+    largest = max((max(sample) for sample in samples), default=-1)
+    short = [f"{where} has {rows:,} rows" for where, rows in embedding.items() if rows <= largest]
+    if short:
+        raise SourceError(
+            f"{source}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r:.40}) of the calibration data has no "
+            f"row in the embedding: {', '.join(short)}; the tokenizer has {len(tokenizer):,} tokens. Copy the tokenizer of "
+            "this model there, or name the data set that belongs to it"
+        )
 
 
 class _Samples(Dataset[Any]):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ class Table:
             try:
                 row = wanted[index]
             except Exception as error:  # Arrow reads the values here for the first time
-                raise SourceError(
-                    [f"{self.place}: row {index + 1}: {problem}" for problem in _explain(error, self.files)]
-                ) from error
+                problems = _damages(self.files) or [
+                    f"row {index + 1} cannot be read: {first_line(error)}; is it UTF-8?"
+                ]
+                raise SourceError([f"{self.place}: {problem}" for problem in problems]) from error
             yield row
 
     def unfolded(self) -> Table:
@@ -237,14 +239,11 @@ def _guarded(options: Calibration, files: list[Path] | None, read: Callable[[], 
     return Table(data, place, files, books)
 
 
-def _explain(error: Exception, files: list[Path] | None, split: str | None = None) -> list[str]:
-    damaged = [problem for file in files or [] if (problem := _damaged(file))]
-    if damaged:
-        return damaged[:_MOST_PROBLEMS]
+def _explain(error: Exception, files: list[Path] | None, split: str) -> list[str]:
+    if damaged := _damages(files):
+        return damaged
     cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetBuildError) else error
     message = first_line(cause)
-    if split is None:
-        return [f"cannot be read: {message}; text must be UTF-8"]
     if "split" in message.lower() and isinstance(error, ValueError):
         return [f"calibration.split {split!r}: {message}"]
     if files is not None:
@@ -257,8 +256,9 @@ def _explain(error: Exception, files: list[Path] | None, split: str | None = Non
     return [f"cannot be loaded from the hub: {message}. {remedy}"]
 
 
-_MOST_PROBLEMS = 5
-"""Damaged files named in a message."""
+def _damages(files: list[Path] | None) -> list[str]:
+    """What is wrong with the local files, of the first five where something is."""
+    return list(islice((problem for file in files or [] if (problem := _damaged(file))), 5))
 
 
 def _damaged(file: Path) -> str | None:

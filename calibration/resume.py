@@ -31,8 +31,8 @@ from recipes.schema import Recipe
 
 #: Packages whose arithmetic or file format the output depends on, this one included.
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "nvfp4-workflows")
-#: Sections of a recipe that change nothing in what the calibrate stage computes.
-_WITHOUT_EFFECT = {"verify", "output", "offload", "convert"}
+#: What in a recipe changes nothing in what the calibrate stage computes.
+_WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"}}
 _SAMPLE_BYTES = 1 << 16
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 

@@ -199,10 +199,11 @@ def build_skeleton(
     reads the config that the model names on disk and refuses a quantized one. Compute dtype is BF16; what the source
     stores in F32 and transformers keeps in F32 (mHC, sinks, router bias, compressor positions) stays F32, norms do not:
     an F32 norm weight makes the next BF16 linear layer fail.
-    Raises SourceError, all at once: model tensors without a source, source tensors (outside MTP) without a
-    destination, shapes that differ.
+    Raises SourceError for a config that transformers cannot build, and, all at once: model tensors without a source,
+    source tensors (outside MTP) without a destination, shapes that differ.
     """
     family, formats = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME)), Formats(checkpoint)
+    _check_padding(checkpoint)
     device = device or _main_device()
     model = _empty_model(_clean_config(checkpoint, run_directory, trust_remote_code), trust_remote_code)
     for module in model.modules():
@@ -250,13 +251,9 @@ class _EmptyOnMeta(TorchFunctionMode):
 
 
 def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    config.dtype = torch.bfloat16
     # Non-persistent buffers (rotary frequencies) are computed by the constructor and must be real.
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
+        model = _built(directory, trust_remote_code)
         for name, experts in get_non_linearized_moes(model):
             # transformers' class patching would walk every lazy module of transformers; replacing the empty modules
             # gives the same tree.
@@ -266,6 +263,33 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
         for leaf, tensor in list(_own_tensors(module)):
             SourceModel._place(module, leaf, tensor.detach().to("meta"))
     return model.eval()
+
+
+def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """transformers' model of the config in `directory`. Raises SourceError for whatever transformers makes of an odd one."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        config.dtype = torch.bfloat16
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers, its validators and torch raise what they like
+        lines = str(error).strip().splitlines()
+        raise SourceError(
+            f"{directory / CONFIG_NAME}: transformers cannot build the model: {type(error).__name__}: "
+            f"{lines[0] if lines else 'no message'}; correct the source's {CONFIG_NAME}"
+        ) from error
+    return model
+
+
+def _check_padding(checkpoint: Checkpoint) -> None:
+    """Raises SourceError for a pad token that the embedding cannot have: torch asserts it when it builds the model."""
+    pad, rows = checkpoint.config.get("pad_token_id"), checkpoint.config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
+        raise SourceError(
+            f"{checkpoint.directory / CONFIG_NAME}: pad_token_id: {pad} has no row in an embedding of vocab_size {rows}; "
+            "transformers cannot load such a model. Set it to null, or to a token that there is"
+        )
 
 
 def _gate_first(experts: LinearExperts2D) -> LinearExperts2D:

@@ -50,7 +50,9 @@ class Calibration(Section):
     chat: Literal["auto", "template", "deepseek_v4"] = "auto"
     """How messages become text: the tokenizer's chat template, or DeepSeek-V4's own encoding (it has no template)."""
     num_samples: int = Field(default=256, ge=1)
-    """Samples drawn from the data set."""
+    """Samples drawn from the data set; a smaller one is used whole, with a warning."""
+    exact: bool = False
+    """Refuse a data set that does not give num_samples samples."""
     max_seq_length: int = Field(default=2048, ge=1, le=1_048_576)
     """Tokens per sample at most; longer samples are cut."""
     batch_size: int = Field(default=1, ge=1)

@@ -15,9 +15,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def load(tokenizer: Any, dataset: str, source: Path = Path("unused"), **options: Any) -> Any:
+def load(tokenizer: Any, dataset: str, source: Path = Path("unused"), embedding: Any = None, **options: Any) -> Any:
     options = {"num_samples": 1, "max_seq_length": 128, **options}
-    return load_batches(Calibration(dataset=dataset, **options), tokenizer, source_directory=source)
+    return load_batches(
+        Calibration(dataset=dataset, **options), tokenizer, source_directory=source, embedding=embedding
+    )
 
 
 def token_rows(data: Any) -> list[list[int]]:

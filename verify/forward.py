@@ -91,7 +91,7 @@ def measure_blocks(
     """
     # llm-compressor logs to stdout, which belongs to --json.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
-    from calibration.data import load_batches, load_tokenizer
+    from calibration.data import embedding_rows, load_batches, load_tokenizer
     from calibration.source_model import build_skeleton
     from calibration.tracing import own_block_calls
 
@@ -99,7 +99,8 @@ def measure_blocks(
     samples = min(-(-tokens // length), text.num_samples)
     wanted = text.model_copy(update={"num_samples": samples, "max_seq_length": length, "batch_size": 1})
     tokenizer = load_tokenizer(source.directory, trust_remote_code)
-    batches = list(load_batches(wanted, tokenizer, source_directory=source.directory).batches)
+    data = load_batches(wanted, tokenizer, source_directory=source.directory, embedding=embedding_rows(source))
+    batches = list(data.batches)
     with TemporaryDirectory(prefix="verify-forward-") as work, torch.no_grad():
         original = build_skeleton(source, Path(work), trust_remote_code)
         output = Formats(Checkpoint.open(directory))

@@ -20,7 +20,7 @@ import torch
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
-from calibration.data import load_batches, load_tokenizer
+from calibration.data import embedding_rows, load_batches, load_tokenizer
 from calibration.export import Exporter
 from calibration.journal import RunDirectory
 from calibration.oneshot import calibrate, quiet
@@ -68,7 +68,11 @@ def calibrate_blocks(
     data = prepared.data
     if data is None:
         tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
-        data = load_batches(recipe.calibration, tokenizer, source_directory=source.directory)
+        data = load_batches(
+            recipe.calibration, tokenizer, source_directory=source.directory, embedding=embedding_rows(source)
+        )
+        if data.warning:
+            reporter.say(data.warning, "warning")
     reporter.say(f"data: {data.description}")
     require_batches(ranks, len(data.batches))
     scratch = Path(recipe.offload.directory) if recipe.offload.directory else None

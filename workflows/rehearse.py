@@ -123,7 +123,7 @@ def _probe_disks(run: Run) -> dict[str, float]:
 
 def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
     # torch and llm-compressor take seconds to import: what stands before must not wait for them.
-    from calibration.data import load_batches, load_tokenizer
+    from calibration.data import embedding_rows, load_batches, load_tokenizer
     from calibration.oneshot import build_modifiers, quiet
     from calibration.rehearsal import rehearse_blocks
     from calibration.source_model import build_skeleton
@@ -134,9 +134,11 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
 
     def load() -> CalibrationData:
         tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
-        return load_batches(options, tokenizer, source_directory=source.directory)
+        return load_batches(options, tokenizer, source_directory=source.directory, embedding=embedding_rows(source))
 
     prepared.data = attempts.of(load)
+    if prepared.data is not None and prepared.data.warning:
+        run.reporter.say(prepared.data.warning, "warning")
     finished = finished_blocks(run)
     if finished:
         run.reporter.say(f"{len(finished)} blocks are finished: no block is rehearsed again")

@@ -123,7 +123,8 @@ CALLS: dict[str, tuple[dict[str, Any], tuple[str, ...], int, str]] = {
     "an unknown stage": ({}, ("--stages", "inspect,bake"), RECIPE, "bake"),
     "no such source": ({}, ("--set", "source.checkpoint=/nowhere/at/all"), SOURCE, "/nowhere/at/all"),
     "no such data set": ({"calibration": {"dataset": "absent.jsonl"}, "verify": {}}, (), SOURCE, "absent.jsonl"),
-    "too few samples": ({"calibration": {"dataset": "bundled", "num_samples": 1000000}, "verify": {}}, (), SOURCE, "1000000"),
+    "too few samples": ({"calibration": {"dataset": "bundled", "num_samples": 1000000, "exact": True}, "verify": {}},
+                        (), SOURCE, "1000000"),
     "no vLLM environment": ({"verify": {"serving": {"python": "/nowhere/python"}}}, (), ENVIRONMENT, "make venv-vllm"),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.index import Checkpoint
+from calibration.data import embedding_rows
 from calibration.experts import ExpertCalibration
 from calibration.source_model import SourceModel, build_skeleton
 from calibration.stacked_experts import Stack
@@ -105,6 +106,33 @@ def test_all_mismatches_are_told_at_once(tmp_path: Path) -> None:
     assert "have no source tensor" in message and "model.layers.2." in message
     assert "1 source tensors have no place in LlamaForCausalLM: model.layers.0.mlp.unknown.weight" in message
     assert "model.embed_tokens.weight" in message and "[1024, 64]" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"pad_token_id": 1024}, "pad_token_id: 1024 has no row in an embedding of vocab_size 1024"),
+        ({"pad_token_id": -1025}, "pad_token_id: -1025 has no row"),
+        ({"hidden_act": "no_such"}, r"config\.json: transformers cannot build the model: KeyError: .*no_such"),
+        ({"rope_parameters": 5}, r"config\.json: transformers cannot build the model: "),
+        ({"num_attention_heads": 0}, r"config\.json: transformers cannot build the model: ZeroDivisionError"),
+    ],
+)
+def test_a_config_that_transformers_cannot_build_is_one_message(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    checkpoint = changed(tmp_path / "llama", "llama", config)
+    with pytest.raises(SourceError, match=message) as raised:
+        build_skeleton(checkpoint, tmp_path / "run", False)
+    assert len(raised.value.problems) == 1
+
+
+def test_the_rows_of_the_embedding_come_from_config_and_header(tmp_path: Path) -> None:
+    checkpoint = changed(tmp_path / "llama", "llama", {"vocab_size": 900})
+    assert embedding_rows(checkpoint) == {
+        "vocab_size in config.json": 900,
+        "model.embed_tokens.weight in model.safetensors": 1024,
+    }
 
 
 def test_mtp_and_scale_companions_need_no_place(tmp_path: Path) -> None:

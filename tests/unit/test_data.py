@@ -265,8 +265,14 @@ def test_rows_without_tokens_are_skipped_and_counted(v4: Any, tmp_path: Path) ->
     path = write_rows(tmp_path / "texts.jsonl", [{"text": ""}, {"text": "a"}, {"text": TEXTS[0]}, {"text": None}])
     data = load(v4, path, shuffle=False)
     assert decoded(v4, data) == [TEXTS[0]] and "2 rows skipped" in data.description
+    fewer = load(v4, path, num_samples=2)
+    assert fewer.digest == data.digest and fewer.num_samples == 1 and data.warning is None
+    assert "2 samples of at most 128 tokens wanted (calibration.num_samples), 1 there, 3 rows" in fewer.warning
     with pytest.raises(SourceError, match=r"2 samples .* wanted .*, 1 there, 3 rows skipped.*num_samples: 1"):
-        load(v4, path, num_samples=2)
+        load(v4, path, num_samples=2, exact=True)
+    empty = write_rows(tmp_path / "empty.jsonl", [{"text": ""}, {"text": None}])
+    with pytest.raises(SourceError, match=r"1 samples .* wanted .*, 0 there, 2 rows skipped.*name a larger data set"):
+        load(v4, empty)
 
 
 BAD_FILES: list[tuple[str, str, dict[str, Any], str]] = [

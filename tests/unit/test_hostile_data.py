@@ -144,11 +144,11 @@ def test_a_row_group_of_bytes_that_are_no_text(v4: Any, tmp_path: Path) -> None:
 
     broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
     pq.write_table(pa.table({"text": broken}), tmp_path / "x.parquet")
-    with pytest.raises(SourceError, match=r"row 1: cannot be read: UnicodeDecodeError.*must be UTF-8"):
+    with pytest.raises(SourceError, match=r"row 1 cannot be read: UnicodeDecodeError.*is it UTF-8"):
         load(v4, str(tmp_path / "x.parquet"))
 
 
-@pytest.mark.parametrize("kind", ["fifo", "fifo_inside", "device", "loop", "link_loop", "name"])
+@pytest.mark.parametrize("kind", ["fifo", "fifo_inside", "device", "loop", "link_loop"])
 def test_what_is_no_file_is_refused_before_it_is_opened(kind: str, v4: Any, tmp_path: Path) -> None:
     directory = tmp_path / "set"
     directory.mkdir()
@@ -161,8 +161,6 @@ def test_what_is_no_file_is_refused_before_it_is_opened(kind: str, v4: Any, tmp_
     elif kind == "link_loop":
         path.symlink_to(path)
         message = "cannot be read"
-    elif kind == "name":
-        path, message = directory / ("x" * 300), "cannot be read"
     else:
         (directory / "again").symlink_to(directory)
         message = "links to a directory above it"
