@@ -7,8 +7,13 @@ from __future__ import annotations
 
 import math
 import random
+import resource
+import signal
 from pathlib import Path
 from typing import Any
+
+TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 60, 1 << 30, 1 << 22
+"""What a chat template may take for one prompt; real ones take milliseconds."""
 
 
 def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[str, Any]]:
@@ -28,10 +33,11 @@ def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[
         elif "messages" in prompt:
             try:
                 assert tokenizer is not None, "no tokenizer"
-                text = tokenizer.apply_chat_template(prompt["messages"], tokenize=False, add_generation_prompt=True)
+                text = render(tokenizer, prompt["messages"])
                 ids = list(tokenizer.encode(text, add_special_tokens=False))
-            except (AssertionError, ValueError, TypeError) as error:  # transformers raises ValueError: no template
-                skipped = f"no chat template: {str(error).splitlines()[0]}"
+            except Exception as error:  # no template, or the template's own, of any type
+                lines, text = str(error).strip().splitlines(), None
+                skipped = f"no chat template: {lines[0] if lines else type(error).__name__}"
         elif tokenizer is None:
             ids = [chooser.randrange(vocabulary) for _ in str(text).split()]
         else:
@@ -43,6 +49,37 @@ def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[
         ids = ids[-prompt["limit"] :] if "limit" in prompt else ids
         entries.append(entry(prompt["kind"], ids[:room], vocabulary, text, skipped))
     return entries
+
+
+def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """The messages through the chat template, ready for an answer. A template is a stranger's program: jinja's sandbox
+    gives it no files and no attributes, and here it has TEMPLATE_SECONDS, TEMPLATE_BYTES of memory on top of what the
+    engine has, and an answer of TEMPLATE_CHARACTERS. Raises ValueError where it takes more; whatever it raises itself."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (soft, size + TEMPLATE_BYTES) if limit != resource.RLIM_INFINITY]
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, TEMPLATE_SECONDS)
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        finally:  # the timer rings once: not inside the outer one, which must run whole
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeoutError:
+        raise ValueError(f"the template takes more than {TEMPLATE_SECONDS} seconds") from None
+    except MemoryError:
+        raise ValueError(f"the template takes more than {TEMPLATE_BYTES >> 20} MiB of memory") from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGALRM, before)
+    if len(text) > TEMPLATE_CHARACTERS:
+        raise ValueError(f"the template writes more than {TEMPLATE_CHARACTERS:,} characters")
+    return text
 
 
 def entry(kind: str, ids: list[int], vocabulary: int, text: str | None, skipped: str | None = None) -> dict[str, Any]:
