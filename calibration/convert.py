@@ -23,11 +23,13 @@ import torch
 from calibration.checkpoint import native
 from calibration.checkpoint.direct import PAGE, Buffer, DirectReader, DirectWriter, digest
 from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import changed_shards, shard_state
 from calibration.checkpoint.layout import Job, ShardLayout
 from calibration.checkpoint.plan import Plan
 from calibration.convert_work import Totals, Work
 from calibration.journal import RunDirectory
 from calibration.output import remove_unfinished, start_over
+from calibration.resume import require_unchanged
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Recipe
 
@@ -99,33 +101,16 @@ def convert(
     return done
 
 
-def source_state(formats: Formats) -> dict[str, list[int]]:
-    """Shard -> [bytes, mtime in ns] of the source: what tells that it changed underneath a run."""
-    state = {}
-    for shard in formats.checkpoint.shards:
-        try:
-            stat = (formats.checkpoint.directory / shard).stat()
-        except OSError as error:
-            raise SourceError(f"{formats.checkpoint.directory / shard}: cannot be read: {error.strerror}") from None
-        state[shard] = [stat.st_size, stat.st_mtime_ns]
-    return state
-
-
 def _kept(
     recipe: Recipe, plan: Plan, formats: Formats, layouts: list[ShardLayout], output: Path, directory: RunDirectory
 ) -> set[str]:
     """Names of the shards that an earlier call finished; begins the run anew where it was another's."""
     settings = recipe.convert.model_dump(mode="json", exclude={"workers"}) | {"method": recipe.method}
-    source = source_state(formats)
+    source = formats.checkpoint.state
     remove_unfinished(output)
     begun = directory.facts("started")
     if begun and begun[-1]["plan"] == plan.digest and begun[-1].get("settings") == settings:
-        changed = sorted(s for s in source if begun[-1]["source"].get(s) != source[s])
-        if changed:
-            raise SourceError(
-                f"{formats.checkpoint.directory / changed[0]}: changed since this run began ({len(changed)} of "
-                f"{len(source)} shards did); bring the old files back, or begin anew with --overwrite"
-            )
+        require_unchanged(changed_shards(begun[-1]["source"], source), len(source), directory.path)
     else:
         start_over(directory, output, "started", plan=plan.digest, settings=settings, source=source)
     journaled: dict[str, str] = {}
@@ -169,7 +154,6 @@ class _Line:
         directory: RunDirectory, workers: int,
     ) -> None:  # fmt: skip
         self.plan, self.formats, self.output, self.directory = plan, formats, output, directory
-        self.source = source_state(formats)
         self.reader = DirectReader(formats.checkpoint.directory)
         self.work = Work(recipe, plan, formats)
         self.layouts = {layout.shard.name: layout for layout in layouts}
@@ -295,12 +279,11 @@ class _Line:
 
     def _finish(self, writer: DirectWriter, layout: ShardLayout, totals: Totals) -> None:
         """Journals a shard that is on disk, unless the source changed while it was made."""
-        now = source_state(self.formats)
-        changed = [shard for shard in now if now[shard] != self.source[shard]]
+        source = self.formats.checkpoint
+        changed = changed_shards(source.state, shard_state(source.directory, source.shards))
         if changed:
             raise SourceError(
-                f"{self.formats.checkpoint.directory / changed[0]}: changed while it was converted; "
-                "begin anew with --overwrite when it no longer does"
+                f"{source.directory}: changed while it was converted: {changed[0]}; pass --restart when it no longer does"
             )
         mark = writer.finish()
         facts: dict[str, Any] = {"lossless": totals.lossless, "requantized": totals.requantized}

@@ -12,6 +12,7 @@ import torch
 from calibration.checkpoint import kernels, native
 from calibration.checkpoint.direct import Bytes, Extent
 from calibration.checkpoint.formats import TORCH_DTYPES, Formats, dequantize, is_finite
+from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.layout import Job, Piece
 from calibration.checkpoint.nvfp4 import RANGE
@@ -140,7 +141,7 @@ class Work:
     def _companion(self, piece: Piece, role: str, data: dict[Extent, Bytes]) -> torch.Tensor:
         """A scale companion's rows as stored; scalars as `[1]`."""
         header = self.formats.checkpoint.tensors[self.formats.of(piece.step.source).companions[role]]
-        tensor = torch.from_numpy(data[piece.extents[role]].copy()).view(kernels.TORCH[header.dtype])
+        tensor = torch.from_numpy(data[piece.extents[role]].copy()).view(TORCH[header.dtype])
         return tensor.reshape(-1, header.shape[1]) if len(header.shape) == 2 else tensor
 
     def _measure(self, piece: Piece, stripe: Stripe) -> None:
@@ -219,7 +220,7 @@ class Work:
     def _cast(self, piece: Piece, data: dict[Extent, Bytes]) -> Bytes:
         step = piece.step
         stored, header = self.formats.of(step.source), self.formats.checkpoint.tensors[step.source]
-        codes = torch.from_numpy(data[piece.extents["weight"]].copy()).view(kernels.TORCH[header.dtype])
+        codes = torch.from_numpy(data[piece.extents["weight"]].copy()).view(TORCH[header.dtype])
         if stored.kind != "plain":
             codes = codes.reshape(piece.end - piece.begin, -1)
         scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}

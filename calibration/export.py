@@ -12,8 +12,7 @@ import torch
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.config import output_config
 from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite, is_positive
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
-from calibration.checkpoint.kernels import TORCH
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, TORCH
 from calibration.checkpoint.plan import Plan, PlannedShard, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
 from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text

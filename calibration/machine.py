@@ -177,7 +177,6 @@ class Machine:
 
     def _forget(self, names: list[str]) -> None:
         checkpoint = self.formats.checkpoint
-        checkpoint.close()
         for shard in {checkpoint.tensors[name].shard for name in names}:
             with (checkpoint.directory / shard).open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, changed_shards
 from calibration.checkpoint.plan import Plan
 from calibration.checkpoint.writer import file_digest
 from calibration.journal import RunDirectory
@@ -130,6 +130,19 @@ def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Pat
     )
 
 
+def require_unchanged(changed: Sequence[str], shards: int, where: Path) -> None:
+    """Raises SourceError if shards of the source, named as `changed_shards` does, changed since the run in `where` began:
+    what is finished may be of other bytes than what would be read now."""
+    if changed:
+        raise SourceError(
+            f"{where}: the source changed since this run began ({len(changed)} of {shards} shards: {'; '.join(changed[:3])}"
+            + (" ..." if len(changed) > 3 else "")
+            + "), and what is finished may not fit it. Remedy: bring the old files back with their times (rsync -a, cp -p); or, "
+            "if you know that the bytes are the same, set the old time again (touch -d @SECONDS.NANOSECONDS SHARD); or pass "
+            "--restart, which discards what is finished"
+        )
+
+
 def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: Path) -> Resume:
     """What the journal says is finished and the files prove; later lines count before earlier ones. The boundaries are
     not yet checked."""
@@ -173,16 +186,19 @@ def open_resume(
     restart: bool = False,
     overwrite: bool = False,
     ranks: Ranks | None = None,
+    source: Checkpoint | None = None,
 ) -> Resume:
     """Goes on with the run in `directory` when its fingerprint is `now`, else begins anew: journal, shards and
     activations are removed, and the fingerprint is recorded.
 
     `restart` always begins anew; `overwrite` where the run there is complete (verified) or has another fingerprint.
     Rank 0 does it, and every rank checks the saved activations of its own batches. Raises EnvironmentProblem where
-    finished blocks have another fingerprint and neither is given.
+    finished blocks have another fingerprint and neither is given, SourceError where shards of `source` were written to
+    since they were begun.
     """
     ranks = ranks or Ranks()
-    opened = _opened(directory, plan, output, activations, now, restart, overwrite) if ranks.writes else None
+    state = {} if source is None else source.state
+    opened = _opened(directory, plan, output, activations, now, state, restart, overwrite) if ranks.writes else None
     resume = ranks.exchange("resume", opened)[0]
     assert resume is not None
     here = {number for number, boundary in resume.boundaries.items() if boundary.intact(ranks)}
@@ -202,19 +218,25 @@ def _opened(
     output: Path,
     activations: Path,
     now: dict[str, Any],
+    source: Mapping[str, list[int]],
     restart: bool,
     overwrite: bool,
 ) -> Resume:
     facts, now = directory.facts(), json.loads(json.dumps(now))
-    begun = [fact["parts"] for fact in facts if fact.get("fact") == "fingerprint"]
+    begun = [fact for fact in facts if fact.get("fact") == "fingerprint"]
     finished = {fact["block"] for fact in facts if fact.get("fact") == "shards"} if begun else set()
     complete = any(fact.get("fact") == "verified" for fact in facts)
     if finished and not restart:
-        if begun[-1] == now and not (overwrite and complete):
+        # Runs before this one recorded no state of the source.
+        changed = changed_shards(begun[-1]["source"], source) if "source" in begun[-1] else []
+        if begun[-1]["parts"] == now and not changed and not (overwrite and complete):
             return read_resume(directory, plan, output, activations)
         if not overwrite:
-            require_same(begun[-1], now, directory.path, len(finished))
-    start_over(directory, output, "fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now)
+            require_same(begun[-1]["parts"], now, directory.path, len(finished))
+            require_unchanged(changed, len(source), directory.path)
+    start_over(
+        directory, output, "fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now, source=source
+    )
     return Resume(activations)
 
 

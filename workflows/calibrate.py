@@ -79,7 +79,7 @@ def calibrate_blocks(
     activations = activations_directory(scratch, directory.path, output)
     now = fingerprint(recipe, plan, source, data.digest, device_name())
     require_equal(ranks, "settings", now)
-    resume = open_resume(directory, plan, output, activations, now, restart, overwrite, ranks)
+    resume = open_resume(directory, plan, output, activations, now, restart, overwrite, ranks, source)
     if ranks.writes:
         remove_unfinished(output)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from calibration.checkpoint.files import MissingFile, is_directory, is_file, open_regular, read_json_object
 from calibration.checkpoint.header import TensorHeader, name_problem, read_header, shown_name
@@ -18,6 +17,13 @@ from recipes.errors import SourceError, first_of
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+#: torch's dtype for every dtype of a header, by safetensors' spelling.
+TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "I16": torch.int16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
 #: The longest honest ones list every module that is not quantized.
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -26,16 +32,19 @@ class Checkpoint:
     """A safetensors checkpoint in hub form, opened for reading.
 
     `tensors` maps every tensor name to its header, `shards` lists the file names in the order of the index, and
-    `config` is the parsed config.json; the fields of it that are read have the types that `source_config` says. Nothing is
-    ever written; handles are kept open until `close`.
+    `config` is the parsed config.json; the fields of it that are read have the types that `source_config` says. `state` is
+    what `shard_state` said before the headers were read. Nothing is ever written, no file is kept open or mapped.
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorHeader], shards: list[str]):
+    def __init__(
+        self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorHeader], shards: list[str],
+        state: dict[str, list[int]] | None = None,
+    ):  # fmt: skip
         self.directory = directory
         self.config = config
         self.tensors = tensors
         self.shards = shards
-        self._handles: dict[str, Any] = {}
+        self.state = shard_state(directory, shards) if state is None else state
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -53,8 +62,10 @@ class Checkpoint:
         promised, shards = _weight_map(directory)
         problems: list[str] = []
         tensors: dict[str, TensorHeader] = {}
+        state: dict[str, list[int]] = {}
         for shard in shards:
             try:
+                state |= shard_state(directory, [shard])
                 headers = read_header(directory / shard)
             except SourceError as error:
                 problems += error.problems
@@ -67,40 +78,47 @@ class Checkpoint:
                 problems += _disagreements(directory, shard, headers, promised[shard])
         if problems:
             raise SourceError(first_of(problems))
-        return cls(directory, config, tensors, shards)
+        return cls(directory, config, tensors, shards, state)
 
     def path(self, name: str) -> Path:
         """The file that holds tensor `name`."""
         return self.directory / self.tensors[name].shard
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor as stored, on the CPU, in the file's memory map: not to be written to. Raises SourceError where
-        the file vanished or does not open."""
-        shard = self.tensors[name].shard
-        try:
-            if shard not in self._handles:
-                self._handles[shard] = safe_open(self.directory / shard, framework="pt")
-            tensor: torch.Tensor = self._handles[shard].get_tensor(name)
-        except Exception as error:  # safetensors raises its own, OSError and RuntimeError alike
-            raise SourceError(
-                f"{self.directory / shard}: {name} cannot be read: {error}; is the source whole?"
-            ) from None
-        return tensor
+    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The tensor as stored, on the CPU, in memory of its own, or in `out` (contiguous, of the stored dtype and shape).
 
-    def read_bytes(self, name: str) -> bytes:
-        """The stored bytes of tensor `name`, unchanged. Raises SourceError."""
+        A file is read, never mapped: the kernel ends a process that touches a map beyond the end of a truncated file, or
+        whose disk fails, without a word. Raises SourceError if the file cannot be read, ends early or is not the one that
+        was opened.
+        """
         header = self.tensors[name]
-        with open_regular(self.path(name)) as file:
-            data = os.pread(file.fileno(), header.nbytes, header.begin)
-            while len(data) < header.nbytes:
-                more = os.pread(file.fileno(), header.nbytes - len(data), header.begin + len(data))
-                if not more:
-                    raise SourceError(f"{self.path(name)}: {name}: the file ends early; it changed while it was read")
-                data += more
+        if out is None:
+            out = torch.empty(header.shape, dtype=TORCH[header.dtype])
+        if header.nbytes:
+            self._fill(name, out.view(-1).view(torch.uint8).numpy().data)
+        return out
+
+    def read_bytes(self, name: str) -> bytearray:
+        """The stored bytes of tensor `name`, unchanged. Raises SourceError as `read`."""
+        data = bytearray(self.tensors[name].nbytes)
+        self._fill(name, memoryview(data))
         return data
 
-    def close(self) -> None:
-        self._handles.clear()
+    def _fill(self, name: str, target: memoryview) -> None:
+        header, path, got = self.tensors[name], self.path(name), 0
+        with open_regular(path, f"{name} is in it; is the source whole?") as file:
+            try:
+                while got < len(target) and (count := os.preadv(file.fileno(), [target[got:]], header.begin + got)):
+                    got += count
+                state = _state(os.fstat(file.fileno()))
+            except OSError as error:
+                raise SourceError(f"{path}: {name} cannot be read: {error.strerror}; is the source whole?") from None
+        if got < len(target) or state != self.state[header.shard]:
+            how = "ends early" if got < len(target) else "is another file, or was written to"
+            raise SourceError(
+                f"{path}: {name}: the shard {how}: it changed since it was opened; bring the old file back and run the same "
+                "command again"
+            )
 
     @property
     def total_bytes(self) -> int:
@@ -124,6 +142,35 @@ def _refuse_special_files(directory: Path) -> None:
         raise SourceError(f"{directory}: cannot be read: {error.strerror}; check the permissions") from None
     if problems:
         raise SourceError(first_of(problems))
+
+
+def shard_state(directory: Path, shards: Iterable[str]) -> dict[str, list[int]]:
+    """Shard -> [bytes, time of the last change in ns]: what tells that a source changed under a run or between two. Not the
+    inode: a copy that keeps times (rsync -a, cp -p, a move to another disk) is the same source. Raises SourceError."""
+    state = {}
+    for shard in shards:
+        try:
+            state[shard] = _state(os.stat(directory / shard))
+        except (OSError, ValueError) as error:
+            raise SourceError(f"{directory / shard}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    return state
+
+
+def changed_shards(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> list[str]:
+    """The shards of `now` whose state is not what it was, each as `name (1,024 bytes -> 1,000 bytes, ...)`."""
+    changed = []
+    for shard, state in now.items():
+        known = list(before.get(shard, ()))
+        if known != list(state):
+            old = dict(zip(("bytes", "mtime_ns"), known, strict=False))
+            new = dict(zip(("bytes", "mtime_ns"), state, strict=True))
+            parts = [f"{key} {old.get(key, 'unknown')} -> {new[key]}" for key in new if old.get(key) != new[key]]
+            changed.append(f"{shard} ({', '.join(parts)})")
+    return changed
+
+
+def _state(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _weight_map(directory: Path) -> tuple[dict[str, set[str]] | None, list[str]]:

@@ -16,15 +16,12 @@ import torch
 
 from calibration.checkpoint import native, nvfp4
 from calibration.checkpoint.formats import MXFP4_GROUP, StoredFormat, dequantize, is_finite
+from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
-    "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
 #: float32 values of the 256 E4M3 and E8M0 codes (0x7f, 0xff of E4M3 and 0xff of E8M0 are NaN).
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 E8M0 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32).numpy()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -211,3 +213,42 @@ def test_packing_is_bit_identical_to_compressed_tensors(kind: str, dtype: torch.
 def test_ties_round_to_even() -> None:
     values = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, -0.25, -0.75, -5.0, -0.01, 0.0])
     assert nvfp4.e2m1_codes(values).tolist() == [0, 2, 2, 4, 4, 6, 6, 7, 8, 10, 14, 8, 0]
+
+
+def test_tensors_lie_in_memory_of_their_own_and_no_file_is_mapped(source: Path) -> None:
+    formats, name = Formats(Checkpoint.open(source)), "layers.0.attn.wq_a.weight"
+    raw, value = formats.checkpoint.read(name), formats.read(name)
+    assert str(source) not in Path("/proc/self/maps").read_text()
+    before = formats.checkpoint.read_bytes(name)
+    raw.view(torch.uint8).zero_(), value.zero_()
+    assert formats.checkpoint.read_bytes(name) == before and formats.read(name).any()
+
+
+def test_codes_of_one_weight_are_not_taken_for_those_of_another(source: Path) -> None:
+    """With `out` they lie in memory that the next read takes again."""
+    formats = Formats(Checkpoint.open(source))
+    names = [name for name in formats.checkpoint.tensors if formats.of(name).kind != "plain"][:8]
+    values = [torch.empty(formats.of(name).shape, dtype=torch.bfloat16) for name in names]
+    for name, value in zip(names, values, strict=True):
+        assert formats.read(name, torch.bfloat16, value) is value
+    assert all(torch.equal(value, formats.read(name)) for name, value in zip(names, values, strict=True))
+
+
+def test_a_shard_that_changes_under_a_reader_is_an_error_by_shard_and_tensor(copy: Path) -> None:
+    """Truncated (a memory map would end the process by SIGBUS), written to, replaced, gone."""
+    checkpoint, name = Checkpoint.open(copy), "layers.0.attn.wq_a.weight"
+    shard, header = checkpoint.path(name), checkpoint.tensors[name]
+    stat, data = shard.stat(), shard.read_bytes()
+    for harm, message in (
+        (lambda: os.truncate(shard, header.begin + 10), "ends early"),
+        (lambda: shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1])), "is another file, or was written to"),
+        (lambda: shard.rename(shard.with_suffix(".away")), "cannot be read"),
+    ):
+        harm()
+        for read in (checkpoint.read, checkpoint.read_bytes, Formats(checkpoint).read):
+            with pytest.raises(SourceError, match=rf"{shard.name}: .*{re.escape(name)}.*|.*{message}") as caught:
+                read(name)
+            assert message in str(caught.value) and name in str(caught.value)
+    shard.write_bytes(data)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert checkpoint.read(name).numel()

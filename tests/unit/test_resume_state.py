@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from calibration.checkpoint.index import Checkpoint, shard_state
 from calibration.checkpoint.plan import Plan
 from calibration.checkpoint.writer import file_digest
 from calibration.journal import RunDirectory
 from calibration.ranks import Ranks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume, require_same
-from recipes.errors import EnvironmentProblem, Interrupted
+from recipes.errors import EnvironmentProblem, Interrupted, SourceError
 from recipes.schema import Recipe
 from tests import exported
 from tests.models import deepseek_v4
@@ -239,6 +242,52 @@ def test_other_fingerprint_is_refused_but_for_overwrite(directory: RunDirectory,
         begun.open()
     assert begun.shard(0).exists()
     assert begun.open(overwrite=True).finished == {} and not begun.shard(0).exists()
+
+
+def begin_with_source(begun: Begun, source: Path) -> Checkpoint:
+    """The journal of a run that recorded the state of its source, as runs do."""
+    checkpoint = Checkpoint.open(source)
+    path = journal(begun.directory)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["source"] = checkpoint.state
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return checkpoint
+
+
+def test_a_source_that_was_written_to_is_not_gone_on_from(
+    directory: RunDirectory, source: Path, tmp_path: Path
+) -> None:
+    """At equal size, and where no sample looks: the fingerprint is the same."""
+    copy = Path(shutil.copytree(source, tmp_path / "copy"))
+    begun = Begun(directory, copy, 2)
+    assert len(begun.open(source=begin_with_source(begun, copy)).finished) == 2
+    shard = sorted(copy.glob("*.safetensors"))[0]
+    stat, moved = shard.stat(), tmp_path / "moved.safetensors"
+    shard.rename(moved)
+    shutil.copy2(moved, shard)  # another inode, the times of the old one
+    assert len(begun.open(source=Checkpoint.open(copy)).finished) == 2
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"!")
+    message = (
+        rf"the source changed since this run began \(1 of \d+ shards: {shard.name} \(mtime_ns {stat.st_mtime_ns} -> .*"
+    )
+    with pytest.raises(SourceError, match=message + "set the old time again .*--restart"):
+        begun.open(source=Checkpoint.open(copy))
+    assert begun.shard(0).exists()
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # the documented remedy
+    assert len(begun.open(source=Checkpoint.open(copy)).finished) == 2
+    os.truncate(shard, stat.st_size - 1)
+    changed = SimpleNamespace(state=shard_state(copy, [shard.name]))
+    with pytest.raises(SourceError, match=rf"bytes {stat.st_size} -> {stat.st_size - 1}"):
+        begun.open(source=changed)
+    assert begun.open(source=changed, restart=True).finished == {}
+
+
+def test_a_run_records_the_state_of_its_source(directory: RunDirectory, source: Path) -> None:
+    begun, checkpoint = Begun(directory, source, 0), Checkpoint.open(source)
+    begun.open(source=checkpoint)
+    assert directory.facts("fingerprint")[0]["source"] == checkpoint.state == shard_state(source, checkpoint.shards)
 
 
 def test_nothing_finished_means_nothing_to_protect(directory: RunDirectory, source: Path) -> None:
