@@ -136,6 +136,8 @@ class Work:
             stripe.scales = np.ascontiguousarray(grid.numpy())
         elif stored.kind == "mxfp4":
             stripe.scales = data[piece.extents["group_scale"]].reshape(codes.shape[0], -1)
+        else:
+            stripe.companions = {r: self._companion(piece, r, data) for r in piece.extents if r != "weight"}
         return stripe
 
     def _companion(self, piece: Piece, role: str, data: dict[Extent, Bytes]) -> torch.Tensor:

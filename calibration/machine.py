@@ -172,7 +172,7 @@ class Machine:
         if self.device.type == "cpu":
             return self.formats.read(name)
         checkpoint, stored = self.formats.checkpoint, self.formats.of(name)
-        scales = {role: checkpoint.read(scale).to(self.device) for role, scale in stored.companions.items()}
+        scales = {role: checkpoint.read(scale).to(self.device) for role, scale in stored.scales.items()}
         return dequantize(stored, checkpoint.read(name).to(self.device), scales, torch.bfloat16)
 
     def _forget(self, names: list[str]) -> None:

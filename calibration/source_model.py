@@ -172,7 +172,7 @@ class SourceModel:
         raw = checkpoint.read(source).to(self.device)
         if not raw.is_floating_point() and stored.kind == "plain":
             return raw
-        scales = {role: checkpoint.read(name).to(self.device) for role, name in stored.companions.items()}
+        scales = {role: checkpoint.read(name).to(self.device) for role, name in stored.scales.items()}
         value = dequantize(stored, raw, scales, dtype, out)
         check_finite(value, f"{checkpoint.path(source)}: {source}")
         return value

@@ -41,7 +41,8 @@ def stored_tensors(output: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
             continue
         scaled = f"{module}.scale" in names or f"{module}.weight_scale" in names
         packed = leaf == "weight_packed" or (leaf == "weight" and header.dtype in ("I8", "U8") and scaled)
-        shape = (header.shape[0], header.shape[1] * 2) if packed and len(header.shape) == 2 else header.shape
+        per_element = 8 if header.dtype == "I32" else 2  # values of four bits
+        shape = (header.shape[0], header.shape[1] * per_element) if packed and len(header.shape) == 2 else header.shape
         low_bit = packed or header.dtype in ("F8_E4M3", "F8_E5M2")
         stored[f"{module}.weight" if leaf == "weight_packed" else name] = Stored(shape, header, low_bit)
     return stored, orphans

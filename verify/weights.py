@@ -66,7 +66,7 @@ class Stored:
     def __init__(self, formats: Formats, name: str) -> None:
         self.stored = formats.of(name)
         self.raw = formats.checkpoint.read(name)
-        self.scales = {role: formats.checkpoint.read(scale) for role, scale in self.stored.companions.items()}
+        self.scales = {role: formats.checkpoint.read(scale) for role, scale in self.stored.scales.items()}
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,17 +74,14 @@ class Stored:
         return self.stored.shape
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
-        """Rows as float32 `[end - begin, K]`; `begin` must be a multiple of the tile height of FP8 tiles."""
+        """Rows as float32 `[end - begin, K]`; `begin` must be a multiple of the tile height of FP8 tiles, and of 8 for INT4."""
         raw = self.raw[begin:end]
         if self.stored.kind == "nvfp4":
             return self._nvfp4(raw, begin, end)
-        scales = self.scales
-        if self.stored.kind == "fp8_tiles":
-            assert self.stored.tile is not None
-            height = self.stored.tile[0]
-            scales = {"tile_scale": scales["tile_scale"][begin // height : -(-end // height)]}
-        elif "group_scale" in scales:
-            scales = scales | {"group_scale": scales["group_scale"][begin:end]}
+        scales = dict(self.scales)
+        for role in scales:
+            part = self.stored.companion_rows(role, begin, end)
+            scales[role] = scales[role] if part is None else scales[role][slice(*part)]
         return dequantize(self.stored, raw, scales, torch.float32)
 
     def _nvfp4(self, raw: torch.Tensor, begin: int, end: int) -> torch.Tensor:
@@ -147,7 +144,7 @@ def scale_ratio(global_scale: float, amax: float) -> float:
 
 def _step(source: Stored, output: Stored, columns: int) -> int:
     heights = [stored.stored.tile[0] for stored in (source, output) if stored.stored.tile is not None]
-    unit = math.lcm(*heights) if heights else 1
+    unit = math.lcm(*heights, *(8 for stored in (source, output) if stored.stored.kind == "int4"))
     return max(_STRIPE // columns // unit, 1) * unit
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ TORCH = {
     "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
+#: What a pointer begins with and how long it is at most (git-lfs, docs/spec.md), and the files that matter here.
+_LFS_HEAD, _LFS_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+_LFS_SUFFIXES = frozenset({".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken"})
 #: The longest honest ones list every module that is not quantized.
 MAX_CONFIG_BYTES = 16 << 20
 
@@ -49,16 +53,23 @@ class Checkpoint:
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
         """Opens `directory` from its headers alone. Raises SourceError with every problem at once: no such
-        directory, no config.json, an index that names absent files or a path outside the directory, damaged or
+        directory, git-lfs pointers in the place of its files, no config.json, an index that names absent files or a path
+        outside the directory, damaged or
         truncated shards, tensors that index and shards do not agree on.
         """
         directory = Path(directory)
         if not is_directory(directory):
             raise SourceError(f"{directory}: no such checkpoint directory; check source.checkpoint in the recipe")
+        _refuse_special_files(directory)
+        pointers = _lfs_pointers(directory)
+        if pointers:
+            raise SourceError(
+                f"{directory}: {len(pointers)} files are git-lfs pointers, not the files themselves ({_some(pointers)}): run "
+                f"`git lfs pull` in it, or download the checkpoint again"
+            )
         # transformers reads NaN and Infinity too, and some configs (Mamba's time_step_limit) have them.
         config = read_json_object(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES, constants=True)
         check_config(config, directory / CONFIG_NAME)
-        _refuse_special_files(directory)
         promised, shards = _weight_map(directory)
         problems: list[str] = []
         tensors: dict[str, TensorHeader] = {}
@@ -171,6 +182,22 @@ def changed_shards(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequen
 
 def _state(stat: os.stat_result) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def _lfs_pointers(directory: Path) -> list[str]:
+    """Names of the weight, JSON and tokenizer files that `git clone` without git-lfs left as pointers of about 130 bytes."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        if path.suffix in _LFS_SUFFIXES and is_file(path) and path.stat().st_size <= _LFS_BYTES:
+            # What cannot be read is told where it is needed.
+            with contextlib.suppress(SourceError), open_regular(path) as file:
+                if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
+                    found.append(path.name)
+    return found
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _weight_map(directory: Path) -> tuple[dict[str, set[str]] | None, list[str]]:

@@ -7,8 +7,9 @@ code = e4m3(gs * (amax / 6)), 0 becomes 0.125; effective = code / gs; v = x / ef
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,8 @@ class NotFinite(ValueError):
 @dataclass
 class Stripe:
     """Whole rows of a stored weight. `codes` is uint8 `[rows, row bytes]`; `scales` is float32 `[tile rows, tile
-    columns]` for FP8 tiles (the stripe begins at a tile), uint8 E8M0 codes `[rows, K/32]` for MXFP4, otherwise None.
+    columns]` for FP8 tiles (the stripe begins at a tile), uint8 E8M0 codes `[rows, K/32]` for MXFP4, otherwise None;
+    `companions` are those of every other format, as stored, by role, of the stripe's rows where they have rows.
     `maxima` is filled by `amax` and spares `quantize` a second look at FP8 codes; `moved` is the codes on the GPU."""
 
     stored: StoredFormat
@@ -50,6 +52,7 @@ class Stripe:
     scales: Floats | Bytes | None = None
     maxima: Bytes | None = None
     moved: torch.Tensor | None = None
+    companions: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -167,6 +170,9 @@ def check_scales(stripe: Stripe) -> None:
             raise NotFinite("has a NaN among its group scales")
     elif stripe.scales is not None and not bool(((stripe.scales >= 0) & np.isfinite(stripe.scales)).all()):
         raise NotFinite("has a negative or non-finite scale")
+    floating = (scale.to(torch.float32) for scale in stripe.companions.values() if scale.is_floating_point())
+    if not all(bool(((scale >= 0) & torch.isfinite(scale)).all()) for scale in floating):
+        raise NotFinite("has a negative or non-finite scale")
 
 
 def finite(dtype: str, data: Bytes) -> bool:
@@ -214,7 +220,7 @@ def parts(stripe: Stripe) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, float32 values): in steps small enough for the cache, or at level cuda all rows at once on the GPU,
     where their bytes go once and are dequantized."""
     tile_rows = stripe.stored.tile[0] if stripe.stored.tile else 1
-    step = stripe.rows if native.level() == "cuda" else max(_TORCH_ROWS // tile_rows, 1) * tile_rows
+    step = stripe.rows if native.level() == "cuda" else math.lcm(_TORCH_ROWS, tile_rows)
     if stripe.moved is None:
         stripe.moved = torch.from_numpy(stripe.codes).to(native.device())
     for begin in range(0, stripe.rows, step):
@@ -231,6 +237,9 @@ def _values(stripe: Stripe, codes: torch.Tensor, begin: int, end: int) -> torch.
     elif stripe.stored.kind == "mxfp4":
         assert stripe.scales is not None
         scales = {"group_scale": torch.from_numpy(E8M0[stripe.scales[begin:end]]).to(codes.device)}
+    for role, companion in stripe.companions.items():
+        part = stripe.stored.companion_rows(role, begin, end)
+        scales[role] = (companion if part is None else companion[slice(*part)]).to(codes.device)
     return dequantize(stripe.stored, codes[begin:end].view(TORCH[stripe.dtype]), scales, torch.float32)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -181,7 +182,8 @@ class ShardLayout:
         """Pieces of about JOB bytes, whole tiles each."""
         stored = self.formats.of(step.source)
         rows = stored.shape[0]
-        tile = max(stored.tile[0] if stored.tile else 1, 128)
+        # FP8_BLOCK is written in tiles of 128 rows.
+        tile = math.lcm(stored.tile[0] if stored.tile else 1, 128)
         row = max(self.formats.checkpoint.tensors[step.source].nbytes, step.outputs[0].nbytes) / max(rows, 1)
         stride = max(int(JOB / max(row, 1)) // tile, 1) * tile
         for begin in range(0, max(rows, 1), stride):
@@ -192,10 +194,9 @@ class ShardLayout:
         rows = stored.shape[0]
         end = rows if end is None else end
         extents = {"weight": _part(tensors[step.source], begin, end)}
-        for role, name in stored.companions.items():
-            if role != "input_scale":
-                first, last = (begin // stored.tile[0], -(-end // stored.tile[0])) if stored.tile else (begin, end)
-                extents[role] = _part(tensors[name], first, last)
+        for role, name in stored.scales.items():
+            rows_of = stored.companion_rows(role, begin, end)
+            extents[role] = _part(tensors[name], *(rows_of or (0, None)))
         if kind != "quantize":
             out = step.outputs[0].nbytes * (end - begin) // max(rows, 1) if kind == "cast" else 0
             yield Piece(kind, step, begin, end, out, extents)
@@ -220,9 +221,9 @@ class ShardLayout:
         return struct.pack("<Q", len(text)) + text
 
 
-def _part(header: TensorHeader, begin: int, end: int) -> Extent:
-    """The bytes of rows [begin, end); of everything where the tensor has no such rows (a scalar)."""
-    if not header.shape or header.shape[0] == 1 or end > header.shape[0]:
+def _part(header: TensorHeader, begin: int, end: int | None) -> Extent:
+    """The bytes of rows [begin, end); of everything without an end."""
+    if end is None:
         return Extent(header.shard, header.begin, header.end)
     row = header.nbytes // header.shape[0]
     return Extent(header.shard, header.begin + begin * row, header.begin + end * row)

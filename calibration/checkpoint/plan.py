@@ -28,6 +28,8 @@ from recipes.patterns import Pattern, PatternError, TimeLimit
 from recipes.schema import Recipe
 
 Action = Literal["copy", "cast", "quantize", "consume"]
+#: Stored formats that the output never keeps: what no target matches is written plain, with a warning.
+_NOT_KEPT = frozenset({"fp8_tensor", "fp8_channel", "int4"})
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -160,6 +162,7 @@ class _Planner:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self.limit = TimeLimit()
+        self._undone_unasked: dict[str, list[str]] = defaultdict(list)
         self.weights = {
             module_of(name): name
             for name in checkpoint.tensors
@@ -361,6 +364,9 @@ class _Planner:
             reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
         elif self.recipe.export.kept == "plain":
             return self._undone(name, place.part)
+        elif stored.kind in _NOT_KEPT:
+            self._undone_unasked[stored.label].append(name)
+            return self._undone(name, place.part)
         elif _keeps_tiles(FP8_BLOCK, stored):
             groups.setdefault(KEPT_FP8, FP8_BLOCK)
             return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
@@ -425,6 +431,11 @@ class _Planner:
                    (step.source, *self.formats.of(step.source).companions.values())]  # fmt: skip
         before = sum(self.checkpoint.tensors[name].nbytes for name in sources)
         after = sum(output.nbytes for step in plan.quantized.values() for output in step.outputs)
+        for label, names in self._undone_unasked.items():
+            self.warnings.append(
+                f"{len(names)} weights stored as {label} are no targets and are written in "
+                f"{self.recipe.export.plain_dtype} ({names[0]}): the output cannot keep that form beside NVFP4"
+            )
         left_out = sum(map(is_left_out, plan.steps))
         if left_out:
             self.warnings.append(f"{left_out} rotary tables of the source are left out: every loader computes them")

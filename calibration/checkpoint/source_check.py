@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 
 from calibration.checkpoint.families import Family
+from calibration.checkpoint.foreign import undeclared
 from calibration.checkpoint.formats import FLOATS, Formats, logical_name
 from calibration.checkpoint.promised import CARRIED, LEFT_OUT, Wanted, expected_tensors
 
@@ -28,8 +29,9 @@ def is_carried(name: str) -> bool:
 
 
 def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[str]]:
-    """What the source has otherwise than its config.json promises. First what leaves no name to trust: fields missing in
-    the config, tensors unknown to the family, tensors that are absent. Then other shapes, and integers instead of values.
+    """What the source has otherwise than its config.json promises. First what leaves nothing to trust: fields missing in
+    the config, a format declared and not found, tensors unknown to the family, tensors that are absent.
+    Then other shapes, and integers instead of values.
     MTP is copied byte for byte and not looked at."""
     checkpoint = formats.checkpoint
     where = checkpoint.directory
@@ -45,7 +47,7 @@ def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[st
     model = f"the {checkpoint.config.get('model_type')} model built from config.json"
     unknown = [stored[name] for name in stored if name not in wanted]
     absent = [name for name, want in wanted.items() if name not in stored and not want.optional]
-    problems = []
+    problems = undeclared(checkpoint, {formats.of(name).kind for name in checkpoint.tensors})
     if unknown:
         problems.append(
             f"{where}: {len(unknown)} tensors are unknown to {model}: {_some(unknown)}; {_spelling(unknown, absent)}"

@@ -98,6 +98,7 @@ class SourceConfig(_Part):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     quantization_config: Quantization | None = None
+    compression_config: Quantization | None = None
 
 
 def check_config(config: dict[str, Any], where: Path) -> None:

@@ -58,21 +58,21 @@ def power_of_two_at_least(value: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(value), torch.where(mantissa == 0.5, exponent - 1, exponent))
 
 
-def to_tiles(weight: torch.Tensor, scale_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """[o, i] -> E4M3 [o, i] and scales [ceil(o/128), ceil(i/128)] of `scale_dtype`: value = code * scale.
+def to_tiles(weight: torch.Tensor, scale_dtype: torch.dtype, side: int = TILE) -> tuple[torch.Tensor, torch.Tensor]:
+    """[o, i] -> E4M3 [o, i] and scales [ceil(o/side), ceil(i/side)] of `scale_dtype`: value = code * scale.
 
     float8_e8m0fnu scales are rounded up to a power of two, so that no code saturates.
     """
     rows, columns = weight.shape
-    tile_rows, tile_columns = ceil_div(rows, TILE), ceil_div(columns, TILE)
-    padded = torch.zeros(tile_rows * TILE, tile_columns * TILE)
+    tile_rows, tile_columns = ceil_div(rows, side), ceil_div(columns, side)
+    padded = torch.zeros(tile_rows * side, tile_columns * side)
     padded[:rows, :columns] = weight.float()
-    tiles = padded.view(tile_rows, TILE, tile_columns, TILE)
+    tiles = padded.view(tile_rows, side, tile_columns, side)
     scale = tiles.abs().amax(dim=(1, 3)).clamp(min=2.0**-100) / E4M3_MAX
     if scale_dtype == torch.float8_e8m0fnu:
         scale = power_of_two_at_least(scale)
     codes = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = codes.view(tile_rows * TILE, tile_columns * TILE)[:rows, :columns]
+    codes = codes.view(tile_rows * side, tile_columns * side)[:rows, :columns]
     return codes.contiguous(), scale.to(scale_dtype)
 
 
@@ -96,6 +96,68 @@ def to_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         codes += magnitude > midpoint
     packed = codes[:, 0::2] | (codes[:, 1::2] << 4)
     return packed.view(torch.int8), scale.to(torch.float8_e8m0fnu)
+
+
+def to_fp8(
+    weight: torch.Tensor, per: str, scale_dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[o, i] -> E4M3 [o, i] and scales, [o, 1] `per` channel, [1] per tensor (compressed-tensors), [] scalar (modelopt)."""
+    largest = weight.float().abs().amax(1, keepdim=True) if per == "channel" else weight.float().abs().max()
+    scale = (largest.clamp(min=2.0**-100) / E4M3_MAX).to(scale_dtype)
+    codes = (weight.float() / scale.float()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return codes, scale.reshape(1) if per == "tensor" else scale
+
+
+def to_int4(
+    weight: torch.Tensor, group: int, asymmetric: bool = False, ordered: bool = False
+) -> dict[str, torch.Tensor]:
+    """[o, i] -> compressed-tensors' pack-quantized tensors by suffix: int32 [o, i/8], first value in the low bits, BF16
+    scales [o, i/group]; zero points packed along the rows where `asymmetric`; a group for each column where `ordered`."""
+    rows, columns = weight.shape
+    group_of = torch.arange(columns) // group
+    if ordered:
+        group_of = group_of[torch.randperm(columns, generator=torch.Generator().manual_seed(columns))]
+    scale, codes = torch.empty(rows, columns // group), torch.empty(rows, columns, dtype=torch.int32)
+    zero = torch.zeros(rows, columns // group, dtype=torch.int32)
+    for number in range(columns // group):
+        values = weight.float()[:, group_of == number]
+        low, high = values.amin(1).clamp(max=0), values.amax(1).clamp(min=0)
+        step = (high - low) / 15 if asymmetric else values.abs().amax(1) / 7.5
+        scale[:, number] = step.clamp(min=2.0**-30).bfloat16().float()
+        if asymmetric:
+            zero[:, number] = (-8 - low / scale[:, number]).round().clamp(-8, 7).int()
+        made = (values / scale[:, number, None]).round().int() + zero[:, number, None]
+        codes[:, group_of == number] = made.clamp(-8, 7)
+    made = {"weight_packed": _packed_int32(codes), "weight_scale": scale.bfloat16()}
+    made["weight_shape"] = torch.tensor([rows, columns])
+    if asymmetric:
+        made["weight_zero_point"] = _packed_int32(zero.T).T
+    if ordered:
+        made["weight_g_idx"] = group_of.int()
+    return made
+
+
+def _packed_int32(codes: torch.Tensor) -> torch.Tensor:
+    """Values -8 ... 7, [o, i] -> int32 [o, ceil(i/8)], each 8 too large, the first in the low bits."""
+    padded = torch.nn.functional.pad(codes + 8, (0, -codes.shape[1] % 8)).reshape(codes.shape[0], -1, 8).long()
+    packed = (padded << torch.arange(0, 32, 4)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+
+
+def to_modelopt_nvfp4(weight: torch.Tensor, amax: float | None = None) -> dict[str, torch.Tensor]:
+    """[o, i] -> modelopt's NVFP4 by suffix (Model-Optimizer, qtensor/nvfp4_tensor.py): uint8 [o, i/2], element 0 in the low
+    nibble, E4M3 scales [o, i/16], F32 scalars weight_scale_2 = amax / 2688 and input_scale. `amax` is that of fused
+    weights, which modelopt gives one scale."""
+    groups = weight.float().reshape(weight.shape[0], -1, 16)
+    double = torch.tensor(float(weight.float().abs().max()) if amax is None else amax) / (6.0 * E4M3_MAX)
+    scale = groups.abs().amax(-1) / (6.0 * double)
+    scale = torch.where(scale == 0, 1.0, scale).clamp(2**-9, E4M3_MAX).to(torch.float8_e4m3fn)
+    scaled = groups / (scale.float() * double).unsqueeze(-1)
+    midpoints = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1_VALUES)])
+    codes = torch.searchsorted(midpoints, scaled.abs()).to(torch.uint8) + (scaled < 0).to(torch.uint8) * 8
+    flat = codes.reshape(weight.shape)
+    packed = flat[:, 0::2] | flat[:, 1::2] << 4
+    return {"weight": packed, "weight_scale": scale, "weight_scale_2": double, "input_scale": torch.tensor(0.0123)}
 
 
 def split_at(entries: Sequence[Entry], shards: int, anchors: Callable[[int], Callable[[str], bool]]) -> list[int]:

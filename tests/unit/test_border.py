@@ -129,7 +129,7 @@ WRONG: dict[str, Any] = {
 }  # fmt: skip
 RIGHT = {
     ("model_type", "text"), ("tie_word_embeddings", "true"), ("attention_bias", "true"), ("mlp_bias", "true"),
-    ("quantization_config", "mapping"),
+    ("quantization_config", "mapping"), ("compression_config", "mapping"),
 }  # fmt: skip
 
 

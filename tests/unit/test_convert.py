@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -21,22 +20,18 @@ from calibration.checkpoint.config import output_config
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
-from calibration.convert import Conversion, convert
-from calibration.export import Exporter
+from calibration.convert import convert
 from calibration.journal import RunDirectory
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
-from recipes.loader import dump_recipe
 from recipes.schema import Recipe
-from tests.exported import EXPERTS, plan_of, recipe
+from tests.converted import LINEAR, converting, digests, edited, failing, run, tensors, undoing
+from tests.exported import EXPERTS, plan_of
 from tests.models import deepseek_v4, standard
 from tests.unit.test_kernels import of_compressed_tensors
-from verify.fidelity import verify_fidelity
-from verify.structure import verify_structure
 
 ROOT = Path(__file__).parents[2]
 #: All tensors of a V4 with few experts: no test here serves it.
 FEW = 8
-LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 
 
 @pytest.fixture(scope="module")
@@ -44,48 +39,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("sources")
     made = {stored: deepseek_v4.write(base / stored, stored, experts=FEW) for stored in ("bf16", "fp8", "fp8_mxfp4")}
     return made | {family: standard.write(base / family, family) for family in ("llama", "qwen3_moe", "mixtral")}
-
-
-def converting(source: Path, output: Path, targets: Any = EXPERTS, scheme: str = "NVFP4", **sections: Any) -> Recipe:
-    return recipe(source, output, targets, scheme, method="convert", calibration=None, **sections)
-
-
-def undoing(source: Path, output: Path, **sections: Any) -> Recipe:
-    return Recipe.model_validate(
-        {"source": {"checkpoint": str(source)}, "output": str(output), "method": "plain"} | sections
-    )
-
-
-def run(made: Recipe, on_progress: Any = None) -> Conversion:
-    """The conversion and the export stage behind it."""
-    output = Path(made.output)
-    plan, formats = plan_of(Path(made.source.checkpoint), made)
-    directory = RunDirectory(output).open()
-    try:
-        done = convert(made, plan, formats, output, directory, on_progress)
-    finally:
-        directory.close()
-    Exporter(plan, formats, made, output).finish(dump_recipe(made))
-    return done
-
-
-def digests(output: str | Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(output).glob("*.safetensors"))}
-
-
-def tensors(output: str | Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor
-        for shard in sorted(Path(output).glob("*.safetensors"))
-        for name, tensor in load_file(shard).items()
-    }
-
-
-def failing(made: Recipe) -> set[str]:
-    plan, formats = plan_of(Path(made.source.checkpoint), made)
-    checks = verify_structure(Path(made.output), plan, formats.checkpoint)
-    checks += verify_fidelity(Path(made.output), plan, formats)
-    return {check.id for check in checks if check.verdict == "FAIL"}
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])
@@ -192,20 +145,6 @@ def test_mxfp4_experts_are_kept_bit_for_bit(sources: dict[str, Path], tmp_path: 
                 assert torch.equal(before.view(torch.int32), after.view(torch.int32)), name
     again = converting(sources["fp8_mxfp4"], tmp_path / "again", convert={"mxfp4": "requantize"})
     assert (run(again).lossless, failing(again)) == (0, set())
-
-
-def edited(source: Path, copy: Path, name: str, edit: Any) -> Path:
-    """A copy of `source` in which `edit(tensor)` changed tensor `name` in place."""
-    copy.mkdir()
-    for path in source.iterdir():
-        if path.is_file():
-            os.link(path, copy / path.name)
-    shard = copy / Checkpoint.open(source).tensors[name].shard
-    changed = load_file(shard)
-    edit(changed[name])
-    shard.unlink()
-    save_file(changed, shard, metadata={"format": "pt"})
-    return copy
 
 
 def test_mxfp4_scales_too_far_apart_are_requantized_and_counted(sources: dict[str, Path], tmp_path: Path) -> None:

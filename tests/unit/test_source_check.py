@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from calibration.checkpoint.plan import Plan
 from recipes.errors import SourceError
 from tests.exported import plan_of, recipe
-from tests.models import standard
+from tests.models import standard, stored_forms
 
 Tensors = dict[str, torch.Tensor]
 METHODS: dict[str, dict[str, Any]] = {
@@ -116,3 +116,89 @@ def test_rotary_tables_are_left_out_and_cache_scales_carried(llama: Path, tmp_pa
     for name in scales:
         assert plan.steps[name].action == "copy" and plan.outputs[name].shape == (1,)
     assert not any(re.search("_scale$", name) for name in plan.quantized)
+
+
+def gptq(weight: torch.Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {"qweight": torch.zeros(columns // 8, rows).int(), "qzeros": torch.zeros(1, rows // 8).int(),
+            "scales": torch.ones(1, rows).half(), "g_idx": torch.zeros(columns).int()}  # fmt: skip
+
+
+def awq(weight: torch.Tensor) -> Tensors:
+    rows, columns = weight.shape
+    return {"qweight": torch.zeros(columns, rows // 8).int(), "qzeros": torch.zeros(1, rows // 8).int(),
+            "scales": torch.ones(1, rows).half()}  # fmt: skip
+
+
+#: A format, what stands for a weight by suffix, and the word of its name.
+FOREIGN: dict[str, Callable[[torch.Tensor], Tensors]] = {
+    "GPTQ": gptq,
+    "AWQ": awq,
+    "bitsandbytes": lambda w: {
+        "weight": torch.zeros(w.numel() // 2, 1).byte(), "weight.absmax": torch.ones(w.numel() // 64),
+        "weight.quant_map": torch.ones(16), "weight.quant_state.bitsandbytes__nf4": torch.zeros(9).byte()},
+    "INT8": lambda w: {"weight": torch.zeros(w.shape).char(), "weight_scale": torch.ones(w.shape[0], 1)},
+    "EETQ": lambda w: {"weight": torch.zeros(w.T.shape).char(), "weight_scales": torch.ones(w.shape[0]).half()},
+    "HQQ": lambda w: {"W_q": torch.zeros(w.shape).byte(), "scale": torch.ones(1), "zero": torch.ones(1)},
+    "quanto": lambda w: {"weight._data": torch.zeros(w.shape).char(), "weight._scale": torch.ones(w.shape[0], 1)},
+    "AQLM": lambda w: {"codes": torch.zeros(8, 8).char(), "codebooks": torch.ones(1), "scales": torch.ones(8)},
+    "sparse-bitmask": lambda w: {"compressed": torch.ones(7), "bitmask": torch.ones(3).byte(), "shape": torch.ones(2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("form", FOREIGN)
+def test_formats_that_are_not_undone_are_refused_by_their_names(
+    llama: Path, tmp_path: Path, method: str, form: str
+) -> None:
+    def store(tensors: Tensors) -> Tensors:
+        name = "model.layers.0.mlp.down_proj.weight"
+        made = {name.removesuffix("weight") + suffix: part for suffix, part in FOREIGN[form](tensors[name]).items()}
+        return {n: t for n, t in tensors.items() if n != name} | made
+
+    source = edited(llama, tmp_path / "source", store, quantization_config={"quant_method": form.lower()})
+    with pytest.raises(SourceError, match=rf"stored as {form}.*which is not undone here; start from the original"):
+        planned(source, method)
+
+
+DECLARED: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown method": ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' is not one that is undone here"),
+    "no method": ({"bits": 4}, "quant_method None is not one"),
+    "unknown format": (
+        {"quant_method": "compressed-tensors", "format": "marlin-24"}, "format 'marlin-24' is not one that is undone here"),
+    "not borne out": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "declares quant_method fp8, and no weight"),
+    "another format": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format pack-quantized, and no weight is stored so"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", DECLARED)
+def test_a_declaration_that_the_tensors_do_not_bear_out_is_refused(
+    llama: Path, tmp_path: Path, method: str, case: str
+) -> None:
+    declared, message = DECLARED[case]
+    source = edited(llama, tmp_path / "source", dict, quantization_config=declared)
+    with pytest.raises(SourceError, match=message):
+        planned(source, method)
+
+
+def test_modelopts_own_file_declares_too(llama: Path, tmp_path: Path) -> None:
+    source = edited(llama, tmp_path / "source", dict)
+    (source / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(SourceError, match=r"hf_quant_config\.json: declares quant_method modelopt, and no weight"):
+        planned(source, "plain")
+    stored = stored_forms.write(tmp_path / "stored", "llama", "fp8_modelopt")
+    config = json.loads((stored / "config.json").read_text())
+    (stored / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    (stored / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert planned(stored, "plain").outputs["model.layers.0.mlp.up_proj.weight"].dtype == "BF16"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_git_lfs_pointers_are_told_with_their_remedy(llama: Path, tmp_path: Path, name: str) -> None:
+    source = edited(llama, tmp_path / "source", dict)
+    (source / "small.json").write_text("{}")
+    (source / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n")
+    with pytest.raises(SourceError, match=rf"1 files are git-lfs pointers.*\({name}\): run `git lfs pull`"):
+        planned(source, "plain")
