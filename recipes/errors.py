@@ -6,12 +6,9 @@ tensor, the rule, the value and the remedy; the command line prints it without a
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 import unicodedata
-from collections.abc import Callable, Iterable
-from typing import NoReturn
+from collections.abc import Iterable
 
 
 class WorkflowError(Exception):
@@ -91,22 +88,3 @@ class Interrupted(WorkflowError):
     """Stopped by Ctrl-C or SIGTERM; what was written stays and the same command goes on."""
 
     exit_code = 130
-
-
-#: As the shell says of a program that SIGPIPE ended.
-PIPE_CLOSED = 141
-
-
-def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code of a command line; with PIPE_CLOSED, and no traceback, where nobody reads its
-    standard output any more (`... --status | head -1`)."""
-    try:
-        try:
-            code = main()
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = PIPE_CLOSED
-    sys.exit(code)

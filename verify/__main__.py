@@ -20,10 +20,11 @@ from calibration.checkpoint.files import is_directory
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError, exit_with
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside
 from recipes.schema import Fidelity, Serving
+from recipes.streams import exit_with, printed
 from verify.checks import Check, verdict
 from verify.levels import print_samples, verify_levels
 from verify.page import Report
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return printed()
 
 
 def _require_apart(options: argparse.Namespace) -> None:

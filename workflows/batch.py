@@ -17,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
-from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError, exit_with
+from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
 from recipes.matrix import Matrix, load_matrix, parse_resources
+from recipes.streams import exit_with, printed
 from verify.report import OutputConsole
 from workflows.batch_child import Slot
 from workflows.batch_hooks import Hooks
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             batch = BatchDirectory(_directory(options))
             if options.status:
                 _show(batch, options.json, summarize(batch, _jobs(batch), _jobs(batch, "gone")))
-                return 0
+                return printed()
             _work(options, batch, reporter, interrupts)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         if batch is not None:
             batch.close()
-    return 0
+    return printed() if options.json else 0
 
 
 def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter, interrupts: Interrupts) -> None:

@@ -203,9 +203,11 @@ def _executor(batch: BatchDirectory, executor: str, asked: Resources) -> submiti
 
 @contextmanager
 def _shielded() -> Iterator[None]:
-    """Processes started inside ignore a terminal's Ctrl-C, which shall finish their block and not end them."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes started inside ignore a terminal's Ctrl-C and its end, which shall finish their block and not end them."""
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

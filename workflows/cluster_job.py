@@ -21,11 +21,13 @@ from submitit.helpers import Checkpointable
 from calibration.checkpoint.files import read_text
 from recipes.errors import SourceError, WorkflowError, printable
 from recipes.matrix import Resources
+from recipes.streams import guard_streams
 from workflows.batch_child import Child, Slot, shared_out, torchrun
 from workflows.batch_hooks import Hooks, leave
 from workflows.batch_queue import Queue, Rules
 from workflows.batch_state import BatchDirectory, Entry
 from workflows.batch_summary import summarize, write_summary
+from workflows.interrupts import hears_hangup
 from workflows.progress import clock
 
 #: A file in the batch's directory that ends every job behind its block: `block`, or at once: `now`.
@@ -53,6 +55,7 @@ class Job(Checkpointable):
 
     def __call__(self) -> dict[str, str]:
         """Works until the run is done, failed or stopped; returns its outcome. Ends the process where it is requeued."""
+        guard_streams()
         os.chdir(self.cwd)
         environment = submitit.JobEnvironment()
         batch = BatchDirectory(self.directory)
@@ -165,7 +168,8 @@ class _Signals:
         #: Whether the cluster sent its signal, and did not leave the run to the clock.
         self.signalled = False
         signal.signal(self.number, self._asked)
-        signal.signal(signal.SIGTERM, self._term)
+        for number in (signal.SIGTERM, *((signal.SIGHUP,) if hears_hangup() else ())):
+            signal.signal(number, self._term)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {self.number, signal.SIGTERM})
         self.began = time.monotonic()
         left = seconds_left(_squeue(environment, "%L"))

@@ -19,8 +19,9 @@ from calibration.checkpoint.families import ROUTED, SHARED, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import WorkflowError, exit_with, without_numbers
+from recipes.errors import WorkflowError, without_numbers
 from recipes.loader import load_recipe
+from recipes.streams import exit_with, printed
 from verify.report import OutputConsole
 from workflows.progress import size
 from workflows.source import resolve_source
@@ -164,12 +165,12 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     if options.json:
         print(json.dumps({"checkpoint": facts, "plan": plan}, indent=2))
-        return 0
+        return printed()
     console = OutputConsole()
     print_checkpoint(facts, console)
     if plan is not None:
         print_plan(plan, console)
-    return 0
+    return printed()
 
 
 if __name__ == "__main__":

@@ -1,30 +1,36 @@
-"""Ctrl-C and SIGTERM: the first lets the block under way be finished, the second stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first lets the block under way be finished, the second stops at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from recipes.errors import Interrupted
 
 NOTICE = b"\nstopping behind the block under way; once more stops at once, and that block is lost\n"
 
 
+def hears_hangup() -> bool:
+    """Whether a lost terminal (SIGHUP) shall stop this process; not one that was started with nohup."""
+    return signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+
+
 class Interrupts:
-    """Turns both signals into KeyboardInterrupt; inside `deferring` the first of them only sets `requested`."""
+    """Turns the signals into KeyboardInterrupt; inside `deferring` the first of them only sets `requested`. A lost terminal
+    sends SIGHUP from the kernel and again from the shell: it asks once, and never stops a block that is asked for."""
 
     def __init__(self) -> None:
         self.requested = False
         #: Whether the block under way cannot be finished any more; torchrun sends SIGTERM where a rank is lost.
         self.hopeless: Callable[[], bool] = lambda: False
         self.silent = False
-        self._deferring = False
+        self._deferring = self._hung_up = False
 
     def install(self) -> None:
-        """Takes over SIGINT and SIGTERM of this process."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Takes over SIGINT, SIGTERM and, unless it is ignored, SIGHUP of this process."""
+        for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hears_hangup() else ())):
             signal.signal(number, self._handle)
 
     @contextmanager
@@ -39,8 +45,13 @@ class Interrupts:
             raise Interrupted("stopped behind the last block; the same command goes on from there")
 
     def _handle(self, number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            if self._hung_up or self.requested:
+                return
+            self._hung_up = True
         if not self._deferring or self.requested or self.hopeless():
             raise KeyboardInterrupt
         self.requested = True
         if not self.silent:
-            os.write(2, NOTICE)  # not through the console, which may be in the middle of a line
+            with suppress(OSError):  # the terminal may be gone, or the log's disk full
+                os.write(2, NOTICE)  # not through the console, which may be in the middle of a line

@@ -1,7 +1,8 @@
 """`python -m workflows.run recipe.yaml`: inspect -> rehearse -> calibrate -> export -> verify.
 
 Exit codes: 0 success; 1 a defect of this program; 2 recipe or command line; 3 source checkpoint or data set;
-4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted; 141 nobody reads standard output.
+4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted; 141 the result of --status, --dry-run or
+--json could not be printed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from typing import Any
 
 from calibration.checkpoint.writer import write_json
 from calibration.ranks import connect
-from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, exit_with, printable
+from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
 from recipes.loader import load_recipe
+from recipes.streams import exit_with, printed
 from verify.levels import print_samples
 from verify.report import OutputConsole, failed, level_verdicts, print_checks
 from workflows import estimate, stages
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if ranks.writes:
                     status = read_status(Path(recipe.output))
                     print(json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status))))
-                return 0
+                return printed()
             run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks)
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
@@ -82,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         ranks.leave()
     if options.json and not options.dry_run and ranks.writes:
         print(json.dumps(_result(run, None), indent=2))
-    return 0
+    return printed() if options.json or options.dry_run else 0
 
 
 def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:

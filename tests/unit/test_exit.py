@@ -1,14 +1,22 @@
-"""How the command lines end where their reader has gone."""
+"""How the command lines end whatever becomes of their standard streams: with their own exit code, and no traceback."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from recipes.errors import PIPE_CLOSED
+import pytest
+import yaml
+
+from recipes.errors import RecipeError
+from recipes.streams import OUTPUT_LOST, Stream
 from tests.models import standard
+from workflows import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,10 +31,10 @@ def into_a_closed_pipe(*arguments: str) -> tuple[int, bytes]:
 
 def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     source = standard.write(tmp_path / "source", "llama")
-    assert into_a_closed_pipe("-m", "workflows.inspect_checkpoint", str(source)) == (PIPE_CLOSED, b"")
+    assert into_a_closed_pipe("-m", "workflows.inspect_checkpoint", str(source)) == (OUTPUT_LOST, b"")
     # Python itself ends with another code and a traceback.
     code, said = into_a_closed_pipe("-c", "print('lost', flush=True)")
-    assert code != PIPE_CLOSED and b"BrokenPipeError" in said
+    assert code != OUTPUT_LOST and b"BrokenPipeError" in said
 
 
 def test_every_command_line_ends_that_way() -> None:
@@ -44,3 +52,76 @@ def test_lines_that_nobody_hears_end_no_run() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=writing, check=False)
     os.close(writing)
     assert (done.returncode, done.stdout) == (0, b"done\n")
+
+
+#: A command line that prints, fails or not, and tells by a file that it came to its end.
+COMMAND = """
+import sys
+from pathlib import Path
+from recipes.streams import exit_with, printed
+def main():
+    print("result" * 3, flush=True)
+    print("log", file=sys.stderr, flush=True)
+    file = open({done!r}, "w")
+    sys.stdout.write("more" * 9999)
+    print("1 and 2 are not this file", file.fileno(), file=file)
+    return {code}
+exit_with(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("streams", "own", "code"),
+    [
+        (">&-", "0", 0),
+        ("2>&-", "0", 0),
+        (">&- 2>&- <&-", "5", 5),
+        (">/dev/full", "0", 0),
+        (">/dev/full", "5", 5),
+        (">/dev/full", "printed()", OUTPUT_LOST),
+        (">&-", "printed()", 0),  # nobody wanted it
+        (">/dev/full 2>/dev/full", "5", 5),
+        ("2>/dev/full", "printed()", 0),
+        ("| true", "printed()", OUTPUT_LOST),
+        ("| true", "5", 5),
+        ("2>&1 | true", "0", 0),
+    ],
+)
+def test_a_verdict_does_not_depend_on_the_streams(tmp_path: Path, streams: str, own: str, code: int) -> None:
+    script, done = tmp_path / "command.py", tmp_path / "done"
+    script.write_text(COMMAND.format(done=str(done), code=own))
+    line = f"'{sys.executable}' '{script}' {streams}; exit ${{PIPESTATUS[0]}}"
+    ended = subprocess.run(
+        ["bash", "-c", line], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == code and "Traceback" not in ended.stderr and "Exception" not in ended.stderr
+    assert int(done.read_text().split()[-1]) > 2  # else what is printed would go into the file
+
+
+def test_a_disk_that_has_room_again_gets_the_later_lines(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        full = True
+
+        def flush(self) -> None:
+            if self.full:
+                raise OSError(errno.ENOSPC, "full")
+
+    file = Full()
+    stream = Stream(file)
+    stream.flush()
+    file.full = False
+    assert stream.write("later") == 5 and file.getvalue() == "later" and stream.lost is not None
+
+
+def test_a_run_whose_output_is_lost_ends_with_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = standard.write(tmp_path / "source", "llama")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        yaml.safe_dump({"source": {"checkpoint": str(source)}, "output": str(tmp_path / "out"), "method": "plain"})
+    )
+    with contextlib.suppress(OSError), open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", Stream(full))
+        assert run.main([str(recipe), "--dry-run"]) == OUTPUT_LOST
+        assert run.main([str(recipe), "--status"]) == OUTPUT_LOST
+        assert run.main([str(recipe), "--stages", "inspect"]) == 0
+        assert run.main([str(tmp_path / "absent.yaml")]) == RecipeError.exit_code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -365,6 +366,52 @@ def test_status_where_nothing_was_begun(tmp_path: Path) -> None:
     status = read_status(tmp_path / "output")
     assert status["state"] == "not started" and list(tmp_path.iterdir()) == []
     assert render_status(status) == [f"not started: {tmp_path / 'output'}"]
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_lost_terminal_finishes_the_block_however_often_it_says_so(
+    handlers: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupts = Interrupts()
+    interrupts.install()
+    with pytest.raises(Interrupted), interrupts.deferring():
+        for _ in range(3):  # from the kernel, and from the shell
+            signal.raise_signal(signal.SIGHUP)
+        assert interrupts.requested
+    assert "stopping behind the block" in capfd.readouterr().err
+    interrupts = Interrupts()
+    interrupts.install()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)  # does not end what cleans up
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_nohup_stays_nohup(handlers: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    Interrupts().install()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_a_signal_without_a_terminal_to_tell_is_no_error(handlers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(number: int, data: bytes) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "write", gone)
+    interrupts = Interrupts()
+    interrupts.install()
+    with pytest.raises(Interrupted), interrupts.deferring():
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_second_signal_stops_at_once(capfd: pytest.CaptureFixture[str]) -> None:
