@@ -276,12 +276,15 @@ def dequantize(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Undoes a stored format on the tensor's device: float `[M, K]` of `dtype`, one rounding from float32; into `out`,
-    where one is given (contiguous, of that shape and dtype)."""
+    where one is given (contiguous, of that shape and dtype). The result is the caller's own memory: a plain tensor is
+    copied even where it has the dtype, since `tensor` may be the file's memory map."""
     if tensor.device.type == "cpu" and dtype == torch.bfloat16 and native.compiled() and tensor.is_contiguous():
         # Of a weight that is cut into stripes the tensor is some rows.
         into = torch.empty((tensor.shape[0], stored.shape[-1]), dtype=dtype) if out is None else out
         if _dequantize_compiled(stored, tensor, scales, into):
             return into
+    if stored.kind == "plain" and out is not None:
+        return out.copy_(tensor)
     value = _dequantize(stored, tensor, scales, dtype)
     return value if out is None else out.copy_(value)
 
@@ -325,7 +328,7 @@ def _dequantize(
         return (tensor.to(scale.dtype) * scale).to(dtype)
     if stored.kind == "int4":
         return _int4_values(tensor, scales).to(dtype)
-    return tensor.to(dtype)
+    return tensor.to(dtype, copy=True)
 
 
 def _int4_values(packed: torch.Tensor, scales: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from recipes.schema import Calibration, Fidelity
 from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard
 from tests.reference import nvfp4 as reference
+from verify.fidelity import verify_with_forward
 from verify.forward import measure_blocks, quantize_input, quantize_input_fp8, verify_forward
+from verify.structure import verify_structure
 
 LINEAR = r"re:^model\.layers\.\d+\..*(proj|w[123])$"
 TEXT = Calibration(dataset="bundled")
@@ -66,6 +69,44 @@ def test_a_copy_of_the_source_has_cosine_one_and_quantization_costs(mixtral: tup
     w4a16, w4a4 = (measure_blocks(directory, opened, TEXT, 200) for directory in (weights_only, output))
     assert all(0.9 < both.cosine < alone.cosine < 1 for both, alone in zip(w4a4, w4a16, strict=True))
     assert w4a4[-1].propagated < w4a16[-1].propagated < 1
+
+
+def spelled(directory: Path, dtype: torch.dtype) -> Path:
+    """A Llama whose values BF16, F16 and F32 all hold exactly, stored in `dtype`."""
+    source = standard.write(directory / "source", "llama", shards=1)
+    path = source / "model.safetensors"
+    tensors = {name: value.half() for name, value in load_file(path).items()}
+    # Below 2^-14 F16 has fewer bits than BF16.
+    tensors = {name: torch.where(value.abs() < 2**-14, 0, value) for name, value in tensors.items()}
+    save_file({name: value.to(dtype) for name, value in tensors.items()}, path, metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (source / "config.json").write_text(json.dumps(config))
+    return source
+
+
+def judged(directory: Path, dtype: torch.dtype) -> dict[str, tuple[str, list[float]]]:
+    """Verdicts and figures of one source's output, with its plan and as a foreign checkpoint."""
+    source, output = spelled(directory, dtype), directory / "output"
+    plan, formats = export(source, output, recipe(source, output, LINEAR))
+    found = {}
+    for known in (plan, None):
+        checks = verify_structure(output, known, formats.checkpoint)
+        checks += verify_with_forward(output, known, formats, Fidelity(tokens=64), TEXT).checks
+        for check in checks:
+            numbers = [float(n) for n in re.findall(r"(?<![\w.])\d+\.?\d*(?:e-?\d+)?", check.figure)]
+            found[f"{check.id}, {'plan' if known else 'no plan'}"] = (check.verdict, numbers)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["F16", "F32"])
+def test_the_spelling_of_the_source_changes_no_verdict_and_no_figure(tmp_path: Path, dtype: torch.dtype) -> None:
+    usual, other = judged(tmp_path / "bf16", torch.bfloat16), judged(tmp_path / "other", dtype)
+    assert {id: verdict for id, (verdict, _) in other.items()} == {id: verdict for id, (verdict, _) in usual.items()}
+    assert "FAIL" not in {verdict for verdict, _ in other.values()}
+    for id, (_, numbers) in other.items():
+        if "structure.bits" not in id:  # what is kept takes the source's bits
+            assert numbers == pytest.approx(usual[id][1], rel=1e-2), id
 
 
 def test_deepseek_v4_passes(tmp_path: Path) -> None:
