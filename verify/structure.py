@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.config import output_config
 from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.files import read_json_object
 from calibration.checkpoint.formats import Formats, module_of
@@ -24,6 +23,7 @@ from calibration.checkpoint.promised import ADDED, Wanted, expected_tensors, mtp
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
 from verify.expected import COMPANIONS, Stored, compare, stored_tensors
+from verify.served_config import config_check
 from verify.stream import Progress
 from verify.targets import Resolution
 from verify.tokenizer import tokenizer_check
@@ -34,8 +34,6 @@ _UNKNOWN = Family("unknown", (), r"layers\.(\d+)\.", (
     ("norm", r"norm\w*\.weight$"), ("routed expert", r"\.experts\.\d+\."), ("router", r"\.(gate|router)\.weight$"),
     ("embedding", r"embed\w*\.weight$"), ("head", r"head\.weight$"),
 ), (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")))  # fmt: skip
-#: Fields that writers respell without changing the model.
-_FREE_FIELDS = frozenset({"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"})
 
 
 def verify_structure(
@@ -74,7 +72,7 @@ def verify_structure(
         verdict("structure.targets", "targets and ignore name what is stored quantized, in vLLM's names",
                 *resolution.problems(), "config.json against headers, matched as vLLM matches",
                 f"{len(resolution.modules)} modules resolved"),
-        _config(output, plan, source, lacking),
+        config_check(output, family, plan, source, lacking),
         tokenizer_check(output.directory, output.config, source.directory if source else None),
         _bits(output, plan, stored, resolution),
     ]  # fmt: skip
@@ -231,47 +229,6 @@ def _fp8_scale(weights: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ..
     return (shape[0], 1) if weights.get("strategy") == "channel" else (1,)
 
 
-def _config(output: Checkpoint, plan: Plan | None, source: Checkpoint | None, lacking: list[str]) -> Check:
-    id = "structure.config"
-    if source is None:
-        what = "config.json says what serving needs"
-        return verdict(id, what, lacking, [], "config.json", "every field of use is there")
-    wanted = output_config(plan, source.config) if plan is not None else dict(source.config)
-    respelled = _FREE_FIELDS | ({"quantization_config", "expert_dtype"} if plan is None else set())
-    problems, doubts = list(lacking), list[str]()
-    rope = output.config.get("rope_parameters")
-    moved = rope if isinstance(rope, dict) else {}
-    for key in sorted(wanted.keys() | output.config.keys()):
-        want, found = wanted.get(key), output.config.get(key)
-        if found == want or (want is None and key in wanted and key not in output.config):
-            continue
-        text = f"{key}: {_short(found)}, planned {_short(want)}"
-        if key == "quantization_config" and isinstance(found, dict):
-            # Which modules it means is judged by structure.targets; other writers spell it otherwise.
-            problems += _group_problems(found, want)
-            doubts.append(text)
-        elif key in respelled or key not in wanted or (key not in output.config and moved.get(key) == want):
-            doubts.append(text)
-        else:
-            problems.append(text)
-    return verdict(id, "config.json is the source's but for what serving needs", problems, doubts,
-                   "config.json against the source's", f"{len(wanted)} fields equal")  # fmt: skip
-
-
-def _group_problems(found: dict[str, Any], wanted: Any) -> list[str]:
-    """Arguments of a planned config group that the output's group of that name has otherwise."""
-    ours, planned = (value.get("config_groups") if isinstance(value, dict) else None for value in (found, wanted))
-    problems: list[str] = []
-    if not isinstance(planned, dict) or not isinstance(ours, dict):
-        return problems
-    for name, group in planned.items():
-        mine = ours.get(name)
-        for key in ("format", "weights", "input_activations"):
-            if isinstance(mine, dict) and mine.get(key) != group[key]:
-                problems.append(f"config_groups.{name}.{key}: {_short(mine.get(key))}, planned {_short(group[key])}")
-    return problems
-
-
 def _bits(output: Checkpoint, plan: Plan | None, stored: dict[str, Stored], resolution: Resolution) -> Check:
     """The gate against a checkpoint that is labelled NVFP4 and is not: bits per parameter of everything."""
     id, what = "structure.bits", "bits per parameter as promised"
@@ -290,8 +247,3 @@ def _bits(output: Checkpoint, plan: Plan | None, stored: dict[str, Stored], reso
         planned = bits / max(parameters, 1)
     problems = [] if abs(actual - planned) <= 0.001 * planned else [f"{actual:.4f}, promised {planned:.4f} +- 0.1 %"]
     return verdict(id, what, problems, [], how, f"{actual:.4f}")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

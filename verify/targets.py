@@ -149,6 +149,11 @@ def read_quantization(config: dict[str, Any]) -> Quantization:
             found.problems.append(f"{where}: weights are NVFP4 and format is {made.format!r}, {NVFP4_FORMAT} is needed")
         if made.nvfp4 and inputs is not None and {key: inputs.get(key) for key in _WEIGHTS} != _WEIGHTS:
             found.problems.append(f"{where}: weights are NVFP4 and input_activations are not")
+        if made.nvfp4 and inputs is not None and inputs.get("dynamic") is True:
+            found.problems.append(f"{where}: input_activations are dynamic; vLLM takes a stored input_global_scale")
+        for side, arguments in (("weights", group["weights"]), ("input_activations", inputs or {})):
+            if made.nvfp4 and arguments.get("symmetric", True) is not True:
+                found.problems.append(f"{where}: {side} are NVFP4 and not symmetric: vLLM has no such scheme")
     if raw.get("format") not in {None, _MIXED, *(g.format for g in found.groups)}:
         found.problems.append(f"quantization_config: format {raw.get('format')!r} is that of no config group")
     return found

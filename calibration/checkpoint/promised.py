@@ -90,8 +90,9 @@ def _standard(c: _Config) -> Iterator[tuple[str, Wanted]]:
     head_dim = given if isinstance(given, int) else _HEAD_DIM if "qwen3" in str(kind) else d // max(heads, 1)
     kv, vocab, bias = c.number("num_key_value_heads", heads), c.number("vocab_size"), c.flag("attention_bias")
     dense_width = c.number("intermediate_size")
-    counted = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}.get(str(kind))
-    experts = c.number(counted) if counted else 0
+    # transformers 5 writes Qwen3-MoE's num_experts as num_local_experts, and its config class reads both.
+    counted = "num_experts" if kind == "qwen3_moe" and "num_local_experts" not in c.values else "num_local_experts"
+    experts = c.number(counted) if kind in ("mixtral", "qwen3_moe") else 0
     width = c.number("moe_intermediate_size") if kind == "qwen3_moe" else dense_width
     step, dense_blocks = c.number("decoder_sparse_step", 1), c.values.get("mlp_only_layers") or []
     yield "model.embed_tokens.weight", Wanted((vocab, d), "plain")

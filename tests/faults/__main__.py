@@ -1,8 +1,9 @@
 """Writes docs/faults.md: every fault, what caught it here, and what plain vLLM and plain transformers say of it.
 
-    python -m tests.faults [--directory DIR] [--output docs/faults.md] [--no-peers] [--only TEXT]
+    python -m tests.faults [--directory DIR] [--output docs/faults.md] [--no-peers] [--only TEXT] [--new]
 
-A quarter of an hour on two idle cores with the peers, two minutes without. `make venv-vllm` first.
+A quarter of an hour on two idle cores with the peers, two minutes without; `--new` makes only the rows that the table
+lacks or that say `not asked`. `make venv-vllm` first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
 }  # fmt: skip
+
+
+_NOT_ASKED = "not asked"
 
 
 @dataclass
@@ -105,6 +109,7 @@ def _short(text: str) -> str:
 def table(rows: list[Row], versions: str, asked: bool) -> str:
     """The document."""
     silent = {peer: sum(row.says.get(peer, "").startswith("**silent") for row in rows) for peer in _PEERS}
+    told = sum(bool(row.says) for row in rows)
     missed = [row.fault.name for row in rows if not row.kept]
     lines = [
         "# Faults",
@@ -118,8 +123,8 @@ def table(rows: list[Row], versions: str, asked: bool) -> str:
     ]
     if asked:
         lines += [
-            f"Plain vLLM loads and generates without a new word from **{silent['vllm']} of {len(rows)}**, plain transformers",
-            f"loads **{silent['transformers']} of {len(rows)}** so.",
+            f"Plain vLLM loads and generates without a new word from **{silent['vllm']} of {told}**, plain transformers",
+            f"loads **{silent['transformers']} of {told}** so.",
             "",
             f"{versions}. Plain vLLM: `vllm.LLM` on a CPU with our emulation of its missing NVFP4 kernels, eight greedy tokens,",
             "no sentinel and no hooks. Plain transformers (what llm-compressor loads with): `AutoModelForCausalLM` and",
@@ -135,9 +140,26 @@ def table(rows: list[Row], versions: str, asked: bool) -> str:
     for row in rows:
         promised = f"{row.fault.level}: {row.fault.check}" + ("" if row.kept else " MISSED")
         cells = (row.fault.name, row.fault.base, promised, row.level, ", ".join(row.checks),
-                 row.says.get("vllm", "not asked"), row.says.get("transformers", "not asked"))  # fmt: skip
+                 row.says.get("vllm", _NOT_ASKED), row.says.get("transformers", _NOT_ASKED))  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def earlier(path: Path, asking: bool) -> tuple[dict[str, Row], str]:
+    """The rows of a table that still hold, by fault, and its line of versions; with `asking`, rows that no peer was asked
+    for do not."""
+    text = path.read_text()
+    known, rows = {fault.name: fault for fault in FAULTS}, {}
+    for line in text.splitlines():
+        cells = re.split(r"(?<!\\) \| ", line.removeprefix("| ").removesuffix(" |"))
+        fault = known.get(cells[0]) if line.startswith("| ") and len(cells) == 7 else None
+        if fault is None or cells[1:3] != [fault.base, f"{fault.level}: {fault.check}"]:
+            continue
+        if not (asking and _NOT_ASKED in cells):
+            says = {peer: cell for peer, cell in zip(_PEERS, cells[5:], strict=True) if cell != _NOT_ASKED}
+            rows[fault.name] = Row(fault, cells[3], True, cells[4].split(", "), says)
+    found = re.search(r"^(vllm .*?)\. Plain vLLM:", text, re.M)
+    return rows, found[1] if found else ""
 
 
 def main() -> None:
@@ -147,6 +169,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/faults.md"))
     parser.add_argument("--no-peers", action="store_true", help="leave plain vLLM and plain transformers out")
     parser.add_argument("--resume", action="store_true", help="keep what peers answered in an earlier run in DIR")
+    parser.add_argument("--new", action="store_true", help="keep the rows that the table has of unchanged faults")
     parser.add_argument("--only", default="", help="faults whose name holds this text")
     options = parser.parse_args()
     work = options.directory.resolve()
@@ -154,8 +177,9 @@ def main() -> None:
         if old.suffix != ".json":
             shutil.rmtree(old, ignore_errors=True)
     goods = {base: make(base, work / base) for base in BASES}
-    rows, directories = [], {}
-    for number, fault in enumerate(f for f in FAULTS if options.only in f.name):
+    kept, versions = earlier(options.output, not options.no_peers) if options.new else ({}, "")
+    rows, directories = list(kept.values()), {}
+    for number, fault in enumerate(f for f in FAULTS if options.only in f.name and f.name not in kept):
         directory = work / f"{number:03d}" / "output"
         shutil.copytree(goods[fault.base].directory, directory)
         fault.spoil(directory)
@@ -166,18 +190,20 @@ def main() -> None:
         rows.append(row)
         directories[fault.name] = directory
         print(f"{fault.name}: {row.level} {', '.join(row.checks)}{'' if row.kept else ' MISSED'}", flush=True)
-    versions = ""
     asked = {base: goods[base].directory for base in BASES} | directories
     with ThreadPoolExecutor() as pool:
         answers = {} if options.no_peers else {peer: pool.submit(ask, peer, asked, work) for peer in _PEERS}
+    versions = versions if options.no_peers else ""
     for peer, answer in answers.items():
         found = answer.result()
         versions += f"{', ' if versions else ''}{peer} {found.pop('version')['text']}"
         for base in BASES:
             assert found[base]["outcome"] == "runs", (peer, base, found[base])
-        for row in rows:
+        for row in (row for row in rows if row.fault.name in directories):
             row.says[peer] = opinion(found[row.fault.name], found[row.fault.base])
-    options.output.write_text(table(rows, versions, not options.no_peers))
+    order = {fault.name: number for number, fault in enumerate(FAULTS)}
+    rows.sort(key=lambda row: order[row.fault.name])
+    options.output.write_text(table(rows, versions, bool(versions)))
 
 
 if __name__ == "__main__":

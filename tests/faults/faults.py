@@ -79,6 +79,10 @@ def _shuffled_tokenizer(content: dict[str, dict[str, dict[str, int]]]) -> None:
     vocabulary.update(zip(plain, reversed(ids), strict=True))
 
 
+_KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+_HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+
+
 def _double_the_smallest(scales: torch.Tensor) -> torch.Tensor:
     values = scales.to(torch.float32)
     values.view(-1)[values.argmin()] *= 2
@@ -188,6 +192,48 @@ FAULTS = [
         "FP8 attention served without quantized inputs",
         e.config(lambda c: c["quantization_config"]["config_groups"]["kept_fp8"].update(input_activations=None)),
         "config",
+    ),
+    # Fields that a source does not have, or that stand there twice.
+    _of(
+        "rope_parameters beside another rope_theta",
+        e.config(lambda c: c.update(rope_parameters={"rope_theta": 5e5, "rope_type": "default"})),
+        "config",
+        "qwen3_moe",
+    ),
+    _of("dtype float16 beside torch_dtype bfloat16", e.config(lambda c: c.update(dtype="float16")), "config"),
+    _source("torch_dtype float16 over BF16 tensors", e.config(lambda c: c.update(torch_dtype="float16")), "config"),
+    _source("auto_map added", e.config(lambda c: c.update(auto_map={"AutoModelForCausalLM": "m.M"})), "config"),
+    _source("a field of another model added", e.config(lambda c: c.update(attn_logit_softcapping=50.0)), "config"),
+    _source("sliding_window added", e.config(lambda c: c.update(sliding_window=16)), "config", "mistral"),
+    _source(
+        "a field left to another default", e.config(lambda c: c.pop("max_position_embeddings")), "config", "mistral"
+    ),
+    _of("KV cache in FP8 without scales", e.quantization(lambda q, g: q.update(kv_cache_scheme=_KV_CACHE)), "config"),
+    _source(
+        "KV cache in FP8 with scales that the source has not",
+        lambda d: (
+            e.tensors(
+                lambda t: t.update(
+                    {f"model.layers.{n}.self_attn.{kind}_scale": torch.ones(1) for n in range(3) for kind in "kv"}
+                )
+            )(d),
+            e.quantization(lambda q, g: q.update(kv_cache_scheme=_KV_CACHE))(d),
+        ),
+        "config",
+        "qwen3_moe",
+    ),
+    _of("Hadamard on inputs alone", e.quantization(lambda q, g: q.update(transform_config=_HADAMARD)), "config"),
+    _of(
+        "2:4 sparsity over dense weights",
+        e.quantization(lambda q, g: q.update(sparsity_config={"format": "sparse-24-bitmask", "targets": ["Linear"]})),
+        "config",
+    ),
+    _source("another field in quantization_config", e.quantization(lambda q, g: q.update(scale_fmt="ue8m0")), "config"),
+    _of("asymmetric NVFP4 in the config", e.quantization(lambda q, g: g["weights"].update(symmetric=False)), "targets"),
+    _of(
+        "input scales dynamic in the config",
+        e.quantization(lambda q, g: g["input_activations"].update(dynamic=True)),
+        "targets",
     ),
     # Files.
     _of("truncated shard", e.shard(1, lambda data: data[:-7]), "open"),

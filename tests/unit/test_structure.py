@@ -8,21 +8,26 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from calibration.checkpoint.direct import Buffer, digest
+from calibration.checkpoint.families import family_of
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.promised import expected_tensors
 from calibration.checkpoint.writer import file_digest
 from tests.exported import export, recipe
 from tests.faults.editing import config, drop, rename
-from tests.models import deepseek_v4
+from tests.models import deepseek_v4, standard
+from tests.models.tokenizer import write_json
 from verify import stream
 from verify.checks import Check
 from verify.report import level_verdicts
+from verify.served_config import config_check
 from verify.structure import verify_structure
 
 
@@ -160,6 +165,34 @@ def test_a_pattern_that_takes_for_ever_is_a_verdict(output: Path, place: str, mo
     targets = by_id(verify_structure(output))["targets"]
     assert targets.verdict == "FAIL"
     assert f"quantization_config.{place}: {slow!r} takes too long to match" in targets.figure
+
+
+@pytest.mark.parametrize("family", get_args(standard.Family))
+def test_a_config_that_transformers_wrote_again_is_the_source_s(tmp_path: Path, family: standard.Family) -> None:
+    source = standard.config(family)
+    write_json(tmp_path / CONFIG_NAME, source)
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / CONFIG_NAME).read_text())
+    assert again != source
+
+    def judged(config: dict) -> Check:
+        output, original = (Checkpoint(tmp_path, dict(found), {}, []) for found in (config, source))
+        return config_check(output, family_of(source), None, original, expected_tensors(family, config)[1])
+
+    assert judged(again).verdict == "WARN", judged(again)
+    for name, value in {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}.items():
+        assert judged(again | {"rope_parameters": again["rope_parameters"] | {name: value}}).verdict == "FAIL", name
+    assert judged(again | {"dtype": "float16"}).verdict == "FAIL"
+
+
+def test_a_kv_cache_in_fp8_is_told_where_its_scales_are_stored(output: Path) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    config(lambda c: c["quantization_config"].update(kv_cache_scheme=scheme))(output)
+    opened = Checkpoint.open(output)
+    assert config_check(opened, family_of(opened.config), None, None, []).verdict == "FAIL"
+    for kind in "kv":
+        opened.tensors[f"layers.0.attn.{kind}_scale"] = opened.tensors["layers.0.attn.attn_sink"]
+    assert config_check(opened, family_of(opened.config), None, None, []).verdict == "WARN"
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": {"x": ["y"]}}', '{"weight_map": {"x": 3}}', "\udcff"])
