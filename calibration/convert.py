@@ -61,6 +61,11 @@ class Conversion:
     #: MXFP4 modules whose values are kept exactly, and those that were quantized again.
     lossless: int
     requantized: int
+    #: modelopt's scales that became compressed-tensors' (see `Inverted`).
+    inverted: int
+    inexact: int
+    worst: float
+    widened: int
 
 
 def convert(
@@ -96,6 +101,8 @@ def convert(
         quantized=actions.count("quantize"), cast=actions.count("cast"), copied=actions.count("copy"),
         consumed=actions.count("consume"), lossless=sum(fact["lossless"] for fact in latest.values()),
         requantized=sum(fact["requantized"] for fact in latest.values()),
+        inverted=actions.count("invert"), inexact=line.work.inverted.inexact, worst=line.work.inverted.worst,
+        widened=line.work.inverted.widened,
     )  # fmt: skip
     directory.record("converted", plan=plan.digest, **asdict(done))
     return done

@@ -18,6 +18,7 @@ from calibration.checkpoint.layout import Job, Piece
 from calibration.checkpoint.nvfp4 import RANGE
 from calibration.checkpoint.plan import Plan, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
+from calibration.inverted import invert_scales
 from recipes.errors import Interrupted, SourceError
 from recipes.schema import Recipe
 
@@ -64,6 +65,7 @@ class Work:
     def __init__(self, recipe: Recipe, plan: Plan, formats: Formats) -> None:
         self.plan, self.formats = plan, formats
         self.settings, self.dtype = recipe.convert, TORCH_DTYPES[recipe.export.plain_dtype]
+        self.inverted = invert_scales(plan, formats)
         self._fused = {module: group for group in plan.fused for module in group}
         self._statistics: dict[str, _Statistic] = {}
         self._kept_back: dict[str, Bytes] = {}
@@ -122,8 +124,12 @@ class Work:
             target[:] = self._await_scales(piece)
         else:
             assert piece.output is not None
-            of_input = piece.output.name.endswith(".input_global_scale")
-            scale = self._input_scale if of_input else self._decision(piece.step).scale
+            if piece.step.action == "invert":
+                scale = self.inverted.values[piece.step.source]
+            elif piece.output.name.endswith(".input_global_scale"):
+                scale = self._input_scale
+            else:
+                scale = self._decision(piece.step).scale
             target[:] = np.array([scale], np.float32).view(np.uint8)
 
     def _stripe(self, piece: Piece, data: dict[Extent, Bytes]) -> Stripe:

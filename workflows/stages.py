@@ -169,6 +169,12 @@ def _convert(run: Run) -> None:
     with run.reporter.transfer(run.recipe.method) as progress:
         done = convert(run.recipe, run.plan, run.formats, run.output, run.directory, progress)
     run.reporter.event("converted", level=done.level, workers=done.workers, seconds=round(done.seconds, 3))
+    if done.inverted:
+        run.reporter.say(
+            f"modelopt's NVFP4 respelled: packed bytes and group scales as they were, {done.inverted} global scales inverted; "
+            f"float32 rounds {done.inexact} of the reciprocals, by {done.worst:.1e} at most; {done.widened} input scales took "
+            "the largest of those that share one"
+        )
     run.reporter.say(
         f"{done.quantized} weights quantized ({done.lossless} MXFP4 without loss, {done.requantized} requantized), "
         f"{done.cast} cast, {done.copied} copied, {done.consumed} scales used up; {done.resumed} of {done.shards} shards "

@@ -27,7 +27,7 @@ from recipes.fields import KEPT_FP8
 from recipes.patterns import Pattern, PatternError, TimeLimit
 from recipes.schema import Recipe
 
-Action = Literal["copy", "cast", "quantize", "consume"]
+Action = Literal["copy", "cast", "quantize", "invert", "consume"]
 #: Stored formats that the output never keeps: what no target matches is written plain, with a warning.
 _NOT_KEPT = frozenset({"fp8_tensor", "fp8_channel", "int4"})
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -122,7 +122,12 @@ class Plan:
     def shared_input_scales(self) -> list[tuple[str, ...]]:
         """Groups of modules whose input global scale must be equal: gate/up and the other fused projections, and,
         unless the recipe says per_expert, w1/w3 and w2 across all routed experts of a block."""
-        calibrated = {m: s for m, s in self.quantized.items() if self.groups[str(s.group)].input_scale}
+        calibrated = [
+            module_of(output.name)
+            for step in self.steps.values()
+            for output in step.outputs
+            if step.action in ("quantize", "invert") and output.name.endswith(".input_global_scale")
+        ]
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         fused_with = {module: group[0] for group in self.fused for module in group}
         for module in calibrated:
@@ -306,8 +311,16 @@ class _Planner:
         ]  # fmt: skip
         for what, whole in wholes:
             by_group = defaultdict(list)
+            kinds = set()
             for module in whole:
                 by_group[assigned.get(module)].append(module)
+                kinds.add(self.formats.of(self.weights[module]).kind)
+            if len(kinds) > 1 and "modelopt_nvfp4" in kinds and None not in by_group and what.startswith("projections"):
+                self.problems.append(
+                    f"config_groups: {what} must be stored alike to be respelled: {_some(sorted(by_group.popitem()[1]))}; "
+                    "write BF16 with method: plain and quantize that"
+                )
+                continue
             if len(by_group) > 1:
                 shares = "; ".join(
                     f"{group or 'not quantized'}: {_some(modules)}"
@@ -338,11 +351,13 @@ class _Planner:
         if self.recipe.method == "plain":
             return self._copied(name, place.part) if stored.kind == "plain" else self._undone(name, place.part)
         group = assigned.get(module) if self.weights.get(module) == name else None
-        if stored.kind in ("nvfp4", "modelopt_nvfp4") and not place.mtp:
+        respells = stored.kind == "modelopt_nvfp4" and self.recipe.method == "convert"
+        if stored.kind in ("nvfp4", "modelopt_nvfp4") and not place.mtp and not respells:
             if stored.kind not in kinds:
+                remedy = ", or have method: convert respell it" if stored.kind == "modelopt_nvfp4" else ""
                 self.problems.append(
                     f"{self.checkpoint.path(name)}: {name}: the source is already quantized ({stored.label}); "
-                    "start from the original checkpoint"
+                    f"start from the original checkpoint{remedy}"
                 )
             kinds[stored.kind].append(name)
         if group is None or place.mtp:
@@ -352,6 +367,8 @@ class _Planner:
             return self._keep_tiles(
                 name, group, "FP8 tiles of the source are FP8_BLOCK already: codes kept, scale respelled"
             )
+        if respells and scheme is not FP8_BLOCK:
+            return self._respelled(name, group, scheme)
         outputs = tuple(OutputTensor(*output) for output in scheme.outputs(module, stored.shape))
         steps = {name: Step(name, "quantize", outputs, f"target of {group} ({scheme.name})", group)}
         return steps | _consumed(list(stored.companions.values()), f"used up by {name}")
@@ -402,6 +419,30 @@ class _Planner:
             name: Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), reason, group),
             scale: Step(scale, "cast", (weight_scale,), f"tile scale of {name}, exact in F32"),
         }
+
+    def _respelled(self, name: str, group: str, scheme: Scheme) -> dict[str, Step]:
+        """modelopt's NVFP4 under compressed-tensors' names: packed bytes and group scales as they are, global scales
+        inverted."""
+        stored, reason = self.formats.of(name), f"target of {group} ({scheme.name}): NVFP4 already, respelled"
+        companions = dict(stored.companions)
+        if scheme.input_scale and "input_scale" not in companions:
+            self.problems.append(
+                f"{self.checkpoint.path(name)}: {name} has no input_scale, {scheme.name} of {group} needs one; use NVFP4A16"
+            )
+            return {}
+        packed, group_scale, global_scale, *input_scale = (
+            OutputTensor(*output) for output in scheme.outputs(module_of(name), stored.shape)
+        )
+        scale, double = companions.pop("group_scale"), companions.pop("global_scale")
+        steps = {
+            name: Step(name, "copy", (packed,), reason, group),
+            scale: Step(scale, "copy", (group_scale,), f"group scales of {name}"),
+            double: Step(double, "invert", (global_scale,), f"1 / global scale of {name}"),
+        }
+        if input_scale:
+            inputs = companions.pop("input_scale")
+            steps[inputs] = Step(inputs, "invert", tuple(input_scale), f"1 / input scale of {name}")
+        return steps | _consumed(list(companions.values()), f"used up by {name}")
 
     def _shards(self, steps: dict[str, Step]) -> list[PlannedShard]:
         """Shards in the order: outside the blocks, block by block, MTP; split where max_shard_size is passed."""

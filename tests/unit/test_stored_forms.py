@@ -264,3 +264,81 @@ def test_the_int4_generator_agrees_with_the_library() -> None:
     zero = unpack_from_int32(made["weight_zero_point"].contiguous(), 4, (24, 2), packed_dim=0)
     restored = (codes - zero.repeat_interleave(32, 1)).float() * made["weight_scale"].float().repeat_interleave(32, 1)
     assert float((restored - weight).abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("scheme", ["NVFP4", "NVFP4A16"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_modelopts_nvfp4_is_respelled_without_loss(tmp_path: Path, family: Any, scheme: str) -> None:
+    source = stored_forms.write(tmp_path / "source", family, "nvfp4_modelopt")
+    stored = load_file(source / "model.safetensors")
+    for number, name in enumerate(name for name in stored if name.endswith("input_scale")):
+        stored[name] = torch.tensor(0.01 + 0.001 * number)
+    save_file(stored, source / "model.safetensors", metadata={"format": "pt"})
+    made = converting(source, tmp_path / "out", LINEAR, scheme)
+    done = run(made)
+    assert failing(made) == set()
+    plan, found = plan_of(source, made)[0], tensors(made.output)
+    modules = [name.removesuffix(".weight_scale_2") for name in stored if name.endswith(".weight_scale_2")]
+    assert set(plan.modules("experts")) == set(modules) and not plan.quantized and done.quantized == 0
+    for module in modules:
+        assert torch.equal(found[f"{module}.weight_packed"], stored[f"{module}.weight"])
+        for_bytes = (found[f"{module}.weight_scale"], stored[f"{module}.weight_scale"])
+        assert torch.equal(*(scale.view(torch.uint8) for scale in for_bytes))
+        assert torch.equal(found[f"{module}.weight_global_scale"][0], 1 / stored[f"{module}.weight_scale_2"])
+        assert (f"{module}.input_global_scale" in found) == (scheme == "NVFP4")
+    if scheme == "NVFP4":
+        assert done.inverted == 2 * len(modules) and done.widened > 0
+        for group in plan.shared_input_scales():
+            largest = max(stored[f"{module}.input_scale"] for module in group)
+            assert all(torch.equal(found[f"{module}.input_global_scale"][0], 1 / largest) for module in group)
+    else:
+        assert done.inverted == len(modules) and done.widened == 0
+    products = [float(found[f"{m}.weight_global_scale"]) * float(stored[f"{m}.weight_scale_2"]) for m in modules]
+    if scheme == "NVFP4A16":
+        assert done.inexact == sum(product != 1 for product in products)
+        assert done.worst == max(abs(1 / product - 1) for product in products) < 2.0**-23
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors" and config["format"] == "nvfp4-pack-quantized"
+
+
+def test_a_power_of_two_is_inverted_exactly(sources: dict[str, Path], tmp_path: Path) -> None:
+    def powers(stored: dict[str, torch.Tensor]) -> None:
+        for name in stored:
+            if name.endswith(("weight_scale_2", "input_scale")):
+                stored[name] = torch.tensor(2.0**-11)
+
+    done = run(converting(edited(sources["nvfp4_modelopt"], tmp_path / "copy", powers), tmp_path / "out", LINEAR))
+    assert (done.inverted, done.inexact, done.worst, done.widened) == (28, 0, 0.0, 0)
+    scales = [t for n, t in tensors(tmp_path / "out").items() if n.endswith("global_scale")]
+    assert len(scales) == 28 and all(scale.tolist() == [2048.0] for scale in scales)
+
+
+RESPELLING: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
+    "two scales in one matrix": (
+        lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale_2": torch.tensor(0.5)}),
+        "served as one matrix have different global scales"),
+    "a scale of zero": (lambda t: t.update({f"{MODULE}.weight_scale_2": torch.tensor(0.0)}), "0.0 is not a finite positive"),
+    "a scale that is NaN": (lambda t: t.update({f"{MODULE}.input_scale": torch.tensor(torch.nan)}), "nan is not a finite"),
+    "a reciprocal beyond float32": (
+        lambda t: t.update({f"{MODULE}.input_scale": torch.tensor(1e-40)}), "is not a finite positive scale"),
+    "no input scale": (lambda t: t.pop(f"{MODULE}.input_scale"), "has no input_scale, NVFP4 of experts needs one"),
+    "half a matrix": (
+        lambda t: [t.pop(f"model.layers.0.mlp.up_proj.{leaf}") for leaf in ("weight_scale", "weight_scale_2", "input_scale")]
+        and t.update({"model.layers.0.mlp.up_proj.weight": torch.ones(256, 128).bfloat16()}), "must be stored alike"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RESPELLING)
+def test_what_cannot_be_respelled_is_refused_before_a_byte_is_written(
+    sources: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    edit, message = RESPELLING[case]
+    with pytest.raises((SourceError, RecipeError), match=message):
+        run(converting(edited(sources["nvfp4_modelopt"], tmp_path / "copy", edit), tmp_path / "out", LINEAR))
+    assert not list((tmp_path / "out").glob("*.safetensors*"))
+
+
+def test_nvfp4_is_not_calibrated_again(sources: dict[str, Path]) -> None:
+    source = sources["nvfp4_modelopt"]
+    with pytest.raises(RecipeError, match=r"already quantized \(NVFP4 \(modelopt\)\).*method: convert respell it"):
+        plan_of(source, recipe(source, Path("/nowhere/out"), LINEAR))
