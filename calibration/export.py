@@ -15,14 +15,13 @@ from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite, 
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, TORCH
 from calibration.checkpoint.plan import Plan, PlannedShard, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
+from calibration.checkpoint.side_files import side_files
 from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
 from calibration.ranks import Ranks
 from calibration.sharing import shares
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Recipe
 
-#: What never travels from the source to the output: weights in any form, indexes, caches and version control.
-_NOT_SIDECARS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json", ".partial")
 #: The model card, which is the output's own.
 CARD_NAME = "README.md"
 
@@ -51,10 +50,10 @@ class Exporter:
         return self._shards(None, modules)
 
     def finish(self, recipe_text: str) -> list[str]:
-        """Writes sidecars, recipe.yaml and config.json, and the index last: from then on the checkpoint loads. Returns the
+        """Writes side files, recipe.yaml and config.json, and the index last: from then on the checkpoint loads. Returns the
         files that it wrote, relative to the output."""
         source = self.formats.checkpoint
-        copied = [(path, str(path.relative_to(source.directory))) for path in sidecars(source.directory)]
+        copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
         for path, name in copied:
             write_safely(self.output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
         write_text(self.output / "recipe.yaml", recipe_text)
@@ -177,21 +176,6 @@ class Exporter:
                     f"weight_global_scale differs inside a fused group: {scales}; the serving engine would use one of "
                     "them for all: these modules cannot be NVFP4 in this family yet, leave them out of the targets"
                 )
-
-
-def sidecars(directory: Path) -> list[Path]:
-    """Every file of a source that is neither weights nor config, index, model card, cache or hidden, sorted."""
-    found = []
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        hidden = any(part.startswith((".", "__pycache__")) for part in relative.parts)
-        linked_directory = any((directory / parent).is_symlink() for parent in list(relative.parents)[:-1])
-        if hidden or linked_directory or not path.is_file() or path.name.endswith(_NOT_SIDECARS):
-            continue
-        if len(relative.parts) == 1 and path.name in (CONFIG_NAME, CARD_NAME, "recipe.yaml"):
-            continue
-        found.append(path)
-    return found
 
 
 def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:

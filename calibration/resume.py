@@ -21,6 +21,7 @@ from typing import Any
 
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, changed_shards
 from calibration.checkpoint.plan import Plan
+from calibration.checkpoint.side_files import TOKENIZER_FILES
 from calibration.checkpoint.writer import file_digest
 from calibration.journal import RunDirectory
 from calibration.output import start_over
@@ -34,7 +35,6 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "saf
 #: What in a recipe changes nothing in what the calibrate stage computes.
 _WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"}}
 _SAMPLE_BYTES = 1 << 16
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 def is_boundary(directory: Path, files: Mapping[str, str]) -> bool:
@@ -102,7 +102,7 @@ def fingerprint(recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str
     what several ranks may calibrate gives the same bytes with any number."""
     settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     try:
-        tokenizer = _digest_of(path for pattern in _TOKENIZER_FILES for path in source.directory.glob(pattern))
+        tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
         files = _source_digest(source)
     except OSError as error:
         raise SourceError(f"{error.filename}: cannot be read: {error.strerror}; is the source whole?") from None

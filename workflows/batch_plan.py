@@ -10,6 +10,7 @@ from pathlib import Path
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
+from calibration.checkpoint.side_files import side_files
 from calibration.checkpoint.writer import write_text
 from calibration.disk import Need, space_problems
 from calibration.output import overwrite_problems
@@ -178,6 +179,7 @@ def _plan(
 
 def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> Entry:
     require_apart(recipe, source.directory)
+    side_files(source.directory)
     run = Run(recipe, Reporter("error"))
     run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
     calibrates = recipe.method == "calibrate"

@@ -11,6 +11,7 @@ from typing import Any
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
+from calibration.checkpoint.side_files import SideFiles, side_files
 from calibration.checkpoint.writer import write_json, write_text
 from calibration.export import CARD_NAME, Exporter
 from calibration.journal import RunDirectory
@@ -52,6 +53,7 @@ class Run:
     source: Checkpoint = field(init=False)
     formats: Formats = field(init=False)
     plan: Plan = field(init=False)
+    side_files: SideFiles = field(default_factory=SideFiles)
     page: ReportPage = field(init=False)
     checks: list[Check] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -71,10 +73,15 @@ class Run:
         where = resolve_source(self.recipe.source)
         require_apart(self.recipe, where)
         self.source = Checkpoint.open(where)
+        self.side_files = side_files(where)
         self.formats = Formats(self.source)
         self.plan = make_plan(self.source, self.formats, self.recipe)
         for warning in self.plan.warnings:
             self.reporter.say(f"warning: {warning}", "warning")
+        if left_out := list(self.side_files.left_out.items()):
+            shown = ", ".join(f"{name} ({why})" for name, why in left_out[:5])
+            more = f" and {len(left_out) - 5} more, in plan.json" if len(left_out) > 5 else ""
+            self.reporter.say(f"warning: the output does not get of the source: {shown}{more}", "warning")
 
     def facts(self) -> dict[str, Any]:
         """The plan and what it predicts, as JSON."""
@@ -82,6 +89,10 @@ class Run:
             "checkpoint": describe_checkpoint(self.source, self.formats),
             "plan": describe_plan(self.plan, self.source),
             "predicted": self.predicted(),
+            "side_files": {
+                "copied": [str(path.relative_to(self.source.directory)) for path in self.side_files.copied],
+                "left_out": self.side_files.left_out,
+            },
         }
 
     def predicted(self) -> dict[str, Any]:
