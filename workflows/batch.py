@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     batch: BatchDirectory | None = None
     try:
         try:
-            batch = BatchDirectory(_directory(options))
+            batch = BatchDirectory(_directory(options), options.dry_run)
             if options.status:
                 _show(batch, options.json, summarize(batch, _jobs(batch), _jobs(batch, "gone")))
                 return printed()

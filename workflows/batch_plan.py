@@ -12,6 +12,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.checkpoint.side_files import side_files
 from calibration.checkpoint.writer import write_text
+from calibration.cost import scratch_bytes
 from calibration.disk import Need, space_problems
 from calibration.output import overwrite_problems
 from calibration.resume import activations_directory
@@ -26,9 +27,6 @@ from workflows.progress import Reporter
 from workflows.rehearse import finished_blocks
 from workflows.source import require_apart, resolve_source
 from workflows.stages import Run
-
-#: Activations on disk at the same time, in boundaries: those that enter and those that leave a block.
-_BOUNDARIES = 2
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def preflight(
     _serving_engines(loaded, problems)
     for run in wanted:
         recipe = loaded.get(run.name)
-        frozen = batch.runs(run.name) / "recipe.yaml"
+        frozen = batch.frozen(run.name)
         entry = planned.get(run.name) or Entry(run.name, "", "", "" if recipe is None else recipe.output)
         if recipe is not None:
             write_text(frozen, dump_recipe(recipe))
@@ -182,7 +180,6 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
     side_files(source.directory)
     run = Run(recipe, Reporter("error"))
     run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
-    calibrates = recipe.method == "calibrate"
     entry = Entry(
         name,
         given="",
@@ -193,12 +190,17 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
         plan_digest=run.plan.digest,
         output_bytes=run.plan.output_bytes,
         source_bytes=source.total_bytes,
-        activation_bytes=_BOUNDARIES * run.predicted()["activation_bytes_at_a_boundary"] if calibrates else 0,
+        activation_bytes=_scratch(run) if recipe.method == "calibrate" else 0,
         scratch=recipe.offload.directory,
         parameters=run.plan.parameters,
         bits_per_parameter=run.plan.bits_per_parameter,
     )
     return entry if standing(entry).kind == "done" else replace(entry, seconds=_seconds(run))
+
+
+def _scratch(run: Run) -> int:
+    boundary = run.predicted()["activation_bytes_at_a_boundary"]
+    return scratch_bytes(boundary, len(run.plan.block_numbers), run.recipe.offload.max_host_memory)
 
 
 def _seconds(run: Run) -> float:

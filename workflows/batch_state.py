@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -68,17 +70,20 @@ class Entry:
 
 
 class BatchDirectory:
-    """The directory of a batch. `open` takes its lock and, with `claim`, the outputs of its runs."""
+    """The directory of a batch. `open` takes its lock and, with `claim`, the outputs of its runs. A `dry` one looks whether
+    these could be taken and creates nothing beside a temporary directory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dry: bool = False) -> None:
         self.path = path
         self._locks: list[IO[str]] = []
+        self._temporary = TemporaryDirectory(prefix="batch-") if dry else None
 
     def open(self) -> None:
         """Creates the directory and takes its lock. Raises EnvironmentProblem where another batch process has it."""
         try:
-            (self.path / "runs").mkdir(parents=True, exist_ok=True)
-            holder = self._lock(self.path / "lock")
+            if self._temporary is None:
+                (self.path / "runs").mkdir(parents=True, exist_ok=True)
+            holder = self._take(self.path / "lock")
         except OSError as error:
             raise EnvironmentProblem(
                 f"{self.path}: cannot be written: {error.strerror}; name another --directory"
@@ -92,8 +97,9 @@ class BatchDirectory:
     def claim(self, output: Path) -> str | None:
         """Takes an output for this batch until `close`, or says which batch has it."""
         directory = RunDirectory(output).path
-        directory.mkdir(parents=True, exist_ok=True)
-        holder = self._lock(directory / "batch.lock")
+        if self._temporary is None:
+            directory.mkdir(parents=True, exist_ok=True)
+        holder = self._take(directory / "batch.lock")
         return (
             None if holder is None else f"{output}: belongs to the batch {holder}; wait for it, or name another output"
         )
@@ -101,6 +107,8 @@ class BatchDirectory:
     def close(self) -> None:
         """Gives back every lock."""
         self._give_back(0)
+        if self._temporary is not None:
+            self._temporary.cleanup()
 
     def release(self) -> None:
         """Gives back the claims alone: the jobs of a cluster take them."""
@@ -116,6 +124,10 @@ class BatchDirectory:
     def runs(self, name: str) -> Path:
         """The batch's own directory of one run, with recipe.yaml, log.txt and attempts.jsonl."""
         return self.path / "runs" / name
+
+    def frozen(self, name: str) -> Path:
+        """Where the preflight writes the recipe of a run."""
+        return (self.runs(name) if self._temporary is None else Path(self._temporary.name) / name) / "recipe.yaml"
 
     def record(self, name: str, fact: str, /, **facts: Any) -> None:
         """Appends a line to the attempts of a run; a full disk loses it, and the run's own journal still tells."""
@@ -148,6 +160,15 @@ class BatchDirectory:
             if entry.name in ("", ".", "..") or "/" in entry.name or "\0" in entry.name:
                 raise EnvironmentProblem(f"{where}: runs: {entry.name!r:.80} is no name of a run; {remedy}")
         return entries, told
+
+    def _take(self, path: Path) -> str | None:
+        """`_lock`; of a dry batch, that of a file which is there already."""
+        if self._temporary is None or path.exists():
+            return self._lock(path)
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)} ({there})")
+        return None
 
     def _lock(self, path: Path) -> str | None:
         file = path.open("a+")

@@ -13,6 +13,7 @@ from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.side_files import SideFiles, side_files
 from calibration.checkpoint.writer import write_json, write_text
+from calibration.cost import boundary_bytes, hidden_width
 from calibration.export import CARD_NAME, Exporter
 from calibration.journal import RunDirectory
 from calibration.output import start_over
@@ -27,6 +28,7 @@ from verify.levels import samples_of, verify_levels
 from verify.report import to_json
 from workflows import rehearse as rehearsal
 from workflows.card import model_card
+from workflows.estimate import nominal_shapes
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.plain_copy import source_to_serve
@@ -102,9 +104,7 @@ class Run:
             place = self.plan.family.place(name)
             if place.block is not None and name not in self.formats.companions:
                 block_bytes[place.block] = block_bytes.get(place.block, 0) + 2 * math.prod(self.formats.of(name).shape)
-        data = self.recipe.calibration
-        width = int(self.source.config.get("hidden_size", 0)) * int(self.source.config.get("hc_mult", 1))
-        activations = 2 * width * data.num_samples * data.max_seq_length if data else 0
+        activations = boundary_bytes(hidden_width(self.source.config), nominal_shapes(self))
         return {
             "output_bytes": self.plan.output_bytes,
             "source_bytes_read": self.source.total_bytes,

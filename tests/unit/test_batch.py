@@ -18,11 +18,12 @@ import yaml
 from rich.console import Console
 
 from calibration import disk
+from calibration.cost import boundary_bytes, scratch_bytes
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.matrix import Matrix, Resources, load_matrix, parse_resources, variants
 from tests.models import standard
 from workflows import batch_plan
-from workflows.batch import _until
+from workflows.batch import _until, main
 from workflows.batch_child import Slot
 from workflows.batch_hooks import Hooks, expect, leave
 from workflows.batch_outcome import Outcome, judge
@@ -458,3 +459,48 @@ def test_the_last_run_of_a_cluster_ends_the_batch_once(tmp_path: Path) -> None:
     leave(tmp_path, "b")  # ended between the look at the queue and the next submission
     expect(tmp_path, ["c"], ["a", "b"])
     assert [leave(tmp_path, name) for name in ("c", "a")] == [False, True]
+
+
+def test_the_preflight_reckons_activations_as_the_rehearsal_does(
+    tmp_path: Path, source: Path, batch: BatchDirectory
+) -> None:
+    """Hidden states, ids and positions, and the causal mask of every sample, which grows with the square of its length."""
+    data = {"dataset": "bundled", "num_samples": 10, "max_seq_length": 256, "batch_size": 4}
+    entry = looked_at(batch, recipe(tmp_path, "a", source, method="calibrate", calibration=data)).entries[0]
+    config = json.loads((source / "config.json").read_text())
+    boundary = boundary_bytes(config["hidden_size"], [(4, 256), (4, 256), (2, 256)])
+    assert boundary >= 10 * 256 * 256 * 2
+    assert entry.activation_bytes == scratch_bytes(boundary, config["num_hidden_layers"], None) > 0
+    assert boundary_bytes(2048, [(1, 2048)] * 256) > 2 * (2 * 2048 * 256 * 2048)  # Qwen3-30B-A3B, 256 x 2048
+
+
+def test_a_dry_run_of_a_batch_leaves_nothing_behind(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [recipe(tmp_path, name, source) for name in ("a", "b")]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*map(str, paths), "--dry-run"]) == 0
+    assert "2 of 2 runs are to be done" in "".join(capsys.readouterr())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_of_a_batch_sees_what_is_at_work_and_what_cannot_be_written(
+    tmp_path: Path,
+    source: Path,
+    batch: BatchDirectory,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = recipe(tmp_path, "a", source)
+    batch.open()
+    assert batch.claim(tmp_path / "out" / "a") is None
+    assert main([str(path), "--dry-run", "--directory", str(batch.path)]) == 4
+    assert "this batch is already at work" in "".join(capsys.readouterr())
+    assert main([str(path), "--dry-run"]) == 4
+    assert "belongs to the batch" in "".join(capsys.readouterr())
+    batch.close()
+    (tmp_path / "file").write_text("")
+    assert main([str(path), "--dry-run", "--set", f"output={tmp_path}/file/out"]) == 4
+    assert "cannot be written" in "".join(capsys.readouterr())
