@@ -19,7 +19,7 @@ from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
 from calibration.checkpoint.permissions import requests
 from calibration.checkpoint.plan import Plan
-from calibration.checkpoint.promised import ADDED, Wanted, expected_tensors, mtp_blocks
+from calibration.checkpoint.promised import ADDED, PROMISES, Wanted, expected_tensors, mtp_blocks
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
 from verify.expected import COMPANIONS, Stored, compare, stored_tensors
@@ -62,7 +62,10 @@ def verify_structure(
     except WorkflowError:
         family = _UNKNOWN
     stored, orphans = stored_tensors(output)
-    wanted, lacking = ({}, []) if family is _UNKNOWN else expected_tensors(family.name, output.config)
+    try:
+        wanted, lacking = expected_tensors(output.config)
+    except SourceError:
+        wanted, lacking = {}, []
     resolution = Resolution(family, output.config, stored)
     checks += [
         _tensors(output, family, plan, source, wanted, stored, orphans),
@@ -125,7 +128,11 @@ def _tensors(
     how = f"headers against {' and '.join(name for name, given in known.items() if given)}"
     if not any(known.values()):
         model_type = output.config.get("model_type")
-        why = f"model_type {model_type!r} has no grammar here" if family is _UNKNOWN else "config.json is not whole"
+        why = (
+            "config.json is not whole"
+            if str(model_type) in PROMISES
+            else f"model_type {model_type!r} is not known here"
+        )
         return unchecked(id, what, f"{why}: the expected tensors cannot be derived; give the source")
     missing_mtp = not any(re.search(family.mtp, name) for name in stored)
     derived = {n: w for n, w in wanted.items() if not (missing_mtp and re.search(family.mtp, n))}

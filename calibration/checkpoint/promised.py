@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from recipes.errors import SourceError
+
 Kind = Literal["linear", "plain", "float32", "table"]
 Shape = tuple[int, ...]
 #: Tensors that some writers add and that no config promises: scales of the KV cache, which vLLM reads in these spellings
@@ -58,12 +60,15 @@ class _Config:
         return self.values.get(key) is True
 
 
-def expected_tensors(family: str, config: dict[str, Any]) -> tuple[dict[str, Wanted], list[str]]:
-    """Every logical tensor of a `family` checkpoint with this config, and what the config itself lacks or has wrong.
-    Without a whole config the tensors are empty: nothing can be derived from it."""
+def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, Wanted], list[str]]:
+    """Every logical tensor of a checkpoint with this config, and what the config itself lacks or has wrong. Without a whole
+    config the tensors are empty: nothing can be derived from it. Raises SourceError for a model_type that nobody has
+    written down here: what another one promises says nothing about it."""
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in PROMISES:
+        raise SourceError(f"config.json: model_type {kind!r:.80}: the tensors that it promises are not known here")
     reader = _Config(config)
-    make: Callable[[_Config], Iterator[tuple[str, Wanted]]] = _deepseek_v4 if family == "deepseek_v4" else _standard
-    tensors = dict(make(reader))
+    tensors = dict(PROMISES[kind](reader))
     return ({}, reader.problems) if reader.problems else (tensors, [])
 
 
@@ -196,3 +201,10 @@ def _compressor(prefix: str, ratio: int, head_dim: int, hidden: int) -> Iterator
     yield _norm(f"{prefix}.norm", head_dim)
     yield f"{prefix}.wkv.weight", Wanted((width, hidden), "plain")
     yield f"{prefix}.wgate.weight", Wanted((width, hidden), "plain")
+
+
+#: model_type -> what makes its tensors from a config.
+PROMISES: dict[str, Callable[[_Config], Iterator[tuple[str, Wanted]]]] = {
+    "deepseek_v4": _deepseek_v4,
+    **dict.fromkeys(("llama", "mistral", "mixtral", "qwen3", "qwen3_moe"), _standard),
+}

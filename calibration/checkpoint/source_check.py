@@ -35,7 +35,7 @@ def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[st
     MTP is copied byte for byte and not looked at."""
     checkpoint = formats.checkpoint
     where = checkpoint.directory
-    wanted, lacking = expected_tensors(family.name, checkpoint.config)
+    wanted, lacking = expected_tensors(checkpoint.config)
     if lacking:
         return [f"{where}: {problem}" for problem in lacking], []
     wanted = {name: want for name, want in wanted.items() if not re.search(family.mtp, name)}

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from calibration.checkpoint.direct import Buffer, digest
-from calibration.checkpoint.families import family_of
+from calibration.checkpoint.families import FAMILIES, family_of
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from calibration.checkpoint.promised import expected_tensors
+from calibration.checkpoint.plan import make_plan
+from calibration.checkpoint.promised import PROMISES, expected_tensors
 from calibration.checkpoint.writer import file_digest
+from recipes.errors import SourceError
 from tests.exported import export, recipe
 from tests.faults.editing import config, drop, rename
 from tests.models import deepseek_v4, standard
@@ -116,6 +118,20 @@ def test_values_are_found_wherever_the_tensor_lies(tmp_path: Path, monkeypatch: 
     assert by_id(verify_structure(tmp_path))["finite"].verdict == "PASS"
 
 
+def test_every_supported_model_type_has_promised_tensors_of_its_own() -> None:
+    assert set(PROMISES) == {model_type for family in FAMILIES for model_type in family.model_types}
+
+
+def test_a_model_type_without_promised_tensors_is_unchecked(good: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not measured by the tensors of another family."""
+    monkeypatch.delitem(PROMISES, "deepseek_v4")
+    tensors = by_id(verify_structure(good[0]))["tensors"]
+    assert tensors.verdict == "UNCHECKED"
+    assert "model_type 'deepseek_v4' is not known here" in tensors.figure
+    with pytest.raises(SourceError, match="model_type 'deepseek_v4': the tensors that it promises are not known here"):
+        make_plan(good[2].checkpoint, good[2], recipe(good[2].checkpoint.directory, Path("out")))
+
+
 def test_a_hub_cache_may_link_to_its_blobs(output: Path) -> None:
     shard = sorted(output.glob("*.safetensors"))[0]
     (output.parent / "blobs").mkdir()
@@ -177,7 +193,7 @@ def test_a_config_that_transformers_wrote_again_is_the_source_s(tmp_path: Path, 
 
     def judged(config: dict) -> Check:
         output, original = (Checkpoint(tmp_path, dict(found), {}, []) for found in (config, source))
-        return config_check(output, family_of(source), None, original, expected_tensors(family, config)[1])
+        return config_check(output, family_of(source), None, original, expected_tensors(config)[1])
 
     assert judged(again).verdict == "WARN", judged(again)
     for name, value in {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}.items():
