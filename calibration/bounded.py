@@ -1,4 +1,5 @@
-"""A function that runs a stranger's program (a chat template), called in a forked process with bounds on time and memory.
+"""A function that runs a stranger's program (a chat template, the regexes of a tokenizer), called in a forked process with
+bounds on time and memory.
 
 A signal handler interrupts no single long operation of the interpreter (`'x' * 10**10`), and a thread cannot be ended. A
 process can: its address space, its processor time and the size of its answers are limited by the system, and whatever
@@ -19,14 +20,14 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Self
 
-SECONDS = 10
-"""Processor time of one call; a chat template takes milliseconds."""
-WALL_SECONDS = 300
-"""Of one call on a machine that has no processor time to give; no bound of the function itself."""
-MEMORY = 1 << 30
-"""Bytes that the process may take on top of what it has when it begins."""
+SECONDS, BYTES_A_SECOND = 10, 100_000
+"""Processor time of one call, and the bytes of arguments that give it one second more."""
+WALL_SECONDS = 600
+"""Of one call on a machine that has no processor time to give, on top of the seconds above."""
+MEMORY, MEMORY_SHARE = 1 << 30, 1000
+"""Bytes that the process may take on top of what it has when it begins, and those for every byte of the arguments."""
 ANSWER, ANSWER_SHARE = 1 << 20, 10
-"""Bytes of an answer at most, and what is added to them for every byte of the arguments."""
+"""Bytes of an answer at most, and those for every byte of the arguments."""
 _DONE, _RAISED = b"=", b"!"
 
 
@@ -35,13 +36,13 @@ class Exceeded(Exception):
 
 
 class Bounded:
-    """`function(*arguments) -> str` in a process of its own, forked at the first call and again after one that broke it.
+    """`function(*arguments) -> bytes` in a process of its own, forked at the first call and again after one that broke it.
 
-    Arguments are pickled; answers come back as text, never as pickles. Use as a context manager: leaving it ends the
+    Arguments are pickled; answers come back as bytes, never as pickles. Use as a context manager: leaving it ends the
     process. The function sees this process as it was at the fork.
     """
 
-    def __init__(self, function: Callable[..., str]) -> None:
+    def __init__(self, function: Callable[..., bytes]) -> None:
         self._function = function
         self._process: Any = None
         self._connection: Connection | None = None
@@ -52,28 +53,27 @@ class Bounded:
     def __exit__(self, *exception: object) -> None:
         self._end()
 
-    def __call__(self, *arguments: Any) -> str:
+    def __call__(self, *arguments: Any) -> bytes:
         """The function's answer. Raises Exceeded for a broken bound, and ValueError with the type and first line of
         what the function raised."""
         connection, sent = self._connection or self._start(), ForkingPickler.dumps(arguments)
         most = ANSWER + ANSWER_SHARE * len(sent)
         try:
             connection.send_bytes(sent)
-            if not connection.poll(WALL_SECONDS):
-                raise Exceeded(f"no end within {WALL_SECONDS} seconds")
+            if not connection.poll(WALL_SECONDS + _seconds(sent)):
+                raise Exceeded(f"no end within {WALL_SECONDS + _seconds(sent)} seconds")
             answer = connection.recv_bytes(most + 1)
         except (EOFError, ConnectionError):
-            raise Exceeded(self._why()) from None
+            raise Exceeded(self._why(_seconds(sent))) from None
         except OSError:  # recv_bytes, of an answer that is too long
             self._end()
             raise Exceeded(f"an answer of more than {most:,} bytes") from None
         except BaseException:
             self._end()
             raise
-        text = answer[1:].decode("utf-8", errors="surrogatepass")
         if answer[:1] == _RAISED:
-            raise ValueError(text)
-        return text
+            raise ValueError(answer[1:].decode("utf-8", errors="replace"))
+        return answer[1:]
 
     def _start(self) -> Connection:
         context = multiprocessing.get_context("fork")
@@ -84,13 +84,15 @@ class Bounded:
         self._connection = ours
         return ours
 
-    def _why(self) -> str:
+    def _why(self, seconds: int) -> str:
         """How the process ended, which it has or is about to."""
         self._process.join(WALL_SECONDS)
         code = self._process.exitcode
         self._end()
         if code == -signal.SIGXCPU:
-            return f"no end within {SECONDS} seconds of processor time"
+            return f"no end within {seconds} seconds of processor time"
+        if code == -signal.SIGABRT:  # what Rust code does when it gets none
+            return "its process ended with SIGABRT, as for want of memory"
         return f"its process ended with {signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}"
 
     def _end(self) -> None:
@@ -102,7 +104,7 @@ class Bounded:
         self._connection = self._process = None
 
 
-def _serve(function: Callable[..., str], connection: Connection, parents: Connection) -> None:
+def _serve(function: Callable[..., bytes], connection: Connection, parents: Connection) -> None:
     """The process: answers calls until the parent closes its end, or is gone."""
     parents.close()
     faulthandler.disable()
@@ -114,24 +116,30 @@ def _serve(function: Callable[..., str], connection: Connection, parents: Connec
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    begins_with = _address_space()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
-            arguments = connection.recv()
+            received = connection.recv_bytes()
             used = resource.getrusage(resource.RUSAGE_SELF)
-            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + SECONDS)
-            connection.send_bytes(_answer(function, arguments))
+            _limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + _seconds(received))
+            _limit(resource.RLIMIT_AS, begins_with + MEMORY + MEMORY_SHARE * len(received))
+            connection.send_bytes(_answer(function, ForkingPickler.loads(received)))
     os._exit(0)
 
 
-def _answer(function: Callable[..., str], arguments: tuple[Any, ...]) -> bytes:
+def _answer(function: Callable[..., bytes], arguments: tuple[Any, ...]) -> bytes:
     try:
-        return _DONE + function(*arguments).encode("utf-8", errors="surrogatepass")
+        return _DONE + function(*arguments)
     except MemoryError:
         return _RAISED + f"MemoryError: more than {MEMORY >> 20} MiB of memory".encode()
-    except Exception as error:  # the program's own, of any type
+    except BaseException as error:  # the program's own, of any type: a panic of Rust code is no Exception
         first = (str(error).strip().splitlines() or [""])[0]
-        return _RAISED + f"{type(error).__name__}: {first}"[:500].encode("utf-8", errors="surrogatepass")
+        return _RAISED + f"{type(error).__name__}: {first}"[:500].encode("utf-8", errors="replace")
+
+
+def _seconds(arguments: Any) -> int:
+    return SECONDS + len(arguments) // BYTES_A_SECOND
 
 
 def _limit(kind: int, value: int) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from calibration import deepseek_v4_encoding
-from calibration.bounded import Bounded, Exceeded
 from recipes.errors import RecipeError
 from recipes.schema import Calibration
 
@@ -21,7 +20,7 @@ class Chat:
     """One way to write a conversation. `name` is what a recipe and the description call it.
 
     A chat template is a stranger's program: transformers runs it in jinja2's immutable sandbox, without files and
-    attributes, and `Bounded` limits its time and memory. Use as a context manager: leaving it ends its process.
+    attributes, but with all the time and memory that there is. Whoever renders must bound those (calibration.bounded).
     """
 
     def __init__(self, name: str, write: Callable[[Messages, Tools | None], str], takes_tools: bool) -> None:
@@ -30,16 +29,9 @@ class Chat:
         self._write = write
         self._takes_parts: bool | None = None if name == "template" else name == "deepseek_v4"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if isinstance(self._write, Bounded):
-            self._write.__exit__(*exception)
-
     def render(self, messages: Messages, tools: Tools | None = None) -> str:
         """The conversation as text. Content is text or a list of text parts; parts are joined by a newline, as vLLM
-        does it, unless the template takes them itself. Raises ValueError or Exceeded where it cannot be written."""
+        does it, unless the template takes them itself. Raises what the template raises."""
         parted = any(isinstance(message["content"], list) for message in messages)
         if parted and not self._parts_are_taken():
             messages = [message | {"content": joined(message["content"])} for message in messages]
@@ -54,7 +46,7 @@ class Chat:
                     for content in (_PROBE, [{"type": "text", "text": _PROBE}])
                 )
                 self._takes_parts = text == parts and _PROBE in text
-            except (ValueError, Exceeded):
+            except Exception:  # the template's own, of any type; the row itself will say
                 self._takes_parts = False
         return self._takes_parts
 
@@ -84,7 +76,7 @@ def choose_chat(options: Calibration, tokenizer: PreTrainedTokenizerBase) -> Cha
         def apply(messages: Messages, tools: Tools | None) -> str:
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
 
-        return Chat("template", Bounded(apply), takes_tools=True)
+        return Chat("template", apply, takes_tools=True)
     if not missing:
         return Chat("deepseek_v4", lambda messages, _: deepseek_v4_encoding.render(messages), takes_tools=False)
     return None

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from calibration.bounded import Bounded, Exceeded
 from calibration.chat import Chat, choose_chat, joined, transcript
 from calibration.checkpoint.families import family_of
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
@@ -77,7 +78,11 @@ def load_tokenizer(source_directory: Path, trust_remote_code: bool) -> PreTraine
         return AutoTokenizer.from_pretrained(
             str(source_directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # whatever a tokenizer's files or its own code raise
+    except (
+        BaseException
+    ) as error:  # whatever a tokenizer's files or its own code raise; a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise SourceError(
             f"{source_directory}: the tokenizer cannot be loaded: {first_line(error)}. Copy tokenizer.json and "
             "tokenizer_config.json of the model there; a tokenizer with code of its own needs "
@@ -231,11 +236,10 @@ class _Encoder:
 
     def __init__(self, options: Calibration, tokenizer: PreTrainedTokenizerBase, table: Table, bundled: bool) -> None:
         self.tokenizer = tokenizer
+        self.source = tokenizer.name_or_path
         self.table = table
         self.columns = choose_columns(options, table)
         self.skipped = 0
-        adds_begin = tokenizer.bos_token_id is not None and self._ids("x", True)[:1] == [tokenizer.bos_token_id]
-        self.begin: int | None = tokenizer.bos_token_id if adds_begin else None
         self.chat: Chat | None = None
         if self.columns.messages or self.columns.question:
             self.chat = choose_chat(options, tokenizer) or (transcript() if bundled else None)
@@ -246,12 +250,15 @@ class _Encoder:
                 "calibration.format: text"
             )
 
+        self._encode = Bounded(partial(_encode, tokenizer, self.chat))
+        adds_begin = tokenizer.bos_token_id is not None and self._ids("x", True)[:1] == [tokenizer.bos_token_id]
+        self.begin: int | None = tokenizer.bos_token_id if adds_begin else None
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self.chat is not None:
-            self.chat.__exit__(*exception)
+        self._encode.__exit__(*exception)
 
     @property
     def notes(self) -> list[str]:
@@ -315,18 +322,43 @@ class _Encoder:
             return self._ids("\n\n".join(joined(message["content"]) for message in messages), True)
         tools = row_tools(row, self.columns.tools, place) if self.columns.tools and self.chat.takes_tools else None
         try:
-            rendered = self.chat.render(messages, tools)
-        except Exception as error:  # a chat template is a program of its own and raises what it likes
-            what = str(error) if self.chat.name == "template" else first_line(error)
+            return _ids(self._encode(messages, tools, self.chat.name == "plain"))
+        except (ValueError, Exceeded) as error:
             raise SourceError(
-                f"{place}: chat: {self.chat.name} cannot render it: {what}. Roles are "
+                f"{place}: chat: {self.chat.name} cannot render it: {error}. Roles are "
                 f"{[message['role'] for message in messages]}; correct or remove the row, or name text with "
                 "calibration.format: text"
-            ) from error
-        return self._ids(rendered, self.chat.name == "plain")
+            ) from None
 
     def _ids(self, text: str, special: bool) -> list[int]:
-        """Token ids; never a second BOS in front of one that the text already spells out."""
-        begin = self.tokenizer.bos_token
-        special = special and not (begin and text.startswith(begin))
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids)
+        try:
+            return _ids(self._encode(text, None, special))
+        except (ValueError, Exceeded) as error:
+            raise SourceError(
+                f"{self.tokenizer.name_or_path}: the tokenizer cannot encode a text of {self.table.place} "
+                f"({text[:40]!r}): {error}; correct the tokenizer, or remove the row"
+            ) from None
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat | None,
+    text: str | list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    special: bool,
+) -> bytes:
+    """Token ids, int64, of a text or of messages; never a second BOS in front of one that the text already spells out.
+
+    Runs bounded: a chat template is a program, and a tokenizer.json holds regexes, which can take for ever or make Rust
+    code panic.
+    """
+    if not isinstance(text, str):
+        assert chat is not None
+        text = chat.render(text, tools)
+    special = special and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return np.array(tokenizer(text, add_special_tokens=special, verbose=False).input_ids, dtype=np.int64).tobytes()
+
+
+def _ids(encoded: bytes) -> list[int]:
+    ids: list[int] = np.frombuffer(encoded, dtype=np.int64).tolist()
+    return ids

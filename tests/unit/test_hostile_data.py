@@ -38,7 +38,7 @@ TEMPLATES = {
         "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
         "MemoryError: more than",
     ),
-    "long": ("{{ 'x' * 10**7 }}", "answer of more than"),
+    "long": ("{{ 'x ' * 10**8 }}", "MemoryError: more than|ended with SIGABRT, as for want of memory"),
     "attribute": ("{{ ''.__class__.__mro__ }}", "SecurityError: access to attribute '__class__'"),
     "mutation": ("{{ messages.append(1) }}", "SecurityError"),
     "globals": ("{{ raise_exception.__globals__.os }}", "SecurityError"),
@@ -59,26 +59,32 @@ def test_a_hostile_template_is_one_message(
     monkeypatch.setattr(bounded, "MEMORY", 200 << 20)
     monkeypatch.setattr(templated, "chat_template", template)
     path = write_rows(tmp_path / "chat.jsonl", [{"messages": DIALOGUE}])
-    with pytest.raises(SourceError, match=f"row 1: chat: template cannot render it: .*{message}") as raised:
+    with pytest.raises(SourceError, match=f"row 1: chat: template cannot render it: .*({message})") as raised:
         load(templated, path)
     assert len(raised.value.problems) == 1 and "\n" not in str(raised.value)
 
 
 def test_a_bounded_function_that_ends_its_process_is_started_again() -> None:
-    def function(what: str) -> str:
+    def function(what: str) -> bytes:
         if what == "die":
             os.kill(os.getpid(), signal.SIGSEGV)
         if what == "exit":
             os._exit(3)
-        return what + "\ud800"
+        if what == "panic":
+            raise type("PanicException", (BaseException,), {})("of Rust")
+        return what.encode() * (1 << 20 if what == "long" else 1)
 
     with Bounded(function) as call:
-        assert call("one") == "one\ud800"
+        assert call("one") == b"one"
+        with pytest.raises(ValueError, match="PanicException: of Rust"):
+            call("panic")
         with pytest.raises(Exceeded, match="its process ended with SIGSEGV"):
             call("die")
         with pytest.raises(Exceeded, match="its process ended with exit code 3"):
             call("exit")
-        assert call("two") == "two\ud800"
+        with pytest.raises(Exceeded, match="an answer of more than"):
+            call("long")
+        assert call("two") == b"two"
         process = call._process
         pid = process.pid
     with pytest.raises(ProcessLookupError):
@@ -90,8 +96,8 @@ def test_the_process_of_a_bounded_function_survives_no_parent() -> None:
     reading, writing = os.pipe()
     parent = os.fork()
     if parent == 0:
-        call = Bounded(lambda: str(os.getpid()))
-        os.write(writing, call().encode())
+        call = Bounded(lambda: str(os.getpid()).encode())
+        os.write(writing, call())
         os._exit(0)
     os.close(writing)
     os.waitpid(parent, 0)
@@ -216,3 +222,23 @@ def test_the_code_of_a_tokenizer_runs_only_with_the_recipe_s_word(name: str, tmp
     except SourceError as error:
         assert "the tokenizer cannot be loaded" in str(error)
     assert not proof.exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "message"),
+    [
+        ("(a+)+$", "a" * 24 + "b", "PanicException: Onig: .*retry-limit-in-match over"),
+        ("a*a*b", "a" * 3000 + "xb", "no end within 1 seconds of processor time"),
+    ],
+)
+def test_a_regex_of_a_tokenizer_that_never_ends_is_one_message(
+    pattern: str, text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bounded, "SECONDS", 1)
+    write_tokenizer(tmp_path, 1024, chat_template=False)
+    path = tmp_path / "tokenizer.json"
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
+    rows = write_rows(tmp_path / "x.jsonl", [{"text": text}])
+    with pytest.raises(SourceError, match=f"the tokenizer cannot encode a text of .*{message}"):
+        load(load_tokenizer(tmp_path, False), rows)
