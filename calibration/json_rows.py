@@ -114,7 +114,15 @@ def _is_one_value(file: Path, lines: list[tuple[int, str]]) -> bool:
 
 def _parsed(file: Path, number: int, text: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{file}, line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove "
+            "the line"
+        ) from None
     except RecursionError:
         raise ValueError(f"{file}, line {number} is nested too deeply; correct or remove the line") from None
     except ValueError as error:

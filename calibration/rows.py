@@ -195,8 +195,8 @@ def normalise(messages: Any, place: str) -> list[dict[str, Any]]:
             clean["content"] = clean.pop(key) if key else ""
         clean["role"] = _role(clean.get("role"))
         content = clean["content"]
-        if clean["role"] not in ROLES:
-            problems.append(f"{place}: message {number} has role {clean['role']!r}; roles are {_roles()}")
+        if not _is_role(clean["role"]):
+            problems.append(f"{place}: message {number} has role {clean['role']!r:.80}; roles are {_roles()}")
             roles += 1
         elif isinstance(content, list):
             clean["content"], strange = _text_parts(content)
@@ -220,7 +220,7 @@ def unknown_roles(table: Table, column: str, order: Sequence[int]) -> str | None
     for row in table.rows([column], looked):
         messages = row[column] if isinstance(row[column], list) else []
         roles = [m["role"] if m.get("role") is not None else m.get("from") for m in messages if isinstance(m, Mapping)]
-        strange = {repr(role) for role in map(_role, roles) if role not in ROLES}
+        strange = {f"{role!r:.80}" for role in map(_role, roles) if not _is_role(role)}
         names.update(strange)
         rows += bool(strange)
     if not rows:
@@ -240,6 +240,10 @@ def _role(role: Any) -> Any:
         return role
     plain = role.strip().casefold()
     return ROLE_ALIASES.get(plain, plain if plain in ROLES else role)
+
+
+def _is_role(role: Any) -> bool:
+    return isinstance(role, str) and role in ROLES
 
 
 def _roles() -> str:

@@ -86,7 +86,7 @@ def _text(value: Any) -> Any:
     if isinstance(value, dict) and "content" in value:
         return value["content"]
     if isinstance(value, list):
-        return [" ".join(item) if isinstance(item, list) else item for item in value]
+        return [" ".join(map(str, item)) if isinstance(item, list) else item for item in value]
     return value
 
 

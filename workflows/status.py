@@ -85,7 +85,7 @@ def _estimate(path: Path) -> dict[str, Any] | None:
     found = read_json(path)
     try:
         render(found or {"stages": {}})
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):  # of another version, or damaged
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # of another version, or damaged
         return None
     return found
 
@@ -119,7 +119,7 @@ def _under_way(session: list[dict[str, Any]]) -> int | None:
 def _stages(events: list[dict[str, Any]], running: bool) -> dict[str, str]:
     stages: dict[str, str] = {}
     for event in events:
-        if event["event"].startswith("stage_"):
+        if event["event"] in ("stage_started", "stage_finished", "stage_failed"):
             stages[event["stage"]] = event["event"].removeprefix("stage_")
     return {
         name: ("running" if running else "interrupted") if how == "started" else how for name, how in stages.items()

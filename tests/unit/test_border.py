@@ -19,6 +19,7 @@ from calibration.checkpoint.source_config import MOST_EXPERTS, SourceConfig, che
 from recipes.errors import SourceError
 from verify.report import level_verdicts
 from verify.structure import verify_structure
+from verify.tokenizer import tokenizer_check
 
 ENTRY: dict[str, Any] = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 
@@ -192,3 +193,13 @@ def test_a_fifo_of_any_name_is_refused_and_not_waited_for(tmp_path: Path, name: 
     with pytest.raises(SourceError, match=name):
         Checkpoint.open(directory)
     assert level_verdicts(verify_structure(directory))["structure"] == "FAIL"
+
+
+@pytest.mark.parametrize("merges", [[["a", []]], [[[], "b"]], [[True, 3]], {"a": 1}, [None]])
+def test_a_tokenizer_whose_merges_are_no_text_is_a_verdict(tmp_path: Path, merges: Any) -> None:
+    tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]}}
+    for name, content in (("a", tokenizer), ("b", {"model": {**tokenizer["model"], "merges": merges}})):
+        write(tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
+    check = tokenizer_check(tmp_path / "b", {"vocab_size": 2}, tmp_path / "a")
+    assert check.verdict == "FAIL" and "merges" in check.figure

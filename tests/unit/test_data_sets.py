@@ -217,6 +217,13 @@ def test_a_bad_row_is_one_message(name: str, templated: Any, tmp_path: Path) -> 
     assert len(raised.value.problems) == 1
 
 
+@pytest.mark.parametrize("role", [["user"], {"a": 1}, 5])
+def test_a_role_that_is_no_text_is_named(role: Any, templated: Any, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"messages": [{"role": role, "content": "a"}]}])
+    with pytest.raises(SourceError, match=r"message 1 has role .*; roles are"):
+        load(templated, path)
+
+
 def test_a_token_without_a_row_of_the_embedding_is_named(v4: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [{"input_ids": [5, 511]}])
     rows = {"vocab_size in config.json": 512, "embed.weight in a.safetensors": 512}

@@ -124,6 +124,8 @@ FILES = {
     "deep_over_lines": ("x.json", b'{"text": "a", "x":' + b"[\n" * 100_000 + b"]" * 100_000 + b"}", "nested"),
     "truncated_gz": ("x.jsonl.gz", b"\x1f\x8b1234", r"x\.jsonl\.gz cannot be read"),
     "ragged_csv": ("x.csv", b"text,b\na,b\na,b,c,d\n", "cannot be read: ParserError"),
+    "half_a_pair": ("x.jsonl", GOOD + b'["a"]\n{"text": "\\ud800"}\n', "half of a surrogate pair|is no row"),
+    "half_a_pair_alone": ("x.jsonl", GOOD + b'{"text": "\\ud800"}\n', "surrogate"),
     "a_number": ("x.jsonl", b"5\n", "line 1 is no row but int"),
     "a_key_twice": ("x.jsonl", b'{"text": {"a": 1}}\n', "column 'text' must be text, not dict"),
 }
