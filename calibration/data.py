@@ -21,6 +21,7 @@ from calibration.checkpoint.families import family_of
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import refuse_outside
 from calibration.dataset import Table, first_line, load_table
+from calibration.padding import batches_of_one_length
 from calibration.rows import (
     UnknownRole,
     choose_columns,
@@ -45,9 +46,10 @@ SLICE_CHARS = 1 << 20
 class CalibrationData:
     """Token batches of one calibration run.
 
-    `batches` yields dicts of `input_ids` and `attention_mask`, both int64 [batch, T] with T the longest sample of the
-    batch, padded on the right, mask 0 on padding. `num_tokens` counts no padding. `digest` is the sha256 of the token
-    rows in order, whatever the batch size: two runs with the same digest calibrate on the same tokens.
+    `batches` yields dicts of `input_ids` and `attention_mask`, both int64 [batch, T]: the samples of a batch all have T
+    tokens, so that there is no padding (calibration.padding), and the mask is 1 everywhere. `digest` is the sha256 of the
+    token rows in order, whatever the batch size: two runs with the same digest calibrate on the same tokens. `regrouped`
+    says that batches of consecutive samples would have been padded.
     """
 
     batches: DataLoader[dict[str, torch.Tensor]]
@@ -55,6 +57,7 @@ class CalibrationData:
     num_samples: int
     num_tokens: int
     description: str
+    regrouped: bool
     warning: str | None = None
 
 
@@ -106,7 +109,7 @@ def load_batches(
 
     Raises SourceError for a data set that is missing, unreachable, damaged, without the column, or empty (with `exact`:
     too small), and for a token that has no row in the `embedding` (see `embedding_rows`);
-    RecipeError for a chat format that the tokenizer does not have, and batches that it cannot pad.
+    RecipeError for a chat format that the tokenizer does not have.
     """
     bundled = options.dataset == "bundled"
     table = load_table(options)
@@ -151,13 +154,14 @@ def load_batches(
     chat = encoder.chat.name if encoder.chat is not None else ""
     if chat == "deepseek_v4" and (source_directory / "encoding" / "encoding_dsv4.py").is_file():
         notes.append("encoding/encoding_dsv4.py of the checkpoint not executed, rendered by this project")
-    collate = partial(_collate, pad=_pad_token(tokenizer, options))
+    lengths, size = [len(sample) for sample in samples], options.batch_size
     return CalibrationData(
-        batches=DataLoader(_Samples(samples), batch_size=options.batch_size, shuffle=False, collate_fn=collate),
+        batches=DataLoader(_Samples(samples), batch_sampler=batches_of_one_length(lengths, size), collate_fn=_collate),
         digest=_digest(samples),
         num_samples=len(samples),
         num_tokens=tokens,
         description="; ".join(notes),
+        regrouped=any(len(set(lengths[begin : begin + size])) > 1 for begin in range(0, len(samples), size)),
         warning=warning,
     )
 
@@ -186,26 +190,9 @@ class _Samples(Dataset[Any]):
         return self.samples[index]
 
 
-def _collate(samples: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    longest = max(map(len, samples))
-    input_ids = torch.full((len(samples), longest), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sample in enumerate(samples):
-        input_ids[row, : len(sample)] = torch.tensor(sample, dtype=torch.int64)
-        attention_mask[row, : len(sample)] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def _pad_token(tokenizer: PreTrainedTokenizerBase, options: Calibration) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
-            return token
-    if options.batch_size == 1:
-        return 0  # never written: a batch of one has no padding
-    raise RecipeError(
-        f"calibration.batch_size: {options.batch_size} needs padding, and the tokenizer has neither a pad nor an eos "
-        "token; set calibration.batch_size: 1"
-    )
+def _collate(samples: list[list[int]]) -> dict[str, torch.Tensor]:
+    input_ids = torch.tensor(samples, dtype=torch.int64)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 def _digest(samples: list[list[int]]) -> str:

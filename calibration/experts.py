@@ -105,7 +105,7 @@ class ExpertCalibration:
             yield
 
     def tokens(self, experts: nn.Module) -> dict[int, int]:
-        """Tokens routed to each expert of this module in CALIBRATE passes; padding tokens count like any other."""
+        """Tokens routed to each expert of this module in CALIBRATE passes."""
         return dict(enumerate(self._tokens.get(experts, ())))
 
     def count(self, experts: nn.Module, tokens: dict[int, int]) -> None:

@@ -68,7 +68,8 @@ def calibrate(
 ) -> CalibrationSummary:
     """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
 
-    `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration.
+    `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration; what
+    the mask rules out at the ends of a row reaches no block (calibration.padding).
     Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and
     log lines are left out unless `verbose`; its warnings become `log` events. With `resume` the blocks that it names as
     finished are left out, and the run's activations go where it says and stay there after an error. Of several `ranks`

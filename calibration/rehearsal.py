@@ -23,6 +23,7 @@ from calibration.activations import ActivationCache
 from calibration.experts import Pass
 from calibration.machine import Spent, Watch
 from calibration.memory import PeakMemory
+from calibration.padding import without_padding
 from calibration.results import Callbacks
 from calibration.sequential import CalibrationRun, Walk
 from calibration.source_model import SourceModel
@@ -47,7 +48,7 @@ class RehearsedBlock:
 
 @dataclass
 class Rehearsal:
-    """What was tried. `tokens` is the size of the batch, padding included; `boundary_bytes` what the batch keeps between
+    """What was tried. `tokens` is the size of the batch; `boundary_bytes` what the batch keeps between
     two blocks; `left_out` are the first blocks of kinds that there was no time for; `peak_memory` in bytes, anonymous."""
 
     tokens: int
@@ -70,7 +71,7 @@ def rehearse_blocks(
     Raises SourceError (values that are not finite, weights that cannot be read), ParityError, WorkflowError (a model
     that cannot be traced) and EnvironmentProblem (out of memory).
     """
-    sample = max(batches, key=lambda batch: batch["input_ids"].numel())
+    sample = max(without_padding(batches), key=lambda batch: batch["input_ids"].numel())
     rehearsal = Rehearsal(sample["input_ids"].numel())
     try:
         with PeakMemory() as memory:

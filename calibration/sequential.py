@@ -40,6 +40,7 @@ from calibration.checkpoint.formats import is_finite
 from calibration.checks import first_non_finite, require_mappings_inside_blocks, require_scales, require_statistics
 from calibration.experts import ExpertCalibration, Pass, fill_from_peers
 from calibration.memory import PeakMemory
+from calibration.padding import without_padding
 from calibration.ranks import Ranks
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume
@@ -105,13 +106,15 @@ class CalibrationRun:
             stack.enter_context(cache)
             stack.enter_context(self.memory)
             stack.callback(self.source.stop_reading)
-            for number, batch in enumerate(dataloader):
+            batches = 0
+            for number, batch in enumerate(without_padding(dataloader)):
+                batches += 1
                 if self.ranks.owns(number):
                     cache.add(batch, number)
             if not len(cache):
                 raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
             samples = parity_samples(cache)
-            self._tell("trace", blocks=len(self.source.blocks), batches=len(dataloader))
+            self._tell("trace", blocks=len(self.source.blocks), batches=batches)
             subgraphs = self.trace(samples[0], tracing_ignore)
             stack.enter_context(self.experts.installed())
             LifecycleCallbacks.calibration_start()
@@ -129,7 +132,7 @@ class CalibrationRun:
             Walk(self, cache, subgraphs, samples, edits, blockwise).walk()
             LifecycleCallbacks.calibration_end()
             self.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
-        self.summary.blocks, self.summary.batches = len(self.source.blocks), len(dataloader)
+        self.summary.blocks, self.summary.batches = len(self.source.blocks), batches
         self.summary.seconds = time.monotonic() - started
 
     def _tell(self, event: str, **facts: Any) -> None:

@@ -25,7 +25,7 @@ from transformers.configuration_utils import PretrainedConfig
 
 from recipes.errors import WorkflowError
 
-#: Batches of a rank compared with the model's own forward: one per kind of batch, at most this many.
+#: Batches of a rank compared with the model's own forward: one per shape of batch, at most this many.
 PARITY_SAMPLES = 2
 #: One BF16 rounding: a number's relative distance to its neighbour is at most 2^-7.
 BF16_STEP = 2.0**-7
@@ -134,16 +134,15 @@ def require_parity(what: str, traced: torch.Tensor, own: torch.Tensor) -> float:
 
 
 def parity_samples(cache: IntermediatesCache) -> dict[int, dict[str, Any]]:
-    """The batches that parity is checked with, by their index in `cache`: the first of each kind (shape, padded or
-    not), at most PARITY_SAMPLES, the first batch among them."""
+    """The batches that parity is checked with, by their index in `cache`: the first of each shape, at most
+    PARITY_SAMPLES, the first batch among them."""
     samples: dict[int, dict[str, Any]] = {}
-    kinds = set()
+    shapes = set()
     for index in range(len(cache)):
         batch = cache.fetch(index)
-        mask = batch.get("attention_mask")
-        kind = (tuple(batch["input_ids"].shape), mask is not None and not bool(mask.all()))
-        if kind not in kinds:
-            kinds.add(kind)
+        shape = tuple(batch["input_ids"].shape)
+        if shape not in shapes:
+            shapes.add(shape)
             samples[index] = batch
         if len(samples) == PARITY_SAMPLES:
             break

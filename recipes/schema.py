@@ -56,7 +56,7 @@ class Calibration(Section):
     max_seq_length: int = Field(default=2048, ge=1, le=1_048_576)
     """Tokens per sample at most; longer samples are cut."""
     batch_size: int = Field(default=1, ge=1)
-    """Samples per forward pass. Larger is faster and needs more memory."""
+    """Samples of one length per forward pass, at most: nothing is padded. Larger is faster and needs more memory."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of the shuffle; the same seed draws the same samples."""
     shuffle: bool = True

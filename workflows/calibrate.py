@@ -78,6 +78,8 @@ def calibrate_blocks(
     scratch = Path(recipe.offload.directory) if recipe.offload.directory else None
     activations = activations_directory(scratch, directory.path, output)
     now = fingerprint(recipe, plan, source, data.digest, device_name())
+    if data.regrouped:  # absent else: a run that was begun with padded batches must not go on without
+        now["batches"] = "of samples of one length, without padding"
     require_equal(ranks, "settings", now)
     resume = open_resume(directory, plan, output, activations, now, restart, overwrite, ranks, source)
     if ranks.writes:

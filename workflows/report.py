@@ -110,7 +110,7 @@ def _block_figures(blocks: dict[int, dict[str, Any]]) -> list[Any]:
     found = (
         expert_map(
             tokens, "Tokens per expert",
-            f"Calibration tokens routed to each expert, padding counted; least {low:.0f}. Grey: none.", "tokens",
+            f"Calibration tokens routed to each expert; least {low:.0f}. Grey: none.", "tokens",
             logarithmic=True,
         ),
         time_and_memory(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,6 +25,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTr
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.oneshot import calibrate, quiet
+from calibration.padding import without_padding
 from calibration.sequential import BlockResult, CalibrationSummary, Callbacks
 from calibration.source_model import SourceModel, build_skeleton
 from recipes.modifiers import TAKES_EDITS
@@ -77,7 +78,12 @@ def batches(count: int = 3, size: int = 2, tokens: int = 40, seed: int = 0) -> D
     ]
     if made:
         made[-1]["attention_mask"][-1, -tokens // 4 :] = 0
-    return DataLoader(made, batch_size=None)  # type: ignore[arg-type]
+    return loader(made)
+
+
+def loader(made: Iterable[dict[str, torch.Tensor]]) -> DataLoader[dict[str, torch.Tensor]]:
+    """Batches as they are, in the form that llm-compressor takes."""
+    return DataLoader(list(made), batch_size=None)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -116,7 +122,7 @@ def skeleton(name: str) -> SourceModel:
 def ours(
     chosen: Recipe,
     source: SourceModel,
-    loader: DataLoader[Any] | None = None,
+    data: DataLoader[Any] | None = None,
     watch: Callable[[BlockResult], None] = lambda result: None,
     takes_edits: bool = False,
 ) -> Run:
@@ -135,7 +141,7 @@ def ours(
     plan = make_plan(formats.checkpoint, formats, chosen)
     scratch = Path(_root().name) / "scratch"
     callbacks = Callbacks(on_block, run.events.append, takes_edits)
-    run.summary = calibrate(chosen, source, plan, batches() if loader is None else loader, callbacks, scratch)
+    run.summary = calibrate(chosen, source, plan, batches() if data is None else data, callbacks, scratch)
     return run
 
 
@@ -154,10 +160,11 @@ def stock_model(name: str) -> PreTrainedModel:
 
 
 def stock(
-    name: str, source: SourceModel, modifiers: Sequence[Modifier] | None = None, loader: DataLoader[Any] | None = None
+    name: str, source: SourceModel, modifiers: Sequence[Modifier] | None = None, data: DataLoader[Any] | None = None
 ) -> Scales:
     """Parameters that stock llm-compressor's oneshot with its own sequential pipeline leaves behind, under the source's
-    names: scales and weights of the quantized linear layers, weights of all other modules."""
+    names: scales and weights of the quantized linear layers, weights of all other modules. It is given the rows without
+    their padding, which it would observe."""
     model = stock_model(name)
     # oneshot refuses the quantized config that the checkpoint has on disk.
     model.config.name_or_path = source.model.config.name_or_path
@@ -174,7 +181,7 @@ def stock(
         stock_oneshot(
             model=model,
             recipe=chosen,
-            dataset=batches() if loader is None else loader,
+            dataset=loader(without_padding(batches() if data is None else data)),
             pipeline="sequential",
             processor=object(),
         )

@@ -170,6 +170,23 @@ def test_other_settings_are_named_and_refused(case: Case, attempt: Attempt) -> N
     same(attempt, case)
 
 
+def test_a_run_begun_with_padded_batches_does_not_go_on_without_padding(case: Case, attempt: Attempt) -> None:
+    """What the version before 2026-11-29 wrote for samples of unequal length names no `batches`."""
+    rows = attempt.directory / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "some words " * count}) + "\n" for count in (3, 9, 3, 5)))
+    data = {"dataset": str(rows), "num_samples": 4, "max_seq_length": 64, "batch_size": 2}
+    attempt.write(case.body | {"calibration": data})
+    assert attempt.go(partial(kill_behind, 0)) == KILLED
+    journal = attempt.run_directory / "journal.jsonl"
+    text = journal.read_text()
+    assert text.count('"batches"') == 1
+    journal.write_text(text.replace('"batches"', '"ragged"'))
+    assert attempt.go() == ENVIRONMENT
+    assert "batches: null -> of samples of one length, without padding" in attempt.text
+    journal.write_text(text)
+    assert attempt.go() == 0 and attempt.loaded() == [1, 2]
+
+
 def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
     other = case.body | {"calibration": case.body["calibration"] | {"num_samples": 5}}
     attempt.write(other)

@@ -35,19 +35,19 @@ def test_the_seed_decides_which_samples(v4: Any, tmp_path: Path) -> None:
     assert set(decoded(v4, first)) < set(TEXTS) and decoded(v4, first) != TEXTS[:8]
 
 
-def test_batches_are_cut_and_padded_on_the_right(v4: Any, tmp_path: Path) -> None:
-    texts = ["short", "a much longer text " * 20, "of middle length"]
+def test_batches_hold_rows_of_one_length_and_no_padding(v4: Any, tmp_path: Path) -> None:
+    texts = ["short", "a much longer text " * 20, "of middle length", "another longer text " * 20, "short"]
     path = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    data = load(v4, path, num_samples=3, max_seq_length=12, batch_size=2, shuffle=False)
-    expected = [v4(text).input_ids[:12] for text in texts]
-    batches = list(data.batches)
-    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 12), (1, len(expected[2]))]
-    assert all(tensor.dtype == torch.int64 for batch in batches for tensor in batch.values())
-    short = len(expected[0])
-    assert batches[0]["attention_mask"].tolist() == [[1] * short + [0] * (12 - short), [1] * 12]
-    assert batches[0]["input_ids"][0].tolist() == expected[0] + [v4.pad_token_id] * (12 - short)
-    assert token_rows(data) == expected
-    assert data.num_samples == 3 and data.num_tokens == sum(map(len, expected))
+    data = load(v4, path, num_samples=5, max_seq_length=12, batch_size=2, shuffle=False)
+    short, long, middle, longer, brief = expected = [v4(text).input_ids[:12] for text in texts]
+    assert len(short) == len(brief) < len(middle) < len(long) == len(longer) == 12
+    assert [batch["input_ids"].tolist() for batch in data.batches] == [[short, brief], [long, longer], [middle]]
+    assert len(data.batches) == 3 and data.regrouped
+    assert all(tensor.dtype == torch.int64 for batch in data.batches for tensor in batch.values())
+    assert all(batch["attention_mask"].all() for batch in data.batches)
+    assert data.num_samples == 5 and data.num_tokens == sum(map(len, expected))
+    one = load(v4, path, num_samples=5, max_seq_length=12, batch_size=1, shuffle=False)
+    assert token_rows(one) == expected and not one.regrouped and one.digest == data.digest
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "directory", "saved"])
@@ -338,13 +338,15 @@ def test_a_chat_format_that_the_tokenizer_lacks(v4: Any, bare: Any, tmp_path: Pa
         load(bare, path)
 
 
-def test_padding_needs_a_token(bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in TEXTS])
+def test_batches_need_no_pad_token(bare: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(
+        tmp_path / "texts.jsonl",
+        [{"text": text} for text in ("one of them", "two of them here", "all three of the same kind")],
+    )
     monkeypatch.setattr(bare, "_special_tokens_map", {**bare._special_tokens_map, "pad_token": None, "eos_token": None})
     assert bare.pad_token_id is None and bare.eos_token_id is None
-    with pytest.raises(RecipeError, match=r"batch_size: 2 needs padding.*set calibration\.batch_size: 1"):
-        load(bare, path, num_samples=2, batch_size=2)
-    assert load(bare, path, num_samples=2, batch_size=1).num_samples == 2
+    data = load(bare, path, num_samples=3, batch_size=3)
+    assert sorted(token_rows(data)) == sorted(token_rows(load(bare, path, num_samples=3, batch_size=1)))
 
 
 @pytest.mark.parametrize("present", [False, True])
