@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
 from recipes.loader import load_section, parse_value
 
+#: Runs of one matrix.
+MAX_RUNS = 10_000
+_LONGEST = 100
 _UNSAFE = re.compile(r"[^A-Za-z0-9._=-]+")
 
 
@@ -100,14 +106,16 @@ def load_matrix(path: Path) -> Matrix:
 
 def variants(matrix: Matrix) -> list[tuple[str, list[str]]]:
     """(name of the variant, its overrides as `load_recipe` takes them), in the order of the file, the last entry of
-    `vary` turning fastest."""
-    axes = [_choices(axis, choices) for axis, choices in matrix.vary.items()]
+    `vary` turning fastest. Raises RecipeError for more than 10,000."""
+    axes = [list(_choices(axis, choices)) for axis, choices in matrix.vary.items()]
+    if (count := math.prod(map(len, axes))) > MAX_RUNS:
+        raise RecipeError(f"vary: makes {count:,} runs, at most {MAX_RUNS:,} are taken; split the matrix")
     common = list(matrix.set.items())
     found = []
     for chosen in itertools.product(*axes):
-        name = "-".join(part for part, _ in chosen)
+        name = _short("-".join(part for part, _ in chosen))
         pairs = common + [pair for _, overrides in chosen for pair in overrides]
-        found.append((name, [f"{key}={json.dumps(value)}" for key, value in pairs]))
+        found.append((name, [f"{key}={_as_yaml(value)}" for key, value in pairs]))
     return found
 
 
@@ -141,6 +149,19 @@ def _choices(axis: str, choices: JsonValue) -> Iterator[tuple[str, list[tuple[st
     elif isinstance(choices, list):
         for value in choices:
             yield _safe(f"{axis.rpartition('.')[2]}_{_word(value)}"), [(axis, value)]
+
+
+def _as_yaml(value: JsonValue) -> str:
+    """The value as an override spells it, in one line. JSON writes 1e+30, which YAML reads as text."""
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+def _short(name: str) -> str:
+    """A name that a directory can have; a long one is cut and ends in a digest of the whole."""
+    return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _word(value: JsonValue) -> str:

@@ -20,6 +20,7 @@ from rich.console import Console
 from calibration import disk
 from calibration.cost import boundary_bytes, scratch_bytes
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
+from recipes.loader import parse_value
 from recipes.matrix import Matrix, Resources, load_matrix, parse_resources, variants
 from tests.models import standard
 from workflows import batch_plan
@@ -121,6 +122,33 @@ def test_resources_of_the_command_line_go_over_those_of_the_file() -> None:
 def test_variants_name_lists_and_words() -> None:
     matrix = Matrix(base="r.yaml", vary={"a.ignore": [["lm_head", "re:^x/y$"], []]})
     assert [name for name, _ in variants(matrix)] == ["ignore_lm_head_re_x_y", "ignore_none"]
+
+
+def test_values_of_a_matrix_arrive_as_they_are_written(tmp_path: Path) -> None:
+    values = [
+        1e30,
+        1e-7,
+        3,
+        None,
+        True,
+        "1e3",
+        "no",
+        "a b: c",
+        "\U0001f600",
+        [1e30, "x"],
+        {"b": [1.5e9, None], "a": "010"},
+    ]
+    matrix = Matrix(base="r.yaml", vary={"a.b": values})
+    found = [overrides[0].partition("=")[2] for _, overrides in variants(matrix)]
+    assert [parse_value(text) for text in found] == values
+
+
+def test_a_matrix_of_long_values_has_short_names_and_one_of_millions_of_runs_is_refused() -> None:
+    matrix = Matrix(base="r.yaml", vary={"a.b": ["x" * 300 + "1", "x" * 300 + "2"]})
+    one, two = (name for name, _ in variants(matrix))
+    assert one != two and len(one) < 120
+    with pytest.raises(RecipeError, match=r"vary: makes 10,000,000,000 runs, at most 10,000 are taken"):
+        variants(Matrix(base="r.yaml", vary={f"a.k{axis}": list(range(10)) for axis in range(10)}))
 
 
 def test_recipes_with_one_file_name_are_told_apart_by_their_directory(tmp_path: Path) -> None:
