@@ -66,6 +66,7 @@ class _Fingerprint(_Line):
     plan: str | None = None
     blocks: Block | None = None
     parts: dict[str, Any] = {}
+    source: dict[str, list[int]] = {}
 
 
 class _Started(_Line):

@@ -228,7 +228,7 @@ def _opened(
     complete = any(fact.get("fact") == "verified" for fact in facts)
     if finished and not restart:
         # Runs before this one recorded no state of the source.
-        changed = changed_shards(begun[-1]["source"], source) if "source" in begun[-1] else []
+        changed = changed_shards(begun[-1]["source"], source) if begun[-1]["source"] else []
         if begun[-1]["parts"] == now and not changed and not (overwrite and complete):
             return read_resume(directory, plan, output, activations)
         if not overwrite:

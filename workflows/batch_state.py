@@ -24,14 +24,14 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from calibration.checkpoint.files import is_file, read_json_object
-from calibration.checkpoint.index import INDEX_NAME
+from calibration.checkpoint.files import read_json_object
 from calibration.checkpoint.writer import write_json
 from calibration.journal import RunDirectory, append_line, process_began
 from calibration.lines import read_attempts
-from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
-from recipes.loader import load_recipe, recipe_digest
-from recipes.schema import Verify
+from recipes.errors import EnvironmentProblem, SourceError
+from recipes.loader import load_recipe
+from workflows.standing import Standing
+from workflows.standing import standing as standing_of
 
 #: Facts of a run's journal that mean that it came further. Not `verified`: an engine that is killed leaves it each time.
 _PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported")
@@ -186,41 +186,11 @@ class BatchDirectory:
         return None
 
 
-@dataclass(frozen=True)
-class Standing:
-    """What an output holds, seen from one recipe: `kind` is `done` (verified, no FAIL, nothing to do), `verify` (finished,
-    to be verified again), `open` (nothing or an unfinished run of this recipe) or `foreign` (something else)."""
-
-    kind: str
-    why: str = ""
-
-
 def standing(entry: Entry) -> Standing:
-    """Read from the journal, the events and the names of the shards; no tensor is read."""
-    output, facts, events = Path(entry.output), entry.run.facts(), entry.run.events()
-    there = output.is_dir() and any(output.iterdir())
-    if output.exists() and not output.is_dir():
-        return Standing("foreign", "output exists and is no directory")
-    plan = next((fact["plan"] for fact in reversed(facts) if fact.get("plan")), None)
-    verified = next((fact for fact in reversed(facts) if fact.get("fact") == "verified"), None)
-    if verified is None:
-        if there and not facts:
-            return Standing("foreign", "output is not empty")
-        if plan not in (None, entry.plan_digest):
-            return Standing("foreign", "an unfinished run of another plan is there")
-        return Standing("open")
-    shards = {name for fact in facts if fact.get("fact") == "shards" for name in fact.get("shards", ())}
-    if not all(is_file(output / name) for name in (*shards, INDEX_NAME)):
-        return Standing("foreign", "a finished checkpoint is there that has lost files")
-    planned = [e for e in events if e["event"] == "plan" and e["time"] <= verified["time"]]
-    if plan != entry.plan_digest or not planned:
-        return Standing("foreign", "the checkpoint of another recipe is there")
-    if planned[-1].get("recipe") == entry.recipe_digest:
-        failed = "FAIL" in verified.values()
-        return Standing("verify", "verification failed") if failed else Standing("done")
-    if _differ_in_verify_alone(entry):
-        return Standing("verify", "the recipe asks for other checks")
-    return Standing("foreign", "the checkpoint of another recipe is there")
+    """What the output of a run holds, seen from its frozen recipe."""
+    return standing_of(
+        Path(entry.output), entry.run, entry.plan_digest, entry.recipe_digest, lambda: load_recipe(Path(entry.recipe))
+    )
 
 
 def alive(attempt: dict[str, Any]) -> bool:
@@ -234,13 +204,3 @@ def alive(attempt: dict[str, Any]) -> bool:
 def orphan(attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The attempt that goes on although the batch that began it is gone."""
     return attempts[-1] if attempts and alive(attempts[-1]) else None
-
-
-def _differ_in_verify_alone(entry: Entry) -> bool:
-    try:
-        there = load_recipe(entry.run.path / "recipe.yaml")
-        ours = load_recipe(Path(entry.recipe))
-    except WorkflowError:
-        return False
-    alike = [recipe_digest(recipe.model_copy(update={"verify": Verify()})) for recipe in (there, ours)]
-    return alike[0] == alike[1]

@@ -19,6 +19,7 @@ from calibration.ranks import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
 from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
+from verify.checks import Check
 from verify.levels import print_samples
 from verify.report import OutputConsole, failed, level_verdicts, print_checks
 from workflows import estimate, stages
@@ -94,21 +95,29 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
         stages.require_shareable(run.recipe)
     if not ranks.writes:
         # Only calibration is shared out: the other stages are rank 0's alone.
-        if "calibrate" in chosen and not dry_run:
-            ranks.exchange("inspect", None)
+        if "calibrate" in chosen and not dry_run and not ranks.exchange("inspect", False)[0]:
             stages.calibrate(run)
         return
     if dry_run:
         return _dry_run(run, as_json)
+    done = stages.judged_before(run, chosen)
+    if done is not None:
+        ranks.exchange("inspect", True)
+        return _judge(run, done, as_json)
     # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
     with run.reporter.stage("inspect"):
         stages.inspect(run, chosen)
     if "calibrate" in chosen:
-        ranks.exchange("inspect", None)
+        ranks.exchange("inspect", False)
     for name in chosen[1:] if chosen[0] == "inspect" else chosen:
         with run.reporter.stage(name), estimate.measured(run.took, name):
             getattr(stages, name)(run)
     _compare(run)
+    _judge(run, run.checks, as_json)
+
+
+def _judge(run: Run, checks: list[Check], as_json: bool) -> None:
+    run.checks = checks
     _summarize(run, as_json)
     bad = failed(run.checks)
     if bad:

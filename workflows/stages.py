@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import INDEX_NAME, Checkpoint
+from calibration.checkpoint.index import INDEX_NAME, Checkpoint, changed_shards
 from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.side_files import SideFiles, side_files
 from calibration.checkpoint.writer import write_json, write_text
@@ -19,7 +19,7 @@ from calibration.journal import RunDirectory
 from calibration.output import start_over
 from calibration.ranks import Ranks
 from calibration.resume import versions
-from recipes.errors import EnvironmentProblem, RecipeError
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
 from verify.checks import Check
@@ -36,6 +36,7 @@ from workflows.progress import Reporter
 from workflows.rehearse import Prepared
 from workflows.report import ReportPage
 from workflows.source import require_apart, resolve_source
+from workflows.standing import last_checks, standing
 
 STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
 
@@ -111,6 +112,33 @@ class Run:
             "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
             "activation_bytes_at_a_boundary": activations,
         }
+
+
+def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
+    """The checks of a run that this same command, of all stages, brought to its end before; None if there is something to
+    do. The source must be what it was, and the output whole as far as its headers tell."""
+    whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
+    if not whole or run.overwrite or run.restart:
+        return None
+    found = standing(run.output, run.directory, run.plan.digest, recipe_digest(run.recipe), lambda: run.recipe)
+    if not found.judged:
+        return None
+    begun = [fact["source"] for fact in run.directory.facts() if fact.get("fact") in ("fingerprint", "started")]
+    # Runs before this one recorded no state of the source.
+    if begun and begun[-1] and (changed := changed_shards(begun[-1], run.source.state)):
+        run.reporter.say(f"the source changed since {run.output} was made: {changed[0]}", "warning")
+        return None
+    try:
+        Checkpoint.open(run.output)
+    except SourceError as error:
+        run.reporter.say(f"{run.output}: was finished and is damaged: {error.problems[0]}", "warning")
+        return None
+    verdicts = ", ".join(f"{level} {verdict}" for level, verdict in found.verdicts)
+    run.reporter.say(
+        f"{run.output}: done and verified before by this recipe and plan ({verdicts}): nothing to do; --from verify verifies it "
+        "again, --overwrite makes it again"
+    )
+    return last_checks(run.directory, found)
 
 
 def inspect(run: Run, stages: list[str]) -> None:

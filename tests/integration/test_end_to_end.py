@@ -148,7 +148,9 @@ def test_stages_can_be_run_again_and_skipped(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in output.glob("*.safetensors")}
 
     again = run(recipe)
-    assert again.returncode == 4 and "output is not empty" in again.stderr and "--overwrite" in again.stderr
+    assert again.returncode == 0 and "done and verified before" in again.stderr and "--overwrite" in again.stderr
+    other = run(recipe, "--set", "export.max_shard_size=1MB")
+    assert other.returncode == 4 and "output is not empty" in other.stderr and "--overwrite" in other.stderr
     assert {path.name: path.read_bytes() for path in output.glob("*.safetensors")} == before
     assert run(recipe, "--overwrite").returncode == 0
     assert {path.name: path.read_bytes() for path in output.glob("*.safetensors")} == before

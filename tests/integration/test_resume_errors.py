@@ -141,7 +141,11 @@ def test_a_finished_calibration_is_not_repeated(case: Case, attempt: Attempt) ->
     assert {path: path.stat().st_mtime_ns for path in attempt.output.glob("*.safetensors")} == stamps
     attempt.go()
     same(attempt, case)
+    assert attempt.go() == 0 and "done and verified before by this recipe and plan" in attempt.text
+    assert attempt.loaded() == []
+    attempt.write(case.body | {"calibration": case.body["calibration"] | {"num_samples": 5}})
     assert attempt.go() == ENVIRONMENT and "output is not empty" in attempt.text
+    attempt.write(case.body)
     assert attempt.go(None, "--overwrite") == 0 and attempt.loaded() == [None, 0, 1, 2]
     same(attempt, case)
 
