@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.checkpoint.header import fsync_directory
+from calibration.checkpoint.header import free_inodes, fsync_directory
 from calibration.checkpoint.writer import PARTIAL
 from recipes.errors import EnvironmentProblem
 
@@ -19,11 +19,12 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run will put below `directory`, which need not exist yet, and what it can be told apart by."""
+    """Bytes and files that a run will put below `directory`, which need not exist yet, and what it can be told apart by."""
 
     what: str
     directory: Path
     nbytes: int
+    files: int = 1
 
 
 def existing(directory: Path) -> Path:
@@ -35,7 +36,7 @@ def existing(directory: Path) -> Path:
 
 
 def space_problems(needs: Sequence[Need]) -> list[str]:
-    """One message per file system that has less room than the needs that fall on it together."""
+    """One message per file system that has less room, or fewer inodes, than the needs that fall on it together."""
     together: dict[int, list[Need]] = defaultdict(list)
     for need in needs:
         together[existing(need.directory).stat().st_dev].append(need)
@@ -48,6 +49,13 @@ def space_problems(needs: Sequence[Need]) -> list[str]:
             problems.append(
                 f"{place}: {free:,} bytes free, the run needs {wanted:,} ({parts}); free some space, or name another "
                 "output or offload.directory"
+            )
+        files, inodes = sum(need.files for need in group), free_inodes(place)
+        if inodes is not None and files > inodes:
+            parts = " and ".join(f"{need.what} {need.files:,}" for need in group)
+            problems.append(
+                f"{place}: {inodes:,} inodes free, the run needs {files:,} ({parts}); remove files there, or name another output "
+                "or offload.directory"
             )
     return problems
 

@@ -19,7 +19,7 @@ from workflows.batch_state import Entry, standing
 #: the next call of the batch, `failed` when somebody has changed something.
 OUTCOMES = ("done", "transient", "space", "stopped", "failed")
 
-_FULL = (os.strerror(errno.ENOSPC), "free some space")
+_FULL = (os.strerror(errno.ENOSPC), "free some space", "no inode is left", " inodes free, the run needs ")
 #: Of exit code 4, what passes by itself: somebody else's run, ranks that were killed (`calibration.ranks`), no memory for
 #: a mapping.
 _PASSES = ("another process works on this output", "is gone without a word", "no sign of life", "torchrun's store at",

@@ -24,7 +24,7 @@ from verify.engine import check_environment
 from workflows import estimate
 from workflows.batch_state import BatchDirectory, Entry, orphan, standing
 from workflows.progress import Reporter
-from workflows.rehearse import finished_blocks
+from workflows.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES, finished_blocks
 from workflows.source import require_apart, resolve_source
 from workflows.stages import Run
 
@@ -143,11 +143,12 @@ def ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float | None]]
 def needs(entry: Entry) -> tuple[Need, Need]:
     """What a run will still put on disk: the rest of its output, and its activations."""
     scratch = activations_directory(Path(entry.scratch) if entry.scratch else None, entry.run.path, Path(entry.output))
-    rest = 0 if standing(entry).kind in ("done", "verify") else entry.activation_bytes - _size(scratch.rglob("*"))
-    written = _size(Path(entry.output).glob("*.safetensors"))
+    computed = standing(entry).kind in ("done", "verify")
+    rest, files = (0, 0) if computed else (entry.activation_bytes, entry.activation_files)
+    written, saved = _size(Path(entry.output).glob("*.safetensors")), _size(scratch.rglob("*"))
     return (
-        Need(entry.name, Path(entry.output), max(entry.output_bytes - written, 0)),
-        Need(f"activations of {entry.name}", scratch, max(rest, 0)),
+        Need(entry.name, Path(entry.output), max(entry.output_bytes - written[0], 0), max(entry.files - written[1], 1)),
+        Need(f"activations of {entry.name}", scratch, max(rest - saved[0], 0), max(files - saved[1], 0)),
     )
 
 
@@ -177,7 +178,7 @@ def _plan(
 
 def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> Entry:
     require_apart(recipe, source.directory)
-    side_files(source.directory)
+    beside = side_files(source.directory)
     run = Run(recipe, Reporter("error"))
     run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
     entry = Entry(
@@ -191,6 +192,8 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
         output_bytes=run.plan.output_bytes,
         source_bytes=source.total_bytes,
         activation_bytes=_scratch(run) if recipe.method == "calibrate" else 0,
+        files=len(run.plan.shards) + len(beside.copied) + OWN_FILES + RUN_FILES,
+        activation_files=FILES_PER_BATCH * _batches(recipe) if recipe.method == "calibrate" else 0,
         scratch=recipe.offload.directory,
         parameters=run.plan.parameters,
         bits_per_parameter=run.plan.bits_per_parameter,
@@ -201,6 +204,11 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
 def _scratch(run: Run) -> int:
     boundary = run.predicted()["activation_bytes_at_a_boundary"]
     return scratch_bytes(boundary, len(run.plan.block_numbers), run.recipe.offload.max_host_memory)
+
+
+def _batches(recipe: Recipe) -> int:
+    options = recipe.calibration
+    return 0 if options is None else -(-options.num_samples // options.batch_size)
 
 
 def _seconds(run: Run) -> float:
@@ -266,5 +274,7 @@ def _disks(entries: Sequence[Entry], slots: int) -> list[str]:
     return space_problems([*outputs, *activations])
 
 
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())
+def _size(paths: Iterable[Path]) -> tuple[int, int]:
+    """Bytes and number of the files among the paths."""
+    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    return sum(sizes), len(sizes)

@@ -39,7 +39,7 @@ _PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported")
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a batch as the preflight found it. Bytes are the plan's; `problems` keep the run from being started;
+    """One run of a batch as the preflight found it. Bytes and files are the plan's; `problems` keep the run from being started;
     `seconds` is predicted, None where it is not."""
 
     name: str
@@ -53,6 +53,8 @@ class Entry:
     output_bytes: int = 0
     source_bytes: int = 0
     activation_bytes: int = 0
+    files: int = 0
+    activation_files: int = 0
     scratch: str | None = None
     parameters: int = 0
     bits_per_parameter: float | None = None

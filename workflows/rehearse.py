@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 #: The probe file is a share of what will be written, within these bounds.
 _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
 
+#: Files of the output beside shards and side files, of a run directory with its logs, and of a batch's activations.
+OWN_FILES, RUN_FILES, FILES_PER_BATCH = 5, 32, 2
+
 T = TypeVar("T")
 
 
@@ -52,7 +55,7 @@ def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
         except WorkflowError as error:
             problems += error.problems
     if {"rehearse", "calibrate"} & set(stages):
-        problems += _output_problems(run, stages) + space_problems([_output_need(run)])
+        problems += _output_problems(run, stages) + space_problems(_output_needs(run))
     return problems
 
 
@@ -206,9 +209,10 @@ def _space(run: Run, boundary: int) -> None:
     scratch = scratch_of(run)
     wanted = scratch_bytes(boundary, len(run.plan.block_numbers), run.recipe.offload.max_host_memory)
     there = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
-    problems = space_problems([_output_need(run), Need("activations", scratch, max(wanted - there, 0))])
+    files = FILES_PER_BATCH * (0 if run.prepared.data is None else len(run.prepared.data.batches))
+    problems = space_problems([*_output_needs(run), Need("activations", scratch, max(wanted - there, 0), files)])
     # Said before by the early checks where the output alone does not fit.
-    if problems and not space_problems([_output_need(run)]):
+    if problems and not space_problems(_output_needs(run)):
         raise EnvironmentProblem(problems)
 
 
@@ -223,10 +227,14 @@ def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
         )
 
 
-def _output_need(run: Run) -> Need:
+def _output_needs(run: Run) -> list[Need]:
     # What an earlier run wrote is kept, or removed before anything is written.
-    there = sum(path.stat().st_size for path in run.output.glob("*.safetensors"))
-    return Need("output", run.output, max(run.plan.output_bytes - there, 0))
+    there = [path.stat().st_size for path in run.output.glob("*.safetensors")]
+    files = max(len(run.plan.shards) - len(there), 0) + len(run.side_files.copied) + OWN_FILES
+    return [
+        Need("output", run.output, max(run.plan.output_bytes - sum(there), 0), files),
+        Need("run directory", run.directory.path, 0, RUN_FILES),
+    ]
 
 
 def _output_problems(run: Run, stages: Sequence[str]) -> list[str]:

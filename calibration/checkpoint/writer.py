@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from calibration.checkpoint.header import fsync_directory
+from calibration.checkpoint.header import free_inodes, fsync_directory
 from calibration.checkpoint.plan import OutputTensor
 from recipes.errors import EnvironmentProblem, WorkflowError
 from recipes.files import open_regular
@@ -120,7 +120,13 @@ def explain(path: Path, error: Exception, nbytes: int, full: bool) -> str:
     """What went wrong while `path` was written, in one sentence with its remedy; `full`: the disk is."""
     if not full:
         return f"{path}: cannot be written: {error}; check the path and the permissions"
-    disk = os.statvfs(path.parent)
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    disk = os.statvfs(place)
+    if free_inodes(place) == 0:
+        return (
+            f"{path}: no inode is left for one more file on the file system of {place} ({disk.f_bavail * disk.f_frsize:,} "
+            "bytes are free); remove some files there and run the same command again (files already finished stay)"
+        )
     return (
         f"{path}: the disk is full: {nbytes:,} bytes wanted, {disk.f_bavail * disk.f_frsize:,} free; free some space and "
         "run the same command again (files already finished stay)"

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from calibration.checkpoint.writer import write_safely
 from calibration.cost import boundary_bytes, scratch_bytes
 from calibration.disk import Need, existing, probe_write, space_problems
 from calibration.memory import anonymous_memory, available_memory
 from recipes.errors import EnvironmentProblem
+from workflows.batch_outcome import _FULL
 
 
 def test_needs_of_one_file_system_are_added(tmp_path: Path) -> None:
@@ -20,6 +25,35 @@ def test_needs_of_one_file_system_are_added(tmp_path: Path) -> None:
     assert space_problems([output]) == space_problems([scratch]) == []
     (problem,) = space_problems([output, scratch])
     assert f"output {half:,} and activations {half:,}" in problem and f"needs {2 * half:,}" in problem
+
+
+def file_system(inodes: int, free: int) -> Callable[[object], SimpleNamespace]:
+    """statvfs of a file system with eight blocks of 512 bytes free."""
+    return lambda place: SimpleNamespace(f_files=inodes, f_favail=free, f_blocks=9, f_bfree=8, f_bavail=8, f_frsize=512)
+
+
+def test_inodes_are_counted_and_told_as_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = [Need("output", tmp_path / "a", 1, 20), Need("activations", tmp_path, 0, 10)]
+    assert space_problems(needs) == []
+    monkeypatch.setattr(os, "statvfs", file_system(100, 29))
+    (problem,) = space_problems(needs)
+    assert "29 inodes free, the run needs 30 (output 20 and activations 10); remove files there" in problem
+    monkeypatch.setattr(os, "statvfs", file_system(0, 0))
+    assert space_problems(needs) == []  # btrfs counts none
+
+
+def test_a_write_without_an_inode_names_the_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(partial: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for inodes, said in (
+        (0, "no inode is left .*4,096 bytes are free"),
+        (1, "the disk is full: 7 bytes wanted, 4,096 free"),
+    ):
+        monkeypatch.setattr(os, "statvfs", file_system(9, inodes))
+        with pytest.raises(EnvironmentProblem, match=said) as caught:
+            write_safely(tmp_path / "not" / "there", full, 7)
+        assert any(words in str(caught.value) for words in _FULL)  # a batch waits for room
 
 
 def test_probe_leaves_nothing(tmp_path: Path) -> None:
