@@ -5,7 +5,7 @@ No code of a data set runs: datasets 5 refuses loading scripts and pickles.
 
 from __future__ import annotations
 
-import gzip
+import itertools
 import logging
 import os
 import re
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
+from datasets.utils.extract import Extractor  # type: ignore[import-untyped]
 
-from calibration.json_rows import as_rows, guarded_reader, not_utf8, read_rows
+from calibration.json_rows import as_rows, guarded_reader, not_utf8, open_expanded, read_rows
 from recipes.errors import SourceError
 from recipes.schema import Calibration
 
@@ -34,6 +34,12 @@ COMPRESSED = ".gz"
 """May follow the suffix of a JSON or CSV file."""
 MAX_ENTRIES = 100_000
 """Files and directories below a data set's directory at most."""
+
+
+EXPANSION, EXPANDED = 200, 1 << 30
+"""A compressed file of this many bytes and times its size is none of text, which gzip makes 3 to 20 times smaller."""
+LOOKED_INTO = 1 << 30
+"""Bytes of files that are read again to say what is wrong with a data set."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +127,13 @@ def load_table(options: Calibration) -> Table:
         files = sorted(file for file in path.rglob("*") if file.is_file() and builder_of(file))
         if files and all(file.suffix == ".txt" for file in files):
             return _load_files(options, "text", files)
-        read = partial(datasets.load_dataset, str(path), name=options.config_name, split=options.split)
-        return _guarded(options, files, read)
+
+        def read_directory() -> Any:
+            for file in files:
+                _check_expansion(file)
+            return datasets.load_dataset(str(path), name=options.config_name, split=options.split)
+
+        return _guarded(options, files, read_directory)
     if mode is not None:
         raise SourceError(f"calibration.dataset {options.dataset}: is no regular file (a device, pipe or socket)")
     if builder_of(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", options.dataset):
@@ -195,6 +206,8 @@ def _load_files(options: Calibration, builder: str, files: list[Path]) -> Table:
     data_files = {"train": [str(file) for file in files]}
 
     def read() -> Any:
+        for file in files:
+            _check_expansion(file)
         try:
             return datasets.load_dataset(builder, data_files=data_files, split=options.split, **settings)
         except datasets.exceptions.DatasetBuildError:
@@ -206,10 +219,26 @@ def _load_files(options: Calibration, builder: str, files: list[Path]) -> Table:
     return _guarded(options, files, read, books=builder == "text")
 
 
+def _check_expansion(file: Path) -> None:
+    """Raises ValueError for an archive, and for a small file that would fill disk and memory. datasets expands a file by
+    its content, whatever its name is."""
+    packed = Extractor.infer_extractor_format(str(file))
+    if packed is None:
+        return
+    if packed != "gzip":
+        raise ValueError(f"{file} is compressed ({packed}); unpack it, or use gzip")
+    size, most = 0, max(EXPANDED, EXPANSION * file.stat().st_size)
+    with open_expanded(file) as opened:
+        while block := opened.read(1 << 20):
+            size += len(block)
+            if size > most:
+                raise ValueError(f"{file} expands to more than {most:,} bytes, which no text does")
+
+
 def _begins(path: Path) -> bytes:
     """The first two bytes that are no space, after a byte order mark; nothing of a file that cannot be read."""
     try:
-        with gzip.open(path) if path.suffix == COMPRESSED else path.open("rb") as file:
+        with open_expanded(path) as file:
             return b"".join(file.read(4096).removeprefix(b"\xef\xbb\xbf").split())[:2]
     except (OSError, EOFError):
         return b""
@@ -258,7 +287,9 @@ def _explain(error: Exception, files: list[Path] | None, split: str) -> list[str
 
 def _damages(files: list[Path] | None) -> list[str]:
     """What is wrong with the local files, of the first five where something is."""
-    return list(islice((problem for file in files or [] if (problem := _damaged(file))), 5))
+    sizes = itertools.accumulate(file.stat().st_size for file in files or [])
+    looked_into = [file for file, size in zip(files or [], sizes, strict=True) if size <= LOOKED_INTO]
+    return list(itertools.islice((problem for file in looked_into if (problem := _damaged(file))), 5))
 
 
 def _damaged(file: Path) -> str | None:
@@ -271,8 +302,8 @@ def _damaged(file: Path) -> str | None:
             return str(error)
     elif builder in ("csv", "text"):
         try:
-            with gzip.open(file) if file.suffix == COMPRESSED else file.open("rb") as opened:
-                opened.read().decode("utf-8-sig")
+            with open_expanded(file) as opened:
+                opened.read(LOOKED_INTO).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             return f"{file}, {not_utf8(error)}"
         except (OSError, EOFError) as error:

@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow.json  # type: ignore[import-untyped]
 from datasets.packaged_modules.json import json as library  # type: ignore[import-untyped]
 
 MAX_DEPTH = 200
-"""Of brackets inside each other; pyarrow 24 ends the process with SIGSEGV somewhere above 3000."""
+"""Of brackets inside each other; pyarrow 26 ends the process with SIGSEGV somewhere above 3000."""
+MOST_BYTES = 2 << 30
+"""Of a file that is read as a whole."""
+_GZIP = b"\x1f\x8b"
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NULL_LINE = re.compile(rb"^[ \t]*null[ \t\r]*$", re.MULTILINE)
 _NULL_ROW = re.compile(rb"(?:\A|[^:,\[\s])\s*null")
@@ -59,6 +62,13 @@ def _depth(bare: bytes) -> int:
     return int(_STEP[brackets].cumsum().max(initial=0))
 
 
+def open_expanded(file: Path) -> IO[bytes]:
+    """The file's bytes, those of a gzip file expanded: its content says what it is, as datasets has it."""
+    with file.open("rb") as opened:
+        packed = opened.read(2) == _GZIP
+    return cast("IO[bytes]", gzip.open(file)) if packed else file.open("rb")
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a file (or .gz) of one JSON value, or one a line: objects as they are, a text as {text}, a list of
     messages as {messages}, a list of numbers as {input_ids}, null as {}. All of it in memory.
@@ -66,8 +76,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     Raises ValueError with the file, the line and what is wrong there.
     """
     try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
-            raw = opened.read()
+        with open_expanded(file) as opened:
+            raw = opened.read(MOST_BYTES + 1)
+        if len(raw) > MOST_BYTES:
+            raise ValueError(f"{file} holds more than {MOST_BYTES >> 20} MiB; make several files of it, or .parquet")
         lines = raw.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}, {not_utf8(error)}") from None

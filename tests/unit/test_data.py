@@ -84,7 +84,7 @@ def test_a_book_is_cut_into_windows_that_join_to_the_whole(v4: Any, templated: A
 
 
 def test_a_long_book_loses_nothing_between_slices(v4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibration.data.SLICE_CHARS", 100)
+    monkeypatch.setattr("calibration.encoder.SLICE_CHARS", 100)
     book = "\n".join(TEXTS) + "x" * 250
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
     data = load(v4, str(tmp_path / "book.txt"), num_samples=1, max_seq_length=10_000)

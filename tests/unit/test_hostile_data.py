@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import pytest
 
-from calibration import bounded, dataset
+from calibration import bounded, dataset, json_rows
 from calibration.bounded import Bounded, Exceeded
 from calibration.data import load_tokenizer
 from recipes.errors import SourceError
@@ -122,12 +123,18 @@ FILES = {
     "deep_array": ("x.json", b"[" * 100_000, "nested too deeply"),
     "deep_behind_an_object": ("x.jsonl", GOOD[:-1] + nested(100_000), "is not JSON|nested"),
     "deep_over_lines": ("x.json", b'{"text": "a", "x":' + b"[\n" * 100_000 + b"]" * 100_000 + b"}", "nested"),
+    "a_zip_by_another_name": (
+        "x.jsonl",
+        b"PK\x03\x04" + b"\0" * 30,
+        r"x\.jsonl is compressed \(zip\); unpack it|is not JSON",
+    ),
     "truncated_gz": ("x.jsonl.gz", b"\x1f\x8b1234", r"x\.jsonl\.gz cannot be read"),
     "ragged_csv": ("x.csv", b"text,b\na,b\na,b,c,d\n", "cannot be read: ParserError"),
     "half_a_pair": ("x.jsonl", GOOD + b'["a"]\n{"text": "\\ud800"}\n', "half of a surrogate pair|is no row"),
     "half_a_pair_alone": ("x.jsonl", GOOD + b'{"text": "\\ud800"}\n', "surrogate"),
     "a_number": ("x.jsonl", b"5\n", "line 1 is no row but int"),
-    "a_key_twice": ("x.jsonl", b'{"text": {"a": 1}}\n', "column 'text' must be text, not dict"),
+    "mixed": ("x.jsonl", GOOD + b'{"text": 5}\n', "row 2: column 'text' must be text, not int"),
+    "a_dict": ("x.jsonl", b'{"text": {"a": 1}}\n', "column 'text' must be text, not dict"),
 }
 
 
@@ -139,8 +146,25 @@ def test_a_hostile_file_is_one_message(name: str, v4: Any, tmp_path: Path) -> No
         load(v4, str(tmp_path / file), num_samples=8)
 
 
+def test_a_file_that_expands_without_end_is_refused(v4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "EXPANDED", 100_000)
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "' + b"a" * 1_000_000 + b'"}\n'))
+    with pytest.raises(SourceError, match=r"expands to more than [0-9,]+ bytes, which no text does"):
+        load(v4, str(path))
+    path.write_bytes(gzip.compress(GOOD * 20))
+    assert load(v4, str(path)).num_samples == 1
+
+
+def test_what_is_read_whole_is_bounded(v4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "MOST_BYTES", 100)
+    (tmp_path / "x.jsonl").write_text('["a message"]\n' * 100)
+    with pytest.raises(SourceError, match="holds more than 0 MiB; make several files"):
+        load(v4, str(tmp_path / "x.jsonl"))
+
+
 def test_null_rows_do_not_end_the_process(v4: Any, tmp_path: Path) -> None:
-    """pyarrow 24 ends it with SIGSEGV when the first row of a file is null."""
+    """pyarrow 26 ends it with SIGSEGV when the first row of a file is null."""
     (tmp_path / "x.jsonl").write_bytes(b"null\n" + GOOD + b" null \r\n")
     data = load(v4, str(tmp_path / "x.jsonl"), shuffle=False)
     assert decoded(v4, data) == ["a good line of text"] and "1 rows skipped" in data.description
