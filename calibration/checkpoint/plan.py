@@ -187,6 +187,7 @@ class _Planner:
         assigned = {} if plain else self._assign(groups)
         self._check_whole_groups(assigned)
         steps = self._steps(assigned, groups)
+        self._check_fused_tiles(steps, groups)
         if self.problems:
             raise RecipeError(collapsed([*self.problems, *differing]))
         if differing:
@@ -329,6 +330,22 @@ class _Planner:
                 self.problems.append(
                     f"config_groups: {what} must be quantized alike or not at all: {shares}; widen or narrow the targets"
                 )
+
+    def _check_fused_tiles(self, steps: dict[str, Step], groups: dict[str, Scheme]) -> None:
+        """FP8 tiles that vLLM refuses to load: of projections that it fuses, all but the last (of routed experts all) must be
+        whole tiles high (vllm 0.32, quantization/utils/fp8_utils.py, validate_fp8_block_shape and its MoE twin)."""
+        tiled = {step.module for step in steps.values() if step.group and groups[step.group] is FP8_BLOCK}
+        side = FP8_BLOCK.weights["block_structure"][0]
+        for fused in self.family.fused(module for module in self.weights if module in tiled):
+            whole = fused if self.places[fused[0]].part == ROUTED else fused[:-1]
+            for module in whole:
+                rows = self.formats.of(self.weights[module]).shape[0]
+                if rows % side:
+                    self.problems.append(
+                        f"{self.weights[module]}: stays in FP8 tiles and is served as one matrix with "
+                        f"{', '.join(other for other in fused if other != module)}: vLLM refuses it, output_partition_size = "
+                        f"{rows} is not divisible by block_n = {side}; set export.kept: plain, or quantize them otherwise"
+                    )
 
     def _steps(self, assigned: dict[str, str], groups: dict[str, Scheme]) -> dict[str, Step]:
         scheme_names: dict[str, list[str]] = defaultdict(list)

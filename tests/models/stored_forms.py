@@ -61,6 +61,10 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
         lambda weight: to_int4(weight, 32, asymmetric=True, ordered=True),
         _compressed_tensors("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
     ),
+    "fp8_tiles": (
+        lambda weight: dict(zip(("weight", "weight_scale_inv"), to_tiles(weight, torch.float32), strict=True)),
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    ),
     "fp8_tiles_64": (
         lambda weight: dict(zip(("weight", "weight_scale_inv"), to_tiles(weight, torch.float32, 64), strict=True)),
         {"quant_method": "fp8", "weight_block_size": [64, 64]},

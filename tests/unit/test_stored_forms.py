@@ -135,6 +135,23 @@ def test_what_is_no_target_is_written_plain_with_a_warning(sources: dict[str, Pa
     assert {plan.steps[name].action for name in formats.companions} == {"consume"}
 
 
+def test_kept_tiles_that_vllm_refuses_in_a_fused_matrix_are_told_by_the_plan(tmp_path: Path) -> None:
+    targets = [r"re:.*\.mlp\..*_proj$"]
+    source = stored_forms.write(tmp_path / "source", "llama", "fp8_tiles")
+    with pytest.raises(RecipeError) as caught:
+        plan_of(source, recipe(source, Path("/nowhere/out"), targets))
+    assert caught.value.problems == [
+        "model.layers.0.self_attn.k_proj.weight: stays in FP8 tiles and is served as one matrix with "
+        "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj: vLLM refuses it, output_partition_size = 64 is "
+        "not divisible by block_n = 128; set export.kept: plain, or quantize them otherwise (and 1 more like this)"
+    ], "q has 128 rows, v comes last"
+    with pytest.raises(RecipeError, match=r"k_proj\.weight: stays in FP8 tiles"):
+        plan_of(source, recipe(source, Path("/nowhere/out"), [r"re:.*self_attn\.[qkv]_proj$"], "FP8_BLOCK"))
+    made = recipe(source, Path("/nowhere/out"), targets, export={"kept": "plain"})
+    assert len(plan_of(source, made)[0].quantized) == 6
+    assert len(plan_of(source, recipe(source, Path("/nowhere/out"), LINEAR))[0].quantized) == 14
+
+
 def test_tiles_of_another_size_need_kept_plain(sources: dict[str, Path]) -> None:
     targets = [r"re:.*\.mlp\..*_proj$"]
     with pytest.raises(RecipeError, match=r"stored as FP8 tiles 64x64 and is no target.*export\.kept: plain"):
