@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from calibration.checkpoint.files import read_json_object
+from calibration.checkpoint.files import no_link, read_json_object
 from calibration.checkpoint.header import fsync_directory
 from calibration.lines import read_events, read_journal
 from recipes.errors import EnvironmentProblem, SourceError
@@ -32,7 +32,8 @@ class RunDirectory:
         process works on the same output."""
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a")
+            self._refuse_links()
+            self._lock = open(self.path / "lock", "a", opener=no_link)  # noqa: SIM115 (held until `close`)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._lock.truncate(0)
             self._lock.write(
@@ -48,6 +49,17 @@ class RunDirectory:
                 f"{self.path}: cannot be written: {error.strerror}; choose another output"
             ) from None
         return self
+
+    def _refuse_links(self) -> None:
+        """Raises EnvironmentProblem for a link in the run directory, which may come from elsewhere: what it leads to would be
+        written over, or removed with old activations."""
+        with os.scandir(self.path) as entries:
+            links = sorted(entry.name for entry in entries if entry.is_symlink())
+        if links:
+            raise EnvironmentProblem(
+                f"{self.path}: {', '.join(links[:3])}: a run directory holds no links, a run would write to what they lead to; "
+                "remove them (offload.directory puts activations elsewhere)"
+            )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -70,7 +82,7 @@ class RunDirectory:
 
     def free(self) -> bool:
         """Whether the lock can be taken now. `holder` alone cannot tell whether a process of another host still lives."""
-        with contextlib.suppress(OSError), (self.path / "lock").open("a") as lock:
+        with contextlib.suppress(OSError), open(self.path / "lock", "a", opener=no_link) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         return False
@@ -121,7 +133,7 @@ def append_line(path: Path, line: dict[str, Any], durable: bool) -> None:
     """Appends one JSON line whole or not at all; `durable` has it on disk before this returns. Raises OSError."""
     new = not path.exists()
     # Opened for reading too, to see how the last writer ended: a line that a kill cut off must not swallow this one.
-    with path.open("a+b", buffering=0) as file:
+    with open(path, "a+b", buffering=0, opener=no_link) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(size - 1)

@@ -37,10 +37,13 @@ _WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "conver
 _SAMPLE_BYTES = 1 << 16
 
 
-def is_boundary(directory: Path, files: Mapping[str, str]) -> bool:
-    """Whether these are names that a run gives to its activations: a journal, which may come from elsewhere, must not name
-    another directory, for the directories of old activations are removed."""
-    ours = directory.parent.name == "activations" or directory.parent.suffix == ".activations"
+def is_boundary(directory: Path, files: Mapping[str, str], run: RunDirectory, output: Path) -> bool:
+    """Whether these are saved activations of the run of `output`: in its run directory, or in its own part of some
+    offload.directory, through no link. A journal may come from elsewhere, and the directories of old activations are
+    removed: one of another run, or of nobody's, must not be named."""
+    parent = Path(os.path.realpath(directory.parent))
+    ours = parent == Path(os.path.realpath(run.path)) / "activations" or parent.name == own_scratch(parent, output).name
+    ours = ours and not directory.is_symlink()
     named = re.fullmatch(r"boundary-\d{4,}", directory.name) is not None and ".." not in directory.parts
     return ours and named and bool(files) and all(re.fullmatch(r"batch-\d{6,}\.pt", name) for name in files)
 
@@ -158,7 +161,11 @@ def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: 
             if fact.get("block") is not None:
                 lines[fact["block"]] = fact
         saved = fact["activations"]
-        if saved and fact["block"] is not None and is_boundary(Path(saved["directory"]), saved["files"]):
+        if (
+            saved
+            and fact["block"] is not None
+            and is_boundary(Path(saved["directory"]), saved["files"], directory, output)
+        ):
             boundaries[fact["block"] + 1] = Boundary(Path(saved["directory"]), saved["files"])
     wanted = {shard.name: shard.block for shard in plan.shards}
     journaled = {name: digest for name, digest in digests.items() if name in wanted}

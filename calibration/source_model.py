@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +30,7 @@ from calibration.checkpoint.formats import Formats, check_finite, dequantize, lo
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import without_choices
 from calibration.checkpoint.source_check import is_carried, is_left_out
+from calibration.checkpoint.writer import write_json, write_safely
 from calibration.room import Ahead, Room
 from recipes.errors import SourceError
 
@@ -231,11 +231,9 @@ def _clean_config(checkpoint: Checkpoint, run_directory: Path, trust_remote_code
     directory = run_directory / "skeleton"
     directory.mkdir(parents=True, exist_ok=True)
     config = without_choices({k: value for k, value in checkpoint.config.items() if k != "quantization_config"})
-    partial = directory / (CONFIG_NAME + ".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    partial.replace(directory / CONFIG_NAME)
+    write_json(directory / CONFIG_NAME, config)
     for code in checkpoint.directory.glob("*.py") if trust_remote_code else ():
-        shutil.copyfile(code, directory / code.name)
+        write_safely(directory / code.name, partial(shutil.copyfile, code), code.stat().st_size)
     return directory
 
 

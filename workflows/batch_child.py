@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import no_link
 from calibration.journal import process_began
 from workflows.batch_state import BatchDirectory, Entry, alive, standing
 from workflows.interrupts import NOTICE
@@ -69,7 +70,7 @@ class Child:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slot.gpus))
         log_from = log.stat().st_size if log.exists() else 0
         began = time.time()
-        with log.open("ab") as file:
+        with open(log, "ab", opener=no_link) as file:
             process = subprocess.Popen(
                 [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *options],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
@@ -109,14 +110,18 @@ class Child:
         if once and NOTICE in _since(self.log, self.log_from):
             return
         for pid in _workers(self.pid) or [self.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+            self._signal(pid, signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL to all that the attempt started."""
         for pid in (self.pid, *_marked(_mark(self.batch, self.entry))):
+            self._signal(pid, signal.SIGKILL)
+
+    def _signal(self, pid: int, number: signal.Signals) -> None:
+        """Not to a process that an attempts.jsonl names and that no attempt of this batch started."""
+        if self._adopted is None or pid in _marked(_mark(self.batch, self.entry)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
 
     def sweep(self) -> None:
         """Kills what a dead attempt left running (vLLM has a session of its own, and would keep its memory)."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from calibration.checkpoint.files import no_link
 from recipes.errors import EnvironmentProblem, RecipeError
 
 _HOOK_SECONDS = 60
@@ -101,7 +102,7 @@ def _replace(file: IO[str], names: Sequence[str]) -> None:
 
 @contextmanager
 def _expected(batch: Path) -> Iterator[IO[str]]:
-    with (batch / "expected").open("a+") as file:
+    with open(batch / "expected", "a+", opener=no_link) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file
 

@@ -96,7 +96,11 @@ def killed_by(number: int) -> str:
         name = signal.Signals(number).name
     except ValueError:
         name = f"signal {number}"
-    return f"killed by {name}" + (" (out of memory?)" if number == signal.SIGKILL else "")
+    whys = {
+        int(signal.SIGKILL): " (out of memory?)",
+        int(signal.SIGBUS): " (a mapped file was cut off, or its disk failed)",
+    }
+    return f"killed by {name}{whys.get(number, '')}"
 
 
 def one_line(text: str) -> str:

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from calibration.checkpoint.files import read_json_object
+from calibration.checkpoint.files import no_link, read_json_object
 from calibration.checkpoint.writer import write_json
 from calibration.journal import RunDirectory, append_line, process_began
 from calibration.lines import read_attempts
@@ -173,7 +173,7 @@ class BatchDirectory:
         return None
 
     def _lock(self, path: Path) -> str | None:
-        file = path.open("a+")
+        file = open(path, "a+", opener=no_link)  # noqa: SIM115 (held until `close`)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

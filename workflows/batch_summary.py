@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calibration.checkpoint.files import no_link
 from calibration.checkpoint.writer import write_json, write_text
 from verify.engine import read_json
 from verify.report import LEVELS
@@ -66,7 +67,7 @@ def write_summary(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) 
     at the same time. Raises EnvironmentProblem where the files cannot be written."""
     from verify.page import render  # jinja2: not before it is needed
 
-    with (batch.path / "summary.lock").open("a") as lock:
+    with open(batch.path / "summary.lock", "a", opener=no_link) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = summarize(batch, jobs)
         write_json(batch.path / "summary.json", found)

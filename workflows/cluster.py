@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ def submit(
     """Submits every run that is neither done nor under way. Slurm: returns behind the submission. local: works with one
     job per slot at a time until all have ended. The last run to end tells `hooks`. Raises EnvironmentProblem where there
     is no Slurm, or it refuses."""
+    _require_private(batch)
     (batch.path / STOP).unlink(missing_ok=True)
     os.environ["PYTHONPATH"] = child_path()  # a job's process imports this module by name
     under_way = queued(batch, entries)
@@ -102,6 +104,17 @@ def submit(
     finally:
         for entry in pending:
             over(batch, entry.name, hooks)
+
+
+def _require_private(batch: BatchDirectory) -> None:
+    """Raises EnvironmentProblem if others could write into the batch's directory: a job unpickles what lies in its jobs/."""
+    for path in (path for path in (batch.path, batch.path / "jobs") if path.exists()):
+        found = path.stat()
+        if path.is_symlink() or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+            raise EnvironmentProblem(
+                f"{path}: belongs to another user, is writable by everybody or is a link, and a job runs what lies in it; "
+                "name another --directory"
+            )
 
 
 def stop_at_once(batch: BatchDirectory) -> None:

@@ -41,6 +41,11 @@ def open_regular(path: Path, remedy: str = "check the path and the permissions")
         raise SourceError(f"{shown}: cannot be read: {error.strerror}; {remedy}") from None
 
 
+def no_link(path: str, flags: int) -> int:
+    """An opener for `open`: a link in the place of a file of our own is an OSError, and what it leads to is not written to."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def is_file(path: Path) -> bool:
     """Whether `path` is a regular file or a link to one. Raises nothing, whatever the name."""
     return _mode(path, stat.S_ISREG)
