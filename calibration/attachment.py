@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from compressed_tensors.quantization import QuantizationMetadata, QuantizationScheme, initialize_module_for_quantization
@@ -28,13 +28,21 @@ class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
     _schemes: dict[nn.Module, QuantizationScheme] = PrivateAttr(default_factory=dict)
     _fused: dict[nn.Module, Sequence[nn.Module]] = PrivateAttr(default_factory=dict)
     _attached: dict[nn.Module, set[RemovableHandle]] = PrivateAttr(default_factory=dict)
+    _keeps_weight: Callable[[nn.Module], bool] | None = PrivateAttr(default=None)
 
     def __str__(self) -> str:
         return type(self).__name__  # llm-compressor formats the modifier, all targets included, for every hook
 
-    def choose(self, groups: dict[nn.Module, str], fused: Iterable[Sequence[nn.Module]]) -> None:
-        """Says which config group each module to quantize belongs to, and which of one block share a weight global
-        scale."""
+    def choose(
+        self,
+        groups: dict[nn.Module, str],
+        fused: Iterable[Sequence[nn.Module]],
+        keeps_weight: Callable[[nn.Module], bool] | None = None,
+    ) -> None:
+        """Says which config group each module to quantize belongs to, which of one block share a weight global scale, and
+        which keep their weight's stored values: those get no weight scale. It is asked when the module's block comes,
+        and says the same of all modules that share a scale."""
+        self._keeps_weight = keeps_weight
         config_groups = self.resolved_config.config_groups
         self._schemes = {module: config_groups[group] for module, group in groups.items()}
         self._fused = {modules[0]: modules for modules in fused if modules}
@@ -50,7 +58,10 @@ class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
             modules = [module for module in root.modules() if module in self._schemes]
             for module in modules:
                 forward = vars(module).pop("forward", None)
-                initialize_module_for_quantization(module, self._schemes[module], force_zero_point=False)
+                scheme = self._schemes[module]
+                if self._keeps_weight is not None and self._keeps_weight(module):
+                    scheme = scheme.model_copy(update={"weights": None})
+                initialize_module_for_quantization(module, scheme, force_zero_point=False)
                 del module.forward
                 if forward is not None:
                     module.forward = forward

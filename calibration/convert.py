@@ -112,7 +112,8 @@ def _kept(
     recipe: Recipe, plan: Plan, formats: Formats, layouts: list[ShardLayout], output: Path, directory: RunDirectory
 ) -> set[str]:
     """Names of the shards that an earlier call finished; begins the run anew where it was another's."""
-    settings = recipe.convert.model_dump(mode="json", exclude={"workers"}) | {"method": recipe.method}
+    settings = recipe.convert.model_dump(mode="json", exclude={"workers"})
+    settings |= {"mxfp4": recipe.export.mxfp4, "method": recipe.method}
     source = formats.checkpoint.state
     remove_unfinished(output)
     begun = directory.facts("started")

@@ -66,6 +66,7 @@ class Work:
         self.plan, self.formats = plan, formats
         self.settings, self.dtype = recipe.convert, TORCH_DTYPES[recipe.export.plain_dtype]
         self.inverted = invert_scales(plan, formats)
+        self._lossless = recipe.export.mxfp4 == "lossless"
         self._fused = {module: group for group in plan.fused for module in group}
         self._statistics: dict[str, _Statistic] = {}
         self._kept_back: dict[str, Bytes] = {}
@@ -175,11 +176,8 @@ class Work:
             statistics = [self._statistic(self.plan.quantized[module]) for module in members]
             self._wait(lambda: all(statistic.complete for statistic in statistics))
         kinds = {self.formats.of(self.plan.quantized[module].source).kind for module in members}
-        if self.settings.mxfp4 == "lossless" and kinds == {"mxfp4"}:
-            spans = [statistic.exponents for statistic in statistics if statistic.exponents is not None]
-            scale = (
-                kernels.lossless_scale(min(s[0] for s in spans), max(s[1] for s in spans)) if spans else np.float32(1)
-            )
+        if self._lossless and kinds == {"mxfp4"}:
+            scale = kernels.common_lossless_scale(statistic.exponents for statistic in statistics)
             if scale is not None:
                 return _Decision(scale, True)
         return _Decision(kernels.global_scale(max(statistic.amax for statistic in statistics)), False)

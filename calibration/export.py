@@ -17,6 +17,7 @@ from calibration.checkpoint.plan import Plan, PlannedShard, Step
 from calibration.checkpoint.schemes import FP8_BLOCK
 from calibration.checkpoint.side_files import side_files
 from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
+from calibration.exact import ExactWeights
 from calibration.ranks import Ranks
 from calibration.sharing import shares
 from recipes.errors import SourceError, WorkflowError
@@ -37,6 +38,9 @@ class Exporter:
         self._packed: dict[str, dict[str, torch.Tensor]] = {}
         #: Relative rounding error of every module packed so far.
         self.errors: dict[str, float] = {}
+        self._exact = ExactWeights(plan, formats, recipe)
+        #: Modules stored in MXFP4 and packed so far: whether they kept their values.
+        self.exact: dict[str, bool] = {}
 
     def block(self, block: int, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         """Writes the shards of one calibrated block; `modules` maps source module names to llm-compressor's calibrated
@@ -77,8 +81,10 @@ class Exporter:
             if step.action == "quantize" and step.module in own:
                 self._packed[step.module] = self._quantized(step, own[step.module], scales.get(step.module))
         own_errors = {name: self.errors[name] for name in own if name in self.errors}
-        for errors in self.ranks.exchange(f"packed weights of block {block}", own_errors):
+        own_exact = {name: self.exact[name] for name in own if name in self.exact}
+        for errors, exact in self.ranks.exchange(f"packed weights of block {block}", (own_errors, own_exact)):
             self.errors |= errors
+            self.exact |= exact
         return {shard.name: digest for shard in shards if (digest := self._gathered(shard, modules, scales))}
 
     def _gathered(
@@ -129,10 +135,17 @@ class Exporter:
         self, step: Step, module: torch.nn.Module, input_global_scale: torch.Tensor | None
     ) -> dict[str, torch.Tensor]:
         scheme = self.plan.groups[str(step.group)]
+        names = [output.name for output in step.outputs]
+        if self._exact.is_mxfp4(step):
+            kept = self._exact.tensors(step)
+            self.exact[step.module] = kept is not None
+            if kept is not None:
+                self.errors[step.module] = 0.0
+                kept += [input_global_scale] if input_global_scale is not None else []
+                return dict(zip(names, kept, strict=True))
         weight, scale = _parameter(module, "weight"), _parameter(module, "weight_scale")
         check_finite(weight, f"{step.source} after calibration")
         _check_scale(f"{step.module}.weight_scale", scale)
-        names = [output.name for output in step.outputs]
         if scheme is FP8_BLOCK:
             # compressed-tensors imports transformers: seconds that the stages without calibration need not wait.
             from compressed_tensors.quantization.lifecycle.forward import quantize

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 
 from calibration.attachment import BlockQuantizationModifier
 from calibration.checkpoint.plan import Plan
+from calibration.exact import ExactWeights
 from calibration.ranks import Ranks
 from calibration.results import CalibrationSummary, Callbacks
 from calibration.resume import Resume
@@ -142,7 +143,7 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan) -> list[Mod
                 "config_groups": _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
             }
         try:
-            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, source, plan))
+            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, recipe, source, plan))
         except ValidationError as error:
             problems += [
                 f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")
@@ -251,12 +252,14 @@ def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
         configure_logger()
 
 
-def _blockwise(arguments: dict[str, Any], source: SourceModel, plan: Plan) -> BlockQuantizationModifier:
+def _blockwise(arguments: dict[str, Any], recipe: Recipe, source: SourceModel, plan: Plan) -> BlockQuantizationModifier:
+    exact = ExactWeights(plan, source.formats, recipe)
     modules = {name: source.model.get_submodule(module) for name, module in source.model_modules().items()}
     modifier = BlockQuantizationModifier(**arguments)
     modifier.choose(
         {modules[name]: str(step.group) for name, step in plan.quantized.items()},
         [[modules[name] for name in group if name in modules] for group in plan.fused],
+        lambda module: exact.scale(plan.quantized[source.source_module(source.module_name(module))]) is not None,
     )
     return modifier
 

@@ -72,8 +72,6 @@ class Conversion(Section):
 
     input_amax: float = Field(default=2688.0, ge=1e-30, le=1e30)
     """Largest activation that NVFP4 (W4A4) assumes without calibration; input_global_scale is 2688 / input_amax."""
-    mxfp4: Literal["lossless", "requantize"] = "lossless"
-    """lossless keeps the codes of MXFP4 weights where the scales allow it and requantizes the others; requantize all."""
     workers: int | None = Field(default=None, ge=1, le=256)
     """Threads that read and compute; one more than processors (at most 16) when left out. The output does not depend on it."""
 
@@ -96,6 +94,9 @@ class Export(Section):
     mtp.* is always copied."""
     plain_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype that `kept: plain` and `method: plain` write for FP8, MXFP4 and NVFP4; what is plain already is copied."""
+    mxfp4: Literal["lossless", "requantize"] = "lossless"
+    """MXFP4 weights that become NVFP4: lossless keeps their values bit for bit if the scales allow it and requantizes the
+    others; requantize all. Weights that a modifier edits (GPTQ) are always requantized."""
     input_global_scale: Literal["shared", "per_expert"] = "shared"
     """One input global scale for all experts of a block (what vLLM's fused kernels use), or one per expert."""
     max_shard_size: Bytes = ByteSize(5_000_000_000)

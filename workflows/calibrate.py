@@ -115,6 +115,9 @@ def calibrate_blocks(
     blocks.write_rest()
     counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]
     seen = f"min {min(counts)}, median {statistics.median(counts):.0f}" if counts else "no routed experts"
+    exact = sum(blocks.exporter.exact.values())
+    if blocks.exporter.exact:
+        reporter.say(f"MXFP4 weights: {exact} keep their values, {len(blocks.exporter.exact) - exact} are requantized")
     directory.record("calibrated", data=data.description, tokens_per_expert=seen, seconds=round(summary.seconds, 1))
     reporter.say(f"calibrated {summary.modules} modules in {summary.blocks} blocks; tokens per expert: {seen}")
 
@@ -151,6 +154,7 @@ class _Blocks:
             "tokens_per_expert": result.tokens_per_expert,
             "filled_experts": result.filled_experts,
             "worst_error": max(errors.values(), default=None),
+            "exact_weights": sum(self.exporter.exact.get(name, False) for name in inside),
             "expert_errors": self._worst_by_expert(errors),
             "parity": result.parity,
             "peak_memory": result.peak_rss,

@@ -8,7 +8,7 @@ code = e4m3(gs * (amax / 6)), 0 becomes 0.125; effective = code / gs; v = x / ef
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -140,6 +140,12 @@ def exponents(stripe: Stripe) -> tuple[int, int] | None:
             return None
         low, high = int(used.min()), int(used.max())
     return low - _E8M0_BIAS, high - _E8M0_BIAS
+
+
+def common_lossless_scale(spans: Iterable[tuple[int, int] | None]) -> np.float32 | None:
+    """The `lossless_scale` that serves several weights, given the `exponents` of each; 1.0 if all of them are zero."""
+    found = [span for span in spans if span is not None]
+    return lossless_scale(min(s[0] for s in found), max(s[1] for s in found)) if found else np.float32(1)
 
 
 def lossless_scale(low: int, high: int) -> np.float32 | None:

@@ -71,7 +71,7 @@ def write_recipe(base: Path, source: Path, case: str, samples: int, tokens: int)
         "output": str(base / "output"),
         "modifiers": [quantize],
         "calibration": {"dataset": "bundled", "num_samples": samples, "max_seq_length": tokens},
-        "export": {"kept": "plain", "input_global_scale": "per_expert"},
+        "export": {"kept": "plain", "input_global_scale": "per_expert", "mxfp4": "requantize"},
         "verify": {"structure": False, "fidelity": False},
     }
     path = base / "recipe.yaml"

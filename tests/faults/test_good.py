@@ -80,7 +80,7 @@ GOOD: dict[str, Callable[[Path], Made]] = {
     **{f"V4 {stored}, convert NVFP4A16": converted(v4(stored), EXPERTS, "NVFP4A16") for stored in ("fp8", "fp8_mxfp4")},
     "V4 bf16, experts and attention": exported(v4("bf16"), ALL_OF_V4),
     "V4 fp8, kept as bf16": exported(v4("fp8"), EXPERTS, export={"kept": "plain"}),
-    "V4 fp8_mxfp4, requantized": converted(v4("fp8_mxfp4"), EXPERTS, "NVFP4", convert={"mxfp4": "requantize"}),
+    "V4 fp8_mxfp4, requantized": converted(v4("fp8_mxfp4"), EXPERTS, "NVFP4", export={"mxfp4": "requantize"}),
     "Qwen3-MoE, calibrate NVFP4": exported(hub("qwen3_moe"), LINEAR),
     "Qwen3-MoE, convert NVFP4A16": converted(hub("qwen3_moe"), LINEAR, "NVFP4A16"),
     "Mixtral, calibrate NVFP4": exported(hub("mixtral"), LINEAR),

@@ -110,7 +110,7 @@ def recipe(name: str, modifiers: list[dict[str, Any]] | None = None, **sections:
         "output": str(Path(_root().name) / "out"),
         "modifiers": modifiers or [{"QuantizationModifier": {"config_groups": groups}}],
         "calibration": {"dataset": "bundled"},
-        "export": {"kept": "plain"},
+        "export": {"kept": "plain", "mxfp4": "requantize"},  # stock knows nothing else
     }
     return Recipe.model_validate(content | sections, context={TAKES_EDITS: True})
 

@@ -24,6 +24,15 @@ def test_scales_equal_stock_llm_compressor(name: str) -> None:
     assert differing(run.scales, theirs) == []
 
 
+def test_weights_that_stay_exact_get_no_scale_and_change_no_input_scale() -> None:
+    requantized = ours(recipe("fp8_mxfp4"), skeleton("fp8_mxfp4")).scales
+    exact = ours(recipe("fp8_mxfp4", export={"kept": "plain"}), skeleton("fp8_mxfp4")).scales
+    inputs = {name: value for name, value in requantized.items() if name.endswith(".input_global_scale")}
+    assert inputs and differing({name: value for name, value in exact.items() if name in inputs}, inputs) == []
+    weights = {name for name in exact if name.rpartition(".")[2] in ("weight_scale", "weight_global_scale")}
+    assert weights and not [name for name in weights if ".ffn.experts." in name]
+
+
 @pytest.mark.parametrize(
     "modifiers",
     [

@@ -47,7 +47,7 @@ def test_output_equals_compressed_tensors_and_passes_structure(
     sources: dict[str, Path], tmp_path: Path, source: str, scheme: str
 ) -> None:
     targets = EXPERTS if source in ("bf16", "fp8", "fp8_mxfp4") else LINEAR
-    made = converting(sources[source], tmp_path / "out", targets, scheme, convert={"mxfp4": "requantize"})
+    made = converting(sources[source], tmp_path / "out", targets, scheme, export={"mxfp4": "requantize"})
     done = run(made)
     assert failing(made) == set()
     plan, formats = plan_of(sources[source], made)
@@ -143,7 +143,7 @@ def test_mxfp4_experts_are_kept_bit_for_bit(sources: dict[str, Path], tmp_path: 
                 before = source.read(f"{name}.weight", torch.float32)
                 after = output.read(f"{name}.weight_packed", torch.float32)
                 assert torch.equal(before.view(torch.int32), after.view(torch.int32)), name
-    again = converting(sources["fp8_mxfp4"], tmp_path / "again", convert={"mxfp4": "requantize"})
+    again = converting(sources["fp8_mxfp4"], tmp_path / "again", export={"mxfp4": "requantize"})
     assert (run(again).lossless, failing(again)) == (0, set())
 
 

@@ -1,0 +1,97 @@
+"""MXFP4 weights of a calibrated block: NVFP4 holds the source's very values, or says that they were requantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.exact import ExactWeights
+from calibration.export import Exporter
+from recipes.errors import SourceError
+from tests.exported import calibrated, plan_of, recipe
+from tests.faults.editing import value
+from tests.models import deepseek_v4
+
+ROUTED = [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(deepseek_v4.write(tmp_path / "source", "fp8_mxfp4"))
+
+
+def written(source: Path, output: Path, **sections: Any) -> tuple[Exporter, Formats, Formats]:
+    """The exporter after block 1, and the formats of source and output."""
+    plan, formats = plan_of(source, made := recipe(source, output, ROUTED, **sections))
+    exporter = Exporter(plan, formats, made, output)
+    for block in plan.block_numbers:
+        exporter.block(block, calibrated(plan, formats, block))
+    exporter.rest({})
+    exporter.finish("source: x\n")
+    return exporter, formats, Formats(Checkpoint.open(output))
+
+
+def test_released_values_stay_bit_for_bit_under_calibrated_input_scales(source: Path, tmp_path: Path) -> None:
+    exporter, theirs, ours = written(source, tmp_path / "out")
+    assert exporter.exact and all(exporter.exact.values()) and set(exporter.errors.values()) == {0.0}
+    for step in exporter.plan.quantized.values():
+        packed = ours.checkpoint.read(f"{step.module}.weight_packed")
+        assert torch.equal(packed, theirs.checkpoint.read(step.source).view(torch.uint8))
+        assert torch.equal(
+            ours.read(f"{step.module}.weight_packed", torch.float32), theirs.read(step.source, torch.float32)
+        )
+        assert f"{step.module}.input_global_scale" in ours.checkpoint.tensors
+    for gate, up in ((f"layers.1.ffn.experts.{e}.w1", f"layers.1.ffn.experts.{e}.w3") for e in range(4)):
+        scales = [ours.checkpoint.read(f"{module}.weight_global_scale") for module in (gate, up)]
+        assert torch.equal(*scales)
+
+
+def test_scales_too_far_apart_are_requantized_with_their_fused_partner(source: Path, tmp_path: Path) -> None:
+    def widen(scales: torch.Tensor) -> torch.Tensor:
+        raw = scales.view(torch.uint8).clone()
+        raw[3, 0] -= 40
+        return raw.view(scales.dtype)
+
+    value("layers.1.ffn.experts.5.w3.scale", widen)(source)
+    exporter, _, _ = written(source, tmp_path / "out")
+    assert {name for name, exact in exporter.exact.items() if not exact} == {
+        "layers.1.ffn.experts.5.w1",
+        "layers.1.ffn.experts.5.w3",
+    }
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"export": {"mxfp4": "requantize"}},
+        {"modifiers": [{"GPTQModifier": {"targets": ROUTED, "scheme": "NVFP4"}}]},
+    ],
+)
+def test_what_is_asked_to_be_requantized_or_edited_is(source: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
+    made = recipe(source, tmp_path / "out", ROUTED, **sections)
+    plan, formats = plan_of(source, made)
+    exact = ExactWeights(plan, formats, made)
+    steps = list(plan.quantized.values())
+    assert steps and all(exact.is_mxfp4(step) and exact.tensors(step) is None for step in steps)
+
+
+def test_weights_in_other_formats_have_no_exact_form(source: Path, tmp_path: Path) -> None:
+    made = recipe(source, tmp_path / "out")
+    plan, formats = plan_of(source, made)
+    exact = ExactWeights(plan, formats, made)
+    shared = [step for step in plan.quantized.values() if "shared" in step.module]
+    assert shared and not any(exact.is_mxfp4(step) for step in shared) and exact.scale(shared[0]) is None
+
+
+def test_a_nan_among_the_scales_names_the_tensor(source: Path, tmp_path: Path) -> None:
+    name = "layers.1.ffn.experts.5.w2"
+    value(f"{name}.scale", lambda s: s.view(torch.uint8).clone().fill_(0xFF).view(s.dtype))(source)
+    made = recipe(source, tmp_path / "out", ROUTED)
+    plan, formats = plan_of(source, made)
+    with pytest.raises(SourceError, match=f"{name}.weight"):
+        ExactWeights(plan, formats, made).tensors(plan.quantized[name])
