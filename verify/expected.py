@@ -50,15 +50,15 @@ def stored_tensors(output: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
 
 def compare(
     wanted: dict[str, Wanted], stored: dict[str, Stored], orphans: list[str], config: dict[str, Any]
-) -> tuple[list[str], list[str]]:
-    """Problems and doubts: what is missing, extra, misnamed, misshaped or of a wrong dtype; a doubt is a plain dtype
-    other than the config's, which some writers choose."""
+) -> tuple[list[str], list[str], list[str]]:
+    """Problems, wrong dtypes and doubts: what is missing, extra, misnamed or misshaped; what is of a dtype that its family
+    never has; a doubt is a plain dtype other than the config's, which some writers choose."""
     missing = [name for name, want in wanted.items() if name not in stored and not want.optional]
     extra = [n for n in stored if n not in wanted and n.rpartition(".")[2] not in ADDED]
     problems = [f"{name}: missing{_hint(name, wanted, extra, stored, at < 5)}" for at, name in enumerate(missing)]
     problems += [f"{name}: config.json promises no such tensor" for name in extra]
     problems += [f"{name}: a scale without its weight" for name in orphans]
-    doubts = []
+    dtypes, doubts = list[str](), list[str]()
     plain = str(config.get("torch_dtype") or config.get("dtype") or "").removeprefix("torch.")
     usual = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}.get(plain)
     for name in wanted.keys() & stored.keys():
@@ -67,10 +67,10 @@ def compare(
             problems.append(f"{name}: {list(found.shape)}, config.json makes it {list(want.shape)}")
         allowed = {"float32": ("F32",), "table": ("I64", "I32"), "plain": _PLAIN, "linear": tuple(FLOATS)}[want.kind]
         if found.header.dtype not in allowed and not (found.low_bit and want.kind == "linear"):
-            problems.append(f"{name}: {found.header.dtype}, must be {' or '.join(allowed)}")
+            dtypes.append(f"{name}: {found.header.dtype}, must be {' or '.join(allowed)}")
         elif want.kind in ("plain", "linear") and not found.low_bit and usual and found.header.dtype != usual:
             doubts.append(f"{name}: {found.header.dtype}, torch_dtype says {plain}")
-    return problems, doubts
+    return problems, dtypes, doubts
 
 
 def _hint(name: str, wanted: dict[str, Wanted], extra: list[str], stored: dict[str, Stored], look: bool) -> str:

@@ -264,10 +264,12 @@ def _global_scales(measured: dict[str, Measured], family: Family) -> Check:
     for module, m in measured.items():
         amax = max(measured[other].amax for other in fused.get(module, (module,)))
         assert m.global_scale is not None
-        ratios[module] = scale_ratio(m.global_scale, amax)
+        if amax:  # any scale will do for a weight of zeros
+            ratios[module] = scale_ratio(m.global_scale, amax)
     low, high = _SCALE_RATIOS
     bad = [f"{module} {ratio:.4g}" for module, ratio in ratios.items() if not low <= ratio <= high]
-    figure = _some(bad) if bad else f"{min(ratios.values()):.3f} to {max(ratios.values()):.3f}"
+    spread = f"{min(ratios.values()):.3f} to {max(ratios.values()):.3f}" if ratios else "every weight is zero"
+    figure = _some(bad) if bad else spread
     return Check("fidelity.global_scales", "FAIL" if bad else "PASS",
                  "weight global scales are 2688 / amax of the source's fused weights", figure,
                  f"global scale * amax / 2688 in {low:g} to {high:g}", _HOW)  # fmt: skip

@@ -77,8 +77,6 @@ def config_check(
         problems += more
     strange = [f"{_KEY}.{key}: compressed-tensors has no such field" for key in unknown]
     if source is None:
-        if "auto_map" in config:
-            doubts.append(f"auto_map: {_short(config['auto_map'])}: a loader that trusts the checkpoint runs its code")
         what = "config.json says what serving needs, and nothing that the tensors do not bear out"
         return verdict(id, what, problems, doubts + strange, "config.json", "every field of use is there")
     wanted = output_config(plan, source.config) if plan is not None else dict(source.config)

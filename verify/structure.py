@@ -24,6 +24,7 @@ from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
 from verify.expected import COMPANIONS, Stored, compare, stored_tensors
 from verify.served_config import config_check
+from verify.side_files import files_check
 from verify.stream import Progress
 from verify.targets import Resolution
 from verify.tokenizer import tokenizer_check
@@ -53,7 +54,7 @@ def verify_structure(
         return [verdict("structure.open", what, error.problems, [], "headers")]
     checks = [
         verdict("structure.open", what, [], [], "headers", f"{len(output.shards)} shards, {len(output.tensors)} tensors"),
-        verdict("structure.files", "no shard beside the index, nothing half written", _stray(output), [], "listing"),
+        files_check(output, source),
         _requests(output, source),
         verdict("structure.total_size", "index total_size equals the bytes", _total_size(output), [], "headers and index"),
     ]  # fmt: skip
@@ -80,21 +81,6 @@ def verify_structure(
         _bits(output, plan, stored, resolution),
     ]  # fmt: skip
     return checks + value_checks(output, family, plan, source, digests or {}, progress)
-
-
-def _stray(output: Checkpoint) -> list[str]:
-    problems = []
-    for path in sorted(output.directory.iterdir()):
-        if path.suffix == ".partial":
-            problems.append(f"{path.name}: left half written")
-        elif path.suffix == ".safetensors" and path.name not in output.shards:
-            problems.append(f"{path.name}: not in the index")
-        elif path.is_symlink():
-            target = path.resolve()
-            # A hub cache links every file to blobs/ beside its snapshots/.
-            if not target.is_relative_to(output.directory.resolve()) and target.parent.name != "blobs":
-                problems.append(f"{path.name}: a link out of the checkpoint, to {target}: copies and uploads lose it")
-    return problems
 
 
 def _requests(output: Checkpoint, source: Checkpoint | None) -> Check:
@@ -136,11 +122,15 @@ def _tensors(
         return unchecked(id, what, f"{why}: the expected tensors cannot be derived; give the source")
     missing_mtp = not any(re.search(family.mtp, name) for name in stored)
     derived = {n: w for n, w in wanted.items() if not (missing_mtp and re.search(family.mtp, n))}
-    problems, doubts = compare(derived, stored, orphans, output.config) if wanted else ([], [])
-    if source is not None:
+    problems, dtypes, doubts = compare(derived, stored, orphans, output.config) if wanted else ([], [], [])
+    if source is None:
+        problems += dtypes
+    else:
         different = _plan_problems(output, plan) if plan is not None else _source_problems(output, source, stored)
-        # A tensor set that is the source's own is not the output's fault, even where it is not what the config says.
-        problems, doubts = different, [] if different else problems + doubts
+        # An engine casts a dtype that is the source's own. Names and shapes that config.json does not promise it cannot
+        # load, whoever wrote them first.
+        doubts = [] if different else dtypes + doubts
+        problems = list(dict.fromkeys(different + problems))
     return verdict(id, what, problems, doubts, how, figure)
 
 

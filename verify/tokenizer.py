@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import filecmp
-from collections.abc import Iterable
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import is_file, read_json_object, read_text
+from tokenizers import Tokenizer
+
+from calibration.checkpoint.files import is_directory, is_file, read_json_object, read_text
 from recipes.errors import SourceError
 from verify.checks import Check, verdict
 
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
+#: What transformers and vLLM read beside them where it is there; writers take these over as they are.
+_AS_THEY_ARE = (
+    "tokenizer.model", "tekken.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "adapter_config.json",
+    "params.json",
+)  # fmt: skip
+#: Fields that say who wrote a file, or that another check compares.
+_FREE = frozenset({
+    "transformers_version", "_from_model_config", "name_or_path", "backend", "is_local", "local_files_only",
+    "chat_template", "added_tokens_decoder", "special_tokens_map_file", "tokenizer_file", "legacy", "processor_class",
+})  # fmt: skip
+#: Values that mean what an absent field means: of tokenizer_config.json, and of generation_config.json (with which vLLM
+#: fills the sampling parameters that a request leaves open).
+_NEUTRAL: dict[str, Any] = {
+    "clean_up_tokenization_spaces": False, "split_special_tokens": False, "add_prefix_space": False, "errors": "replace",
+    "add_bos_token": False, "add_eos_token": False, "padding_side": "right", "truncation_side": "right",
+    "model_input_names": ["input_ids", "attention_mask"], "sp_model_kwargs": {}, "use_default_system_prompt": False,
+    "special_tokens": [], "model_max_length": int(1e30), "use_fast": True,
+}  # fmt: skip
+_NEUTRAL_GENERATION: dict[str, Any] = {
+    "do_sample": False, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1, "max_length": 20,
+}  # fmt: skip
+#: Classes that take tokenizer.json as it stands.
+_GENERIC = frozenset({"PreTrainedTokenizer", "TokenizersBackend"})
+_MODEL_DEFAULTS = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
 #: A vocabulary is padded by a few percent at most; one much smaller than the embedding is another model's.
 _SMALLEST_SHARE = 0.75
 
@@ -39,7 +66,8 @@ def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None
         what = "the tokenizer fits the config"
         return verdict(id, what, problems, doubts, "tokenizer.json against config.json", f"{len(own)} tokens")
     equal = 0
-    for name in _FILES:
+    templates = {f"additional_chat_templates/{path.name}" for d in (directory, source) for path in _templates(d)}
+    for name in (*_FILES, *_AS_THEY_ARE, *sorted(templates)):
         ours, theirs = directory / name, source / name
         if is_file(ours) and is_file(theirs) and filecmp.cmp(ours, theirs, shallow=False):
             equal += 1
@@ -50,44 +78,144 @@ def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None
 
 
 def _difference(directory: Path, source: Path, name: str) -> str | None:
-    """How a file that is not byte-equal differs in meaning, None where it does not."""
+    """How a file that is not byte-equal differs in meaning, None where it does not. A file that one side lacks means what
+    an empty one does, or what the other files of that side say."""
     ours, theirs = _json(directory / name), _json(source / name)
-    if name in ("tokenizer_config.json", "chat_template.jinja"):
+    if (directory / name).exists() and not ours and name.endswith(".json"):
+        return "not readable"
+    if name == "chat_template.jinja":
+        return "another chat template" if _template(directory) != _template(source) else None
+    if name == "tokenizer_config.json":
         if _template(directory) != _template(source):
             return "another chat template"
-        changed = _changed(_json(directory / "tokenizer_config.json"), _json(source / "tokenizer_config.json"),
-                           ("bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token"))  # fmt: skip
-        return changed
+        if not ours:
+            return "missing"
+        return _class(ours, theirs) or _decoder(directory, ours, theirs) or _changed(
+            _tokens(ours), _tokens(theirs), _NEUTRAL)  # fmt: skip
     if name == "tokenizer.json":
         if _vocabulary(directory / name) != _vocabulary(source / name):
             return "another vocabulary" if ours else "missing or not readable"
-        return _changed(ours.get("model"), theirs.get("model"), ("type", "merges"))
+        mine, other = _canonical(directory / name), _canonical(source / name)
+        changed = [key for key in sorted(mine.keys() | other.keys()) if mine.get(key) != other.get(key)]
+        return f"another {changed[0]}" if changed else None
     if name == "generation_config.json":
-        return _changed(ours, theirs, set(ours) & set(theirs) - {"transformers_version"} | {"eos_token_id"})
-    if not (source / name).exists():
-        return None
-    # What the older files say stands in tokenizer.json too.
-    whole = bool(_vocabulary(directory / "tokenizer.json"))
-    return None if whole and not (directory / name).exists() else "differs"
+        if not ours:
+            return "missing" if theirs else None
+        # transformers writes the config's token ids there too.
+        ids = {key: value for key, value in _json(source / "config.json").items() if key.endswith("token_id")}
+        return _changed(ours, {key: ids[key] for key in ids.keys() & ours.keys()} | theirs, _NEUTRAL_GENERATION)
+    return _older(directory, source, name)
 
 
-def _changed(ours: Any, theirs: Any, keys: Iterable[str]) -> str | None:
-    if not isinstance(ours, dict) or not isinstance(theirs, dict):
-        return "missing or not readable"
-    for key in sorted(keys):
-        mine, other = _text(ours.get(key)), _text(theirs.get(key))
-        if mine != other and theirs.get(key) is not None:
-            return f"{key} is {mine!r:.60}, the source has {other!r:.60}"
+def _older(directory: Path, source: Path, name: str) -> str | None:
+    """A file whose content stands in tokenizer.json or tokenizer_config.json too; others must be the source's."""
+    ours, there, had = _json(directory / name), (directory / name).exists(), (source / name).exists()
+    vocabulary = _vocabulary(directory / "tokenizer.json")
+    if name in _AS_THEY_ARE or name.startswith("additional_chat_templates/"):
+        if ours and ours == _json(source / name):
+            return None
+        return "added: the source has none" if not had else "differs" if there else "missing"
+    if not there:
+        return None if vocabulary else "missing"
+    if name == "special_tokens_map.json":
+        known = _tokens(_json(source / "tokenizer_config.json")) | _tokens(_json(source / name))
+        return _changed(_tokens(ours), {key: known.get(key) for key in _tokens(ours)}, _NEUTRAL)
+    model = _json(directory / "tokenizer.json").get("model")
+    if name == "merges.txt":
+        text = read_text(directory / name, errors="replace").splitlines()
+        merges = _plain_merges(model.get("merges") if isinstance(model, dict) else None)
+        same = [line for line in text if line and not line.startswith("#version")] == merges
+    else:
+        same = bool(ours) and all(vocabulary.get(token) == id for token, id in ours.items())
+    return None if same else "is not what tokenizer.json says"
+
+
+def _changed(ours: dict[str, Any], theirs: dict[str, Any], neutral: dict[str, Any]) -> str | None:
+    """The first field that one side has and the other not, or otherwise, and that changes what is meant."""
+    for key in sorted((ours.keys() | theirs.keys()) - _FREE):
+        if key.startswith("_"):
+            continue
+        mine, other = (_meant(key, side.get(key), neutral) for side in (ours, theirs))
+        if mine != other:
+            return f"{key} is {_spelled(mine)}, the source has {_spelled(other)}"
     return None
 
 
+def _spelled(value: Any) -> str:
+    return "left out" if value is None else f"{value!r:.60}"
+
+
+def _meant(key: str, value: Any, neutral: dict[str, Any]) -> Any:
+    """A value without its spelling: a token as text, one end token or a list of them, what is as good as left out."""
+    if key.endswith("token_id"):
+        return sorted(set(value)) if isinstance(value, list) and all(isinstance(v, int) for v in value) else (
+            None if value is None else [value])  # fmt: skip
+    if key == "model_max_length" and isinstance(value, int | float) and value > 1e20:
+        value = neutral.get(key)
+    value = _text(value)
+    return None if key in neutral and value == neutral[key] else value
+
+
 def _text(value: Any) -> Any:
-    """A token as text: some writers give it attributes; merges as pairs or joined."""
+    """A token as text: some writers give it attributes, which stand in tokenizer.json too."""
     if isinstance(value, dict) and "content" in value:
         return value["content"]
-    if isinstance(value, list):
-        return [" ".join(map(str, item)) if isinstance(item, list) else item for item in value]
-    return value
+    return [_text(item) for item in value] if isinstance(value, list) else value
+
+
+def _tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json with its further special tokens under one name (transformers 5 renamed them)."""
+    further = [t for key in ("additional_special_tokens", "extra_special_tokens")
+               if isinstance(t := config.get(key), list | dict)]  # fmt: skip
+    listed = sorted({str(_text(t)) for some in further for t in (some.values() if isinstance(some, dict) else some)})
+    rest = {key: value for key, value in config.items()
+            if key not in ("additional_special_tokens", "extra_special_tokens", "tokenizer_class")}  # fmt: skip
+    return rest | {"special_tokens": listed}
+
+
+def _class(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    mine, other = (str(side.get("tokenizer_class")).removesuffix("Fast") for side in (ours, theirs))
+    return None if mine == other or mine in _GENERIC else f"tokenizer_class is {mine}, the source has {other}"
+
+
+def _decoder(directory: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """added_tokens_decoder, if there is one, is the source's or what tokenizer.json says."""
+    mine = ours.get("added_tokens_decoder")
+    if not mine or mine == theirs.get("added_tokens_decoder"):
+        return None
+    added = _json(directory / "tokenizer.json").get("added_tokens")
+    known = {str(t.get("id")): {k: v for k, v in t.items() if k != "id"} for t in added or () if isinstance(t, dict)}
+    same = isinstance(mine, dict) and all(known.get(id) == token for id, token in mine.items())
+    return None if same else "added_tokens_decoder is not what tokenizer.json says"
+
+
+def _canonical(path: Path) -> dict[str, Any]:
+    """tokenizer.json as the tokenizers library writes it, so that only what it means is compared; as it stands where the
+    library does not read it."""
+    content = _json(path)
+    try:
+        content = json.loads(Tokenizer.from_str(json.dumps(content)).to_str())
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException:  # the library panics over some files, and its panics are no Exception
+        content = dict(content)
+    model, post = content.get("model"), content.get("post_processor")
+    if isinstance(model, dict):
+        content["model"] = {key: value for key, value in model.items() if value not in (None, _MODEL_DEFAULTS.get(key))}
+        content["model"]["merges"] = _plain_merges(model.get("merges"))
+    if isinstance(post, dict) and post.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]:
+        content["post_processor"] = None  # a template of the text alone adds nothing to it, as none does
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _plain_merges(merges: Any) -> Any:
+    """Merges joined, however they are spelled."""
+    return [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges] if isinstance(merges, list) else merges
+
+
+def _templates(directory: Path) -> list[Path]:
+    folder = directory / "additional_chat_templates"
+    return sorted(folder.glob("*.jinja")) if is_directory(folder) else []
 
 
 def _template(directory: Path) -> Any:

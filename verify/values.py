@@ -6,15 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+import torch
 
 from calibration.checkpoint.direct import Bytes
 from calibration.checkpoint.families import ROUTED, ROUTER, Family
-from calibration.checkpoint.formats import module_of
+from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.checkpoint.plan import Plan
-from recipes.errors import SourceError
+from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
 from verify.expected import COMPANIONS
 from verify.stream import JOB, Judge, Piece, Progress, read_all
@@ -150,7 +151,7 @@ def value_checks(
         verdict("structure.finite", "no NaN and no Inf in any tensor", nonfinite, [], _HOW, f"{len(output.tensors)} tensors"),
         _scales(output, values),
         *_shared(family, plan, output, values),
-        _empty(output, values),
+        _empty(output, family, plan, source, values),
     ]  # fmt: skip
     experts = output.config.get("n_routed_experts")
     tables = {name: largest for name, largest in values.tables.items() if family.place(name).part == ROUTER}
@@ -283,8 +284,11 @@ def _unequal(groups: Iterable[tuple[str, ...]], single: dict[str, float], suffix
     return problems
 
 
-def _empty(output: Checkpoint, values: Values) -> Check:
-    """Weights that are zero: a whole projection is a FAIL, as no quantizer gives a scale to nothing."""
+def _empty(
+    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, values: Values
+) -> Check:  # fmt: skip
+    """Weights that are zero as a whole: no fault where the source's are too (pruned or padded experts). Without a source
+    that cannot be told of a routed expert, which is WARN; nothing else is zero in a model that works, which is FAIL."""
     whole = [
         name
         for name, count in sorted(values.empty_groups.items())
@@ -295,6 +299,31 @@ def _empty(output: Checkpoint, values: Values) -> Check:
         if largest == 0 and name.endswith(".weight") and len(output.tensors[name].shape) > 1
     ]  # fmt: skip
     share = values.empty_groups.total() / max(values.groups, 1)
-    doubts = [f"{share:.2%} of all groups are zero"] if share > _ZERO_SHARE else []
-    return verdict("structure.zeros", "no weight is wholly zero, few groups are", [f"{n}: all zero" for n in whole + zero],
-                   doubts, _HOW, f"{share:.4%} of {values.groups} groups zero")  # fmt: skip
+    found = whole + zero
+    own = _zeros_of(source, plan, found) if found and source is not None else set()
+    unknown = [name for name in found if source is None and family.place(name).part == ROUTED]
+    doubts = [f"{name}: all zero; only the source tells whether it ought to be" for name in unknown]
+    problems = [f"{name}: all zero" for name in found if name not in own and name not in unknown]
+    accounted = sum(values.empty_groups[name] for name in own)
+    if (values.empty_groups.total() - accounted) / max(values.groups, 1) > _ZERO_SHARE:
+        doubts.append(f"{share:.2%} of all groups are zero")
+    figure = f"{share:.4%} of {values.groups} groups zero" + (f", {len(own)} weights as in the source" if own else "")
+    return verdict("structure.zeros", "no weight is wholly zero that is not so in the source, few groups are", problems,
+                   doubts, _HOW, figure)  # fmt: skip
+
+
+def _originals(plan: Plan | None, source: Checkpoint) -> dict[str, str]:
+    """Logical name of an output tensor -> the source tensor it was made from."""
+    if plan is None:
+        return {logical_name(name): name for name in source.tensors}
+    return {logical_name(output.name): step.source for step in plan.steps.values() for output in step.outputs}
+
+
+def _zeros_of(source: Checkpoint, plan: Plan | None, names: list[str]) -> set[str]:
+    """Those of the output tensors whose source is all zero. A source that cannot be read has none: other checks tell."""
+    try:
+        original, formats = _originals(plan, source), Formats(source)
+        known = [name for name in names if logical_name(name) in original]
+        return {name for name in known if not bool(formats.read(original[logical_name(name)], torch.float32).any())}
+    except WorkflowError:
+        return set()

@@ -112,13 +112,16 @@ def measure(source: Stored, output: Stored) -> Measured:
     source_square, output_square, error_square = (float(s.sum(dtype=torch.float64)) for s in sums)
     floor = _FLOOR**2 * source_square / groups
     gain = ((xx + yy - ee) / 2 + floor) / (xx + floor).clamp_min(1e-37)
+    if source_square == 0:  # an expert of zeros: nothing else will do
+        gain = torch.where(yy == 0, 1.0, torch.inf)
     zero = yy == 0
     is_nvfp4 = output.stored.kind == "nvfp4"
     scale_low, scale_high = _scale_extremes(output, maxima) if is_nvfp4 else (1.0, 1.0)
     return Measured(
         relative_error=math.sqrt(error_square / max(source_square, 1e-300)),
-        cosine=(source_square + output_square - error_square)
-        / max(2 * math.sqrt(source_square * output_square), 1e-300),
+        cosine=1.0
+        if source_square == output_square == 0
+        else (source_square + output_square - error_square) / max(2 * math.sqrt(source_square * output_square), 1e-300),
         saturated=saturated / (rows * columns),
         zero_groups=int(zero.sum()) / groups,
         lost_groups=int((zero & (xx > 0)).sum()) / groups,

@@ -122,6 +122,16 @@ def json_file(name: str, edit: Callable[[dict[str, Any]], object]) -> Spoil:
     return spoil
 
 
+def new_file(name: str, content: str) -> Spoil:
+    """Adds a file."""
+
+    def spoil(directory: Path) -> None:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(content)
+
+    return spoil
+
+
 def config(edit: Callable[[dict[str, Any]], object]) -> Spoil:
     """Edits config.json."""
     return json_file(CONFIG_NAME, edit)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -78,6 +79,50 @@ def _shuffled_tokenizer(content: dict[str, dict[str, dict[str, int]]]) -> None:
     ids = [vocabulary[token] for token in plain]
     vocabulary.update(zip(plain, reversed(ids), strict=True))
 
+
+_Edits = dict[str, Callable[[dict[str, Any]], object]]
+_TOKENIZER: _Edits = {
+    "a normalizer": lambda c: c.update(normalizer={"type": "Lowercase"}),
+    "another pre_tokenizer": lambda c: c.update(pre_tokenizer={"type": "Whitespace"}),
+    "another decoder": lambda c: c.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
+    "a post_processor that adds a token": lambda c: c.update(
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<think>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<think>": {"id": "<think>", "ids": [4], "tokens": ["<think>"]}},
+        }
+    ),
+    "an added token that strips": lambda c: c["added_tokens"][0].update(lstrip=True, rstrip=True),
+    "a special token that is none": lambda c: c["added_tokens"][1].update(special=False),
+    "truncation": lambda c: c.update(
+        truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0}
+    ),
+    "padding": lambda c: c.update(
+        padding={"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 5,
+                 "pad_type_id": 0, "pad_token": "</think>"}
+    ),
+    "ignore_merges": lambda c: c["model"].update(ignore_merges=True),
+}  # fmt: skip
+_TOKENIZER_CONFIG: _Edits = {
+    "model_max_length 8": lambda c: c.update(model_max_length=8),
+    "add_bos_token added": lambda c: c.update(add_bos_token=True),
+    "another end token": lambda c: c.update(eos_token="<think>"),
+    "split_special_tokens": lambda c: c.update(split_special_tokens=True),
+    "further special tokens": lambda c: c.update(extra_special_tokens=["<think>"]),
+    "added_tokens_decoder": lambda c: c.update(added_tokens_decoder={"4": {"content": "<x>", "special": True}}),
+    "auto_map": lambda c: c.update(auto_map={"AutoTokenizer": ["m.T", None]}),
+    "another class": lambda c: c.update(tokenizer_class="BertTokenizer"),
+}
+_GENERATION: _Edits = {
+    "temperature": lambda c: c.update(temperature=0.01),
+    "a forced token": lambda c: c.update(forced_eos_token_id=7),
+    "bad words": lambda c: c.update(bad_words_ids=[[7]]),
+    "suppressed tokens": lambda c: c.update(suppress_tokens=[1, 2]),
+    "a further end token": lambda c: c.update(eos_token_id=[1, 7]),
+    "no end token": lambda c: c.pop("eos_token_id"),
+    "a longest answer": lambda c: c.update(max_new_tokens=4),
+}
 
 _KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 _HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
@@ -193,6 +238,43 @@ FAULTS = [
         e.config(lambda c: c["quantization_config"]["config_groups"]["kept_fp8"].update(input_activations=None)),
         "config",
     ),
+    *(
+        _source(f"tokenizer.json: {name}", e.json_file("tokenizer.json", edit), "tokenizer")
+        for name, edit in _TOKENIZER.items()
+    ),
+    *(
+        _source(f"tokenizer_config.json: {name}", e.json_file("tokenizer_config.json", edit), "tokenizer", "qwen3_moe")
+        for name, edit in _TOKENIZER_CONFIG.items()
+    ),
+    *(
+        _source(f"generation_config.json: {name}", e.json_file("generation_config.json", edit), "tokenizer")
+        for name, edit in _GENERATION.items()
+    ),
+    *(
+        _source(f"{name} added", e.new_file(name, content), check, "qwen3_moe")
+        for name, content, check in (
+            ("special_tokens_map.json", '{"eos_token": "<think>"}', "tokenizer"),
+            ("chat_template.jinja", "{{ messages }}", "tokenizer"),
+            ("additional_chat_templates/tool_use.jinja", "{{ messages }}", "tokenizer"),
+            ("added_tokens.json", '{"<think>": 7}', "tokenizer"),
+            ("vocab.json", '{"a": 7}', "tokenizer"),
+            ("merges.txt", "a b", "tokenizer"),
+            ("tokenizer.model", "x", "tokenizer"),
+            ("adapter_config.json", "{}", "tokenizer"),
+            ("preprocessor_config.json", "{}", "tokenizer"),
+            ("modeling_llama.py", "import os", "files"),
+            ("pytorch_model.bin", "x", "files"),
+            ("extra/state.pkl", "x", "files"),
+        )
+    ),
+    *(
+        _of(f"{name} of another quantization", e.new_file(name, content), "files", base)
+        for name, content, base in (
+            ("hf_quant_config.json", '{"quantization": {"quant_algo": "FP8"}}', "deepseek_v4"),
+            ("quantize_config.json", '{"bits": 4, "group_size": 128}', "qwen3_moe"),
+            ("quant_config.json", "{", "mistral"),
+        )
+    ),
     # Fields that a source does not have, or that stand there twice.
     _of(
         "rope_parameters beside another rope_theta",
@@ -301,7 +383,7 @@ FAULTS = [
         e.value(f"{X}.w2.input_global_scale", lambda t: t * 2),
         "input_scales",
     ),
-    _of("one expert zeroed", e.values(rf"^{X}\..*weight_packed", torch.zeros_like), "zeros"),
+    _source("one expert zeroed", e.values(rf"^{X}\..*weight_packed", torch.zeros_like), "zeros"),
     _of("router zeroed", e.value("layers.1.ffn.gate.weight", torch.zeros_like), "zeros"),
     _of(
         "hash table names an expert that is not there",

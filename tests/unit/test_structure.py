@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.families import FAMILIES, family_of
@@ -22,15 +22,18 @@ from calibration.checkpoint.plan import make_plan
 from calibration.checkpoint.promised import PROMISES, expected_tensors
 from calibration.checkpoint.writer import file_digest
 from recipes.errors import SourceError
-from tests.exported import export, recipe
-from tests.faults.editing import config, drop, rename
+from tests.exported import export, plan_of, recipe
+from tests.faults.editing import config, drop, rename, values
 from tests.models import deepseek_v4, standard
 from tests.models.tokenizer import write_json
+from tests.unit.test_convert import run
 from verify import stream
 from verify.checks import Check
+from verify.fidelity import verify_fidelity
 from verify.report import level_verdicts
 from verify.served_config import config_check
 from verify.structure import verify_structure
+from verify.tokenizer import tokenizer_check
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +202,64 @@ def test_a_config_that_transformers_wrote_again_is_the_source_s(tmp_path: Path, 
     for name, value in {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}.items():
         assert judged(again | {"rope_parameters": again["rope_parameters"] | {name: value}}).verdict == "FAIL", name
     assert judged(again | {"dtype": "float16"}).verdict == "FAIL"
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["transformers 5", "transformers 4"])
+def test_side_files_that_a_library_wrote_again_mean_the_source_s(tmp_path: Path, older: bool) -> None:
+    source, output = standard.write(tmp_path / "source", "llama"), tmp_path / "output"
+    AutoTokenizer.from_pretrained(source).save_pretrained(output)
+    GenerationConfig.from_pretrained(source).save_pretrained(output)
+    written = json.loads((output / "tokenizer.json").read_text())
+    if older:  # which wrote the vocabulary once more, attributes of added tokens, and merges as text
+        model, config = written["model"], json.loads((source / "tokenizer_config.json").read_text())
+        model["merges"] = [" ".join(merge) for merge in model["merges"]]
+        write_json(output / "tokenizer.json", written)
+        write_json(output / "vocab.json", model["vocab"])
+        (output / "merges.txt").write_text("\n".join(["#version: 0.2", *model["merges"]]), encoding="utf-8")
+        tokens = {token["content"]: token for token in written["added_tokens"]}
+        write_json(output / "added_tokens.json", {text: token["id"] for text, token in tokens.items()})
+        named = {key: config[key] for key in ("bos_token", "eos_token", "pad_token")}
+        attributes = {
+            key: {k: v for k, v in tokens[text].items() if k not in ("id", "special")} for key, text in named.items()
+        }
+        write_json(output / "special_tokens_map.json", attributes)
+        decoder = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in tokens.values()}
+        write_json(output / "tokenizer_config.json", config | attributes | {"added_tokens_decoder": decoder})
+    found = tokenizer_check(output, standard.config("llama"), source)
+    assert found.verdict == "WARN" and "means the same" in found.figure, found.figure
+    assert tokenizer_check(source, standard.config("llama"), source).verdict == "PASS"
+
+
+def test_files_that_run_code_are_named_without_a_source(output: Path) -> None:
+    assert (output / "encoding").is_dir()  # DeepSeek's own script, which nothing imports
+    for name in ("modeling.py", "encoding/state.pt"):
+        (output / name).write_text("")
+        found = by_id(verify_structure(output))["files"]
+        assert found.verdict == "WARN" and name in found.figure
+
+
+def test_a_source_that_is_not_what_its_config_promises_does_not_excuse_the_output(tmp_path: Path) -> None:
+    """vLLM cannot load names that the family does not have, whoever wrote them first."""
+    source = standard.write(tmp_path / "source", "llama")
+    rename(r"^model\.", "model.language_model.")(source)
+    found = by_id(verify_structure(source, source=Checkpoint.open(source)))["tensors"]
+    assert found.verdict == "FAIL" and "did it become model.language_model" in found.figure
+
+
+@pytest.mark.parametrize("known", ["plan", "source", "nothing"])
+def test_an_expert_of_zeros_is_no_fault_where_the_source_s_is(tmp_path: Path, known: str) -> None:
+    source, output = standard.write(tmp_path / "source", "qwen3_moe"), tmp_path / "output"
+    values(r"layers\.1\.mlp\.experts\.3\.", torch.zeros_like)(source)
+    made = recipe(source, output, r"re:.*mlp\.experts\.\d+\..*_proj$", "NVFP4A16", method="convert", calibration=None)
+    run(made)
+    plan, formats = plan_of(source, made)
+    given = None if known == "nothing" else formats.checkpoint
+    found = by_id(verify_structure(output, plan if known == "plan" else None, given))["zeros"]
+    assert found.verdict == ("WARN" if known == "nothing" else "PASS"), found.figure
+    if given is not None:
+        assert not [
+            c for c in verify_fidelity(output, plan if known == "plan" else None, formats) if c.verdict == "FAIL"
+        ]
 
 
 def test_a_kv_cache_in_fp8_is_told_where_its_scales_are_stored(output: Path) -> None:
