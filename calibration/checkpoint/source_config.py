@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from recipes.errors import SourceError, first_of
 
 #: Blocks times routed experts of a block; a 1.6 T model has about 25,000. What is expected is made from this number.
-MOST_EXPERTS = 200_000
+MOST_EXPERTS = 100_000
 #: Problems that one message lists.
 _MOST_PROBLEMS = 20
 
