@@ -161,6 +161,8 @@ class BatchDirectory:
         for entry in entries:
             if entry.name in ("", ".", "..") or "/" in entry.name or "\0" in entry.name:
                 raise EnvironmentProblem(f"{where}: runs: {entry.name!r:.80} is no name of a run; {remedy}")
+            if "\0" in entry.output or (entry.output and not Path(entry.output).name):
+                raise EnvironmentProblem(f"{where}: runs: {entry.output!r:.80} is no output; {remedy}")
         return entries, told
 
     def _take(self, path: Path) -> str | None:

@@ -19,6 +19,7 @@ from calibration.checkpoint.writer import write_json, write_text
 from verify.engine import read_json
 from verify.report import LEVELS
 from workflows.batch_child import resident_peak
+from workflows.batch_outcome import one_line
 from workflows.batch_plan import ends
 from workflows.batch_state import BatchDirectory, Entry, alive, standing
 from workflows.progress import clock, size
@@ -148,7 +149,7 @@ def _state(
 ) -> tuple[str, str]:
     """(state, why in one line)."""
     if entry.problems:
-        return "failed", entry.problems[0].splitlines()[0]
+        return "failed", one_line(entry.problems[0])
     last = next((a for a in reversed(attempts) if a["fact"] not in ("stopping", "job")), {"fact": "none"})
     fact = last["fact"]
     if fact == "gave_up":

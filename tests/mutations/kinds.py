@@ -470,15 +470,15 @@ class Rows(Kind):
 
 #: Name -> (class, mutations of the default run, of the slow one).
 KINDS: dict[str, tuple[Callable[[Path], Kind], int, int]] = {
-    "header": (Headers, 100, 300_000),
-    "index": (Index, 60, 150_000),
-    "config": (Config, 100, 200_000),
-    "quantization": (Quantization, 30, 50_000),
+    "header": (Headers, 100, 350_000),
+    "index": (Index, 60, 300_000),
+    "config": (Config, 100, 150_000),
+    "quantization": (Quantization, 30, 40_000),
     "tokenizer": (Tokenizer, 60, 100_000),
     "tokenizer-loaded": (LoadedTokenizer, 3, 1_000),
-    "recipe": (Recipes, 40, 60_000),
-    "run": (RunFiles, 60, 100_000),
-    "rows": (Rows, 40, 39_000),
+    "recipe": (Recipes, 40, 25_000),
+    "run": (RunFiles, 60, 24_000),
+    "rows": (Rows, 40, 10_000),
 }
 
 

@@ -532,3 +532,28 @@ def test_a_dry_run_of_a_batch_sees_what_is_at_work_and_what_cannot_be_written(
     (tmp_path / "file").write_text("")
     assert main([str(path), "--dry-run", "--set", f"output={tmp_path}/file/out"]) == 4
     assert "cannot be written" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": "../../x"}, "no name of a run"),
+        ({"name": 3}, "name"),
+        ({"output": "a\0b"}, "no output"),
+        ({"output": "/"}, "no output"),
+        ({"output_bytes": "1"}, "output_bytes"),
+        ({"problems": "x"}, "problems"),
+        ({"unknown": 1}, None),
+    ],
+)
+def test_a_batch_json_whose_fields_mean_nothing_is_one_message(
+    tmp_path: Path, change: dict[str, Any], problem: str | None
+) -> None:
+    batch = BatchDirectory(tmp_path)
+    run = {"name": "a", "given": "a.yaml", "recipe": "a.yaml", "output": str(tmp_path / "out"), **change}
+    (tmp_path / "batch.json").write_text(json.dumps({"slots": 1, "runs": [run]}))
+    if problem is None:
+        assert batch.load()[0][0].name == "a"
+        return
+    with pytest.raises(EnvironmentProblem, match=problem):
+        batch.load()
