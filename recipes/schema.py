@@ -256,8 +256,12 @@ class Recipe(Section):
                 f"exactly one modifier must name the modules to quantize (config_groups, or targets and scheme), "
                 f"found {', '.join(found) or 'none'}"
             )
-        idle = [entry.name for at, entry in enumerate(modifiers) if not entry.edits and at != entries[0].position]
-        if idle:
+        idle = [
+            entry.name
+            for at, entry in enumerate(modifiers)
+            if not entry.edits and at not in {e.position for e in entries}
+        ]
+        if found and idle:
             raise ValueError(f"{idle[0]} beside {found[0]} names no modules to quantize; remove it")
         return modifiers
 

@@ -334,6 +334,11 @@ def test_modifier_errors(modifiers: list[Any], key: str, rule: str, tmp_path: Pa
     assert rule in found[0]
 
 
+def test_a_wrong_method_beside_a_modifier_without_targets_is_told(tmp_path: Path) -> None:
+    found = problems(with_modifiers(tmp_path, [{"QuantizationModifier": {}}], method="quantize"))
+    assert len(found) == 1 and "method: must be 'calibrate', 'convert' or 'plain'" in found[0]
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_modifier_that_no_run_can_take_is_refused_by_the_loader(name: str, tmp_path: Path) -> None:
     found = problems(with_modifiers(tmp_path, [{name: {}}, {"QuantizationModifier": GOOD}]))
