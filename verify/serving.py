@@ -30,6 +30,8 @@ DAYS = " ".join(
     f"On day {n} the ship sailed {7 * n} miles and the crew counted {3 * n + 1} birds." for n in range(1, 13)
 )
 CODE = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +"
+#: Below the logs, which may be a directory of the user's: removed with all in it, so no name that others use.
+_LOGITS = "logits-of-this-verification"
 
 
 @dataclass(frozen=True)
@@ -160,12 +162,12 @@ def verify_serving(
         if shutil.disk_usage(log_dir).free < 2 * room:
             source = SourceToServe(None, f"logits of {room:,} bytes do not fit beside {log_dir}")
         else:
-            request["write_logits"] = str((log_dir / "logits").resolve())
+            request["write_logits"] = str((log_dir / _LOGITS).resolve())
     try:
         result = run_engine(request, options, log_dir, "serving")
         result["source"] = None if source is None else _serve_source(source, request, result, options, log_dir)
     finally:
-        shutil.rmtree(log_dir / "logits", ignore_errors=True)
+        shutil.rmtree(log_dir / _LOGITS, ignore_errors=True)
     result["text"] = options.text if result.get("windows") else None
     result["samples"] = samples(result)
     checks = judge(result, options, config)

@@ -46,9 +46,15 @@ class SideFiles:
 def side_files(directory: Path) -> SideFiles:
     """The side files of the checkpoint in `directory`, each opened for reading once: one that cannot be read is told before
     anything is computed. Not among them, and not named: the weights and their index, config.json, the model card, hidden
-    files and caches. Raises SourceError with every file that cannot be read."""
+    files and caches. Raises SourceError with every file that cannot be read or is a link out of the source."""
     found, problems = SideFiles(), list[str]()
     for path, name, why in _candidates(directory):
+        if why is None and (target := _leads_out(path, directory)) is not None:
+            problems.append(
+                f"{path}: is a link out of the source, to {target}, whose content the output would get; put the file itself "
+                "there, or remove the link"
+            )
+            continue
         if why is None:
             try:
                 with open_regular(path, "make it readable, or move it out of the source") as file:
@@ -80,27 +86,31 @@ def _candidates(directory: Path) -> Iterator[tuple[Path, str, str | None]]:
                 yield path, f"{path.name}/", "no directory of a finished model" if not path.is_symlink() else "a link"
                 continue
             for below in _files(path):
-                yield below, str(below.relative_to(directory)), _why_not(below, _TEXT, directory)
+                yield below, str(below.relative_to(directory)), _why_not(below, _TEXT)
         elif not name.endswith((".safetensors", ".safetensors.index.json")) and name not in (
             "config.json",
             "readme.md",
             "recipe.yaml",
         ):
-            yield path, path.name, _why_not(path, _KINDS, directory)
+            yield path, path.name, _why_not(path, _KINDS)
 
 
-def _why_not(path: Path, kinds: re.Pattern[str], source: Path) -> str | None:
-    def travels(name: str) -> bool:
-        return bool(kinds.fullmatch(name)) and not _NEVER.fullmatch(name)
-
+def _why_not(path: Path, kinds: re.Pattern[str]) -> str | None:
     name = path.name.lower()
-    if not travels(name):
-        quantization = "quant" in name and name.endswith("_config.json")
-        return "describes the source's own quantization" if quantization else "no kind of side file"
-    target = Path(os.path.realpath(path))
-    # The hub's cache and a tree of links keep the kind; a stranger's LICENSE -> ~/.ssh/id_rsa does not.
-    in_cache = target.parent == Path(os.path.realpath(source)).parent.parent / "blobs"
-    return None if in_cache or travels(target.name.lower()) else "a link to a file of another kind"
+    if kinds.fullmatch(name) and not _NEVER.fullmatch(name):
+        return None
+    quantization = "quant" in name and name.endswith("_config.json")
+    return "describes the source's own quantization" if quantization else "no kind of side file"
+
+
+def _leads_out(path: Path, source: Path) -> str | None:
+    """What a link leads to if that is neither in the source nor, of a snapshot, in the hub's cache: a stranger's
+    `LICENSE -> ~/.ssh/id_rsa` would be published with the output."""
+    target, real = Path(os.path.realpath(path)), Path(os.path.realpath(source))
+    inside = target.is_relative_to(real) or (
+        real.parent.name == "snapshots" and target.parent == real.parents[1] / "blobs"
+    )
+    return None if inside else str(target)
 
 
 def _files(directory: Path) -> Iterator[Path]:

@@ -126,19 +126,27 @@ def test_a_large_file_stays_unless_it_is_a_tokenizer(tmp_path: Path, monkeypatch
     assert found.left_out == {"vocab.json": "11 bytes, more than the 10 of a side file"}
 
 
-def test_links_travel_if_what_they_lead_to_would(tmp_path: Path) -> None:
-    """A hub snapshot, a tree of links; not a stranger's link to a file of the user's."""
+def test_links_travel_inside_the_source_and_the_hubs_cache_alone(tmp_path: Path) -> None:
+    """A stranger's LICENSE -> ~/.ssh/id_rsa would be published with the output."""
     blobs, snapshot, elsewhere = tmp_path / "blobs", tmp_path / "snapshots" / "main", tmp_path / "elsewhere"
-    for folder in (blobs, snapshot, elsewhere / "encoding"):
+    for folder in (blobs, snapshot / "encoding", elsewhere / "inference"):
         folder.mkdir(parents=True)
-    for path in (blobs / "abc123", elsewhere / "id_rsa", elsewhere / "vocab.json", elsewhere / "encoding" / "x.py"):
+    for path in (blobs / "abc123", elsewhere / "id_rsa", elsewhere / "NOTICE", elsewhere / "inference" / "x.py"):
         path.write_text("{}")
     (snapshot / "tokenizer.json").symlink_to("../../blobs/abc123")
-    (snapshot / "LICENSE").symlink_to(elsewhere / "id_rsa")
-    (snapshot / "vocab.json").symlink_to(elsewhere / "vocab.json")
-    (snapshot / "encoding").symlink_to(elsewhere / "encoding")
-    assert names(snapshot) == {"tokenizer.json", "vocab.json"}
-    assert side_files(snapshot).left_out == {"LICENSE": "a link to a file of another kind", "encoding/": "a link"}
+    (snapshot / "encoding" / "x.py").symlink_to("../../../blobs/abc123")
+    (snapshot / "LICENSE").symlink_to("tokenizer.json")
+    (snapshot / "inference").symlink_to(elsewhere / "inference")
+    (snapshot / "latest").symlink_to(elsewhere / "id_rsa")
+    assert names(snapshot) == {"tokenizer.json", "encoding/x.py", "LICENSE"}
+    assert side_files(snapshot).left_out == {"inference/": "a link", "latest": "no kind of side file"}
+    (snapshot / "NOTICE").symlink_to(elsewhere / "NOTICE")
+    (snapshot / "encoding" / "y.py").symlink_to(elsewhere / "id_rsa")
+    with pytest.raises(SourceError) as caught:
+        side_files(snapshot)
+    text = str(caught.value)
+    assert f"NOTICE: is a link out of the source, to {elsewhere / 'NOTICE'}" in text
+    assert "y.py: is a link out of the source" in text
 
 
 def test_every_unreadable_file_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
