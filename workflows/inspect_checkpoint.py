@@ -19,7 +19,8 @@ from calibration.checkpoint.families import ROUTED, SHARED, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
-from recipes.errors import WorkflowError, without_numbers
+from calibration.checkpoint.source_check import contradictions
+from recipes.errors import SourceError, WorkflowError, without_numbers
 from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
 from verify.report import OutputConsole
@@ -29,7 +30,8 @@ from workflows.source import resolve_source
 
 def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, Any]:
     """Facts of a checkpoint from its headers, as JSON: `patterns` (name pattern, count, dtype, stored format, shapes,
-    bytes), `parts` (bytes), `blocks`, experts per block, routers, norms, MTP blocks, bytes and parameters in all."""
+    bytes), `parts` (bytes), `problems` (what the tensors have otherwise than config.json promises), `blocks`, experts per
+    block, routers, norms, MTP blocks, bytes and parameters in all."""
     family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
     places = {name: family.place(name) for name in checkpoint.tensors}
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
@@ -44,6 +46,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
     for place in places.values():
         if place.part == ROUTED and place.block is not None and place.expert is not None:
             experts[place.block].add(place.expert)
+    misnamed, differing = contradictions(formats, family)
     parts = Counter((places[n].part, places[n].mtp) for n in checkpoint.tensors if n.endswith(".weight"))
     return {
         "checkpoint": str(checkpoint.directory),
@@ -63,6 +66,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
         "mtp_blocks": len({name.split(".")[1] for name, place in places.items() if place.mtp}),
         "stored_formats": dict(Counter(formats.of(n).label for n in checkpoint.tensors if n not in formats.companions)),
         "parts": dict(part_bytes.most_common()),
+        "problems": [*misnamed, *differing],
         "patterns": [
             {
                 "pattern": pattern,
@@ -163,14 +167,17 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    code = SourceError.exit_code if facts["problems"] else 0
     if options.json:
         print(json.dumps({"checkpoint": facts, "plan": plan}, indent=2))
-        return printed()
+        return printed() or code
     console = OutputConsole()
     print_checkpoint(facts, console)
     if plan is not None:
         print_plan(plan, console)
-    return printed()
+    for problem in facts["problems"]:
+        print(f"error: {problem}", file=sys.stderr)
+    return printed() or code
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ FORMS: dict[str, tuple[Callable[[torch.Tensor], Tensors], dict[str, Any]]] = {
         lambda weight: dict(zip(("weight", "weight_scale_inv"), to_tiles(weight, torch.float32, 64), strict=True)),
         {"quant_method": "fp8", "weight_block_size": [64, 64]},
     ),
+    "fp8_tiles_96": (
+        lambda weight: dict(zip(("weight", "weight_scale_inv"), to_tiles(weight, torch.float32, 96), strict=True)),
+        {"quant_method": "fp8", "weight_block_size": [96, 96]},
+    ),
     "nvfp4_modelopt": (to_modelopt_nvfp4, _modelopt("NVFP4")),
 }  # fmt: skip
 

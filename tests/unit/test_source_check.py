@@ -16,6 +16,7 @@ from calibration.checkpoint.plan import Plan
 from recipes.errors import SourceError
 from tests.exported import plan_of, recipe
 from tests.models import standard, stored_forms
+from workflows.inspect_checkpoint import main as inspect
 
 Tensors = dict[str, torch.Tensor]
 METHODS: dict[str, dict[str, Any]] = {
@@ -202,3 +203,17 @@ def test_git_lfs_pointers_are_told_with_their_remedy(llama: Path, tmp_path: Path
     (source / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n")
     with pytest.raises(SourceError, match=rf"1 files are git-lfs pointers.*\({name}\): run `git lfs pull`"):
         planned(source, "plain")
+
+
+def test_inspect_shows_a_source_and_what_its_config_contradicts(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inspect([str(llama)]) == 0
+    assert not capsys.readouterr().err
+    source = edited(llama, tmp_path / "source", lambda t: {f"module.{name}": value for name, value in t.items()})
+    assert inspect([str(source)]) == 3
+    shown = capsys.readouterr()
+    assert "module.model.layers.N.mlp.up_proj.weight" in shown.out and "error: " in shown.err
+    assert "their prefix is likely 'module.'" in shown.err and "Traceback" not in shown.err
+    assert inspect([str(source), "--json"]) == 3
+    assert len(json.loads(capsys.readouterr().out)["checkpoint"]["problems"]) == 2

@@ -160,6 +160,20 @@ def test_tiles_of_another_size_need_kept_plain(sources: dict[str, Path]) -> None
     assert len(plan_of(sources["fp8_tiles_64"], made)[0].quantized) == 6
 
 
+@pytest.mark.parametrize("job", [1 << 12, 1 << 24])
+def test_tiles_of_one_size_become_tiles_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: int) -> None:
+    """96 rows a tile in, 128 out: pieces of a weight begin where both do."""
+    source = stored_forms.write(tmp_path / "source", "llama", "fp8_tiles_96")
+    made = converting(source, tmp_path / "out", [r"re:.*\.mlp\..*_proj$"], "FP8_BLOCK", export={"kept": "plain"})
+    monkeypatch.setattr(layout, "JOB", job)
+    run(made)
+    assert failing(made) == set()
+    found, formats = tensors(made.output), Formats(Checkpoint.open(source))
+    weight = formats.read("model.layers.0.mlp.up_proj.weight", torch.float32)
+    maxima = weight.reshape(2, 128, 1, 128).abs().amax((1, 3))
+    assert torch.equal(found["model.layers.0.mlp.up_proj.weight_scale"], maxima / 448)
+
+
 @pytest.mark.parametrize("tile", [(64, 64), (32, 256), (96, 48), (1, 128), (512, 512)])
 def test_kernels_take_tiles_of_any_size(tile: tuple[int, int]) -> None:
     rows, columns = 200, 320
