@@ -131,6 +131,7 @@ def load_table(options: Calibration) -> Table:
         def read_directory() -> Any:
             for file in files:
                 _check_expansion(file)
+            _check_inside(path, options)
             return datasets.load_dataset(str(path), name=options.config_name, split=options.split)
 
         return _guarded(options, files, read_directory)
@@ -184,6 +185,17 @@ def _look_through(directory: Path, options: Calibration) -> None:
                 continue
             if not regular:
                 raise SourceError(f"{place}: {file} is no regular file (a device, pipe or socket); remove it")
+
+
+def _check_inside(directory: Path, options: Calibration) -> None:
+    """Raises ValueError for files that the README.md of a directory names outside of it, or at another address."""
+    found = datasets.load_dataset_builder(str(directory), name=options.config_name).config.data_files or {}
+    inside = tuple(f"{real}/" for real in (os.path.abspath(directory), os.path.realpath(directory)))
+    for file in (str(file) for files in found.values() for file in files):
+        if not os.path.normpath(file).startswith(inside):
+            raise ValueError(
+                f"README.md names {file}, which is not in the directory; remove it there, or copy the file"
+            )
 
 
 def _load_file(options: Calibration, path: Path) -> Table:

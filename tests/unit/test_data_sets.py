@@ -56,8 +56,9 @@ def test_every_form_of_a_file_gives_the_same_texts(form: str, v4: Any, tmp_path:
 
 
 def test_a_directory_of_compressed_lines(v4: Any, tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
-    assert decoded(v4, load(v4, str(tmp_path), num_samples=3, shuffle=False)) == TEXTS
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    assert decoded(v4, load(v4, str(tmp_path / "set"), num_samples=3, shuffle=False)) == TEXTS
 
 
 PAIRS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {

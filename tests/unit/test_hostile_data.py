@@ -227,6 +227,20 @@ def test_the_code_of_a_data_set_does_not_run(v4: Any, tmp_path: Path) -> None:
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("address", ["{outside}", "../outside.txt", "file://{outside}", "/dev/zero"])
+def test_a_data_set_reads_no_file_outside_its_directory(address: str, v4: Any, tmp_path: Path) -> None:
+    directory, outside = tmp_path / "set", tmp_path / "outside.txt"
+    directory.mkdir()
+    outside.write_text("a text of somebody else")
+    (directory / "train.jsonl").write_bytes(GOOD)
+    card = f"configs:\n- config_name: default\n  data_files: {address.format(outside=outside)}\n"
+    (directory / "README.md").write_text(f"---\n{card}---\n")
+    with pytest.raises(SourceError, match=r"which is not in the directory|Unable to find|doesn't match any"):
+        load(v4, str(directory))
+    (directory / "README.md").write_text(f"---\n{card.replace(address.format(outside=outside), 'train.jsonl')}---\n")
+    assert decoded(v4, load(v4, str(directory))) == ["a good line of text"]
+
+
 def test_a_column_that_would_be_fetched_is_refused(v4: Any, tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": [{"bytes": b"no image", "path": None}]})
     rows.cast_column("text", datasets.Image()).save_to_disk(tmp_path / "saved")
