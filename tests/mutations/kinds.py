@@ -126,9 +126,7 @@ class Headers(Kind):
         self.recipe = recipe(source, self.directory / "out", TARGETS)
         self.path = source / "m.safetensors"
         self.config = read_json(source / CONFIG_NAME)
-        raw = self.path.read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        plain = json.loads(raw[8 : 8 + length])
+        plain = _header(self.path)
         self.bases = [plain, _quantized(plain, "weight_scale_inv"), _packed(plain)]
         self.file = self.directory / "f.safetensors"
 
@@ -141,6 +139,18 @@ class Headers(Kind):
         tensors = parse_header(self.path, raw, 8 + len(raw) + _end(base))
         _described(Checkpoint(self.path.parent, self.config, tensors, [self.path.name]), self.recipe)
         return False
+
+
+def _header(path: Path) -> dict[str, Any]:
+    raw = path.read_bytes()
+    header: dict[str, Any] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    return header
+
+
+def _write_header(path: Path, header: dict[str, Any]) -> None:
+    """A whole file of this header, every byte of its tensors zero."""
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(_end(header)))
 
 
 def _end(header: dict[str, Any]) -> int:
@@ -205,6 +215,9 @@ class Config(Kind):
 
     def prepare(self) -> None:
         self.source = mixtral(self.directory / "source", tokenizer=False)
+        tiles = _quantized(_header(self.source / "m.safetensors"), "weight_scale_inv")
+        _write_header(self.source / "m.safetensors", tiles)
+        (self.source / INDEX_NAME).write_text(json.dumps({"weight_map": dict.fromkeys(tiles, "m.safetensors")}))
         self.recipe = recipe(self.source, self.directory / "out", TARGETS)
         self.config = json.loads((self.source / CONFIG_NAME).read_text())
         self.config |= {
@@ -439,8 +452,8 @@ class Rows(Kind):
         ]  # fmt: skip
 
     def run(self, rng: random.Random) -> bool:
-        from calibration.data import _Encoder
         from calibration.dataset import Table, _Rows
+        from calibration.encoder import Encoder
         from calibration.json_rows import read_rows
         from calibration.rows import choose_columns
         from recipes.schema import Calibration
@@ -457,8 +470,8 @@ class Rows(Kind):
             return True
         table, options = Table(_Rows(rows), "data", [self.path]), Calibration(dataset="data")
         columns = choose_columns(options, table)
-        if columns not in self.encoders:  # a chat template runs in a process of its own, whose start takes 50 ms
-            self.encoders[columns] = _Encoder(options, self.tokenizer, table, False)
+        if columns not in self.encoders:  # it starts a process of its own, which takes 50 ms
+            self.encoders[columns] = Encoder(options, self.tokenizer, table, False)
         self.encoders[columns].table = table
         list(self.encoders[columns].rows(list(range(len(table)))))
         return False
