@@ -6,7 +6,6 @@ conversion execute it, verification compares the output with it.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
@@ -20,11 +19,11 @@ from calibration.checkpoint.families import NOT_LINEAR, ROUTED, Family, Place, f
 from calibration.checkpoint.formats import Formats, StoredFormat, module_of
 from calibration.checkpoint.header import tensor_bytes
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.checkpoint.matching import Matcher
 from calibration.checkpoint.schemes import FP8_BLOCK, SCHEMES, Scheme
 from calibration.checkpoint.source_check import contradictions, is_carried, is_left_out
 from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
 from recipes.fields import KEPT_FP8
-from recipes.patterns import Pattern, PatternError, TimeLimit
 from recipes.schema import Recipe
 
 Action = Literal["copy", "cast", "quantize", "invert", "consume"]
@@ -166,7 +165,6 @@ class _Planner:
         self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self.limit = TimeLimit()
         self._undone_unasked: dict[str, list[str]] = defaultdict(list)
         self.weights = {
             module_of(name): name
@@ -204,19 +202,20 @@ class _Planner:
             input_global_scale=self.recipe.export.input_global_scale,
         )
         self._warn(plan)
-        object.__setattr__(plan, "warnings", tuple(self.warnings))
+        object.__setattr__(plan, "warnings", tuple(collapsed(self.warnings)))
         return plan
 
     def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
         """Module -> config group, after ignore."""
         modifier = self.recipe.quantization_modifier
+        matcher = Matcher(self.places, self.problems, self.warnings)
         ignored: set[str] = set()
         for entry in modifier.ignore:
-            ignored.update(self._matching("ignore", entry))
+            ignored.update(matcher.ignored(entry))
         assigned: dict[str, str] = {}
         for name, scheme in groups.items():
             for target in modifier.config_groups[name].targets:
-                hits = self._matching(f"config_groups.{name}.targets", target)
+                hits = matcher.targeted(f"config_groups.{name}.targets", target)
                 left = {m: why for m in hits if m not in ignored and (why := self._why_left_out(m, target, scheme))}
                 self._note_left_out(target, left)
                 wanted = [m for m in hits if m not in ignored and m not in left]
@@ -269,36 +268,6 @@ class _Planner:
                 for name in names
             ]
         self.warnings += [warning for warning in warnings if warning not in self.warnings]
-
-    def _matching(self, where: str, entry: str) -> list[str]:
-        """The modules that a target or ignore entry names. A pattern that takes too long is a problem, and so is a target
-        that names none; an ignore entry that names none, as published lists have them, changes nothing and is a warning."""
-        if entry.startswith("re:"):
-            try:
-                pattern = Pattern(entry[3:], self.limit)
-                hits = [module for module in self.weights if pattern.match(module)]
-            except PatternError as error:
-                self.problems.append(f"{where}: {entry!r} {error}")
-                return []
-        elif entry == "Linear":
-            hits = [m for m in self.weights if self.places[m].part not in NOT_LINEAR]
-        else:
-            hits = [entry] if entry in self.weights else []
-        if not hits:
-            problem = f"{where}: {entry!r} matches no module of the source"
-            if where == "ignore":
-                self.warnings.append(f"{problem} and changes nothing{self._closest(entry)}")
-            else:
-                self.problems.append(problem + self._closest(entry))
-        return hits
-
-    def _closest(self, entry: str) -> str:
-        """A hint for an entry that matched nothing: names are those of the source, not of transformers."""
-        patterns = sorted({without_numbers(module) for module in self.weights})
-        wanted = re.sub(r"[\\^$()]", "", entry.removeprefix("re:"))
-        close = difflib.get_close_matches(wanted, patterns, n=2, cutoff=0.3)
-        hint = f"; closest: {', '.join(close)}" if close else ""
-        return f"{hint}; names are spelled as in the source (see inspect_checkpoint)"
 
     def _check_whole_groups(self, assigned: dict[str, str]) -> None:
         experts: dict[int, list[str]] = defaultdict(list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,14 @@ def test_an_ignore_entry_that_matches_nothing_is_a_note_and_changes_nothing(
     (note,) = plan.warnings
     assert note.startswith(f"ignore: {entry!r} matches no module of the source and changes nothing; ")
     assert ("; closest: " in note) == (entry != "re:visual.*")
+
+
+def test_a_long_ignore_list_of_another_model_is_a_few_notes_at_once(sources: dict[str, Path]) -> None:
+    started = time.monotonic()
+    entries = [f"model.layers.{block}.mlp.experts.{expert}.gate" for block in range(61) for expert in range(60)]
+    plan = make(sources["bf16"], ignore=[*entries, "re:" + "x" * 10_000])
+    assert time.monotonic() - started < 10
+    assert 1 < len(plan.warnings) < 5 and "more like this" in plan.warnings[0]
 
 
 def test_linear_leaves_out_what_vllm_runs_unquantized_and_says_so_in_one_line(sources: dict[str, Path]) -> None:
