@@ -17,10 +17,10 @@ demo: venv venv-vllm $(DEMO)/config.json
 	$(RUN) -m workflows.run recipes/quickstart.yaml --overwrite
 
 test: venv venv-vllm lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
 
 test-slow: venv venv-vllm
-	$(RUN) -m pytest -m "slow and not gpu and not slurm"
+	$(RUN) -m pytest -n auto -m "slow and not gpu and not slurm"
 
 # Needs chromium (on Debian: apt-get install chromium).
 test-browser: venv

@@ -1,5 +1,20 @@
-"""Before any test imports torch: idle OpenMP threads must not spin on a machine of two shared cores."""
+"""Before any test imports torch: idle OpenMP threads must not spin on a machine of few cores. And how tests share them."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` means: two workers, the tests of a file on one of them in order; none for single files or one core."""
+    files = [argument for argument in config.args if not Path(argument).is_dir()]
+    if files or (os.cpu_count() or 1) < 2:
+        return 0
+    config.option.dist, config.option.loadscopereorder = "loadfile", False  # the long files come first as it is
+    return 2
