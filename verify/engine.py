@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from recipes.schema import Serving
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
+Run = Callable[[list[str], Path, float], tuple[int, bool]]
+"""Runs a command with its output in a log, for so many seconds at most: exit code and whether time ran out."""
 TAIL = 12
 """Lines of the engine's log in a verdict."""
 NO_MEMORY = (
@@ -62,11 +65,13 @@ def environment() -> dict[str, str]:
     return defaults | inherited | fixed
 
 
-def run_engine(request: dict[str, Any], options: Serving, log_dir: Path, name: str) -> dict[str, Any]:
+def run_engine(
+    request: dict[str, Any], options: Serving, log_dir: Path, name: str, run: Run | None = None
+) -> dict[str, Any]:
     """One process of the engine: the worker's result, with `seconds.wall`, `exit_code`, `timed_out` and `log` added.
 
-    Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`. Raises EnvironmentProblem when
-    there is no vLLM to ask.
+    run: instead of `run_process`. Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`.
+    Raises EnvironmentProblem when there is no vLLM to ask.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     request_path, result_path, log = (
@@ -77,7 +82,7 @@ def run_engine(request: dict[str, Any], options: Serving, log_dir: Path, name: s
     began = time.monotonic()
     command = [options.python, str(WORKER), str(request_path), str(result_path)]
     try:
-        exit_code, timed_out = run_process(command, log, options.timeout)
+        exit_code, timed_out = (run or run_process)(command, log, options.timeout)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         raise EnvironmentProblem(f"{options.python}: no such interpreter (verify.serving.python); {REMEDY}") from None
     result = read_json(result_path) or {"ok": False, "stage": "request", "error": None}

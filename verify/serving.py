@@ -17,7 +17,7 @@ from calibration.checkpoint.formats import Formats
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Serving
 from verify.checks import Check
-from verify.engine import check_environment, read_json, run_engine
+from verify.engine import Run, check_environment, read_json, run_engine
 from verify.serving_verdicts import judge
 
 PROMPT_ROOM = 512
@@ -48,12 +48,14 @@ class Experiment:
     """What tests and benchmarks ask of the engine and no recipe can; `vllm_worker` says what each means.
 
     prompts: instead of the built-in kinds and the recipe's own. processor: what the CPU is pretended to have or lack.
+    run: instead of a process that imports vLLM.
     """
 
     prompts: list[dict[str, Any]] | None = None
     write_logits: Path | None = None
     moe_input_scales: str = "stored"
     processor: Mapping[str, bool] = field(default_factory=dict)
+    run: Run | None = None
 
 
 def default_prompts() -> list[dict[str, Any]]:
@@ -164,7 +166,7 @@ def verify_serving(
         else:
             request["write_logits"] = str((log_dir / _LOGITS).resolve())
     try:
-        result = run_engine(request, options, log_dir, "serving")
+        result = run_engine(request, options, log_dir, "serving", experiment.run)
         result["source"] = None if source is None else _serve_source(source, request, result, options, log_dir)
     finally:
         shutil.rmtree(log_dir / _LOGITS, ignore_errors=True)

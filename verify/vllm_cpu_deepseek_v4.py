@@ -1,14 +1,15 @@
-"""DeepSeek-V4 on the CPU: what vLLM's CPU model still takes from triton, and a float32 path through it.
+"""DeepSeek-V4 on the CPU: what vLLM's CPU model still takes from triton, and a torch path through it.
 
 Two parts, both plain torch:
 
 - `register` always replaces the small metadata kernels that exist as triton kernels only, and completes
-  `build_tile_scheduler`. With them vLLM's own CPU model runs in bfloat16, with its own kernels and FP8 KV cache.
-- `register(float32=True)` also replaces the parts whose kernels compute or store in bfloat16 or FP8: hyper-connections,
-  query/KV preparation, KV cache, compressor, sparse attention and the grouped output projection. Slots, block tables
-  and masks stay vLLM's; only the arithmetic and the rows behind the slots change: float32 values, sums in float64. A
-  float32 run then really is one, and can be compared to a reference. Contexts in which the indexer must choose (more
-  than 4 * index_topk tokens) raise NotImplementedError in float32: vLLM's indexer scores in FP8.
+  `build_tile_scheduler`. With them vLLM's own CPU model runs in bfloat16, with its own kernels and FP8 KV cache, where
+  the processor has AVX-512 with BF16: vLLM 0.32 builds those kernels for no other (no Ice Lake, no Zen 3).
+- In float32, and in any dtype without those kernels, it also replaces the parts that compute or store in bfloat16 or FP8:
+  router, hyper-connections, query/KV preparation, KV cache, compressor, sparse attention and the grouped output
+  projection. Slots, block tables and masks stay vLLM's; only the arithmetic and the rows behind the slots change: float32
+  values, sums in float64. A float32 run then really is one, and can be compared to a reference. Contexts in which the
+  indexer must choose (more than 4 * index_topk tokens) raise NotImplementedError there: vLLM's indexer scores in FP8.
 
 Runs inside vLLM's interpreter: imports the standard library, torch and vLLM only. Written against vLLM 0.32.
 """
@@ -20,26 +21,29 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.platforms import current_platform
 
+NATIVE_KERNEL = "flash_mla_with_kvcache_cpu"  # vLLM has all of its DeepSeek-V4 kernels for a processor, or none
 QUERY_CHUNK = 32  # queries attended to at once; bounds the gathered KV to 32 * (window + compressed) * 512 floats
 
 
-def register(float32: bool = False) -> list[str]:
+def register(dtype: str) -> list[str]:
     """Install the replacements; call before the engine is built. Returns what was replaced, for the report.
 
-    Does nothing on another platform.
+    dtype: of the request. Does nothing on another platform.
     """
     if not current_platform.is_cpu():
         return []
     _replace_metadata_kernels()
     replaced = ["DeepSeek-V4 metadata kernels (triton has no CPU build here): torch"]
-    if float32:
+    if dtype == "float32" or not hasattr(torch.ops._C, NATIVE_KERNEL):
+        cpu_router._sqrtsoftplus_bias_topk = route
         _replace_hyper_connections()
         _replace_attention()
         replaced.append(
-            "DeepSeek-V4 hyper-connections, KV cache, compressor, sparse attention, output projection: float32 torch"
-            " instead of bfloat16 and FP8 kernels"
+            "DeepSeek-V4 router, hyper-connections, KV cache, compressor, sparse attention, output projection: float32"
+            " torch instead of bfloat16 and FP8 kernels"
         )
     return replaced
 
@@ -148,7 +152,32 @@ def build_prefill_chunk_metadata(
         token_to_seq[int(cu_compressed_seq_lens[request]) : int(cu_compressed_seq_lens[request + 1])] = request
 
 
-# ---- float32 --------------------------------------------------------------------------------------------------------
+# ---- torch instead of vLLM's kernels --------------------------------------------------------------------------------
+
+
+def route(
+    router_logits: torch.Tensor,
+    top_k: int,
+    renormalize: bool,
+    e_score_correction_bias: torch.Tensor | None,
+    routed_scaling_factor: float,
+    input_ids: torch.Tensor | None,
+    hash_indices_table: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits `[T, E]` -> weights `[T, k]` float32 and experts `[T, k]` int32: by score and bias, or as the table says.
+
+    Weights are sqrt(softplus(logit)) without the bias, and sum to `routed_scaling_factor`.
+    """
+    assert renormalize, "DeepSeek-V4 always renormalizes"
+    scores = F.softplus(router_logits.double()).sqrt()
+    if hash_indices_table is not None:
+        chosen = hash_indices_table[input_ids].long()
+    else:
+        assert e_score_correction_bias is not None
+        chosen = (scores + e_score_correction_bias.double()).topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, chosen)
+    weights = weights / weights.sum(-1, keepdim=True) * routed_scaling_factor
+    return weights.float(), chosen.to(torch.int32)
 
 
 def _replace_hyper_connections() -> None:

@@ -29,6 +29,9 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_nvfp4 as nvfp4_moe,
 )
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+    compressed_tensors_moe_w8a8_fp8 as fp8_moe,
+)
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
     compressed_tensors_w4a4_nvfp4 as nvfp4_linear,
 )
@@ -127,21 +130,11 @@ class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mis
         raise NotImplementedError
 
 
-class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod):  # type: ignore[misc]
-    """NVFP4 routed experts on the CPU.
-
-    The prefix "CompressedTensors" in the class name is needed: vLLM's expert weight loader looks for it.
-    """
+class CpuExperts:
+    """What the routed experts of every format share on the CPU: dense weights `w13_dense [E, 2I, D]`, `w2_dense [E, D, I]`
+    of the layer, one expert at a time."""
 
     backend_name = "CPU_EMULATION"
-
-    def __init__(self, moe: Any, layer_name: str | None, use_a16: bool, input_scales: str) -> None:
-        """Skips the parent's choice of a GPU backend; everything the parent's `create_weights` needs is set."""
-        FusedMoEMethodBase.__init__(self, moe)
-        self.group_size = GROUP
-        self.use_a16 = use_a16
-        self.use_global_sf = False
-        self.input_scales = input_scales
 
     @property
     def is_monolithic(self) -> bool:
@@ -156,6 +149,49 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
         """An empty configuration: no modular kernel uses it here."""
         return FusedMoEQuantConfig.make()
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`x [T, D]`, `topk_weights`/`topk_ids [T, k]` -> the weighted sum of the chosen experts, `[T, D]`.
+
+        The shared expert is left to vLLM's runner, which calls it when no modular kernel claims it.
+        """
+        out = torch.zeros(x.shape, dtype=torch.float32)
+        for expert in topk_ids.unique().tolist():
+            token, slot = torch.where(topk_ids == expert)
+            weight = topk_weights[token, slot].unsqueeze(-1)
+            rows = x[token] * weight.to(x.dtype) if layer.apply_router_weight_on_input else x[token]
+            hidden = multiply(self.quantize_input(layer, "w13", expert, rows), layer.w13_dense[expert])
+            hidden = activate(layer, hidden)
+            result = multiply(self.quantize_input(layer, "w2", expert, hidden), layer.w2_dense[expert]).float()
+            out.index_add_(0, token, result if layer.apply_router_weight_on_input else result * weight.float())
+        return out.to(x.dtype)
+
+    def quantize_input(self, layer: Any, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """The input `[T, K]` of an expert's "w13" or "w2" as its kernel sees it: left alone."""
+        return x
+
+
+class CompressedTensorsCpuNvFp4MoEMethod(CpuExperts, nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod):  # type: ignore[misc]
+    """NVFP4 routed experts on the CPU.
+
+    The prefix "CompressedTensors" in the class name is needed: vLLM's expert weight loader looks for it.
+    """
+
+    def __init__(self, moe: Any, layer_name: str | None, use_a16: bool, input_scales: str) -> None:
+        """Skips the parent's choice of a GPU backend; everything the parent's `create_weights` needs is set."""
+        FusedMoEMethodBase.__init__(self, moe)
+        self.group_size = GROUP
+        self.use_a16 = use_a16
+        self.use_global_sf = False
+        self.input_scales = input_scales
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Dequantize once and reduce the input global scales as the GPU kernels do.
@@ -189,32 +225,33 @@ class CompressedTensorsCpuNvFp4MoEMethod(nvfp4_moe.CompressedTensorsW4A4Nvfp4MoE
             w2_input = w2_input.min().expand_as(w2_input)
         layer.w13_input_divisor, layer.w2_input_divisor = w13_input.clone(), w2_input.clone()
 
-    def apply(
-        self,
-        layer: Any,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: Any,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`x [T, D]`, `topk_weights`/`topk_ids [T, k]` -> the weighted sum of the chosen experts, `[T, D]`.
+    def quantize_input(self, layer: Any, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Quantized with the expert's divisor and back, unless the experts are weight-only."""
+        return (
+            x
+            if self.use_a16
+            else ref_nvfp4_quant_dequant(x, getattr(layer, f"{projection}_input_divisor")[expert], GROUP)
+        )
 
-        The shared expert is left to vLLM's runner, which calls it when no modular kernel claims it.
-        """
-        out = torch.zeros(x.shape, dtype=torch.float32)
-        for expert in topk_ids.unique().tolist():
-            token, slot = torch.where(topk_ids == expert)
-            weight = topk_weights[token, slot].unsqueeze(-1)
-            rows = x[token] * weight.to(x.dtype) if layer.apply_router_weight_on_input else x[token]
-            hidden = multiply(self._quantize(rows, layer.w13_input_divisor[expert]), layer.w13_dense[expert])
-            hidden = activate(layer, hidden)
-            result = multiply(self._quantize(hidden, layer.w2_input_divisor[expert]), layer.w2_dense[expert]).float()
-            out.index_add_(0, token, result if layer.apply_router_weight_on_input else result * weight.float())
-        return out.to(x.dtype)
 
-    def _quantize(self, x: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
-        return x if self.use_a16 else ref_nvfp4_quant_dequant(x, divisor, GROUP)
+class CompressedTensorsCpuFp8MoEMethod(CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):  # type: ignore[misc]
+    """Block-FP8 routed experts where vLLM has no kernel for them: in float32, and without AMX. Weight-only like vLLM's own
+    (CPUExpertsFp8)."""
+
+    def __init__(self, moe: Any, weights: Any, inputs: Any) -> None:
+        """Skips the parent's choice of a backend, which finds none."""
+        FusedMoEMethodBase.__init__(self, moe)
+        self.weight_quant, self.input_quant = weights, inputs
+        self.weight_block_size, self.block_quant, self.static_input_scales = weights.block_structure, True, False
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Dequantize once, in the dtype `multiply` works in."""
+        dtype = accumulator(layer.orig_dtype)
+        rows, columns = self.weight_block_size
+        for name in ("w13", "w2"):
+            codes, scales = getattr(layer, f"{name}_weight").data, getattr(layer, f"{name}_weight_scale").data
+            dense = [fp8_block_dequantize(*one, (rows, columns)).to(dtype) for one in zip(codes, scales, strict=True)]
+            setattr(layer, f"{name}_dense", torch.stack(dense))
 
 
 def use_input_scales(model: torch.nn.Module, mode: str) -> None:
@@ -261,24 +298,29 @@ def register(moe_input_scales: str = "stored") -> list[str]:
 
     @register_quantization_config("compressed-tensors")
     class CompressedTensorsCpuConfig(CompressedTensorsConfig):  # type: ignore[misc]
-        """compressed-tensors with NVFP4 routed experts on the CPU; every other layer takes vLLM's own way."""
+        """compressed-tensors with NVFP4 and FP8 routed experts on the CPU; every other layer takes vLLM's own way."""
 
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-            if isinstance(layer, RoutedExperts) and (scheme := self._nvfp4_experts(layer, prefix)) is not None:
-                use_a16 = scheme["input_activations"] is None
-                return CompressedTensorsCpuNvFp4MoEMethod(layer.moe_config, prefix, use_a16, moe_input_scales)
+            if isinstance(layer, RoutedExperts) and (scheme := self._experts_scheme(layer, prefix)) is not None:
+                weights, inputs = scheme["weights"], scheme["input_activations"]
+                if self._is_nvfp4_format(weights):
+                    return CompressedTensorsCpuNvFp4MoEMethod(
+                        layer.moe_config, prefix, inputs is None, moe_input_scales
+                    )
+                block_fp8 = (weights.num_bits, weights.type, weights.strategy) == (8, "float", "block")
+                if block_fp8 and inputs is not None and not torch.cpu._is_amx_tile_supported():
+                    return CompressedTensorsCpuFp8MoEMethod(layer.moe_config, weights, inputs)
             return super().get_quant_method(layer, prefix)
 
-        def _nvfp4_experts(self, layer: Any, prefix: str) -> dict[str, Any] | None:
-            """The scheme that all projections of expert 0 match, when it is NVFP4; None leaves vLLM to decide."""
+        def _experts_scheme(self, layer: Any, prefix: str) -> dict[str, Any] | None:
+            """The scheme that all projections of expert 0 match; None leaves vLLM to decide."""
             self._add_fused_moe_to_target_scheme_map()
             names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
             schemes = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
-            nvfp4 = all(scheme is not None and self._is_nvfp4_format(scheme["weights"]) for scheme in schemes)
-            return schemes[0] if nvfp4 else None
+            return schemes[0] if all(scheme == schemes[0] for scheme in schemes) else None
 
     return [
         "NVFP4 linear layers: activations quantized and dequantized, dense weights, torch",
         f"NVFP4 routed experts: the same, one expert at a time, input global scales {moe_input_scales}",
-        "block-FP8 linear layers in float32 and where there is no AMX: weights only, like vLLM's AMX kernel, torch",
+        "block-FP8 layers and experts in float32 and where there is no AMX: weights only, like vLLM's AMX kernel, torch",
     ]

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,6 +31,25 @@ def start(arguments: list[str], log: Path, prepare: Prepare | None = None) -> Ba
     process = _CONTEXT.Process(target=_main, args=(arguments, log, prepare))  # type: ignore[attr-defined]
     process.start()
     return process  # type: ignore[no-any-return]
+
+
+def interrupt(pid: int, number: signal.Signals) -> None:
+    """Sends a signal and waits until it is taken: a second one that finds the first still waiting is lost with it."""
+    os.kill(pid, number)
+    while waiting_signals(pid) >> (number - 1) & 1:
+        time.sleep(0.01)
+    time.sleep(0.1)
+
+
+def waiting_signals(pid: int) -> int:
+    """The set of signals that were sent to a process and not taken yet, bit n - 1 for signal n; 0 when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    if "State:\tZ" in status:
+        return 0
+    return int(status.partition("ShdPnd:")[2].split()[0], 16)
 
 
 def finish(arguments: list[str], log: Path, prepare: Prepare | None = None) -> tuple[int, str]:

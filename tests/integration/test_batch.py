@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from calibration.journal import RunDirectory
 from tests.integration.batch_runs import (
     QWEN,
     V4,
@@ -33,6 +35,7 @@ from tests.integration.batch_runs import (
     write_recipe,
     write_sources,
 )
+from tests.integration.interrupted_runs import waiting_signals
 from workflows.batch_child import Slot
 from workflows.batch_plan import preflight, wanted_runs
 from workflows.batch_queue import Queue, Rules
@@ -216,11 +219,22 @@ def test_the_hour_of_until_finishes_the_block(sources: dict[str, Path], tmp_path
     entries = preflight(wanted_runs([recipe, later], [], []), batch, 1, False, lambda text: None).entries
     queue = Queue(batch, entries, [Slot((5, 6))], Rules(), lambda text, level: None, launcher=lambda slot: ())
     environments: list[bytes] = []
+    finished: list[int] = []
+    events = RunDirectory(tmp_path / "qwen" / "output").path / "events.jsonl"
 
     def strike() -> None:  # whatever the clock says, the hour comes with the first block
-        if queue.running and journal(tmp_path, "qwen"):
-            environments.append(Path(f"/proc/{queue.running[0].pid}/environ").read_bytes())
+        if not queue.running or finished or not journal(tmp_path, "qwen"):
+            return
+        pid = queue.running[0].pid
+        os.kill(pid, signal.SIGSTOP)  # on a busy machine it would be blocks further before the signal reaches it
+        blocks = len(journal(tmp_path, "qwen"))
+        if f'"event": "load", "block": {blocks}' in events.read_text():
+            finished.append(blocks)
+            environments.append(Path(f"/proc/{pid}/environ").read_bytes())
             queue.rules = replace(queue.rules, until=time.time())
+            threading.Thread(target=continue_when_signalled, args=(pid,)).start()
+        else:
+            os.kill(pid, signal.SIGCONT)
 
     queue.changed = strike
     queue.work()
@@ -229,7 +243,13 @@ def test_the_hour_of_until_finishes_the_block(sources: dict[str, Path], tmp_path
     assert b"CUDA_VISIBLE_DEVICES=5,6" in environments[0].split(b"\0")
     (ended,) = facts(batch.path, "qwen", "ended")
     assert ended["code"] == INTERRUPTED and not facts(batch.path, "later", "begun")
-    assert [line["block"] for line in journal(tmp_path, "qwen")] == [0, 1]  # the one under way, and no further one
+    # The one under way, and no further one.
+    assert [line["block"] for line in journal(tmp_path, "qwen")] == list(range(finished[0] + 1))
+
+
+def continue_when_signalled(pid: int) -> None:
+    wait_for(lambda: waiting_signals(pid) >> (signal.SIGTERM - 1) & 1, "SIGTERM")
+    os.kill(pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("executor", [pytest.param((), marks=pytest.mark.slow), ("--executor", "local")])

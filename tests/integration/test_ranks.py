@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from calibration import ranks as ranks_module
-from tests.integration.interrupted_runs import KillAt, finish
+from tests.integration.interrupted_runs import KillAt, finish, interrupt
 from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
 from tests.integration.test_resume import TARGETS, Attempt, Case, same
 from tests.integration.test_resume_errors import INTERRUPTED, KILLED, SOURCE, kill_behind, poison, slow_blocks
@@ -195,8 +195,7 @@ def test_first_signal_finishes_the_block_on_all_ranks_the_second_does_not(case: 
         ranks = start_ranks(attempt, 2, slow)
         wait_until(block_begun(attempt, signals - 1), ranks)
         for _ in range(signals):
-            send(ranks[to], signal.SIGINT)
-            time.sleep(0.1)
+            interrupt(ranks[to].pid or 0, signal.SIGINT)
         assert end_ranks(attempt, ranks, since) == [INTERRUPTED, INTERRUPTED], attempt.text
         assert [line["block"] for line in attempt.journal()] == finished
         (message,) = messages(attempt)

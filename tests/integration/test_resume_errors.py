@@ -15,7 +15,7 @@ import pytest
 
 from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import INDEX_NAME
-from tests.integration.interrupted_runs import finish, start
+from tests.integration.interrupted_runs import finish, interrupt, start
 from tests.integration.test_resume import Attempt, Case, same
 from tests.models import standard
 
@@ -224,8 +224,7 @@ def test_first_signal_finishes_the_block_the_second_does_not(case: Case, number:
             time.sleep(0.02)
             assert process.is_alive()
         for _ in range(signals):
-            os.kill(process.pid or 0, number)
-            time.sleep(0.1)
+            interrupt(process.pid or 0, number)
         process.join(60)
         assert process.exitcode == INTERRUPTED
         assert [line["block"] for line in attempt.journal()] == list(range(blocks))

@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 
 from tests.models import standard
 from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
+from tests.reference.resident import run_resident
 from tests.reference.rtn import load, write_nvfp4
 from verify import serving
-from verify.engine import read_json
+from verify.engine import Run, read_json, run_process
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
 SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"
@@ -90,8 +91,9 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_reason(checkpoint: Path,
     assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
 
 
-def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path) -> None:
-    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), timeout=1.0)
+@pytest.mark.parametrize("run", [run_process, run_resident], ids=["process", "fork"])
+def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path, run: Run) -> None:
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), run=run, timeout=1.0)
     assert result["timed_out"] and result["seconds"]["wall"] < 30
     assert checks["serving.load"].verdict == "FAIL" and "time-out" in checks["serving.load"].figure
     assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
@@ -103,7 +105,7 @@ def test_a_killed_or_crashed_engine_is_a_verdict(checkpoint: Path, tmp_path: Pat
     """The real worker process dies while it imports vLLM, as one that the kernel or a kernel's bug ends would."""
     killer = threading.Thread(target=_kill_worker, args=(tmp_path / "serving-result.json", sent))
     killer.start()
-    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)))
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), run=run_process)
     killer.join()
     assert result["exit_code"] == -sent and not result["timed_out"]
     found = checks["serving.load"]

@@ -13,7 +13,9 @@ import torch
 
 from recipes.schema import Serving
 from tests.reference.compare import engine_logits
+from tests.reference.resident import run_resident
 from verify.checks import Check
+from verify.engine import Run
 from verify.serving import Experiment, verify_serving
 
 PROCESSOR: dict[str, bool] = json.loads(os.environ.get("TEST_PROCESSOR", "{}"))
@@ -34,17 +36,21 @@ def serve(
     *,
     moe_input_scales: str = "stored",
     processor: Mapping[str, bool] | None = None,
+    run: Run | None = None,
     **options: Any,
 ) -> tuple[dict[str, Check], dict[str, Any], list[list[int]], list[torch.Tensor]]:
     """Serve in float32; returns checks by id, the worker's result, and token ids and logits per prompt.
 
-    processor: what vLLM believes of the CPU, PROCESSOR unless said otherwise.
+    processor: what vLLM believes of the CPU, PROCESSOR unless said otherwise. run: `run_process` for a process that
+    imports vLLM itself, as it does anyway with an own `python` or where `processor` decides what is imported.
     """
     captured = log_dir / "captured"
     defaults = {"python": VLLM_PYTHON, "dtype": "float32", "max_tokens": 8, "text": None}
     serving = Serving.model_validate(defaults | options)
     pretended = PROCESSOR if processor is None else processor
-    experiment = Experiment(prompts, captured, moe_input_scales, pretended)
+    if run is None and "python" not in options and not {"avx512", "avx512_bf16"} & set(pretended):
+        run = run_resident
+    experiment = Experiment(prompts, captured, moe_input_scales, pretended, run)
     checks, result = verify_serving(checkpoint, serving, log_dir, experiment=experiment)
     ids, logits = engine_logits(captured) if captured.exists() else ([], [])
     return {check.id: check for check in checks}, result, ids, logits
