@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import submitit
 
 from recipes.matrix import Resources
 from workflows.batch_child import torchrun
-from workflows.batch_state import Entry
+from workflows.batch_state import BatchDirectory, Entry
 from workflows.batch_summary import _state
-from workflows.cluster_job import _why_given_up, fruitless, seconds_left
+from workflows.cluster_job import _Signals, _why_given_up, fruitless, seconds_left
 
 SUBMITTED = {"fact": "submitted"}
 
@@ -84,3 +88,28 @@ def test_torchrun_stands_before_a_run_of_several_gpus_or_nodes_alone() -> None:
     assert {one for one in first if one not in second} == {"--node-rank=0"}
     assert "--nproc-per-node=1" in torchrun(0, ["a", "b"], 0, "77")
     assert torchrun(8, ["a", "b"], 0, "78")[-1] != first[-1]  # two jobs may share their first node
+
+
+def test_a_local_job_ignores_what_a_terminal_sends() -> None:
+    """The batch hears it, and lets the jobs finish their blocks by the file `stop`."""
+    cluster = pytest.importorskip("workflows.cluster")
+    numbers = (signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with cluster._shielded():
+        assert [signal.getsignal(number) for number in numbers] == [signal.SIG_IGN] * 2
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_job_takes_a_lost_terminal_for_its_end(tmp_path: Path) -> None:
+    environment = SimpleNamespace(cluster="local")
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"])
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        signals = _Signals(BatchDirectory(tmp_path / "b.run"), environment, 60)  # type: ignore[arg-type]
+        assert not signals.stop_asked_for()
+        signal.raise_signal(signal.SIGHUP)
+        signals._terminated = (signals._terminated or 0) - 10  # past the echo of a SIGTERM
+        assert signals.stop_asked_for()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
