@@ -89,12 +89,12 @@ def test_a_form_is_found_from_headers_and_undone_as_its_library_does(sources: di
 
 
 @pytest.mark.parametrize("form", QUANTIZED)
-@pytest.mark.parametrize("level", [name for name in native.levels() if name in ("torch", native.levels()[-1])])
+@pytest.mark.parametrize(("level", "device"), [("torch", "cpu"), (native.levels()[-1], "cuda"), ("cuda", "cpu")])
 def test_convert_quantizes_what_the_form_holds(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, level: str
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, level: str, device: str
 ) -> None:
     made = converting(sources[form], tmp_path / "out", LINEAR, "NVFP4A16")
-    with native.use(level):
+    with native.use(level, device):
         run(made)
     assert failing(made) == set()
     plan, formats = plan_of(sources[form], made)
@@ -108,7 +108,7 @@ def test_convert_quantizes_what_the_form_holds(
     cut = converting(sources[form], tmp_path / "cut", LINEAR, "NVFP4A16")
     monkeypatch.setattr(layout, "JOB", 1 << 12)
     monkeypatch.setattr(layout, "FUSED", 0)
-    with native.use(level):
+    with native.use(level, device):
         run(cut)
     assert digests(cut.output) == digests(made.output)
 
