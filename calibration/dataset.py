@@ -338,7 +338,7 @@ def _decoded(feature: Any) -> str | None:
 def first_line(error: BaseException | None) -> str:
     """Type and first line of an error, for one-line messages."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
 
 
 @contextmanager

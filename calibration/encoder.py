@@ -126,7 +126,7 @@ class Encoder:
         except (ValueError, Exceeded) as error:
             raise SourceError(
                 f"{place}: chat: {self.chat.name} cannot render it: {error}. Roles are "
-                f"{[message['role'] for message in messages]}; correct or remove the row, or name text with "
+                f"{[message['role'] for message in messages[:20]]}; correct or remove the row, or name text with "
                 "calibration.format: text"
             ) from None
 

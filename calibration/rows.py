@@ -10,7 +10,7 @@ from typing import Any
 
 from calibration.dataset import Table
 from calibration.deepseek_v4_encoding import ROLES
-from recipes.errors import SourceError
+from recipes.errors import SourceError, first_of
 from recipes.schema import Calibration
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
@@ -92,7 +92,7 @@ def choose_columns(options: Calibration, table: Table) -> Columns:
     raise SourceError(
         f"{table.place}: none of the columns {', '.join(usual[options.format])} is there, and no pair of "
         f"{'/'.join(QUESTION_COLUMNS)} with {'/'.join(ANSWER_COLUMNS)} (calibration.format: {options.format}); it has "
-        f"{there}. Name one with calibration.column"
+        f"{there!s:.500}. Name one with calibration.column"
     )
 
 
@@ -106,7 +106,7 @@ def _named(options: Calibration, table: Table) -> Columns:
     name = options.column
     if name not in table.columns:
         raise SourceError(
-            f"calibration.column {name!r}: data set {options.dataset!r} has no such column; it has {table.columns}"
+            f"calibration.column {name!r}: data set {options.dataset!r} has no such column; it has {table.columns!s:.500}"
         )
     values = (row[name] for row in table.rows([name], range(len(table))))
     value = next((value for value in values if value is not None), None)
@@ -170,7 +170,9 @@ def row_tools(row: Mapping[str, Any], column: str, place: str) -> list[dict[str,
         try:
             tools = json.loads(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:
-            raise SourceError(f"{place}: column {column!r} is not JSON: {error}; it must be a list of tools") from None
+            raise SourceError(
+                f"{place}: column {column!r} is not JSON: {error!s:.100}; it must be a list of tools"
+            ) from None
     tools = [tools] if isinstance(tools, Mapping) else tools
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
         raise SourceError(f"{place}: column {column!r} must be a list of tools (objects), or JSON text of one")
@@ -210,7 +212,7 @@ def normalise(messages: Any, place: str) -> list[dict[str, Any]]:
             problems.append(f"{place}: content of message {number} must be text or a list of parts, is {kind}")
         normal.append(clean)
     if problems:
-        raise (UnknownRole if roles == len(problems) else SourceError)(problems)
+        raise (UnknownRole if roles == len(problems) else SourceError)(first_of(problems, 5))
     return normal
 
 
@@ -260,5 +262,5 @@ def _text_parts(parts: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
         elif isinstance(part, Mapping) and part.get("type", "text") in TEXT_PARTS and isinstance(part.get("text"), str):
             texts.append({**part, "type": "text"})
         else:
-            strange[str(part.get("type", "unnamed")) if isinstance(part, Mapping) else type(part).__name__] = None
-    return texts, list(strange)
+            strange[f"{part.get('type', 'unnamed')!s:.40}" if isinstance(part, Mapping) else type(part).__name__] = None
+    return texts, list(strange)[:5]

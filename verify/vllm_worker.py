@@ -267,6 +267,8 @@ def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
         seed=request["seed"],
         enforce_eager=True,
         enable_prefix_caching=False,
+        # vLLM renders the checkpoint's own template once when it starts, without a bound; vllm_prompts.render has one.
+        chat_template="{{ messages[0].content }}",
         skip_tokenizer_init=not any((checkpoint / name).exists() for name in tokenizer_files),
         **cache,
     )

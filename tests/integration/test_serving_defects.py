@@ -91,6 +91,21 @@ def test_a_checkpoint_that_does_not_load_fails_with_the_reason(checkpoint: Path,
     assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
 
 
+def test_a_chat_template_without_end_takes_neither_memory_nor_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    """vLLM renders the checkpoint's template when it starts, if it is not given another: here that took 3 GB more, and
+    with a larger number the machine's memory."""
+    hostile = variant(checkpoint, tmp_path / "hostile", load(checkpoint))
+    config = hostile / "tokenizer_config.json"
+    content = json.loads(config.read_text()) | {"chat_template": "{{ 'x' * (3 * 10**9) }}"}
+    config.unlink()
+    config.write_text(json.dumps(content))
+    chat = {"kind": "chat", "messages": [{"role": "user", "content": "Hello"}]}
+    checks, result, _, _ = serve(hostile, tmp_path, [chat, *random_prompts(1024, (5,))])
+    assert checks["serving.generate"].verdict == "PASS", checks
+    assert result["prompts"][0]["skipped"] == "no chat template: the template takes more than 1024 MiB of memory"
+    assert result["peak_rss_bytes"] < 3e9
+
+
 @pytest.mark.parametrize("run", [run_process, run_resident], ids=["process", "fork"])
 def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path, run: Run) -> None:
     checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), run=run, timeout=1.0)

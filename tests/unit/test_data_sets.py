@@ -225,6 +225,20 @@ def test_a_role_that_is_no_text_is_named(role: Any, templated: Any, tmp_path: Pa
         load(templated, path)
 
 
+def test_a_message_about_a_row_is_short_whatever_the_row_holds(templated: Any, tmp_path: Path) -> None:
+    long = "z" * 100_000
+    for row in (
+        {"messages": [{"role": long, "content": ""}] * 1000},
+        {"messages": [{"role": "user", "content": [{"type": long}]}] * 1000},
+        {long: "a"},
+        {"messages": PAIR, "tools": "[" + long},
+    ):
+        path = write_rows(tmp_path / "x.jsonl", [row])
+        with pytest.raises(SourceError) as raised:
+            load(templated, path)
+        assert len(str(raised.value)) < 4000 and len(raised.value.problems) <= 7
+
+
 def test_a_token_without_a_row_of_the_embedding_is_named(v4: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", [{"input_ids": [5, 511]}])
     rows = {"vocab_size in config.json": 512, "embed.weight in a.safetensors": 512}
