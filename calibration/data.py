@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from calibration.checkpoint.families import family_of
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import refuse_outside
+from calibration.checkpoint.token_ids import check_token_ids
 from calibration.dataset import first_line, load_table
 from calibration.encoder import MIN_TOKENS, Encoder
 from calibration.padding import batches_of_one_length
@@ -60,6 +61,7 @@ def load_tokenizer(source_directory: Path, trust_remote_code: bool) -> PreTraine
     if not source_directory.is_dir():
         raise SourceError(f"{source_directory}: no such directory; source.checkpoint must hold a tokenizer")
     refuse_outside(source_directory)
+    check_token_ids(source_directory)
     try:
         return AutoTokenizer.from_pretrained(
             str(source_directory), trust_remote_code=trust_remote_code, local_files_only=True

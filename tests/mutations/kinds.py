@@ -249,6 +249,9 @@ class Quantization(Kind):
         exporter.finish(dump_recipe(made))
         self.output, self.plan, self.source, self.recipe = self.directory / "out", plan, formats.checkpoint, made
         self.config = json.loads((self.output / CONFIG_NAME).read_text())
+        for model_type in ("llama", "mixtral", "qwen3_moe", "deepseek_v4"):  # imports what their checks need
+            (self.output / CONFIG_NAME).write_text(json.dumps({**self.config, "model_type": model_type}))
+            verify_structure(self.output, self.plan, self.source)
 
     def run(self, rng: random.Random) -> bool:
         whole = dict(self.config)
@@ -297,8 +300,13 @@ class LoadedTokenizer(Kind):
 
     def _load(self) -> None:
         from calibration.data import load_tokenizer
+        from calibration.dataset import Table, _Rows
+        from calibration.encoder import Encoder
+        from recipes.schema import Calibration
 
-        load_tokenizer(self.source, False)("a b", add_special_tokens=True)
+        table = Table(_Rows([{"text": "a b"}, {"text": "ab"}]), "data", None)
+        with Encoder(Calibration(dataset="data"), load_tokenizer(self.source, False), table, False) as encoder:
+            list(encoder.rows([0, 1]))
 
     def run(self, rng: random.Random) -> bool:
         name = rng.choice(list(TOKENIZER))

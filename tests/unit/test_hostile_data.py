@@ -282,3 +282,18 @@ def test_a_regex_of_a_tokenizer_that_never_ends_is_one_message(
     rows = write_rows(tmp_path / "x.jsonl", [{"text": text}])
     with pytest.raises(SourceError, match=f"the tokenizer cannot encode a text of .*{message}"):
         load(load_tokenizer(tmp_path, False), rows)
+
+
+@pytest.mark.parametrize("id", [2**32 - 1, 2**24, -1, 1.5, "1", None])
+@pytest.mark.parametrize("place", ["vocabulary", "added"])
+def test_a_token_id_that_would_fill_the_memory_is_named(id: Any, place: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, 512, chat_template=False)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    if place == "added":
+        content["added_tokens"][0]["id"] = id
+    else:
+        content["model"]["vocab"]["ab"] = id
+    path.write_text(json.dumps(content))
+    with pytest.raises(SourceError, match=r"tokenizer\.json: token .* has the id"):
+        load_tokenizer(tmp_path, False)

@@ -1,0 +1,39 @@
+"""Token ids of a tokenizer.json, looked at before the tokenizers library is: it allocates four bytes for every id below the
+largest one when it writes a vocabulary, and ends the process where it gets none (tokenizers 0.23, OrderedVocabIter)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.files import is_file, read_json_object
+from recipes.errors import SourceError, first_of
+
+#: The largest vocabularies have some 260,000 tokens.
+MAX_TOKEN_ID = (1 << 24) - 1
+
+
+def check_token_ids(directory: Path) -> None:
+    """Raises SourceError if the tokenizer.json of a checkpoint is no JSON object or numbers a token as no tokenizer does."""
+    path = directory / "tokenizer.json"
+    if not is_file(path):
+        return
+    problems = [
+        f"{path}: token {token!r:.80} has the id {id!r:.80}, whole numbers from 0 to {MAX_TOKEN_ID:,} are allowed; get a "
+        "whole copy"
+        for token, id in _numbered(read_json_object(path))
+        if type(id) is not int or not 0 <= id <= MAX_TOKEN_ID
+    ]
+    if problems:
+        raise SourceError(first_of(problems, 20))
+
+
+def _numbered(content: dict[str, Any]) -> Iterator[tuple[object, object]]:
+    model, added = content.get("model"), content.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict):
+            yield entry.get("content"), entry.get("id")
