@@ -24,7 +24,7 @@ from verify.report import OutputConsole
 from workflows.batch_child import Slot
 from workflows.batch_hooks import Hooks
 from workflows.batch_outcome import Outcome
-from workflows.batch_plan import Preflight, ends, preflight, wanted_runs
+from workflows.batch_plan import Preflight, ends, preflight, require_no_source, wanted_runs
 from workflows.batch_queue import Queue, Rules, parse_slots
 from workflows.batch_state import BatchDirectory, standing
 from workflows.batch_summary import print_summary, summarize, write_summary
@@ -63,6 +63,7 @@ def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter
     hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
     matrices = [(path, load_matrix(path)) for path in options.matrix]
     wanted = wanted_runs(options.recipes, matrices, options.set)
+    require_no_source(wanted, {"--directory": batch.path, "--mlflow": options.mlflow})
     batch.open()
     under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
     if under_way and options.executor is None:

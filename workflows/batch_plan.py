@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from calibration.resume import activations_directory
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, Resources, variants
+from recipes.places import is_inside
 from recipes.schema import Recipe
 from verify.engine import check_environment
 from workflows import estimate
@@ -85,6 +87,22 @@ def wanted_runs(
     if not found:
         raise RecipeError("name at least one recipe file, or a matrix with --matrix")
     return found
+
+
+def require_no_source(wanted: Sequence[Wanted], places: Mapping[str, Path | None]) -> None:
+    """Raises RecipeError if one of the `places` that the batch itself writes to, by the option that names it, lies in the
+    source of a run. What is wrong with a recipe is the preflight's to say."""
+    problems = []
+    for run in wanted:
+        with suppress(WorkflowError):
+            source = Path(load_recipe(run.recipe, run.overrides, run.output).source.checkpoint)
+            problems += [
+                f"{option}: {place} lies inside the source checkpoint {source}, which is read only; name another directory"
+                for option, place in places.items()
+                if place is not None and source.is_dir() and is_inside(place, source)
+            ]
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
 
 
 def preflight(

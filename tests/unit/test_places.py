@@ -21,7 +21,7 @@ from recipes.loader import load_recipe
 from recipes.places import is_inside, own_scratch, place_problems, run_directory
 from tests.models import standard
 from verify import __main__ as verify
-from workflows import inspect_checkpoint, run
+from workflows import batch, inspect_checkpoint, run
 from workflows.source import require_apart
 
 TARGETS = {"QuantizationModifier": {"targets": [r"re:^model\.layers\..*proj$"], "scheme": "NVFP4A16"}}
@@ -133,6 +133,21 @@ def test_verification_writes_into_no_checkpoint(
     assert verify.main([str(source), "--level", "structure", option, str(place)]) == RecipeError.exit_code
     assert f"{option}: {place} lies inside the checkpoint" in capsys.readouterr().err
     assert (source / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("option", ["--directory", "--mlflow"])
+def test_a_batch_keeps_its_books_in_no_source(tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made(tmp_path)
+    path, place = recipe_file(tmp_path, source, tmp_path / "out"), link(tmp_path / "alias", source) / "books"
+    others = {"--directory": str(tmp_path / "b.run"), option: str(place)}
+    try:
+        code = batch.main([str(path), *(word for pair in others.items() for word in pair)])
+    finally:
+        before = sorted(entry.name for entry in source.iterdir())
+    if "mlflow is not installed" in (said := capsys.readouterr().err):
+        pytest.skip("mlflow is not installed")
+    assert code == RecipeError.exit_code and f"{option}: {place} lies inside the source checkpoint" in said
+    assert before == ["config.json"]
 
 
 def test_two_spellings_of_an_output_share_one_lock(tmp_path: Path) -> None:
