@@ -41,9 +41,9 @@ class Encoder:
         self.columns = choose_columns(options, table)
         self.skipped = 0
         self.chat: Chat | None = None
-        if self.columns.messages or self.columns.question:
+        if self.columns.messages or (self.columns.question and options.format != "text"):
             self.chat = choose_chat(options, tokenizer) or (transcript() if bundled else None)
-        if self.chat is None and self.columns.messages:
+        if self.chat is None and (self.columns.messages or options.format == "messages"):
             raise RecipeError(
                 f"{table.place} holds messages, and the tokenizer has neither a chat template nor DeepSeek-V4's special "
                 "tokens; put the model's chat_template.jinja beside its tokenizer, or name a text column with "
@@ -69,7 +69,7 @@ class Encoder:
             if self.columns.tools and not self.chat.takes_tools:
                 notes.append(f"tools left out: chat: {self.chat.name} writes none")
         elif self.columns.question:
-            notes.append("joined as text: the tokenizer has no chat format")
+            notes.append("joined as text, without a chat format")
         return notes + ([f"{self.skipped} rows skipped with fewer than {MIN_TOKENS} tokens"] if self.skipped else [])
 
     def rows(self, order: list[int]) -> Iterator[list[int]]:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from calibration.deepseek_v4_encoding import BEGIN
 from calibration.rows import ROLE_ALIASES
-from recipes.errors import SourceError
+from recipes.errors import RecipeError, SourceError
 from tests.calibration_sets import decoded, load, token_rows, write_rows
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -165,9 +166,15 @@ def test_tools_that_the_chat_does_not_write_are_said(v4: Any, tmp_path: Path) ->
     assert data.digest == without.digest and "tools left out: chat: deepseek_v4 writes none" in data.description
 
 
-def test_pairs_are_joined_for_a_tokenizer_without_chat(bare: Any, tmp_path: Path) -> None:
-    data = load(bare, write_rows(tmp_path / "x.jsonl", [{"prompt": "Why?", "response": "Because."}]))
+def test_pairs_are_joined_without_a_chat_format_or_by_word_of_the_recipe(
+    bare: Any, templated: Any, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"prompt": "Why?", "response": "Because."}])
+    data = load(bare, path)
     assert decoded(bare, data) == ["Why?\n\nBecause."] and "joined as text" in data.description
+    assert decoded(templated, load(templated, path, format="text")) == [BEGIN + "Why?\n\nBecause."]
+    with pytest.raises(RecipeError, match="holds messages, and the tokenizer has neither a chat template"):
+        load(bare, path, format="messages")
 
 
 def test_token_ids_are_used_as_they_are(v4: Any, tmp_path: Path) -> None:
