@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from calibration.checkpoint.files import is_directory, is_file, read_json_object, read_text
+from calibration.checkpoint.token_ids import token_id_problems
 from recipes.errors import SourceError
 from verify.checks import Check, verdict
 
@@ -51,6 +52,7 @@ def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None
     """Against the source every file is byte-equal or means the same; alone, every token has a row of the embedding."""
     id, what = "structure.tokenizer", "tokenizer, chat template and generation settings are the source's"
     own, problems, doubts = _vocabulary(directory / "tokenizer.json"), list[str](), list[str]()
+    problems += [f"tokenizer.json: {p}" for p in token_id_problems(_json(directory / "tokenizer.json"))[:3]]
     rows = config.get("vocab_size")
     if own and isinstance(rows, int):
         largest = max(own.values())
@@ -194,7 +196,8 @@ def _canonical(path: Path) -> dict[str, Any]:
     library does not read it."""
     content = _json(path)
     try:
-        content = json.loads(Tokenizer.from_str(json.dumps(content)).to_str())
+        if not token_id_problems(content):  # the library would take the memory that the largest id asks for
+            content = json.loads(Tokenizer.from_str(json.dumps(content)).to_str())
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException:  # the library panics over some files, and its panics are no Exception

@@ -20,7 +20,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.plan import Plan, make_plan
 from calibration.checkpoint.source_check import contradictions
-from recipes.errors import SourceError, WorkflowError, without_numbers
+from recipes.errors import SourceError, WorkflowError, printable, without_numbers
 from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
 from verify.report import OutputConsole
@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     if plan is not None:
         print_plan(plan, console)
     for problem in facts["problems"]:
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
     return printed() or code
 
 

@@ -19,14 +19,18 @@ def check_token_ids(directory: Path) -> None:
     path = directory / "tokenizer.json"
     if not is_file(path):
         return
-    problems = [
-        f"{path}: token {token!r:.80} has the id {id!r:.80}, whole numbers from 0 to {MAX_TOKEN_ID:,} are allowed; get a "
-        "whole copy"
-        for token, id in _numbered(read_json_object(path))
+    problems = token_id_problems(read_json_object(path))
+    if problems:
+        raise SourceError([f"{path}: {problem}; get a whole copy" for problem in first_of(problems, 20)])
+
+
+def token_id_problems(content: dict[str, Any]) -> list[str]:
+    """The tokens that the content of a tokenizer.json numbers as no tokenizer does."""
+    return [
+        f"token {token!r:.80} has the id {id!r:.80}, whole numbers from 0 to {MAX_TOKEN_ID:,} are allowed"
+        for token, id in _numbered(content)
         if type(id) is not int or not 0 <= id <= MAX_TOKEN_ID
     ]
-    if problems:
-        raise SourceError(first_of(problems, 20))
 
 
 def _numbered(content: dict[str, Any]) -> Iterator[tuple[object, object]]:

@@ -202,4 +202,15 @@ def test_a_tokenizer_whose_merges_are_no_text_is_a_verdict(tmp_path: Path, merge
         write(tmp_path / name)
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(content))
     check = tokenizer_check(tmp_path / "b", {"vocab_size": 2}, tmp_path / "a")
-    assert check.verdict == "FAIL" and "merges" in check.figure
+    assert check.verdict == "FAIL" and "tokenizer.json: another" in check.figure
+
+
+@pytest.mark.parametrize("id", [2**32 - 1, 2**63, -1, "0", True])
+def test_a_token_id_that_would_fill_the_memory_is_a_verdict(tmp_path: Path, id: Any) -> None:
+    for name, number in (("a", 1), ("b", id)):
+        write(tmp_path / name)
+        tokenizer = {"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": number}, "merges": []}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for source in (None, tmp_path / "a"):
+        check = tokenizer_check(tmp_path / "b", {}, source)
+        assert check.verdict == "FAIL" and "has the id" in check.figure
