@@ -138,11 +138,10 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan) -> list[Mod
     create = partial(ModifierFactory.create, allow_registered=True, allow_experimental=False)
     for position, entry in enumerate(recipe.modifiers):
         where, arguments = f"modifiers.{position}.{entry.name}", dict(entry.arguments)
-        if position == quantization.position:
-            arguments = quantization.arguments | {
-                "config_groups": _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
-            }
         try:
+            if position == quantization.position:
+                groups = _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
+                arguments = quantization.arguments | {"config_groups": groups}
             modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, recipe, source, plan))
         except ValidationError as error:
             problems += [

@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, JsonValue, WithJsonSchema
 
 from recipes.patterns import Pattern, PatternError
-from recipes.schemes import ARGUMENTS
+from recipes.schemes import ARGUMENTS, OBSERVERS, is_observer
 
 # Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: what is not to be quantized is
 # simply not targeted. Those of `recipes.schemes` can be written; the others are refused by name.
@@ -60,6 +60,12 @@ def _check_scheme(name: str) -> str:
     return name.upper()
 
 
+def _check_observer(name: str) -> str:
+    if not is_observer(name):
+        raise ValueError(f"is no observer of llm-compressor{did_you_mean(name, OBSERVERS)}")
+    return name
+
+
 def _check_byte_text(value: object) -> object:
     # ByteSize itself reads '5GB, or so' as 5GB and takes bits.
     if isinstance(value, str) and not _BYTES.fullmatch(value.strip()):
@@ -96,6 +102,7 @@ PathText = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 GroupName = Annotated[str, AfterValidator(_check_group_name)]
 Target = Annotated[str, Field(min_length=1), AfterValidator(_check_target)]
 Scheme = Annotated[str, AfterValidator(_check_scheme), WithJsonSchema({"type": "string", "enum": list(ARGUMENTS)})]
+Observer = Annotated[str, AfterValidator(_check_observer)]
 _OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Targets = Annotated[
     list[Target],

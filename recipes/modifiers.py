@@ -8,12 +8,12 @@ parsed in full; the others are refused by name, each with its reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_serializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from recipes.fields import GroupName, Ignored, PassThrough, Scheme, Section, Targets, Text, did_you_mean
+from recipes.fields import GroupName, Ignored, Observer, PassThrough, Scheme, Section, Targets, Text, did_you_mean
 from recipes.schemes import FORMATS, preset_of
 
 #: Key of pydantic's validation context: whoever validates a recipe writes what modifiers change outside the quantized
@@ -99,13 +99,13 @@ class QuantizationArguments(Section):
     """Module names or 're:' expressions left alone although a target matches. One that matches nothing is a note."""
     kv_cache_scheme: PassThrough | None = None
     """Must be null: the output has no place for scales of the key/value cache yet."""
-    weight_observer: Text | None = None
+    weight_observer: Observer | None = None
     """Observer of the weights, for example memoryless_minmax, memoryless_mse, imatrix_mse."""
-    input_observer: Text | None = None
+    input_observer: Observer | None = None
     """Observer of the input activations, for example static_minmax."""
-    output_observer: Text | None = None
+    output_observer: Observer | None = None
     """Observer of the output activations."""
-    observer: dict[str, Text] | None = None
+    observer: dict[Literal["weights", "input", "output"], Observer] | None = None
     """The observers together: {weights: ..., input: ..., output: ...}. Instead of the three keys above."""
     bypass_divisibility_checks: bool = False
     """Skip llm-compressor's check that the columns of a weight divide by the group size."""

@@ -28,8 +28,11 @@ FORMATS = {
 }
 # What QuantizationArgs takes for a key that is left out.
 _DEFAULTS: Arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-# Say how values are found, not what is stored.
-_FREE = frozenset({"observer", "observer_kwargs", "actorder"})
+#: Observers of llm-compressor 0.14.0.1; it reads `_` and spaces as `-` and any case.
+OBSERVERS = (
+    *("memoryless-minmax", "static-minmax", "minmax", "memoryless-mse", "mse", "nvfp4-expanded-mse", "fouroversix"),
+    *("imatrix-mse", "nvfp4-expanded-imatrix"),
+)
 
 
 def preset_of(weights: Arguments, inputs: Arguments | None) -> str:
@@ -48,13 +51,32 @@ def preset_of(weights: Arguments, inputs: Arguments | None) -> str:
     return nearest
 
 
+def is_observer(name: object) -> bool:
+    """Whether llm-compressor has an observer of this name."""
+    return isinstance(name, str) and name.lower().replace("_", "-").replace(" ", "-") in OBSERVERS
+
+
+def _free_problem(key: str, value: object) -> str | None:
+    """What is wrong with an argument that says how values are found, not what is stored."""
+    if key == "observer" and value is not None and not is_observer(value):
+        return f"must be one of {', '.join(OBSERVERS)}"
+    if key == "observer_kwargs" and not isinstance(value, dict | None):
+        return "must be a mapping"
+    if key == "actorder" and value not in (None, False, "weight", "static"):
+        return "must be null, 'weight' or 'static'"
+    return None
+
+
 def _differences(part: str, given: Arguments, wanted: Arguments) -> list[str]:
     problems = []
     for key in dict.fromkeys((*wanted, *given)):
         value = given.get(key, _DEFAULTS.get(key))
         value = value.lower() if isinstance(value, str) and key in ("type", "strategy", "dynamic") else value
         # Storage types follow from the rest if they are left out.
-        free = key in _FREE or (key in ("scale_dtype", "zp_dtype") and value in (None, _FP4["scale_dtype"]))
-        if not free and value != wanted.get(key):
+        free = key in ("scale_dtype", "zp_dtype") and value in (None, _FP4["scale_dtype"])
+        if key in ("observer", "observer_kwargs", "actorder"):
+            if told := _free_problem(key, value):
+                problems.append(f"{part}.{key} {told}, is {str(value)[:40]!r}")
+        elif not free and value != wanted.get(key):
             problems.append(f"{part}.{key} must be {wanted.get(key)!r}, is {str(value)[:40]!r}")
     return problems

@@ -26,6 +26,7 @@ from recipes.modifiers import (
     QuantizationArguments,
 )
 from recipes.schema import Recipe, json_schema_text
+from recipes.schemes import OBSERVERS, is_observer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
@@ -171,6 +172,13 @@ def test_preset_schemes_are_those_of_the_installed_compressed_tensors() -> None:
     assert len(PRESET_SCHEMES) == len(set(PRESET_SCHEMES))
 
 
+def test_observers_are_those_of_the_installed_llmcompressor() -> None:
+    from llmcompressor.observers import Observer
+
+    assert list(OBSERVERS) == Observer.registered_names()
+    assert Observer.get_value_from_registry("Static_MinMax") and is_observer("Static_MinMax")
+
+
 # Defaults and the quantization modifier
 
 
@@ -301,6 +309,16 @@ GOOD = {"targets": ["a"], "scheme": "NVFP4"}
         (["AWQModifier", {"QuantizationModifier": GOOD}], "modifiers.0", "must be a mapping"),
         ([{"GPTQModifier": {}, "QuantizationModifier": GOOD}], "modifiers.0", "exactly one key"),
         ([{"QuantizationModifier": GOOD | {"ignor": []}}], "modifiers.0.QuantizationModifier.ignor", "'ignore'?"),
+        (
+            [{"QuantizationModifier": GOOD | {"weight_observer": "minmacks"}}],
+            "modifiers.0.QuantizationModifier.weight_observer",
+            "is no observer of llm-compressor; did you mean 'minmax'?",
+        ),
+        (
+            [{"QuantizationModifier": GOOD | {"observer": {"weight": "minmax"}}}],
+            "modifiers.0.QuantizationModifier.observer.weight",
+            "must be 'weights', 'input' or 'output'",
+        ),
         ([{"GPTQModifier": GOOD | {"dampening": 1}}], "modifiers.0.GPTQModifier.dampening", "'dampening_frac'?"),
         (
             [{"QuantizationModifier": GOOD | {"ignore": ["re:["]}}],
@@ -394,11 +412,14 @@ def test_arguments_written_out_are_taken_where_they_are_a_presets(group: dict[st
         ({"weights": FP8}, "for FP8_BLOCK input_activations"),
         ({"weights": FP8 | {"block_structure": [64, 64]}}, "weights.block_structure must be [128, 128], is '[64, 64]'"),
         ({"weights": {}}, "for FP8_BLOCK"),
+        ({"weights": FP4 | {"observer": "minmacks"}}, "weights.observer must be one of memoryless-minmax, static-minmax, "),
+        ({"weights": FP4 | {"observer_kwargs": 3}}, "weights.observer_kwargs must be a mapping, is '3'"),
+        ({"weights": FP4 | {"actorder": "group"}}, "weights.actorder must be null, 'weight' or 'static', is 'group'"),
         ({"weights": FP4, "output_activations": FP4}, "output_activations: quantized outputs have no place"),
         ({"weights": FP4, "format": "float-quantized"}, "format: of NVFP4A16 is nvfp4-pack-quantized, not float-quantized"),
         ({"scheme": "FP8_BLOCK", "format": "nvfp4-pack-quantized"}, "format: of FP8_BLOCK is float-quantized"),
     ],
-    ids=range(12),
+    ids=range(15),
 )  # fmt: skip
 def test_arguments_that_cannot_be_written_are_refused_by_the_loader(
     group: dict[str, Any], says: str, tmp_path: Path
