@@ -113,9 +113,9 @@ def merges(levels: int) -> str:
     ids=range(9),
 )
 def test_what_explodes_is_refused_at_once(text: str, says: str, tmp_path: Path) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     assert says in refused(tmp_path, text)[0]
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_anchors_and_merge_keys_of_honest_recipes_are_taken(tmp_path: Path) -> None:

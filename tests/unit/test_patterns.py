@@ -57,10 +57,10 @@ def test_what_re_and_regex_read_differently_is_refused(text: str, says: str) -> 
 
 def test_a_pattern_that_takes_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS_PER_MATCH", 0.02)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(PatternError, match=r"takes too long to match, more than 0.02 s for the name model\.layers"):
         Pattern(SLOW).match(NAME)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_patterns_that_are_slow_together_are_stopped() -> None:

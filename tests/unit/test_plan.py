@@ -154,10 +154,10 @@ def test_an_ignore_entry_that_matches_nothing_is_a_note_and_changes_nothing(
 
 
 def test_a_long_ignore_list_of_another_model_is_a_few_notes_at_once(sources: dict[str, Path]) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     entries = [f"model.layers.{block}.mlp.experts.{expert}.gate" for block in range(61) for expert in range(60)]
     plan = make(sources["bf16"], ignore=[*entries, "re:" + "x" * 10_000])
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
     assert 1 < len(plan.warnings) < 5 and "more like this" in plan.warnings[0]
 
 
