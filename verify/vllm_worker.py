@@ -62,7 +62,8 @@ STAGES = ("request", "import", "load", "forward", "generate", "done")
 
 
 def main(request_path: str, result_path: str) -> int:
-    """Run the stages and write RESULT; 0 when all ran, 1 when one raised."""
+    """Run the stages and write RESULT; 0 when all ran, 1 when one raised. vLLM leaves files in its temporary directory: it
+    gets one of its own."""
     result: dict[str, Any] = {
         "format": 2, "ok": False, "stage": STAGES[0], "error": None, "engine": {}, "load": {}, "layers": [],
         "w4a4": None, "input_scales": None, "prompts": [], "windows": [], "perplexity": None, "agreement": None,
@@ -71,7 +72,7 @@ def main(request_path: str, result_path: str) -> int:
     try:
         with tempfile.TemporaryDirectory(
             prefix="vllm-"
-        ) as tempfile.tempdir:  # vLLM leaves the file in which ranks meet
+        ) as tempfile.tempdir:
             run(json.loads(Path(request_path).read_text()), result, Path(result_path))
         result["ok"] = True
     except BaseException as error:  # the result must be written whatever happened, SystemExit included

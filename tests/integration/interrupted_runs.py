@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -89,6 +93,25 @@ class KillAt:
             self.count_to.write_text(str(self.seen))
         if self.seen == self.number:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_command(module: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE ARGUMENTS`, by fork from the process that has imported everything: the same but for 6 CPU-s."""
+    with TemporaryDirectory() as directory:
+        streams = [Path(directory) / name for name in ("stdout", "stderr")]
+        process = _CONTEXT.Process(target=_run_command, args=(module, arguments, streams))  # type: ignore[attr-defined]
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in streams))
+
+
+def _run_command(module: str, arguments: list[str], streams: list[Path]) -> None:
+    for descriptor, path in enumerate(streams, 1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = [module, *arguments]
+    warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of the module that is imported already
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _main(arguments: list[str], log: Path, prepare: Prepare | None) -> None:

@@ -106,7 +106,7 @@ def test_three_mistakes_in_a_recipe_are_one_message(source: Path, tmp_path: Path
     recipe = write_recipe(tmp_path, source, LINEAR)
     text = recipe.read_text().replace("num_samples: 8", "num_samples: 0").replace("verify:", "verfy:")
     recipe.write_text(text.replace("scheme: NVFP4", "scheme: NVFP5"))
-    done = run(recipe)
+    done = run(recipe, fresh=True)
     assert done.returncode == RECIPE and "Traceback" not in done.stderr
     for part in ("num_samples", "verfy", "did you mean 'verify'", "NVFP5", recipe.name):
         assert part in done.stderr

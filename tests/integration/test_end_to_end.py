@@ -13,6 +13,7 @@ import yaml
 
 from calibration.checkpoint.index import INDEX_NAME
 from tests.exported import EXPERTS
+from tests.integration.interrupted_runs import run_command
 from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
 from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
@@ -50,8 +51,10 @@ def write_recipe(directory: Path, source: Path, targets: list[str], **sections: 
     return path
 
 
-def run(recipe: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`python -m workflows.run RECIPE ...` as a user runs it."""
+def run(recipe: Path, *arguments: str, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """`python -m workflows.run RECIPE ...` as a user runs it; `fresh` in an interpreter of its own."""
+    if not fresh:
+        return run_command("workflows.run", [str(recipe), *arguments])
     command = [sys.executable, "-m", "workflows.run", str(recipe), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -61,7 +64,7 @@ def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
     write, targets = CASES[case]
     serving = SERVING | ({"text": "bundled", "windows": 2, "compare": "auto"} if case == COMPARED else {})
     recipe = write_recipe(tmp_path, write(tmp_path / "source"), targets, verify={"serving": serving})
-    done = run(recipe, "--json")
+    done = run(recipe, "--json", fresh=case == COMPARED)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     verdict = result["verdicts"].pop("serving")
