@@ -70,9 +70,7 @@ def main(request_path: str, result_path: str) -> int:
         "nonfinite": None, "seconds": {}, "peak_rss_bytes": 0,
     }  # fmt: skip
     try:
-        with tempfile.TemporaryDirectory(
-            prefix="vllm-"
-        ) as tempfile.tempdir:
+        with tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as tempfile.tempdir:
             run(json.loads(Path(request_path).read_text()), result, Path(result_path))
         result["ok"] = True
     except BaseException as error:  # the result must be written whatever happened, SystemExit included
