@@ -52,7 +52,6 @@ import os
 import platform
 import resource
 import sys
-import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -62,16 +61,14 @@ STAGES = ("request", "import", "load", "forward", "generate", "done")
 
 
 def main(request_path: str, result_path: str) -> int:
-    """Run the stages and write RESULT; 0 when all ran, 1 when one raised. vLLM leaves files in its temporary directory: it
-    gets one of its own."""
+    """Run the stages and write RESULT; 0 when all ran, 1 when one raised."""
     result: dict[str, Any] = {
         "format": 2, "ok": False, "stage": STAGES[0], "error": None, "engine": {}, "load": {}, "layers": [],
         "w4a4": None, "input_scales": None, "prompts": [], "windows": [], "perplexity": None, "agreement": None,
         "nonfinite": None, "seconds": {}, "peak_rss_bytes": 0,
     }  # fmt: skip
     try:
-        with tempfile.TemporaryDirectory(prefix="vllm-", ignore_cleanup_errors=True) as tempfile.tempdir:
-            run(json.loads(Path(request_path).read_text()), result, Path(result_path))
+        run(json.loads(Path(request_path).read_text()), result, Path(result_path))
         result["ok"] = True
     except BaseException as error:  # the result must be written whatever happened, SystemExit included
         result["error"] = {
@@ -273,8 +270,21 @@ def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
     )
 
 
+def remove_meeting_file() -> None:
+    """The file in the temporary directory in which vLLM's ranks, one here, have met: torch removes it at a normal end."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        return
+    store = distributed.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    if path := getattr(store, "path", None):
+        Path(path).unlink(missing_ok=True)
+
+
 def end(code: int) -> NoReturn:
     """End the process at once: the result is on disk, and taking vLLM apart costs 2 CPU-s."""
+    remove_meeting_file()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
