@@ -175,6 +175,10 @@ class Fidelity(Section):
     """Tokens of calibration text for the forward comparison of blocks; 0 leaves it out, and it stays UNCHECKED."""
     min_block_cosine: float = Field(default=0.9, ge=-1, le=1)
     """Smallest cosine between what a block adds in the source and in the output, both fed the source's hidden states."""
+    max_input_overflow: float = Field(default=2.0, ge=1, allow_inf_nan=False)
+    """How many times the largest input that an input global scale admits the inputs of the forward may be."""
+    max_input_headroom: float = Field(default=256.0, ge=1, allow_inf_nan=False)
+    """How many times the inputs of the forward the largest input that an input global scale admits may be."""
     min_propagated_cosine: float = Field(default=0.7, ge=-1, le=1)
     """Smallest cosine of the hidden states behind the last block, each chain fed its own."""
 

@@ -24,6 +24,7 @@ from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
 from verify.forward import verify_forward
+from verify.input_scales import input_scale_check
 from verify.rescaled import Rescaled, rescaled_blocks
 from verify.weights import Measured, Stored, measure, scale_ratio
 
@@ -102,7 +103,8 @@ def verify_with_forward(
     directory: Path, plan: Plan | None, source: Formats, options: Fidelity | None, text: Calibration | None,
     trust_remote_code: bool = False,
 ) -> FidelityReport:  # fmt: skip
-    """`measure_fidelity` and, over the blocks, `verify.forward.verify_forward`, as one report."""
+    """`measure_fidelity` and, over the blocks, `verify.forward.verify_forward` and what it saw of the inputs, as one
+    report."""
     report = measure_fidelity(directory, plan, source, options)
     checks, blocks = verify_forward(directory, source.checkpoint, options or Fidelity(), text, trust_remote_code)
     known = {entry["block"]: entry for entry in report.data.get("blocks", ())}
@@ -110,6 +112,9 @@ def verify_with_forward(
         entry = known.setdefault(found.block, {"block": found.block, "relative_error": None})
         entry |= {"cosine": _rounded(found.cosine), "cosine_propagated": _rounded(found.propagated),
                   "tokens": found.tokens}  # fmt: skip
+    if blocks:
+        seen = [found for block in blocks for found in block.inputs]
+        checks += input_scale_check(seen, family_of(source.checkpoint.config), options or Fidelity(), checks[0].how)
     data = report.data | {"blocks": [known[block] for block in sorted(known)]}
     if blocks:
         data["source"] += f"; blocks: {checks[0].how}"

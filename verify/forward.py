@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from calibration.checkpoint import nvfp4
-from calibration.checkpoint.formats import Formats, logical_name
+from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.nvfp4 import GROUP
+from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
@@ -38,6 +38,24 @@ _HOW = ("{tokens} tokens of {dataset}; BF16 blocks of the source against the out
         "quantized-dequantized NVFP4 inputs; mean over tokens")  # fmt: skip
 
 
+@dataclass
+class InputSeen:
+    """The input of one module with a stored input global scale, over the source's forward: `admitted` is the largest
+    value that the scale admits (2688 / scale), `seen` the largest that came, `tokens` how many tokens came (none to an
+    expert that none was routed to)."""
+
+    module: str
+    admitted: float
+    seen: float = 0.0
+    tokens: int = 0
+
+    def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x = arguments[0]
+        if x.numel():
+            self.seen = max(self.seen, float(x.abs().amax()))
+            self.tokens += x.numel() // x.shape[-1]
+
+
 @dataclass(frozen=True)
 class BlockCosine:
     """One block, means over `tokens` tokens. `cosine`: what the block adds to the source's hidden states, output
@@ -47,6 +65,7 @@ class BlockCosine:
     cosine: float
     propagated: float
     tokens: int
+    inputs: tuple[InputSeen, ...] = ()
 
 
 def verify_forward(
@@ -162,7 +181,8 @@ def _walk(
     for number, block in enumerate(original.blocks.values()):
         block_calls = [made[number] for _, made in calls]
         original.load([block])
-        leaving = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
+        with _watched_inputs(original, emulated, output, block) as inputs:
+            leaving = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
         original.unload([block])
         emulated.load([block])
         with _quantized_inputs(original, emulated, output, block):
@@ -173,7 +193,7 @@ def _walk(
                  for a, b, h in zip(leaving, alone, entering, strict=True)]  # fmt: skip
         behind = [_cosines(a.float(), b.float()) for a, b in zip(leaving, propagated, strict=True)]
         cosines = torch.cat(added)
-        yield BlockCosine(number, float(cosines.mean()), float(torch.cat(behind).mean()), len(cosines))
+        yield BlockCosine(number, float(cosines.mean()), float(torch.cat(behind).mean()), len(cosines), tuple(inputs))
         entering = leaving
 
 
@@ -182,21 +202,46 @@ def _cosines(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.cosine_similarity(one.flatten(0, 1).flatten(1), other.flatten(0, 1).flatten(1), -1)
 
 
+def _scaled_inputs(
+    original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module
+) -> Iterator[tuple[nn.Linear, str, torch.Tensor]]:
+    """Linear layers of `block` whose output weight has an input global scale: module, output tensor, scale `[1]`."""
+    for name, module in block.named_modules(prefix=original.module_name(block)):
+        stored = emulated.sources.get(f"{name}.weight")
+        if stored is None or not isinstance(module, nn.Linear):
+            continue
+        found = output.of(stored)
+        if found.kind == "nvfp4" and "input_scale" in found.companions:
+            yield module, stored, output.checkpoint.read(found.companions["input_scale"])
+
+
+@contextmanager
+def _watched_inputs(
+    original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module
+) -> Iterator[list[InputSeen]]:
+    """Inside, the inputs of those layers are recorded."""
+    with ExitStack() as stack:
+        watched = []
+        for module, stored, scale in _scaled_inputs(original, emulated, output, block):
+            watched.append(InputSeen(module_of(stored), RANGE / float(scale)))
+            stack.callback(module.register_forward_pre_hook(watched[-1]).remove)
+        yield watched
+
+
 @contextmanager
 def _quantized_inputs(
     original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module
 ) -> Iterator[None]:
     """Inside, every quantized linear layer of `block` sees its input as the serving engine's kernels would."""
     with ExitStack() as stack:
+        for module, _, scale in _scaled_inputs(original, emulated, output, block):
+            stack.callback(module.register_forward_pre_hook(_NvFp4Input(scale.to(original.device))).remove)
         for name, module in block.named_modules(prefix=original.module_name(block)):
             stored = emulated.sources.get(f"{name}.weight")
             if stored is None or not isinstance(module, nn.Linear):
                 continue
-            found, before = output.of(stored), original.formats.of(original.sources[f"{name}.weight"])
-            if found.kind == "nvfp4" and "input_scale" in found.companions:
-                scale = output.checkpoint.read(found.companions["input_scale"]).to(original.device)
-                stack.callback(module.register_forward_pre_hook(_NvFp4Input(scale)).remove)
-            elif found.kind == "fp8_tiles" and before.kind != "fp8_tiles":
+            before = original.formats.of(original.sources[f"{name}.weight"])
+            if output.of(stored).kind == "fp8_tiles" and before.kind != "fp8_tiles":
                 stack.callback(module.register_forward_pre_hook(_fp8_input).remove)
         yield
 

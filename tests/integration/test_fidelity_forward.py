@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,20 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
 
+from calibration.checkpoint.families import family_of
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from recipes.schema import Calibration, Fidelity
 from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard
 from tests.reference import nvfp4 as reference
 from verify.fidelity import verify_with_forward
-from verify.forward import measure_blocks, quantize_input, quantize_input_fp8, verify_forward
+from verify.forward import InputSeen, measure_blocks, quantize_input, quantize_input_fp8, verify_forward
+from verify.input_scales import input_scale_check
 from verify.structure import verify_structure
 
 LINEAR = r"re:^model\.layers\.\d+\..*(proj|w[123])$"
+BLOCK = "model.layers.0.block_sparse_moe"
 TEXT = Calibration(dataset="bundled")
 ROOT = Path(__file__).parents[2]
 
@@ -130,6 +135,67 @@ def test_input_scales_that_no_weight_check_can_see(mixtral: tuple[Path, Path], t
     assert "(block 1)" in checks[0].figure and blocks[0].cosine > 0.9
 
 
+def scales(directory: Path, edit: Callable[[str, float], float], name: str) -> Path:
+    """A copy whose input global scales are edited by module and value."""
+    output = Path(shutil.copytree(directory, directory.with_name(name)))
+    for shard in sorted(output.glob("*.safetensors")):
+        tensors = load_file(shard)
+        changed = {n: torch.tensor([edit(n.rpartition(".")[0], float(t))]) for n, t in tensors.items()
+                   if n.endswith("input_global_scale")}  # fmt: skip
+        save_file(tensors | changed, shard)
+    return output
+
+
+@pytest.fixture(scope="module")
+def calibrated(mixtral: tuple[Path, Path]) -> Path:
+    """Input scales as a calibration on the very text makes them, every expert its own."""
+    blocks = measure_blocks(mixtral[1], Checkpoint.open(mixtral[0]), TEXT, 200)
+    largest = {seen.module: seen.seen for block in blocks for seen in block.inputs}
+    assert len(largest) == 2 * (4 + 4 * 3) and all(largest.values())
+    return scales(mixtral[1], lambda module, _: 2688 / largest[module], "calibrated")
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "expected", "word"),
+    [
+        ("as they are", lambda m, s: s, "PASS", "median 1,"),
+        ("1.5 x too small a range", lambda m, s: s * 1.5, "PASS", "median 0.667"),
+        ("4 x too small a range", lambda m, s: s * 4, "FAIL", "4 times what its scale admits"),
+        ("4 x too large a range", lambda m, s: s / 4, "WARN", "all scales are wide"),
+        ("one 3 x too small", lambda m, s: s * 3 if m.endswith("1.self_attn.o_proj") else s, "FAIL", "1.self_attn.o_proj"),
+        ("one 40 x too large", lambda m, s: s / 40 if m.endswith("1.self_attn.o_proj") else s, "WARN", "1.self_attn.o_proj"),
+        ("one 1000 x too large", lambda m, s: s / 1000 if m.endswith("3.w2") else s, "FAIL", "experts.3.w2"),
+        ("a constant", lambda m, s: 1.0, "WARN", "one constant for all 32 modules"),
+        ("a constant that saturates", lambda m, s: 2688.0, "FAIL", "they saturate"),
+    ],
+)  # fmt: skip
+def test_input_scales_are_judged_by_the_inputs_that_the_source_has(
+    mixtral: tuple[Path, Path],
+    calibrated: Path,
+    name: str,
+    edit: Callable[[str, float], float],
+    expected: str,
+    word: str,
+) -> None:
+    output = scales(calibrated, edit, name.replace(" ", "-"))
+    source = Formats(Checkpoint.open(mixtral[0]))
+    found = {c.id: c for c in verify_with_forward(output, None, source, Fidelity(tokens=200), TEXT).checks}
+    assert (found["fidelity.input_scales"].verdict, word in found["fidelity.input_scales"].figure) == (
+        expected,
+        True,
+    ), found["fidelity.input_scales"]
+
+
+def test_experts_that_saw_no_token_are_counted_not_judged() -> None:
+    family = family_of({"model_type": "mixtral"})
+    seen = [InputSeen(f"{BLOCK}.experts.{expert}.w2", 2.0, 1.5 * (expert > 0), expert) for expert in range(4)]
+    (found,) = input_scale_check(seen, family, Fidelity(), "")
+    assert found.verdict == "PASS" and found.figure.endswith("; 1 of 4 modules saw no token")
+    (found,) = input_scale_check(seen[:1], family, Fidelity(), "")
+    assert found.verdict == "UNCHECKED"
+    assert input_scale_check([], family, Fidelity(), "") == []
+
+
 def test_without_text_or_tokenizer_nothing_is_proven(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(mixtral[0], tmp_path / "source"))
     for path in source.glob("tokenizer*"):
@@ -139,8 +205,8 @@ def test_without_text_or_tokenizer_nothing_is_proven(mixtral: tuple[Path, Path],
         assert [check.verdict for check in checks] == ["UNCHECKED", "UNCHECKED"] and blocks == []
 
 
-def test_the_command_line_without_a_recipe(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
-    output = Path(shutil.copytree(mixtral[1], tmp_path / "output"))
+def test_the_command_line_without_a_recipe(mixtral: tuple[Path, Path], calibrated: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(calibrated, tmp_path / "output"))
     # What plain llm-compressor leaves there is a recipe of its own form.
     (output / "recipe.yaml").write_text("default_stage:\n  default_modifiers: {}\n")
     command = [
