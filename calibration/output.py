@@ -32,6 +32,20 @@ def start_over(directory: RunDirectory, output: Path, fact: str, /, **facts: Any
             ) from None
 
 
+def entries(output: Path) -> list[str]:
+    """The names in an output, sorted; none if it is not there. Raises EnvironmentProblem if it cannot be read."""
+    try:
+        return sorted(os.listdir(output))
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError:
+        if not output.exists():  # a directory on the way is a file: what writes there says so
+            return []
+        raise EnvironmentProblem(f"{output}: output exists and is no directory; name another output") from None
+    except OSError as error:
+        raise EnvironmentProblem(f"{output}: cannot be read: {error.strerror}; name another output") from None
+
+
 def remove_unfinished(output: Path) -> None:
     """Removes the half-written shards that a kill left; every other half-written file is written again by `export`."""
     for path in output.glob(f"*.safetensors{PARTIAL}"):
@@ -42,9 +56,10 @@ def remove_unfinished(output: Path) -> None:
 def overwrite_problems(directory: RunDirectory, output: Path) -> list[str]:
     """Why --overwrite may not replace what is in `output`: it is no checkpoint and no run's, or it would keep shards that a
     loader could take for those of the new one."""
-    if not output.is_dir():
-        return [f"{output}: output exists and is no directory; name another output"]
-    names = [path.name for path in output.iterdir()]
+    try:
+        names = entries(output)
+    except EnvironmentProblem as problem:
+        return problem.problems
     checkpoint = CONFIG_NAME in names and bool({INDEX_NAME, SINGLE_NAME} & set(names))
     if names and not checkpoint and not directory.facts():
         return [

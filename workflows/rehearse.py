@@ -16,7 +16,7 @@ from calibration.checkpoint.writer import write_json
 from calibration.cost import boundary_bytes, hidden_width, scratch_bytes
 from calibration.disk import Need, probe_write, space_problems
 from calibration.memory import available_memory
-from calibration.output import BEGUN, overwrite_problems
+from calibration.output import BEGUN, entries, overwrite_problems
 from calibration.resume import activations_directory
 from recipes.errors import EnvironmentProblem, WorkflowError
 from verify.serving import check_serving
@@ -240,12 +240,11 @@ def _output_needs(run: Run) -> list[Need]:
 def _output_problems(run: Run, stages: Sequence[str]) -> list[str]:
     from workflows.stages import STAGES
 
-    if not run.output.exists():
-        return []
-    if not run.output.is_dir():
-        return [f"{run.output}: output exists and is no directory; name another output"]
-    if not any(run.output.iterdir()):
-        return []
+    try:
+        if not entries(run.output):
+            return []
+    except EnvironmentProblem as problem:
+        return problem.problems
     if run.overwrite:
         return overwrite_problems(run.directory, run.output)
     facts = {fact.get("fact") for fact in run.directory.facts()}

@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from calibration.checkpoint.files import is_file, read_json_object
 from calibration.checkpoint.index import INDEX_NAME
 from calibration.journal import RunDirectory
-from recipes.errors import SourceError, WorkflowError
+from calibration.output import entries
+from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 from recipes.loader import load_recipe, recipe_digest
 from recipes.schema import Recipe, Verify
 from verify.checks import Check
@@ -40,9 +41,10 @@ def standing(output: Path, run: RunDirectory, plan_digest: str, digest: str, rec
     """Read from the journal, the events and the names of the shards; no tensor is read. `digest` is the recipe's, `recipe` is
     asked for it only if the output is another recipe's."""
     facts, events = run.facts(), run.events()
-    if output.exists() and not output.is_dir():
-        return Standing("foreign", "output exists and is no directory")
-    there = output.is_dir() and any(output.iterdir())
+    try:
+        there = bool(entries(output))
+    except EnvironmentProblem as problem:
+        return Standing("foreign", problem.problems[0].removeprefix(f"{output}: ").partition(";")[0])
     plan = next((fact["plan"] for fact in reversed(facts) if fact.get("plan")), None)
     verified = next((fact for fact in reversed(facts) if fact.get("fact") == "verified"), None)
     if verified is None:

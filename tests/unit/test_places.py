@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tests.models import standard
 from verify import __main__ as verify
 from workflows import batch, inspect_checkpoint, run
 from workflows.source import require_apart
+from workflows.standing import standing
 
 TARGETS = {"QuantizationModifier": {"targets": [r"re:^model\.layers\..*proj$"], "scheme": "NVFP4A16"}}
 
@@ -247,6 +249,20 @@ def test_overwrite_replaces_checkpoints_alone(tmp_path: Path, output: Path) -> N
         RunDirectory(output), output
     )[0]  # fmt: skip
     assert "is no directory" in overwrite_problems(RunDirectory(output), output / "notes.txt")[0]
+
+
+def test_an_output_that_cannot_be_listed_is_a_problem_with_its_name(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(path: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))  # root lists everything
+
+    monkeypatch.setattr(os, "listdir", locked)
+    assert overwrite_problems(RunDirectory(output), output) == [
+        f"{output}: cannot be read: Permission denied; name another output"
+    ]
+    found = standing(output, RunDirectory(output), "p", "d", lambda: pytest.fail("asks for the recipe"))
+    assert (found.kind, found.why) == ("foreign", "cannot be read: Permission denied")
 
 
 def test_half_written_files_of_others_stay(output: Path) -> None:
