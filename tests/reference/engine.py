@@ -48,7 +48,8 @@ def serve(
     defaults = {"python": VLLM_PYTHON, "dtype": "float32", "max_tokens": 8, "text": None}
     serving = Serving.model_validate(defaults | options)
     pretended = PROCESSOR if processor is None else processor
-    if run is None and "python" not in options and not {"avx512", "avx512_bf16"} & set(pretended):
+    imports_alike = "python" not in options and not {"avx512", "avx512_bf16"} & set(pretended)
+    if run is None and imports_alike and not torch.cuda.is_available():  # tried on the CPU only
         run = run_resident
     experiment = Experiment(prompts, captured, moe_input_scales, pretended, run)
     checks, result = verify_serving(checkpoint, serving, log_dir, experiment=experiment)

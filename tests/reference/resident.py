@@ -24,7 +24,7 @@ class Resident:
     def __init__(self, python: str, worker: str) -> None:
         self.process = subprocess.Popen(
             [python, "-P", str(PRELOADED), worker], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=environment() | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
+            env=environment() | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
         atexit.register(self.close)
 
