@@ -80,6 +80,11 @@ class _Calibrated(_Line):
     tokens_per_expert: str
 
 
+class _Products(_Line):
+    device: str
+    digest: str
+
+
 class _StageEvent(_Line):
     stage: str
     seconds: Seconds = 0.0
@@ -147,6 +152,7 @@ class _Submitted(_Line):
 #: Kind -> the fields that are read of such a line; of other kinds `time` alone.
 _JOURNAL: dict[str, type[_Line]] = {
     "shards": _Shards, "boundary": _Boundary, "fingerprint": _Fingerprint, "started": _Started, "calibrated": _Calibrated,
+    "products": _Products,
 }  # fmt: skip
 _EVENTS: dict[str, type[_Line]] = {
     "stage_started": _StageEvent, "stage_finished": _StageEvent, "stage_failed": _StageEvent, "block": _BlockEvent,

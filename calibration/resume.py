@@ -101,8 +101,9 @@ def versions() -> dict[str, str]:
 
 def fingerprint(recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str) -> dict[str, Any]:
     """All that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write equal
-    files. `device` names the arithmetic (processor capability or accelerator). The number of ranks is no part of it:
-    what several ranks may calibrate gives the same bytes with any number."""
+    files. `device` names the arithmetic (processor capability or accelerator); a run may go on with another one, but not to
+    the same bytes (calibration.products). The number of ranks is no part of it: what several ranks may calibrate gives
+    the same bytes with any number."""
     settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     try:
         tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
@@ -230,16 +231,18 @@ def _opened(
     overwrite: bool,
 ) -> Resume:
     facts, now = directory.facts(), json.loads(json.dumps(now))
+    # Another device rounds differently, and what that costs is told (calibration.products): no reason to lose a night.
+    here = {"device": now["device"]} if "device" in now else {}
     begun = [fact for fact in facts if fact.get("fact") == "fingerprint"]
     finished = {fact["block"] for fact in facts if fact.get("fact") == "shards"} if begun else set()
     complete = any(fact.get("fact") == "verified" for fact in facts)
     if finished and not restart:
         # Runs before this one recorded no state of the source.
         changed = changed_shards(begun[-1]["source"], source) if begun[-1]["source"] else []
-        if begun[-1]["parts"] == now and not changed and not (overwrite and complete):
+        if begun[-1]["parts"] | here == now and not changed and not (overwrite and complete):
             return read_resume(directory, plan, output, activations)
         if not overwrite:
-            require_same(begun[-1]["parts"], now, directory.path, len(finished))
+            require_same(begun[-1]["parts"] | here, now, directory.path, len(finished))
             require_unchanged(changed, len(source), directory.path)
     start_over(
         directory, output, "fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now, source=source

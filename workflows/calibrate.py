@@ -15,8 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import Plan
@@ -25,6 +23,7 @@ from calibration.export import Exporter
 from calibration.journal import RunDirectory
 from calibration.oneshot import calibrate, quiet
 from calibration.output import remove_unfinished
+from calibration.products import Products, try_products
 from calibration.ranks import Ranks
 from calibration.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume
@@ -77,10 +76,11 @@ def calibrate_blocks(
     require_batches(ranks, len(data.batches))
     scratch = Path(recipe.offload.directory) if recipe.offload.directory else None
     activations = activations_directory(scratch, directory.path, output)
-    now = fingerprint(recipe, plan, source, data.digest, device_name())
+    found = try_products((formats.of(step.source).shape for step in plan.quantized.values()), ranks.device)
+    now = fingerprint(recipe, plan, source, data.digest, found.device)
     if data.regrouped:  # absent else: a run that was begun with padded batches must not go on without
         now["batches"] = "of samples of one length, without padding"
-    require_equal(ranks, "settings", now)
+    require_equal(ranks, "settings", now | {"products": found.digest})
     resume = open_resume(directory, plan, output, activations, now, restart, overwrite, ranks, source)
     if ranks.writes:
         remove_unfinished(output)
@@ -89,6 +89,7 @@ def calibrate_blocks(
     pending = [number for number in plan.block_numbers if number not in resume.finished]
     _say_where(resume, pending, plan, reporter)
     if pending:
+        _say_products(found, plan, directory, reporter, ranks)
         callbacks = Callbacks(
             blocks.on_block,
             blocks.on_progress,
@@ -204,12 +205,17 @@ class _Blocks:
             self.reporter.event(kind, **event)
 
 
-def device_name() -> str:
-    """The arithmetic that calibration runs on: the accelerator, or the processor's vector instructions."""
-    device = torch.accelerator.current_accelerator()
-    if device is None:
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def _say_products(found: Products, plan: Plan, directory: RunDirectory, reporter: Reporter, ranks: Ranks) -> None:
+    """Records how products come out here, and tells what a run loses that began where they come out differently."""
+    reporter.event("products", **found.facts)
+    if not ranks.writes:
+        return
+    facts = directory.facts()
+    lost = found.lost(facts)
+    if lost is not None:
+        reporter.say(lost, "warning")
+    if lost is not None or not any(fact["fact"] == "products" for fact in facts):
+        directory.record("products", plan=plan.digest, **found.facts)
 
 
 def _say_where(resume: Resume, pending: list[int], plan: Plan, reporter: Reporter) -> None:

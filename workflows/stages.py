@@ -289,6 +289,9 @@ def _write_card(run: Run) -> None:
     summary = run.directory.facts("calibrated")
     if summary:
         facts = {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
+    machines = [f"{fact['device']} (products {fact['digest']})" for fact in run.directory.facts("products")]
+    if len(machines) > 1:
+        facts["calculated on"] = f"{', then '.join(machines)}, which round differently"
     write_text(run.output / CARD_NAME, model_card(run.recipe, run.plan, run.source, run.checks, facts))
 
 

@@ -6,7 +6,8 @@
 Interleaved rounds, every run in a process of its own with one thread; CPU-seconds from the open source to the finished
 checkpoint, imports left out. Of a source in FP8 and MXFP4 stock gets a BF16 copy with the same values, which
 `method: plain` wrote beforehand: from the source itself it writes E4M3 codes where NVFP4 was asked for. Asserts that packed
-weights, group scales, global scales and input global scales are identical, and prints peak memory per block over 6 and 24
+weights, group scales, global scales and input global scales are identical (input global scales within one BF16 rounding where
+products depend on the number of rows, calibration.products), and prints peak memory per block over 6 and 24
 blocks.
 """
 
@@ -30,6 +31,8 @@ import yaml
 from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.products import try_products
+from calibration.tracing import BF16_STEP
 from tests.benchmarks.convert_benchmark import forget
 from tests.models import deepseek_v4, standard
 
@@ -105,18 +108,28 @@ def measure(method: str, recipe: Path) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(ours: Path, stock: Path) -> int:
-    """Asserts that every quantized tensor of `ours` is the same in `stock`; returns how many there are."""
+def compare(ours: Path, stock: Path) -> tuple[int, int]:
+    """Asserts that every quantized tensor of `ours` is the same in `stock`; returns how many there are, and how many are
+    not the same bits: input global scales one BF16 rounding away, where products here depend on the number of rows."""
     left, right = Checkpoint.open(ours), Checkpoint.open(stock)
     family = family_of(left.config)
     names = {_canonical(family, name): name for name in left.tensors if name.endswith(LEAVES)}
     theirs_by_name = {_canonical(family, name): name for name in right.tensors if name.endswith(LEAVES)}
     assert names and names.keys() == theirs_by_name.keys(), sorted(names.keys() ^ theirs_by_name.keys())[:4]
+    even = try_products((out, 2 * packed) for out, packed in _packed_shapes(left)).row_invariant
+    rounded = 0
     for canonical, name in names.items():
         mine, theirs = left.read(name), right.read(theirs_by_name[canonical])
         assert mine.dtype == theirs.dtype and mine.numel() == theirs.numel(), name
-        assert torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)), name
-    return len(names)
+        same = torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+        may_round = not even and name.endswith(".input_global_scale")
+        assert same or (may_round and abs(float(mine / theirs) - 1) <= BF16_STEP), name
+        rounded += not same
+    return len(names), rounded
+
+
+def _packed_shapes(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    return [tensor.shape for name, tensor in checkpoint.tensors.items() if name.endswith(".weight_packed")]
 
 
 def _canonical(family: Family, name: str) -> str | None:
@@ -147,7 +160,7 @@ def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: in
     for _ in range(rounds):
         for method, recipe in recipes.items():
             runs[method].append(measure(method, recipe))
-        same = compare(base / "ours" / "output", base / "stock" / "output")
+        compared, rounded = compare(base / "ours" / "output", base / "stock" / "output")
     block = block_bytes(source)
     cpu = {method: statistics.median(run["cpu_seconds"] for run in runs[method]) for method in runs}
     for method, found in runs.items():
@@ -162,8 +175,9 @@ def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: in
     output = Checkpoint.open(base / "ours" / "output").total_bytes
     width = int(Checkpoint.open(source).config["hidden_size"]) * int(Checkpoint.open(source).config.get("hc_mult", 1))
     print(
-        f"{case}: {same} tensors identical; block {block / MB:.0f} MB in BF16, output {output / MB:.0f} MB, activations at a "
-        f"boundary {2 * width * samples * tokens / MB:.0f} MB, of stock's CPU-seconds "
+        f"{case}: {compared - rounded} tensors identical, {rounded} within one BF16 rounding; block "
+        f"{block / MB:.0f} MB in BF16, output {output / MB:.0f} MB, activations at a boundary "
+        f"{2 * width * samples * tokens / MB:.0f} MB, of stock's CPU-seconds "
         f"{statistics.median(run['save_cpu_seconds'] for run in runs['stock']):.1f} in save_pretrained",
         flush=True,
     )

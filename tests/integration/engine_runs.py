@@ -26,11 +26,14 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.oneshot import calibrate, quiet
 from calibration.padding import without_padding
+from calibration.products import try_products
 from calibration.sequential import BlockResult, CalibrationSummary, Callbacks
 from calibration.source_model import SourceModel, build_skeleton
+from calibration.tracing import BF16_STEP
 from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard
+from tests.uneven import install_if_asked
 
 STANDARD = ("llama", "qwen3", "mistral", "qwen3_moe", "mixtral")
 STORED = ("bf16", "fp8", "fp8_mxfp4")
@@ -44,6 +47,7 @@ Scales = dict[str, torch.Tensor]
 
 # On a busy machine with few cores OpenMP's waiting threads cost ten times the work.
 torch.set_num_threads(1)
+install_if_asked()
 
 
 @cache
@@ -198,3 +202,25 @@ def differing(left: Scales, right: Scales) -> list[str]:
     return sorted(left.keys() ^ right.keys()) + [
         name for name in left.keys() & right.keys() if not torch.equal(left[name], right[name])
     ]
+
+
+def even_products(run: Run) -> bool:
+    """Whether a row's product does not depend on the number of rows, for the quantized layers of a run: where it does,
+    experts that see their routed tokens alone are equal to stock's, which see all of them, up to rounding."""
+    return try_products(value.shape for name, value in run.parameters.items() if name.endswith(".weight")).row_invariant
+
+
+def differing_from_stock(run: Run, theirs: Scales) -> list[str]:
+    """Names of scales that only one has, or whose values differ: in any bit, or, of input global scales where products are
+    uneven, by more than one BF16 rounding; these are counted and printed."""
+    names, even = differing(run.scales, theirs), even_products(run)
+    off = {
+        name: abs(float(run.scales[name] / theirs[name]) - 1)
+        for name in names
+        if not even and name.endswith(".input_global_scale") and name in run.scales and name in theirs
+    }
+    if off:
+        print(
+            f"{len(off)} of {len(theirs)} scales are not stock's bit for bit, the farthest by {max(off.values()):.2%}"
+        )
+    return [name for name in names if off.get(name, 1) > BF16_STEP]

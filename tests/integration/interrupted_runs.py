@@ -120,9 +120,11 @@ def _main(arguments: list[str], log: Path, prepare: Prepare | None) -> None:
         os.dup2(file.fileno(), 2)
     import torch
 
+    from tests.uneven import install_if_asked
     from workflows.run import main
 
     torch.set_num_threads(1)
+    install_if_asked()
     if prepare is not None:
         prepare()
     sys.exit(main(arguments))

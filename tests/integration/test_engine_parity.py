@@ -14,8 +14,8 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from calibration import tracing
 from calibration.padding import without_padding
 from calibration.sequential import BlockResult
-from calibration.tracing import ParityError
-from tests.integration.engine_runs import STANDARD, Run, batches, ours, recipe, skeleton, stock_model
+from calibration.tracing import BF16_STEP, ParityError
+from tests.integration.engine_runs import STANDARD, Run, batches, even_products, ours, recipe, skeleton, stock_model
 
 
 def run_and_watch_head(name: str) -> tuple[Run, list[torch.Tensor]]:
@@ -38,8 +38,10 @@ def test_traced_chain_equals_the_whole_models_own_forward(name: str) -> None:
         for batch in without_padding(batches()):
             model(**batch)
     assert len(own) == len(final) == 4
+    even = even_products(run)
     for ours_, theirs in zip(final, own, strict=True):
-        assert torch.equal(ours_, theirs)
+        bound = 0.0 if even else BF16_STEP * float(theirs.float().abs().max())
+        assert float((ours_.float() - theirs.float()).abs().max()) <= bound
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "mistral"])

@@ -9,19 +9,43 @@ from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-from tests.integration.engine_runs import TARGETS, differing, ours, recipe, skeleton, stock
+from tests.integration.engine_runs import (
+    TARGETS,
+    differing,
+    differing_from_stock,
+    even_products,
+    ours,
+    recipe,
+    skeleton,
+    stock,
+)
+from tests.uneven import uneven_products
 
 SCALES = {"weight_scale", "weight_global_scale", "input_global_scale"}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "bf16", "fp8", "fp8_mxfp4"])
 def test_scales_equal_stock_llm_compressor(name: str) -> None:
-    """For FP8 and MXFP4 the stock side is dequantized by transformers, independently of formats.py."""
+    """Bit for bit where products are even (calibration.products). For FP8 and MXFP4 the stock side is dequantized by
+    transformers, independently of formats.py."""
     source = skeleton(name)
     run = ours(recipe(name), source)
     theirs = {key: value for key, value in stock(name, source).items() if key.endswith("_scale")}
     assert {key.rpartition(".")[2] for key in theirs} == SCALES
-    assert differing(run.scales, theirs) == []
+    assert differing_from_stock(run, theirs) == []
+
+
+def test_scales_are_stocks_up_to_rounding_where_products_depend_on_the_number_of_rows() -> None:
+    """As on AMX processors and GPUs. The engine against itself keeps every bit there: the same batches are the same
+    products, and the comparison with the model's own forward stays exact."""
+    with uneven_products():
+        source = skeleton("bf16")
+        run = ours(recipe("bf16"), source)
+        assert not even_products(run)
+        theirs = {key: value for key, value in stock("bf16", source).items() if key.endswith("_scale")}
+        assert differing(run.scales, theirs) != [] and differing_from_stock(run, theirs) == []
+        assert set(run.summary.parity.values()) == {0.0}
+        assert differing(run.parameters, ours(recipe("bf16"), skeleton("bf16")).parameters) == []
 
 
 def test_weights_that_stay_exact_get_no_scale_and_change_no_input_scale() -> None:

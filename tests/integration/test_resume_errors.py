@@ -191,6 +191,36 @@ def test_a_run_begun_with_padded_batches_does_not_go_on_without_padding(case: Ca
     assert attempt.go() == 0 and attempt.loaded() == [1, 2]
 
 
+def other_machine(name: str) -> None:
+    """Another processor: its name as torch gives it, and products with other last bits."""
+    from calibration import products
+    from tests import uneven
+
+    products.device_name = lambda: name
+    uneven.F.linear = uneven.uneven_linear
+
+
+def test_a_run_that_goes_on_where_products_differ_says_what_it_loses(case: Case, attempt: Attempt) -> None:
+    """Under the same name of the processor, and under another; and the card keeps it."""
+    assert attempt.go(partial(kill_behind, 0)) == KILLED
+    here, *none = attempt.journal("products")
+    assert none == [] and here["row_invariant"] == (here["differing"] == {})
+    assert attempt.go(partial(other_machine, here["device"]), "--stages", "inspect,calibrate") == 0
+    assert f"finished blocks were calculated on {here['device']} (products {here['digest']})" in attempt.text
+    assert attempt.loaded() == [1, 2]
+    assert len(attempt.journal("products")) == 2
+    assert attempt.go() == 0 and "finished blocks" not in attempt.text  # nothing is calculated any more
+    card = (attempt.output / "README.md").read_text()
+    assert f"| calculated on | {here['device']} (products {here['digest']}), then {here['device']} (products" in card
+
+    renamed = Attempt(case, "renamed", partial(kill_behind, 0))
+    assert renamed.go(partial(other_machine, "cpu OTHER")) == 0
+    assert f"(products {here['digest']}), and cpu OTHER (products" in renamed.text
+    begun = Attempt(case, "begun-and-restarted", partial(kill_behind, 0))
+    assert begun.go(partial(other_machine, "cpu OTHER"), "--restart") == 0 and begun.loaded() == [None, 0, 1, 2]
+    assert "finished blocks" not in begun.text and len(begun.journal("products")) == 1
+
+
 def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
     other = case.body | {"calibration": case.body["calibration"] | {"num_samples": 5}}
     attempt.write(other)

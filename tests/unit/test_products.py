@@ -1,0 +1,53 @@
+"""What the probe of matrix products finds, and what a run that goes on elsewhere is told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from calibration import products
+from calibration.products import Products, device_name, try_products
+from tests.uneven import uneven_products
+
+SHAPES = [(96, 64), (64, 96), (96, 64)]
+
+
+def test_row_counts_whose_bits_differ_are_found() -> None:
+    even = try_products(SHAPES)
+    assert even == try_products(reversed(SHAPES)) and even.device == device_name()
+    with uneven_products():
+        uneven = try_products(SHAPES)
+    assert not uneven.row_invariant and set(uneven.differing) == {"[96, 64]", "[64, 96]"}
+    assert uneven.digest != even.digest and uneven.facts["row_invariant"] is False
+
+
+def test_the_most_common_shapes_are_tried_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried, linear = list[tuple[int, ...]](), torch.nn.functional.linear
+    monkeypatch.setattr(
+        products.F, "linear", lambda rows, weight: tried.append(tuple(weight.shape)) or linear(rows, weight)
+    )
+    shapes = [(4096, 16)] * 4 + [(8, 5, 16)] * 3 + [(16, 9000)] * 2 + [(3, 16)]
+    assert not try_products(shapes).differing.get("[3, 16]")
+    assert set(tried) == {(products.OUTPUTS, 16), (5, 16), (16, products.INPUTS)}
+    assert try_products([]).row_invariant
+
+
+@pytest.mark.parametrize(
+    ("recorded", "lost"),
+    [
+        ([], None),
+        ([{"fact": "fingerprint", "parts": {"device": "cpu A"}}], None),
+        ([{"fact": "fingerprint", "parts": {"device": "cpu B"}}], "were calculated on cpu B, and cpu A (products 12)"),
+        ([{"fact": "products", "device": "cpu A", "digest": "12"}], None),
+        (
+            [{"fact": "products", "device": "cpu A", "digest": "34"}],
+            "calculated on cpu A (products 34), and cpu A (products",
+        ),
+        ([{"fact": "products", "device": "cpu B", "digest": "12"}], "calculated on cpu B (products 12), and cpu A"),
+    ],
+)
+def test_a_run_that_goes_on_elsewhere_hears_what_it_loses(recorded: list[dict[str, Any]], lost: str | None) -> None:
+    told = Products("cpu A", "12").lost(recorded)
+    assert told is None if lost is None else told is not None and lost in told and "--restart" in told
