@@ -6,7 +6,7 @@
 Interleaved rounds, every run in a process of its own with one thread; CPU-seconds from the open source to the finished
 checkpoint, imports left out. Of a source in FP8 and MXFP4 stock gets a BF16 copy with the same values, which
 `method: plain` wrote beforehand: from the source itself it writes E4M3 codes where NVFP4 was asked for. Asserts that packed
-weights, group scales, global scales and input global scales are identical (input global scales within one BF16 rounding where
+weights, group scales, global scales and input global scales are identical (input global scales within three BF16 roundings where
 products depend on the number of rows, calibration.products), and prints peak memory per block over 6 and 24
 blocks.
 """
@@ -32,9 +32,9 @@ from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.products import try_products
-from calibration.tracing import BF16_STEP
 from tests.benchmarks.convert_benchmark import forget
 from tests.models import deepseek_v4, standard
+from tests.uneven import ROUNDED
 
 LEAVES = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 CASES = ("v4-bf16", "v4-fp8_mxfp4", "qwen3_moe")
@@ -110,7 +110,7 @@ def measure(method: str, recipe: Path) -> dict[str, Any]:
 
 def compare(ours: Path, stock: Path) -> tuple[int, int]:
     """Asserts that every quantized tensor of `ours` is the same in `stock`; returns how many there are, and how many are
-    not the same bits: input global scales one BF16 rounding away, where products here depend on the number of rows."""
+    not the same bits: input global scales at most three BF16 roundings away, where products here depend on the number of rows."""
     left, right = Checkpoint.open(ours), Checkpoint.open(stock)
     family = family_of(left.config)
     names = {_canonical(family, name): name for name in left.tensors if name.endswith(LEAVES)}
@@ -123,7 +123,7 @@ def compare(ours: Path, stock: Path) -> tuple[int, int]:
         assert mine.dtype == theirs.dtype and mine.numel() == theirs.numel(), name
         same = torch.equal(mine.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
         may_round = not even and name.endswith(".input_global_scale")
-        assert same or (may_round and abs(float(mine / theirs) - 1) <= BF16_STEP), name
+        assert same or (may_round and abs(float(mine / theirs) - 1) <= ROUNDED), name
         rounded += not same
     return len(names), rounded
 
@@ -175,7 +175,7 @@ def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: in
     output = Checkpoint.open(base / "ours" / "output").total_bytes
     width = int(Checkpoint.open(source).config["hidden_size"]) * int(Checkpoint.open(source).config.get("hc_mult", 1))
     print(
-        f"{case}: {compared - rounded} tensors identical, {rounded} within one BF16 rounding; block "
+        f"{case}: {compared - rounded} tensors identical, {rounded} within three BF16 roundings; block "
         f"{block / MB:.0f} MB in BF16, output {output / MB:.0f} MB, activations at a boundary "
         f"{2 * width * samples * tokens / MB:.0f} MB, of stock's CPU-seconds "
         f"{statistics.median(run['save_cpu_seconds'] for run in runs['stock']):.1f} in save_pretrained",

@@ -29,11 +29,10 @@ from calibration.padding import without_padding
 from calibration.products import try_products
 from calibration.sequential import BlockResult, CalibrationSummary, Callbacks
 from calibration.source_model import SourceModel, build_skeleton
-from calibration.tracing import BF16_STEP
 from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard
-from tests.uneven import install_if_asked
+from tests.uneven import ROUNDED, install_if_asked
 
 STANDARD = ("llama", "qwen3", "mistral", "qwen3_moe", "mixtral")
 STORED = ("bf16", "fp8", "fp8_mxfp4")
@@ -212,7 +211,7 @@ def even_products(run: Run) -> bool:
 
 def differing_from_stock(run: Run, theirs: Scales) -> list[str]:
     """Names of scales that only one has, or whose values differ: in any bit, or, of input global scales where products are
-    uneven, by more than one BF16 rounding; these are counted and printed."""
+    uneven, by more than three BF16 roundings; these are counted and printed."""
     names, even = differing(run.scales, theirs), even_products(run)
     off = {
         name: abs(float(run.scales[name] / theirs[name]) - 1)
@@ -223,4 +222,4 @@ def differing_from_stock(run: Run, theirs: Scales) -> list[str]:
         print(
             f"{len(off)} of {len(theirs)} scales are not stock's bit for bit, the farthest by {max(off.values()):.2%}"
         )
-    return [name for name in names if off.get(name, 1) > BF16_STEP]
+    return [name for name in names if off.get(name, 1) > ROUNDED]

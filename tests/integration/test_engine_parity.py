@@ -38,10 +38,13 @@ def test_traced_chain_equals_the_whole_models_own_forward(name: str) -> None:
         for batch in without_padding(batches()):
             model(**batch)
     assert len(own) == len(final) == 4
-    even = even_products(run)
     for ours_, theirs in zip(final, own, strict=True):
-        bound = 0.0 if even else BF16_STEP * float(theirs.float().abs().max())
-        assert float((ours_.float() - theirs.float()).abs().max()) <= bound
+        if even_products(run):
+            assert torch.equal(ours_, theirs)
+        else:  # a token between two experts may go to the other one: no bound on its largest value
+            distance = float((ours_.float() - theirs.float()).norm() / theirs.float().norm())
+            print(f"relative distance {distance:.4f}")
+            assert distance <= 8 * BF16_STEP  # 0.002 to 0.038 with tests.uneven
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "mistral"])
