@@ -110,7 +110,7 @@ def products(
 def attention(config: Mapping[str, Any]) -> tuple[int, int]:
     """Heads and their dimension."""
     heads = int(config.get("num_attention_heads") or 0)
-    return heads, int(config.get("head_dim") or (int(config.get("hidden_size", 0)) // heads if heads else 0))
+    return heads, int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
 
 
 def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[BlockCost]:
@@ -142,7 +142,7 @@ def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[
 
 def hidden_width(config: Mapping[str, Any]) -> int:
     """Values per token between two blocks; DeepSeek-V4 keeps `hc_mult` hidden states."""
-    return int(config.get("hidden_size", 0)) * int(config.get("hc_mult") or 1)
+    return int(config.get("hidden_size") or 0) * int(config.get("hc_mult") or 1)
 
 
 def boundary_bytes(width: int, batches: Sequence[tuple[int, int]]) -> int:

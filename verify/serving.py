@@ -216,7 +216,9 @@ def nll_difference(ours: Sequence[dict[str, Any]], source: Sequence[dict[str, An
 def kv_cache_bytes(config: dict[str, Any], length: int) -> int:
     """A CPU KV cache for two sequences of `length` tokens in float32, at least 64 MiB; upper bound for any family."""
     heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 1)
-    width = int(config.get("head_dim") or config.get("hidden_size", 0) // int(config.get("num_attention_heads") or 1))
+    width = int(
+        config.get("head_dim") or int(config.get("hidden_size") or 0) // int(config.get("num_attention_heads") or 1)
+    )
     return max(64 << 20, 2 * length * int(config.get("num_hidden_layers") or 1) * 2 * heads * width * 4)
 
 

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from calibration.checkpoint.header import parse_header, read_header
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.source_config import MOST_EXPERTS, SourceConfig, check_config
+from calibration.cost import attention, hidden_width
 from recipes.errors import SourceError
 from verify.report import level_verdicts
+from verify.serving import kv_cache_bytes
 from verify.structure import verify_structure
 from verify.tokenizer import tokenizer_check
 
@@ -214,3 +216,11 @@ def test_a_token_id_that_would_fill_the_memory_is_a_verdict(tmp_path: Path, id: 
     for source in (None, tmp_path / "a"):
         check = tokenizer_check(tmp_path / "b", {}, source)
         assert check.verdict == "FAIL" and "has the id" in check.figure
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "hc_mult", "num_attention_heads", "head_dim", "num_key_value_heads"])
+def test_a_field_that_is_null_is_an_absent_one_to_what_reckons_with_it(field: str) -> None:
+    config = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "hc_mult": 1}
+    absent = {key: value for key, value in config.items() if key != field}
+    for reckon in (hidden_width, attention, lambda found: kv_cache_bytes(found, 64)):
+        assert reckon({**config, field: None}) == reckon(absent)
