@@ -46,7 +46,9 @@ def test_loaded_model_equals_transformers_own_load(name: str) -> None:
 def test_only_what_is_asked_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     source, read = skeleton("fp8_mxfp4"), list[str]()
     original = source.formats.checkpoint.read
-    monkeypatch.setattr(source.formats.checkpoint, "read", lambda name: read.append(name) or original(name))
+    monkeypatch.setattr(
+        source.formats.checkpoint, "read", lambda name, out=None: read.append(name) or original(name, out)
+    )
     block = source.blocks["model.layers.1"]
     source.load([block])
     assert {name.split(".")[1] for name in read} == {"1"}
@@ -156,7 +158,9 @@ def test_prefetched_weights_are_the_same_and_read_once(monkeypatch: pytest.Monke
     source, read = skeleton("fp8_mxfp4"), list[str]()
     first, second = list(source.blocks.values())[:2]
     original = source.formats.checkpoint.read
-    monkeypatch.setattr(source.formats.checkpoint, "read", lambda name: read.append(name) or original(name))
+    monkeypatch.setattr(
+        source.formats.checkpoint, "read", lambda name, out=None: read.append(name) or original(name, out)
+    )
     source.load([first])
     source.prefetch([second])
     source.load([second])
@@ -173,10 +177,10 @@ def test_what_cannot_be_read_ahead_is_told_when_it_is_needed(monkeypatch: pytest
     first, second = source.blocks.values()
     original = source.formats.checkpoint.read
 
-    def broken(name: str) -> torch.Tensor:
+    def broken(name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         if name == "model.layers.1.mlp.up_proj.weight":
             raise SourceError(f"{name}: vanished")
-        return original(name)
+        return original(name, out)
 
     monkeypatch.setattr(source.formats.checkpoint, "read", broken)
     source.prefetch([second])

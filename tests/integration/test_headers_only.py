@@ -48,7 +48,7 @@ def test_empty_model_of_real_shapes_allocates_nothing_large(hollow: Path) -> Non
     sizes = ProSizes(layers=1, hash_layers=1)
     checkpoint = Checkpoint.open(write(hollow / "pro", sizes, shards=2))
     plan = make_plan(checkpoint, Formats(checkpoint), load_recipe(RECIPE, []))
-    assert len(plan.quantized) == sizes.layers * (sizes.experts + 1) * 3
+    assert len(plan.quantized) == sizes.layers * sizes.experts * 3
     with _Allocations() as allocations:
         model = build_skeleton(checkpoint, hollow / "run", False).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
@@ -62,7 +62,7 @@ def test_v4_pro_plans_in_a_minute_and_initialises_in_two_gigabytes(hollow: Path)
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     took = json.loads(done.stdout.splitlines()[-1])
-    assert took["linears"] == 61 * (384 + 1) * 3
+    assert took["linears"] == 61 * 384 * 3
     assert took["parameters"] > 1.57e12
     assert sum(took[part] for part in ("open", "plan", "digest", "describe")) < 60
     assert took["peak"] < 2e9, took

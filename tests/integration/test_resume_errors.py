@@ -369,10 +369,13 @@ def test_data_set_that_ends_early(case: Case, attempt: Attempt, tmp_path: Path) 
     rows = [json.dumps({"text": f"Row {n} tells of the sea, of the wind and of ships. " * 6}) + "\n" for n in range(8)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(rows))
-    attempt.write(case.body | {"calibration": case.body["calibration"] | {"dataset": str(data)}})
+    calibration = case.body["calibration"] | {"dataset": str(data)}
+    attempt.write(case.body | {"calibration": calibration | {"exact": True}})
     assert attempt.go(partial(kill_behind, 0)) == KILLED, attempt.text
     data.write_text("".join(rows[:3]))
     assert attempt.go() == SOURCE and "6 samples" in attempt.text and "3 there" in attempt.text
+    attempt.write(case.body | {"calibration": calibration})
+    assert attempt.go() == ENVIRONMENT and "data: " in attempt.text, "what is finished is not mixed with other rows"
     data.write_text("".join(rows))
     assert attempt.go() == 0
     assert "1 of 3 blocks are finished; going on with block 2" in attempt.text

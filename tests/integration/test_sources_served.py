@@ -28,9 +28,12 @@ def test_a_stored_form_is_quantized_and_served_beside_its_source(form: str, tmp_
     done = run(recipe, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["verdicts"]["structure"], result["verdicts"]["fidelity"]) == ("PASS", "PASS")
+    assert result["verdicts"]["structure"] == "PASS"
     checks = {c["id"]: c for c in json.loads((tmp_path / "output.run" / "verify.json").read_text())["checks"]}
-    assert not [c for c in checks.values() if c["verdict"] == "FAIL"]
+    # modelopt's input scales are carried as they are, and those of this source are made up.
+    doubtful = {"fidelity.input_scales"} if form == "nvfp4_modelopt" else set()
+    fidelity = {id for id, c in checks.items() if id.startswith("fidelity.") and c["verdict"] != "PASS"}
+    assert fidelity == doubtful and not [c for c in checks.values() if c["verdict"] == "FAIL"]
     assert checks["serving.source"]["verdict"] == "PASS" and checks["serving.w4a4"]["verdict"] == "PASS"
     served = json.loads((tmp_path / "output.run" / "serving.json").read_text())["source"]
     # Random weights: 4-bit activations move the distributions, and not far.
