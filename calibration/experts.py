@@ -7,10 +7,11 @@ all tokens, but its output is needed for routed tokens alone. The statistics are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,25 +187,53 @@ def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int
     """
     starving = [number for number in range(experts.num_experts) if tokens.get(number, 0) < max(least, 1)]
     filled = set()
-    for leaves in INPUT_SHARING:
-        observers = {
-            number: [o for leaf in leaves if isinstance(o := _input_observer(experts[number], leaf), MIN_MAX)]
-            for number in range(experts.num_experts)
-        }
+    for observers in _input_observers(experts):
         seen = {number: [o for o in group if o.has_statistics] for number, group in observers.items()}
         donors = [o for n, group in seen.items() if n not in starving for o in group]
         donors = donors or [o for group in seen.values() for o in group]
-        if not donors:
-            continue
-        low = torch.stack([observer.min_vals for observer in donors]).amin(0)
-        high = torch.stack([observer.max_vals for observer in donors]).amax(0)
-        for number in starving:
-            for observer in observers[number]:
-                own = observer.has_statistics
-                observer.min_vals = torch.minimum(low, observer.min_vals) if own else low.clone()
-                observer.max_vals = torch.maximum(high, observer.max_vals) if own else high.clone()
-                filled.add(number)
+        filled.update(_take_extremes(observers, starving, donors))
     return sorted(filled)
+
+
+def fill_dead_experts(experts: LinearExperts2D) -> list[int]:
+    """Gives experts whose inputs were zero throughout (the down projection of a pruned expert) the extremes of their peers.
+
+    compressed-tensors scales such inputs by 1.0, which admits 2688; if a block's experts share their input scale, all of
+    them would get it. Must run before the scales are computed. Returns the expert numbers that were filled.
+    """
+    filled = set()
+    for observers in _input_observers(experts):
+        seen = {n: [o for o in group if o.has_statistics] for n, group in observers.items()}
+        dead = [
+            n for n, group in seen.items() if group and not any(o.min_vals.any() or o.max_vals.any() for o in group)
+        ]
+        filled.update(_take_extremes(observers, dead, [o for n, group in seen.items() if n not in dead for o in group]))
+    return sorted(filled)
+
+
+def _input_observers(experts: LinearExperts2D) -> Iterator[dict[int, list[Any]]]:
+    """The observers of each expert's inputs by expert number, for gate/up and for down."""
+    for leaves in INPUT_SHARING:
+        yield {
+            number: [o for leaf in leaves if isinstance(o := _input_observer(experts[number], leaf), MIN_MAX)]
+            for number in range(experts.num_experts)
+        }
+
+
+def _take_extremes(observers: dict[int, list[Any]], numbers: Iterable[int], donors: list[Any]) -> list[int]:
+    """Widens the extremes of the experts `numbers` to those of all `donors`; the numbers that were widened."""
+    if not donors:
+        return []
+    low = torch.stack([observer.min_vals for observer in donors]).amin(0)
+    high = torch.stack([observer.max_vals for observer in donors]).amax(0)
+    filled = []
+    for number in numbers:
+        for observer in observers[number]:
+            own = observer.has_statistics
+            observer.min_vals = torch.minimum(low, observer.min_vals) if own else low.clone()
+            observer.max_vals = torch.maximum(high, observer.max_vals) if own else high.clone()
+            filled.append(number)
+    return filled
 
 
 def _input_observer(expert: nn.Module, leaf: str) -> nn.Module | None:

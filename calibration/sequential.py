@@ -38,7 +38,7 @@ from calibration.activations import ActivationCache
 from calibration.attachment import BlockQuantizationModifier, link_fused
 from calibration.checkpoint.formats import is_finite
 from calibration.checks import first_non_finite, require_mappings_inside_blocks, require_scales, require_statistics
-from calibration.experts import ExpertCalibration, Pass, fill_from_peers
+from calibration.experts import ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
 from calibration.memory import PeakMemory
 from calibration.padding import without_padding
 from calibration.ranks import Ranks
@@ -416,6 +416,8 @@ class Walk:
         )
 
     def _fill(self, experts: list[LinearExperts2D]) -> list[int]:
+        for module in experts:
+            fill_dead_experts(module)
         if get_calibrate_all_experts_flag():
             return []
         least = self.run.min_tokens_per_expert

@@ -19,7 +19,7 @@ from transformers import DeepseekV4Config, MixtralConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from calibration.experts import ROWS, ExpertCalibration, Pass, fill_from_peers
+from calibration.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
 from calibration.room import Room
 from calibration.stacked_experts import Stack
 
@@ -285,6 +285,23 @@ def test_peers_fill_experts_with_too_few_tokens() -> None:
         assert torch.equal(after[f"6.{leaf}.input_observer.max_vals"], own)
     untouched = {name: value for name, value in before.items() if int(name.split(".")[0]) < 6}
     assert all(torch.equal(after[name], value) for name, value in untouched.items())
+    del hooks
+
+
+def test_a_pruned_expert_takes_the_extremes_of_its_peers() -> None:
+    experts, calibration = make_experts(), ExpertCalibration()
+    with torch.no_grad():
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            getattr(experts[3], leaf).weight.zero_()
+    hooks = watch(experts)
+    run(experts, calibration, all_experts=True)
+    before = statistics(experts)
+    assert not before["3.down_proj.input_observer.max_vals"].any()
+    assert fill_dead_experts(experts) == [3]
+    after = statistics(experts)
+    peers = [f"{e}.down_proj.input_observer.max_vals" for e in range(8) if e != 3]
+    assert torch.equal(after["3.down_proj.input_observer.max_vals"], torch.stack([before[p] for p in peers]).amax(0))
+    assert all(torch.equal(after[name], value) for name, value in before.items() if not name.startswith("3.down"))
     del hooks
 
 
