@@ -60,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
 def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter, interrupts: Interrupts) -> None:
     slots = parse_slots(options.gpus)
     rules = Rules(options.tries, options.backoff, _until(options.until), options.space_patience * 60, options.overwrite)
-    hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
     matrices = [(path, load_matrix(path)) for path in options.matrix]
     wanted = wanted_runs(options.recipes, matrices, options.set)
     require_no_source(wanted, {"--directory": batch.path, "--mlflow": options.mlflow})
+    hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
     batch.open()
     under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
     if under_way and options.executor is None:
