@@ -212,9 +212,10 @@ def open_resume(
     here = {number for number, boundary in resume.boundaries.items() if boundary.intact(ranks)}
     everywhere = set.intersection(*ranks.exchange("saved activations", here))
     resume.boundaries = {number: b for number, b in resume.boundaries.items() if number in everywhere}
-    kept = {boundary.directory for boundary in resume.boundaries.values()}
+    # The journal names them by absolute paths, however the output is spelled now.
+    kept = {boundary.directory.resolve() for boundary in resume.boundaries.values()}
     for folder in resume.activations.glob("boundary-*"):
-        if folder not in kept:
+        if folder.resolve() not in kept:
             shutil.rmtree(folder, ignore_errors=True)
     ranks.exchange("old activations", None)  # none may be written before all have removed the old ones
     return resume
@@ -253,7 +254,7 @@ def _opened(
 def activations_directory(scratch: Path | None, run_directory: Path, output: Path) -> Path:
     """Where a run's activations lie: in its run directory, or below a scratch directory that runs may share."""
     if scratch is None:
-        return run_directory / "activations"
+        return run_directory.absolute() / "activations"
     return own_scratch(scratch, output)
 
 

@@ -189,6 +189,17 @@ def test_finished_blocks_and_their_last_activations(directory: RunDirectory, sou
     )
 
 
+def test_an_output_that_is_spelled_relative_keeps_its_saved_activations(
+    directory: RunDirectory, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = Begun(directory, source, 2)
+    monkeypatch.chdir(directory.path.parent)
+    begun.activations = begun.activations.relative_to(directory.path.parent)
+    resume = begun.open()
+    assert sorted(resume.boundaries) == [1, 2]
+    assert all((b.directory / name).is_file() for b in resume.boundaries.values() for name in b.files)
+
+
 def test_damage_is_found_by_digest_at_equal_size(directory: RunDirectory, source: Path) -> None:
     begun = Begun(directory, source, 2)
     shard, saved = begun.shard(0), begun.activations / "boundary-0003" / "batch-000000.pt"
