@@ -15,6 +15,7 @@ from typing import Any
 
 from calibration.checkpoint.formats import Formats
 from recipes.errors import EnvironmentProblem, RecipeError
+from recipes.places import is_inside
 from recipes.schema import Serving
 from verify.checks import Check
 from verify.engine import Run, check_environment, read_json, run_engine
@@ -77,7 +78,7 @@ def check_serving(options: Serving, *strangers: Path) -> None:
     read_text(options)
     for directory in strangers:
         # The parent alone is resolved: an environment's python is a link to the system's.
-        if (Path(options.python).absolute().parent.resolve() / "python").is_relative_to(directory.resolve()):
+        if is_inside(Path(options.python).absolute().parent, directory):
             raise EnvironmentProblem(
                 f"{options.python}: lies inside the checkpoint {directory} (verify.serving.python), and would run what it "
                 "brings; run the command from another directory, or name an interpreter outside"
