@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.plan import make_plan
 from calibration.source_model import build_skeleton
 from recipes.loader import load_recipe
-from tests.models.headers_only import ProSizes, takes_holes, write
+from tests.models.headers_only import MODELS, ProSizes, stored_tensors, takes_holes, write
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/deepseek_v4/pro-nvfp4-experts.yaml"
@@ -29,6 +31,36 @@ def hollow(tmp_path: Path) -> Path:
     if not takes_holes(tmp_path):
         pytest.skip("the file system of the temporary directory has no sparse files")
     return tmp_path
+
+
+#: Tensors and bytes by the index of each repository, parameters as the hub counts them (FP4 as values, scales not). Flash-0731:
+#: vllm-project/vllm pull request 41834. V4.1-Flash: revision dba1be0, EfficientMoE/MoE-Infinity pull request 210. None: not
+#: published where this project could look.
+PUBLISHED = {
+    "pro": (None, None, 1_598_839_674_782),
+    "pro-0813": (None, None, 1_650_497_936_906),
+    "flash": (69_187, None, None),
+    "flash-0731": (72_317, 166_878_536_440, None),
+    "v4.1-flash": (96_085, 510_286_023_000, 763_205_315_794),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_hollow_source_is_as_large_as_the_published_one(model: str) -> None:
+    stored = list(stored_tensors(MODELS[model]))
+    values = [math.prod(entry.shape) * (2 if entry.dtype == torch.int8 else 1) for entry in stored]
+    scales = [entry.dtype == torch.float8_e8m0fnu for entry in stored]
+    parameters = sum(count for count, scale in zip(values, scales, strict=True) if not scale)
+    found = (len(stored), sum(entry.nbytes for entry in stored), parameters)
+    published = PUBLISHED[model]
+    assert [have for have, want in zip(found, published, strict=True) if want is not None] == [
+        want for want in published if want is not None
+    ]
+
+
+def test_the_draft_blocks_of_a_hollow_source_are_those_of_the_published_index() -> None:
+    draft = [e.name.split(".")[1] for e in stored_tensors(MODELS["flash-0731"]) if e.name.startswith("mtp.")]
+    assert Counter(draft) == {"0": 1568, "1": 1565, "2": 1572}
 
 
 class _Allocations(TorchDispatchMode):

@@ -33,14 +33,16 @@ from tests.models.storage import (
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
 
 Stored = Literal["bf16", "fp8", "fp8_mxfp4"]
-Kind = Literal["linear", "routed_expert", "plain", "float32", "table"]
-"""linear and routed_expert are quantized by the formats, plain is always BF16, table is int64."""
+Kind = Literal["linear", "routed_expert", "plain", "float32", "table", "lookup"]
+"""linear and routed_expert are quantized by the formats, plain is always BF16, table is int64. lookup is E4M3 with a scale for
+each 32 columns of a row: DeepSeek-V4.1's Engram tables."""
 
 HEAD_DIM = 512
 ROPE_DIM = 64
 INDEX_HEAD_DIM = 128
 """vLLM's CPU kernels know these three dimensions only."""
 HC_MULT = 4
+LOOKUP_GROUP = 32
 
 _ENCODING = '''"""Placeholder for the prompt encoding that DeepSeek-V4 repositories ship instead of a chat template."""
 
@@ -73,11 +75,19 @@ class Sizes:
     index_heads: int = 8
     index_topk: int = 512
     vocab: int = 1024
+    #: Blocks of a DSpark draft head; 0: the MTP block of the first releases.
+    draft_blocks: int = 0
+    markov_rank: int = 32
 
     @property
     def compress_ratios(self) -> tuple[int, ...]:
-        """0, 4, 128, 4, 128, ... for the blocks; the MTP block's 0 is not among them."""
+        """0, 4, 128, 4, 128, ... for the blocks; the draft head's zeros are not among them."""
         return tuple(0 if i == 0 else (4 if i % 2 else 128) for i in range(self.layers))
+
+    @property
+    def draft_targets(self) -> list[int]:
+        """The blocks whose outputs a DSpark head reads: the last ones, one for each of its own."""
+        return list(range(self.layers - self.draft_blocks, self.layers))
 
 
 @dataclass(frozen=True)
@@ -91,16 +101,16 @@ class Spec:
     std: float = 1.0
 
 
-def _weight(name: str, kind: Kind, rows: int, columns: int, gain: float = 1.0) -> Spec:
+def weight(name: str, kind: Kind, rows: int, columns: int, gain: float = 1.0) -> Spec:
     """A matrix [rows, columns] that keeps the variance of its input, times gain squared."""
     return Spec(f"{name}.weight", kind, (rows, columns), std=gain / columns**0.5)
 
 
-def _norm(name: str, width: int) -> Spec:
+def norm(name: str, width: int) -> Spec:
     return Spec(f"{name}.weight", "plain", (width,), mean=1.0, std=0.1)
 
 
-def _hyper(prefix: str, outputs: int, scales: int, hidden: int) -> Iterator[Spec]:
+def hyper(prefix: str, outputs: int, scales: int, hidden: int) -> Iterator[Spec]:
     """mHC tensors of one site: fn [outputs, 4D], base [outputs], scale [scales], all F32."""
     width = HC_MULT * hidden
     yield Spec(f"{prefix}_fn", "float32", (outputs, width), std=width**-0.5)
@@ -111,47 +121,52 @@ def _hyper(prefix: str, outputs: int, scales: int, hidden: int) -> Iterator[Spec
 def _compressor(prefix: str, ratio: int, head_dim: int, hidden: int) -> Iterator[Spec]:
     width = head_dim * (2 if ratio == 4 else 1)
     yield Spec(f"{prefix}.ape", "float32", (ratio, width), std=0.5)
-    yield _norm(f"{prefix}.norm", head_dim)
-    yield _weight(f"{prefix}.wkv", "plain", width, hidden)
-    yield _weight(f"{prefix}.wgate", "plain", width, hidden)
+    yield norm(f"{prefix}.norm", head_dim)
+    yield weight(f"{prefix}.wkv", "plain", width, hidden)
+    yield weight(f"{prefix}.wgate", "plain", width, hidden)
+
+
+def attention(prefix: str, sizes: Sizes) -> Iterator[Spec]:
+    """What every block's attention has, whatever it compresses."""
+    d, rank, output_rank = sizes.hidden, sizes.q_lora_rank, sizes.o_groups * sizes.o_lora_rank
+    yield Spec(f"{prefix}.attn_sink", "float32", (sizes.heads,))
+    yield weight(f"{prefix}.wq_a", "linear", rank, d)
+    yield norm(f"{prefix}.q_norm", rank)
+    yield weight(f"{prefix}.wq_b", "linear", sizes.heads * HEAD_DIM, rank)
+    yield weight(f"{prefix}.wkv", "linear", HEAD_DIM, d)
+    yield norm(f"{prefix}.kv_norm", HEAD_DIM)
+    yield weight(f"{prefix}.wo_a", "linear", output_rank, sizes.heads * HEAD_DIM // sizes.o_groups)
+    yield weight(f"{prefix}.wo_b", "linear", d, output_rank)
 
 
 def _block(prefix: str, sizes: Sizes, ratio: int, *, hashed: bool) -> Iterator[Spec]:
     d, m, rank = sizes.hidden, sizes.moe_intermediate, sizes.q_lora_rank
-    output_rank = sizes.o_groups * sizes.o_lora_rank
-    yield _norm(f"{prefix}.attn_norm", d)
-    yield Spec(f"{prefix}.attn.attn_sink", "float32", (sizes.heads,))
-    yield _weight(f"{prefix}.attn.wq_a", "linear", rank, d)
-    yield _norm(f"{prefix}.attn.q_norm", rank)
-    yield _weight(f"{prefix}.attn.wq_b", "linear", sizes.heads * HEAD_DIM, rank)
-    yield _weight(f"{prefix}.attn.wkv", "linear", HEAD_DIM, d)
-    yield _norm(f"{prefix}.attn.kv_norm", HEAD_DIM)
-    yield _weight(f"{prefix}.attn.wo_a", "linear", output_rank, sizes.heads * HEAD_DIM // sizes.o_groups)
-    yield _weight(f"{prefix}.attn.wo_b", "linear", d, output_rank)
+    yield norm(f"{prefix}.attn_norm", d)
+    yield from attention(f"{prefix}.attn", sizes)
     if ratio:
         yield from _compressor(f"{prefix}.attn.compressor", ratio, HEAD_DIM, d)
     if ratio == 4:
-        yield _weight(f"{prefix}.attn.indexer.wq_b", "linear", sizes.index_heads * INDEX_HEAD_DIM, rank)
-        yield _weight(f"{prefix}.attn.indexer.weights_proj", "plain", sizes.index_heads, d)
+        yield weight(f"{prefix}.attn.indexer.wq_b", "linear", sizes.index_heads * INDEX_HEAD_DIM, rank)
+        yield weight(f"{prefix}.attn.indexer.weights_proj", "plain", sizes.index_heads, d)
         yield from _compressor(f"{prefix}.attn.indexer.compressor", ratio, INDEX_HEAD_DIM, d)
-    yield from _hyper(f"{prefix}.hc_attn", (2 + HC_MULT) * HC_MULT, 3, d)
-    yield _norm(f"{prefix}.ffn_norm", d)
-    yield _weight(f"{prefix}.ffn.gate", "plain", sizes.experts, d, gain=2.0)
+    yield from hyper(f"{prefix}.hc_attn", (2 + HC_MULT) * HC_MULT, 3, d)
+    yield norm(f"{prefix}.ffn_norm", d)
+    yield weight(f"{prefix}.ffn.gate", "plain", sizes.experts, d, gain=2.0)
     if hashed:
         yield Spec(f"{prefix}.ffn.gate.tid2eid", "table", (sizes.vocab, sizes.top_k))
     else:
         yield Spec(f"{prefix}.ffn.gate.bias", "float32", (sizes.experts,), std=0.1)
     for expert in range(sizes.experts):
-        yield from _mlp(f"{prefix}.ffn.experts.{expert}", "routed_expert", d, m)
-    yield from _mlp(f"{prefix}.ffn.shared_experts", "linear", d, m)
-    yield from _hyper(f"{prefix}.hc_ffn", (2 + HC_MULT) * HC_MULT, 3, d)
+        yield from mlp(f"{prefix}.ffn.experts.{expert}", "routed_expert", d, m)
+    yield from mlp(f"{prefix}.ffn.shared_experts", "linear", d, m)
+    yield from hyper(f"{prefix}.hc_ffn", (2 + HC_MULT) * HC_MULT, 3, d)
 
 
-def _mlp(prefix: str, kind: Kind, hidden: int, intermediate: int) -> Iterator[Spec]:
+def mlp(prefix: str, kind: Kind, hidden: int, intermediate: int) -> Iterator[Spec]:
     """w1 (gate) and w3 (up) [M, D], w2 (down) [D, M]."""
-    yield _weight(f"{prefix}.w1", kind, intermediate, hidden)
-    yield _weight(f"{prefix}.w2", kind, hidden, intermediate)
-    yield _weight(f"{prefix}.w3", kind, intermediate, hidden)
+    yield weight(f"{prefix}.w1", kind, intermediate, hidden)
+    yield weight(f"{prefix}.w2", kind, hidden, intermediate)
+    yield weight(f"{prefix}.w3", kind, intermediate, hidden)
 
 
 def specs(sizes: Sizes) -> Iterator[Spec]:
@@ -160,19 +175,39 @@ def specs(sizes: Sizes) -> Iterator[Spec]:
     yield Spec("embed.weight", "plain", (sizes.vocab, d))
     for layer, ratio in enumerate(sizes.compress_ratios):
         yield from _block(f"layers.{layer}", sizes, ratio, hashed=layer < sizes.hash_layers)
-    yield _norm("norm", d)
-    yield _weight("head", "plain", sizes.vocab, d, gain=2.0)
-    yield from _hyper("hc_head", HC_MULT, 1, d)
+    yield norm("norm", d)
+    yield weight("head", "plain", sizes.vocab, d, gain=2.0)
+    yield from hyper("hc_head", HC_MULT, 1, d)
+    if sizes.draft_blocks:
+        yield from _dspark(sizes)
+        return
     for name in ("enorm", "hnorm", "norm"):
-        yield _norm(f"mtp.0.{name}", d)
+        yield norm(f"mtp.0.{name}", d)
     for name in ("e_proj", "h_proj"):
-        yield _weight(f"mtp.0.{name}", "linear", d, d)
+        yield weight(f"mtp.0.{name}", "linear", d, d)
     yield from _block("mtp.0", sizes, 0, hashed=False)
-    yield from _hyper("mtp.0.hc_head", HC_MULT, 1, d)
+    yield from hyper("mtp.0.hc_head", HC_MULT, 1, d)
 
 
-def entries(spec: Spec, stored: Stored) -> tuple[Entry, ...]:
-    """The stored tensors of `spec`: the weight, and behind it its scale when the format quantizes it."""
+def _dspark(sizes: Sizes) -> Iterator[Spec]:
+    """The draft head of DeepSeek-V4-Flash-0731 and V4-Pro-0813: the first block takes the target's hidden states in, the
+    last one gives tokens (names: vllm 0.32, models/deepseek_v4/nvidia/dspark.py, `_remap_dspark_name`; counts of the
+    index of Flash-0731, 1568, 1565 and 1572: vllm-project/vllm pull request 41834)."""
+    d, last = sizes.hidden, f"mtp.{sizes.draft_blocks - 1}"
+    yield weight("mtp.0.main_proj", "linear", d, d * len(sizes.draft_targets))
+    yield norm("mtp.0.main_norm", d)
+    for number in range(sizes.draft_blocks):
+        yield from _block(f"mtp.{number}", sizes, 0, hashed=False)
+    yield norm(f"{last}.norm", d)
+    yield from hyper(f"{last}.hc_head", HC_MULT, 1, d)
+    yield weight(f"{last}.markov_head.markov_w1", "plain", sizes.vocab, sizes.markov_rank)
+    yield weight(f"{last}.markov_head.markov_w2", "plain", sizes.vocab, sizes.markov_rank)
+    yield weight(f"{last}.confidence_head.proj", "plain", 1, d + sizes.markov_rank)
+
+
+def entries(spec: Spec, stored: Stored, side: int = TILE) -> tuple[Entry, ...]:
+    """The stored tensors of `spec`: the weight, and behind it its scale when the format quantizes it. `side`: of an FP8
+    tile."""
     if spec.kind == "table":
         return (Entry(spec.name, torch.int64, spec.shape),)
     if spec.kind == "float32":
@@ -187,14 +222,19 @@ def entries(spec: Spec, stored: Stored) -> tuple[Entry, ...]:
             Entry(scale, torch.float8_e8m0fnu, (rows, columns // MXFP4_GROUP)),
         )
     scale_dtype = torch.float8_e8m0fnu if stored == "fp8_mxfp4" else torch.float32
+    height, width = _tile(spec, side)
     return (
         Entry(spec.name, torch.float8_e4m3fn, spec.shape),
-        Entry(scale, scale_dtype, (ceil_div(rows, TILE), ceil_div(columns, TILE))),
+        Entry(scale, scale_dtype, (ceil_div(rows, height), ceil_div(columns, width))),
     )
 
 
-def values(spec: Spec, stored: Stored, sizes: Sizes, seed: int) -> tuple[torch.Tensor, ...]:
-    """The values of `entries(spec, stored)`, in the same order."""
+def _tile(spec: Spec, side: int) -> tuple[int, int]:
+    return (1, LOOKUP_GROUP) if spec.kind == "lookup" else (side, side)
+
+
+def values(spec: Spec, stored: Stored, sizes: Sizes, seed: int, side: int = TILE) -> tuple[torch.Tensor, ...]:
+    """The values of `entries(spec, stored, side)`, in the same order."""
     if spec.kind == "table":
         # The router sends a token to top_k different experts; a table of zeros would use expert 0 alone.
         order = torch.rand((spec.shape[0], sizes.experts), generator=generator(seed, spec.name))
@@ -207,7 +247,7 @@ def values(spec: Spec, stored: Stored, sizes: Sizes, seed: int) -> tuple[torch.T
         return (plain,)
     if spec.kind == "routed_expert" and stored == "fp8_mxfp4":
         return to_mxfp4(plain)
-    return to_tiles(plain, torch.float8_e8m0fnu if stored == "fp8_mxfp4" else torch.float32)
+    return to_tiles(plain, torch.float8_e8m0fnu if stored == "fp8_mxfp4" else torch.float32, *_tile(spec, side))
 
 
 def config(sizes: Sizes, stored: Stored) -> dict[str, Any]:
@@ -217,7 +257,7 @@ def config(sizes: Sizes, stored: Stored) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "bos_token_id": 0,
-        "compress_ratios": [*sizes.compress_ratios, 0],
+        "compress_ratios": [*sizes.compress_ratios, *[0] * max(sizes.draft_blocks, 1)],
         "compress_rope_theta": 160000,
         "eos_token_id": 1,
         "hc_eps": 1e-06,
@@ -266,6 +306,14 @@ def config(sizes: Sizes, stored: Stored) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": sizes.vocab,
     }
+    if sizes.draft_blocks:
+        # The released configs keep num_nextn_predict_layers: 1 beside three draft blocks.
+        content |= {
+            "dspark_block_size": 5,
+            "dspark_markov_rank": sizes.markov_rank,
+            "dspark_noise_token_id": sizes.vocab - 1,
+            "dspark_target_layer_ids": sizes.draft_targets,
+        }
     if stored != "bf16":
         content["expert_dtype"] = "fp4" if stored == "fp8_mxfp4" else "fp8"
         content["quantization_config"] = {
@@ -297,24 +345,39 @@ def write(directory: Path, stored: Stored, *, seed: int = 0, shards: int = 3, **
             f"hidden {chosen.hidden} and moe_intermediate {chosen.moe_intermediate}: MXFP4 needs multiples of 32"
         )
     new_directory(directory)
-    by_name = {entry.name: (spec, i) for spec in specs(chosen) for i, entry in enumerate(entries(spec, stored))}
-    ordered = [entry for spec in specs(chosen) for entry in entries(spec, stored)]
+    wanted = list(specs(chosen))
+    write_tensors(directory, wanted, shards, [entries(spec, stored) for spec in wanted],
+                  lambda spec: values(spec, stored, chosen, seed))  # fmt: skip
+    write_side_files(directory, config(chosen, stored), "encoding_dsv4.py")
+    return directory
+
+
+def write_tensors(
+    directory: Path, wanted: list[Spec], shards: int, stored: list[tuple[Entry, ...]],
+    values_of: Callable[[Spec], tuple[torch.Tensor, ...]],
+) -> None:  # fmt: skip
+    """Write the shards; `stored` and `values_of` are the entries of each spec and their values."""
+    by_name = {entry.name: (spec, i) for spec, made in zip(wanted, stored, strict=True) for i, entry in enumerate(made)}
+    ordered = [entry for made in stored for entry in made]
 
     # A weight and its scale may lie in different shards, but they are neighbours: one remembered result is enough.
-    made = lru_cache(maxsize=1)(lambda spec: values(spec, stored, chosen, seed))
+    remembered = lru_cache(maxsize=1)(values_of)
 
     def make(entry: Entry) -> torch.Tensor:
         spec, position = by_name[entry.name]
-        tensor: torch.Tensor = made(spec)[position]
+        tensor: torch.Tensor = remembered(spec)[position]
         return tensor
 
     write_shards(directory, ordered, split_at(ordered, shards, _anchors), make)
-    write_json(directory / "config.json", config(chosen, stored))
-    write_tokenizer(directory, chosen.vocab, chat_template=False)
+
+
+def write_side_files(directory: Path, content: dict[str, Any], encoding: str) -> None:
+    """config.json, a tokenizer and what else a hub repository of this family holds; no chat template."""
+    write_json(directory / "config.json", content)
+    write_tokenizer(directory, content.get("text_config", content)["vocab_size"], chat_template=False)
     write_sidecars(directory)
     (directory / "encoding").mkdir()
-    (directory / "encoding" / "encoding_dsv4.py").write_text(_ENCODING, encoding="utf-8")
-    return directory
+    (directory / "encoding" / encoding).write_text(_ENCODING, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

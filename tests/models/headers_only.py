@@ -1,7 +1,9 @@
-"""A DeepSeek-V4 checkpoint of any size whose shards have complete headers and no data: their bytes are holes in sparse
+"""A DeepSeek-V4 or V4.1 checkpoint of any size whose shards have complete headers and no data: their bytes are holes in sparse
 files. What it takes to plan a run and to build the empty model of V4-Pro is measured on it.
 
     python -m tests.models.headers_only OUT [--model pro] [--blocks 61] [--shards 64]
+
+Models: `pro` and `flash` as first released, `pro-0813` and `flash-0731` with a DSpark draft head, `v4.1-flash`.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ import argparse
 import json
 import os
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tests.models import deepseek_v41
 from tests.models.deepseek_v4 import Sizes, config, entries, specs
 from tests.models.storage import Entry, new_directory
 from tests.models.tokenizer import write_json
@@ -75,6 +79,31 @@ class FlashSizes(Sizes):
         return tuple(0 if i < 2 else 128 if i % 2 else 4 for i in range(self.layers))
 
 
+@dataclass(frozen=True)
+class Flash0731Sizes(FlashSizes):
+    """DeepSeek-V4-Flash-0731: Flash with a DSpark draft head. Its index has 72,317 tensors of 166,878,536,440 bytes."""
+
+    draft_blocks: int = 3
+    markov_rank: int = 256
+
+
+@dataclass(frozen=True)
+class Pro0813Sizes(ProSizes):
+    """DeepSeek-V4-Pro-0813: Pro with a DSpark draft head. The hub counts 1,650,497,936,906 parameters."""
+
+    draft_blocks: int = 3
+    markov_rank: int = 512
+
+
+MODELS: dict[str, Sizes] = {
+    "pro": ProSizes(),
+    "pro-0813": Pro0813Sizes(),
+    "flash": FlashSizes(),
+    "flash-0731": Flash0731Sizes(),
+    "v4.1-flash": deepseek_v41.FlashSizes(),
+}
+
+
 def takes_holes(directory: Path) -> bool:
     """Whether the file system of `directory` keeps a truncated-up file without allocating its bytes."""
     probe = directory / ".hole"
@@ -88,6 +117,13 @@ def takes_holes(directory: Path) -> bool:
         probe.unlink(missing_ok=True)
 
 
+def stored_tensors(sizes: Sizes) -> Iterable[Entry]:
+    """Every stored tensor of the released form of these dimensions: FP8 tiles, MXFP4 experts."""
+    if isinstance(sizes, deepseek_v41.Sizes):
+        return (entry for spec in deepseek_v41.specs(sizes) for entry in deepseek_v41.entries(spec))
+    return (entry for spec in specs(sizes) for entry in entries(spec, "fp8_mxfp4"))
+
+
 def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
     """Writes config, index and shards (FP8 tiles, MXFP4 experts) into the new or empty `directory`; returns it.
 
@@ -97,7 +133,7 @@ def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
     new_directory(directory)
     if not takes_holes(directory):
         raise OSError(f"{directory}: the file system has no sparse files; name a directory on another one")
-    stored = [entry for spec in specs(sizes) for entry in entries(spec, "fp8_mxfp4")]
+    stored = list(stored_tensors(sizes))
     total = sum(entry.nbytes for entry in stored)
     parts: list[list[Entry]] = [[] for _ in range(shards)]
     begin = 0
@@ -112,11 +148,17 @@ def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
     write_json(
         directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
+    write_json(directory / "config.json", _config(sizes))
+    return directory
+
+
+def _config(sizes: Sizes) -> dict[str, Any]:
+    if isinstance(sizes, deepseek_v41.Sizes):
+        return deepseek_v41.config(sizes)
     content = config(sizes, "fp8_mxfp4")
     content["max_position_embeddings"] = 1048576
     content["rope_scaling"] |= {"original_max_position_embeddings": 65536}
-    write_json(directory / "config.json", content)
-    return directory
+    return content
 
 
 def _write_hollow(path: Path, part: Sequence[Entry]) -> None:
@@ -135,12 +177,12 @@ def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description="Write the headers of a DeepSeek-V4 checkpoint.")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--model", choices=("pro", "flash"), default="pro")
+    parser.add_argument("--model", choices=tuple(MODELS), default="pro")
     parser.add_argument("--blocks", type=int, help="all of them when left out")
     parser.add_argument("--shards", type=int, default=64)
     given = parser.parse_args()
-    sizes = ProSizes if given.model == "pro" else FlashSizes
-    print(write(given.directory, sizes(layers=given.blocks or sizes.layers), given.shards))
+    sizes = MODELS[given.model]
+    print(write(given.directory, replace(sizes, layers=given.blocks or sizes.layers), given.shards))
 
 
 if __name__ == "__main__":

@@ -58,21 +58,25 @@ def power_of_two_at_least(value: torch.Tensor) -> torch.Tensor:
     return torch.ldexp(torch.ones_like(value), torch.where(mantissa == 0.5, exponent - 1, exponent))
 
 
-def to_tiles(weight: torch.Tensor, scale_dtype: torch.dtype, side: int = TILE) -> tuple[torch.Tensor, torch.Tensor]:
-    """[o, i] -> E4M3 [o, i] and scales [ceil(o/side), ceil(i/side)] of `scale_dtype`: value = code * scale.
+def to_tiles(
+    weight: torch.Tensor, scale_dtype: torch.dtype, side: int = TILE, width: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[o, i] -> E4M3 [o, i] and scales [ceil(o/side), ceil(i/width)] of `scale_dtype`: value = code * scale. Tiles are
+    square where no `width` is given.
 
     float8_e8m0fnu scales are rounded up to a power of two, so that no code saturates.
     """
     rows, columns = weight.shape
-    tile_rows, tile_columns = ceil_div(rows, side), ceil_div(columns, side)
-    padded = torch.zeros(tile_rows * side, tile_columns * side)
+    width = side if width is None else width
+    tile_rows, tile_columns = ceil_div(rows, side), ceil_div(columns, width)
+    padded = torch.zeros(tile_rows * side, tile_columns * width)
     padded[:rows, :columns] = weight.float()
-    tiles = padded.view(tile_rows, side, tile_columns, side)
+    tiles = padded.view(tile_rows, side, tile_columns, width)
     scale = tiles.abs().amax(dim=(1, 3)).clamp(min=2.0**-100) / E4M3_MAX
     if scale_dtype == torch.float8_e8m0fnu:
         scale = power_of_two_at_least(scale)
     codes = (tiles / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    codes = codes.view(tile_rows * side, tile_columns * side)[:rows, :columns]
+    codes = codes.view(tile_rows * side, tile_columns * width)[:rows, :columns]
     return codes.contiguous(), scale.to(scale_dtype)
 
 

@@ -48,7 +48,7 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def expected(stored: str) -> Header:
+def expected(stored: str, dspark: bool = False) -> Header:
     """The table of the grammar, written out for hidden D, M, 2 heads, 64 experts, vocabulary 1024."""
     d, m, heads, experts, vocab, rank, groups, group_rank, index_heads = 64, 128, 2, 64, 1024, 128, 2, 96, 8
     table: Header = {}
@@ -111,11 +111,21 @@ def expected(stored: str) -> Header:
     for layer, (ratio, hashed) in enumerate([(0, True), (4, True), (128, False)]):
         block(f"layers.{layer}", ratio, hashed)
     block("mtp.0", 0, False)
-    for norm in ("enorm", "hnorm", "norm"):
-        put(f"mtp.0.{norm}.weight", "BF16", d)
-    tiled("mtp.0.e_proj", d, d)
-    tiled("mtp.0.h_proj", d, d)
-    for prefix in ("", "mtp.0."):
+    if dspark:
+        block("mtp.1", 0, False)
+        block("mtp.2", 0, False)
+        tiled("mtp.0.main_proj", d, 3 * d)
+        put("mtp.0.main_norm.weight", "BF16", d)
+        put("mtp.2.norm.weight", "BF16", d)
+        put("mtp.2.markov_head.markov_w1.weight", "BF16", vocab, 32)
+        put("mtp.2.markov_head.markov_w2.weight", "BF16", vocab, 32)
+        put("mtp.2.confidence_head.proj.weight", "BF16", 1, d + 32)
+    else:
+        for norm in ("enorm", "hnorm", "norm"):
+            put(f"mtp.0.{norm}.weight", "BF16", d)
+        tiled("mtp.0.e_proj", d, d)
+        tiled("mtp.0.h_proj", d, d)
+    for prefix in ("", "mtp.2." if dspark else "mtp.0."):
         put(f"{prefix}hc_head_fn", "F32", 4, 4 * d)
         put(f"{prefix}hc_head_base", "F32", 4)
         put(f"{prefix}hc_head_scale", "F32", 1)
@@ -125,6 +135,15 @@ def expected(stored: str) -> Header:
 @pytest.mark.parametrize("stored", STORED)
 def test_names_dtypes_and_shapes_are_those_of_the_grammar(checkpoints: dict[str, Path], stored: str) -> None:
     assert header(checkpoints[stored]) == expected(stored)
+
+
+def test_the_dspark_head_has_the_tensors_of_the_released_one(tmp_path: Path) -> None:
+    """`num_nextn_predict_layers` stays 1 there, beside three draft blocks."""
+    directory = deepseek_v4.write(tmp_path / "source", "fp8_mxfp4", draft_blocks=3)
+    assert header(directory) == expected("fp8_mxfp4", dspark=True)
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["num_nextn_predict_layers"], config["dspark_target_layer_ids"]) == (1, [0, 1, 2])
+    assert config["compress_ratios"] == [0, 4, 128, 0, 0, 0]
 
 
 @pytest.mark.parametrize("stored", STORED)
