@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from calibration.data import load_batches
+from calibration.data.batches import load_batches
 from recipes.schema import Calibration
 
 

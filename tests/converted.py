@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.convert import Conversion, convert
-from calibration.export import Exporter
-from calibration.journal import RunDirectory
+from calibration.convert.pipeline import Conversion, convert
+from calibration.engine.export import Exporter
+from calibration.runs.journal import RunDirectory
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from tests.exported import EXPERTS, plan_of, recipe
-from verify.fidelity import verify_fidelity
-from verify.structure import verify_structure
+from verify.fidelity.fidelity import verify_fidelity
+from verify.structure.structure import verify_structure
 
 LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 

@@ -11,8 +11,8 @@ from torch import nn
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
-from calibration.checkpoint.plan import Plan, make_plan
-from calibration.export import Exporter
+from calibration.engine.export import Exporter
+from calibration.plan.plan import Plan, make_plan
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 

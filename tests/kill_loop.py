@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from calibration.convert import Conversion, convert
-from calibration.journal import RunDirectory
+from calibration.convert.pipeline import Conversion, convert
+from calibration.runs.journal import RunDirectory
 from tests.exported import plan_of, recipe
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from calibration.journal import RunDirectory, process_began
+from calibration.runs.journal import RunDirectory, process_began
 from verify.checks import Check
-from verify.report import to_json
-from workflows.batch_state import BatchDirectory, Entry
-from workflows.batch_summary import STATES
+from verify.report.tables import to_json
+from workflows.batch.state import BatchDirectory, Entry
+from workflows.batch.summary import STATES
 
 CHECKS = (
     Check("structure.open", "PASS", "headers, index and shards fit together", "no problem", "no problem", "headers"),

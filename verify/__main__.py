@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from calibration.checkpoint.files import is_directory
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import Plan, make_plan
+from calibration.plan.plan import Plan, make_plan
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside
@@ -27,9 +27,9 @@ from recipes.schema import Fidelity, Serving
 from recipes.streams import exit_with, printed
 from verify.checks import Check, verdict
 from verify.levels import print_samples, verify_levels
-from verify.page import Report
-from verify.report import LEVELS, OutputConsole, failed, print_checks, to_json
-from verify.serving import check_serving
+from verify.report.page import Report
+from verify.report.tables import LEVELS, OutputConsole, failed, print_checks, to_json
+from verify.serving.serving import check_serving
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.plan import Plan
+from calibration.plan.plan import Plan
 from recipes.schema import Calibration, Fidelity, Serving
 from verify.checks import Check
-from verify.fidelity import verify_with_forward
-from verify.serving import SourceToServe, source_as_stored, verify_serving
-from verify.structure import verify_structure
+from verify.fidelity.fidelity import verify_with_forward
+from verify.serving.serving import SourceToServe, source_as_stored, verify_serving
+from verify.structure.structure import verify_structure
 
 _FIDELITY = "no quantized weight is far from the source's"
 

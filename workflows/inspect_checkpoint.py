@@ -15,15 +15,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from calibration.checkpoint.families import ROUTED, SHARED, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
-from calibration.checkpoint.plan import Plan, make_plan
-from calibration.checkpoint.source_check import contradictions
+from calibration.families.family import ROUTED, SHARED, family_of
+from calibration.plan.plan import Plan, make_plan
+from calibration.plan.source_check import contradictions
 from recipes.errors import SourceError, WorkflowError, printable, without_numbers
 from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
-from verify.report import OutputConsole
+from verify.report.tables import OutputConsole
 from workflows.progress import size
 from workflows.source import resolve_source
 

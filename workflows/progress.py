@@ -21,8 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from calibration.journal import RunDirectory
-from verify.report import PlainConsole
+from calibration.runs.journal import RunDirectory
+from verify.report.tables import PlainConsole
 
 #: timedelta holds no more than 8.6e13 seconds; what is read from a file may say anything.
 _LONGEST = 1e12

@@ -57,6 +57,19 @@ class TensorHeader:
         return math.prod(self.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor of the output checkpoint; `dtype` in safetensors' spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return tensor_bytes(self.dtype, self.shape)
+
+
 def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
     """Bytes that a tensor of this safetensors dtype and shape takes on disk."""
     return DTYPE_BYTES[dtype] * math.prod(shape)

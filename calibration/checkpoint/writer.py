@@ -15,8 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from calibration.checkpoint.header import free_inodes, fsync_directory
-from calibration.checkpoint.plan import OutputTensor
+from calibration.checkpoint.header import OutputTensor, free_inodes, fsync_directory
 from recipes.errors import EnvironmentProblem, WorkflowError
 from recipes.files import open_regular
 

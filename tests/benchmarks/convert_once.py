@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from calibration.checkpoint.direct import Bytes, Extent
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.layout import Job
-from calibration.checkpoint.plan import make_plan
-from calibration.convert import convert
-from calibration.convert_work import Totals, Work
-from calibration.journal import RunDirectory
+from calibration.convert.layout import Job
+from calibration.convert.pipeline import convert
+from calibration.convert.work import Totals, Work
+from calibration.plan.plan import make_plan
+from calibration.runs.journal import RunDirectory
 from recipes.schema import Recipe
 
 TARGET = r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"

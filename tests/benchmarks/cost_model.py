@@ -1,5 +1,5 @@
 """What calibrating DeepSeek-V4-Flash and V4-Pro must take: operations, bytes and their floors in time. Computed from
-the models' dimensions with the formulas of `calibration.cost`; nothing is run or measured here. See docs/cost-model.md.
+the models' dimensions with the formulas of `calibration.forecast.cost`; nothing is run or measured here. See docs/cost-model.md.
 
     python -m tests.benchmarks.cost_model [--samples 512] [--tokens 2048] [--teraflops 600] [--read 6] [--write 3]
 """
@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 
-from calibration.checkpoint.families import ROUTED, SHARED, family_of
-from calibration.cost import BF16, BlockCost, attention, boundary_bytes, hidden_width, products
+from calibration.families.family import ROUTED, SHARED, family_of
+from calibration.forecast.cost import BF16, BlockCost, attention, boundary_bytes, hidden_width, products
 from tests.models.deepseek_v4 import Sizes, config, entries, specs
 from tests.models.headers_only import FlashSizes, ProSizes
 
@@ -20,7 +20,7 @@ HOURS = 3600
 
 def operations(sizes: Sizes, tokens: int, everything: bool) -> tuple[float, float]:
     """Operations per token, the mean over the blocks, in routed and shared experts and in the rest, for samples of
-    `tokens`; see `calibration.cost`."""
+    `tokens`; see `calibration.forecast.cost`."""
     settings = config(sizes, "fp8_mxfp4")
     family = family_of(settings)
     shapes = {spec.name: spec.shape for spec in specs(sizes)}

@@ -7,7 +7,7 @@ Interleaved rounds, every run in a process of its own with one thread; CPU-secon
 checkpoint, imports left out. Of a source in FP8 and MXFP4 stock gets a BF16 copy with the same values, which
 `method: plain` wrote beforehand: from the source itself it writes E4M3 codes where NVFP4 was asked for. Asserts that packed
 weights, group scales, global scales and input global scales are identical (input global scales within three BF16 roundings where
-products depend on the number of rows, calibration.products), and prints peak memory per block over 6 and 24
+products depend on the number of rows, calibration.runs.row_invariance), and prints peak memory per block over 6 and 24
 blocks.
 """
 
@@ -28,10 +28,10 @@ from unittest.mock import patch
 import torch
 import yaml
 
-from calibration.checkpoint.families import Family, family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.products import try_products
+from calibration.families.family import Family, family_of
+from calibration.runs.row_invariance import try_products
 from tests.benchmarks.convert_benchmark import forget
 from tests.models import deepseek_v4, standard
 from tests.uneven import ROUNDED

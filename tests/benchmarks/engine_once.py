@@ -26,20 +26,20 @@ from llmcompressor.pipelines.cache import IntermediatesCache
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
-import verify.plots  # noqa: F401  the report's matplotlib; imports are not what is measured
-import workflows.calibrate  # noqa: F401
-from calibration.checkpoint.families import family_of
+import verify.report.plots  # noqa: F401  the report's matplotlib; imports are not what is measured
+import workflows.run.calibrate  # noqa: F401
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import make_plan
-from calibration.data import load_batches, load_tokenizer
-from calibration.memory import PeakMemory, anonymous_memory
-from calibration.oneshot import quiet
-from calibration.tracing import repaired_tracing
+from calibration.data.batches import load_batches, load_tokenizer
+from calibration.engine.oneshot import quiet
+from calibration.families.family import family_of
+from calibration.model.tracing import repaired_tracing
+from calibration.plan.plan import make_plan
+from calibration.runs.memory import PeakMemory, anonymous_memory
 from recipes.loader import load_recipe
 from recipes.schema import Recipe
 from workflows.progress import Reporter
-from workflows.stages import Run, calibrate, export, inspect
+from workflows.run.stages import Run, calibrate, export, inspect
 
 
 class PeakDisk:
@@ -87,7 +87,7 @@ def stock(recipe: Recipe) -> dict[str, Any]:
     """transformers' load, llm-compressor's oneshot and save_pretrained.
 
     Repaired where it could not run, or where it would calibrate another model: the F32 norms and the quantized config of
-    DeepSeek-V4, the lost causal mask of Qwen3-MoE (calibration.tracing)."""
+    DeepSeek-V4, the lost causal mask of Qwen3-MoE (calibration.model.tracing)."""
     assert recipe.calibration is not None
     directory = Path(recipe.source.checkpoint)
     data = load_batches(recipe.calibration, load_tokenizer(directory, False), source_directory=directory)

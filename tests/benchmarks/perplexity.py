@@ -15,7 +15,7 @@ from recipes.schema import Serving
 from tests.integration.test_end_to_end import LINEAR, run, write_recipe
 from tests.models import smollm2
 from tests.reference.engine import VLLM_PYTHON
-from verify.serving import Experiment, verify_serving
+from verify.serving.serving import Experiment, verify_serving
 
 WINDOW = 512
 SAMPLES = {"dataset": "bundled", "num_samples": 64, "max_seq_length": 512, "batch_size": 4}

@@ -15,13 +15,13 @@ import torch
 from compressed_tensors.utils import patch_attr
 from torch.utils.data import DataLoader
 
-from calibration import sequential
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import make_plan
-from calibration.oneshot import calibrate
-from calibration.results import Callbacks
-from calibration.source_model import build_skeleton
+from calibration.engine import walk as sequential
+from calibration.engine.oneshot import calibrate
+from calibration.engine.results import Callbacks
+from calibration.model.source_model import build_skeleton
+from calibration.plan.plan import make_plan
 from recipes.loader import load_recipe
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 

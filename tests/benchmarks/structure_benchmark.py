@@ -25,8 +25,8 @@ from tests.benchmarks.convert_benchmark import forget
 from tests.benchmarks.convert_once import TARGET
 from tests.exported import plan_of
 from tests.unit.test_convert import run
-from verify.stream import Judge, Piece, read_all
-from verify.structure import verify_structure
+from verify.structure.stream import Judge, Piece, read_all
+from verify.structure.structure import verify_structure
 
 
 class Nothing(Judge):

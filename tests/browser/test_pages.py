@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests import synthetic_run
-from workflows.batch_state import BatchDirectory
-from workflows.batch_summary import write_summary
-from workflows.report import write_report
+from workflows.batch.state import BatchDirectory
+from workflows.batch.summary import write_summary
+from workflows.run.report import write_report
 
 pytestmark = pytest.mark.browser
 #: Reports the widths through the console, where errors are looked for too.

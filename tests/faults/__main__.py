@@ -28,8 +28,8 @@ from tests.faults.test_faults import judged
 from tests.faults.test_serving_faults import served
 from tests.reference.engine import VLLM_PYTHON
 from verify.checks import Check
-from verify.fidelity import verify_fidelity
-from verify.structure import verify_structure
+from verify.fidelity.fidelity import verify_fidelity
+from verify.structure.structure import verify_structure
 
 _PEERS = {"vllm": VLLM_PYTHON, "transformers": sys.executable}
 _ENVIRONMENT = {

@@ -10,7 +10,7 @@ from pathlib import Path
 from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME
-from calibration.checkpoint.plan import Plan
+from calibration.plan.plan import Plan
 from tests.exported import export, recipe
 from tests.models import deepseek_v4, standard
 from tests.models.tokenizer import write_json

@@ -28,15 +28,15 @@ PROMPT = list(range(7, 27))
 
 def vllm(directory: str) -> str:
     """Loads and generates; the text."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "verify"))
-    import vllm_worker
+    sys.path.insert(0, str(Path(__file__).parents[2] / "verify" / "inside_vllm"))
+    import worker
 
     request = {
         "checkpoint": directory, "dtype": "bfloat16", "max_model_len": 256, "prompts": [{}], "trust_remote_code": False,
         "seed": 0, "kv_cache_bytes": 64 << 20, "moe_input_scales": "stored",
     }  # fmt: skip
-    _, engine = vllm_worker.import_engine(request)
-    llm = vllm_worker.build_engine(engine, request, on_cpu=True)
+    _, engine = worker.import_engine(request)
+    llm = worker.build_engine(engine, request, on_cpu=True)
     sampling = engine.SamplingParams(max_tokens=8, temperature=0.0)
     (output,) = llm.generate([{"prompt_token_ids": PROMPT}], sampling, use_tqdm=False)
     return str(list(output.outputs[0].token_ids))

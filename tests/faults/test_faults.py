@@ -13,8 +13,8 @@ import pytest
 from tests.faults.checkpoints import BASES, Good, make
 from tests.faults.faults import FAULTS, Fault
 from verify.checks import Check
-from verify.fidelity import verify_fidelity
-from verify.structure import verify_structure
+from verify.fidelity.fidelity import verify_fidelity
+from verify.structure.structure import verify_structure
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,12 +11,12 @@ import torch
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import Plan
+from calibration.plan.plan import Plan
 from tests.exported import EXPERTS, export, plan_of, recipe
 from tests.models import deepseek_v4, standard
 from tests.unit.test_convert import run
-from verify.fidelity import verify_fidelity
-from verify.structure import verify_structure
+from verify.fidelity.fidelity import verify_fidelity
+from verify.structure.structure import verify_structure
 
 LINEAR = [r"re:.*layers\..*(_proj|\.w[123])$"]
 ALL_OF_V4 = [*EXPERTS, r"re:.*\.attn\.(wq_a|wq_b|wkv|wo_b|indexer\.wq_b)$"]

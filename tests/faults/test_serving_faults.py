@@ -12,7 +12,7 @@ from tests.faults.checkpoints import Good, make
 from tests.faults.faults import FAULTS, Fault
 from tests.reference.engine import VLLM_PYTHON, random_prompts
 from verify.checks import Check
-from verify.serving import Experiment, source_as_stored, verify_serving
+from verify.serving.serving import Experiment, source_as_stored, verify_serving
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from calibration.journal import RunDirectory
+from calibration.runs.journal import RunDirectory
 from tests.integration.interrupted_runs import _CONTEXT, finish
 from tests.models import deepseek_v4, standard
 
@@ -128,6 +128,6 @@ def _main(arguments: list[str], log: Path) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from workflows.batch import main
+    from workflows.batch.__main__ import main
 
     sys.exit(main(arguments))

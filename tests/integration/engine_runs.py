@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import make_plan
-from calibration.oneshot import calibrate, quiet
-from calibration.padding import without_padding
-from calibration.products import try_products
-from calibration.sequential import BlockResult, CalibrationSummary, Callbacks
-from calibration.source_model import SourceModel, build_skeleton
+from calibration.data.padding import without_padding
+from calibration.engine.oneshot import calibrate, quiet
+from calibration.engine.walk import BlockResult, CalibrationSummary, Callbacks
+from calibration.model.source_model import SourceModel, build_skeleton
+from calibration.plan.plan import make_plan
+from calibration.runs.row_invariance import try_products
 from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard

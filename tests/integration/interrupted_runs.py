@@ -20,7 +20,7 @@ from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["tests.integration.interrupted_runs", "workflows.run", "workflows.calibrate", "verify.page"]
+    ["tests.integration.interrupted_runs", "workflows.run.__main__", "workflows.run.calibrate", "verify.report.page"]
 )
 #: What changes files for good; a kill just before and just after each is every state that a crash can leave, but for
 #: half-written files, which random kills leave.
@@ -121,7 +121,7 @@ def _main(arguments: list[str], log: Path, prepare: Prepare | None) -> None:
     import torch
 
     from tests.uneven import install_if_asked
-    from workflows.run import main
+    from workflows.run.__main__ import main
 
     torch.set_num_threads(1)
     install_if_asked()

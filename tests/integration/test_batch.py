@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from calibration.journal import RunDirectory
+from calibration.runs.journal import RunDirectory
 from tests.integration.batch_runs import (
     QWEN,
     V4,
@@ -36,10 +36,10 @@ from tests.integration.batch_runs import (
     write_sources,
 )
 from tests.integration.interrupted_runs import waiting_signals
-from workflows.batch_child import Slot
-from workflows.batch_plan import preflight, wanted_runs
-from workflows.batch_queue import Queue, Rules
-from workflows.batch_state import BatchDirectory, alive
+from workflows.batch.attempt import Slot
+from workflows.batch.preflight import preflight, wanted_runs
+from workflows.batch.queue import Queue, Rules
+from workflows.batch.state import BatchDirectory, alive
 from workflows.interrupts import NOTICE
 
 FAILED, INTERRUPTED = 6, 130

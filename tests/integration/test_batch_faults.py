@@ -33,9 +33,9 @@ from tests.integration.batch_runs import (
     write_sources,
 )
 from tests.reference.engine import VLLM_PYTHON
-from verify.engine import read_json
-from workflows.batch_state import BatchDirectory
-from workflows.batch_summary import summarize
+from verify.serving.engine import read_json
+from workflows.batch.state import BatchDirectory
+from workflows.batch.summary import summarize
 
 pytestmark = pytest.mark.slow
 FAILED = 6

@@ -11,10 +11,10 @@ from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import calibration_forward_context
 
-from calibration import tracing
-from calibration.padding import without_padding
-from calibration.sequential import BlockResult
-from calibration.tracing import BF16_STEP, ParityError
+from calibration.data.padding import without_padding
+from calibration.engine.walk import BlockResult
+from calibration.model import tracing
+from calibration.model.tracing import BF16_STEP, ParityError
 from tests.integration.engine_runs import STANDARD, Run, batches, even_products, ours, recipe, skeleton, stock_model
 
 
@@ -86,7 +86,7 @@ def test_parity_covers_odd_batches() -> None:
     require = tracing.require_parity
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "calibration.sequential.require_parity",
+            "calibration.engine.walk.require_parity",
             lambda what, traced, own: compared.append(traced.shape) or require(what, traced, own),
         )
         ours(recipe("llama"), source)

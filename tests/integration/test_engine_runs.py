@@ -12,10 +12,10 @@ from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization import calibration as stock_calibration
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 
-from calibration import sequential
-from calibration.activations import ActivationCache
-from calibration.oneshot import resolved_targets
-from calibration.sequential import BlockResult
+from calibration.engine import walk as sequential
+from calibration.engine.activations import ActivationCache
+from calibration.engine.oneshot import resolved_targets
+from calibration.engine.walk import BlockResult
 from recipes.errors import RecipeError, SourceError, WorkflowError
 from tests.integration.engine_runs import TARGETS, batches, differing, family, ours, recipe, skeleton
 

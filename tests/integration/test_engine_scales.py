@@ -26,7 +26,7 @@ SCALES = {"weight_scale", "weight_global_scale", "input_global_scale"}
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "bf16", "fp8", "fp8_mxfp4"])
 def test_scales_equal_stock_llm_compressor(name: str) -> None:
-    """Bit for bit where products are even (calibration.products). For FP8 and MXFP4 the stock side is dequantized by
+    """Bit for bit where products are even (calibration.runs.row_invariance). For FP8 and MXFP4 the stock side is dequantized by
     transformers, independently of formats.py."""
     source = skeleton(name)
     run = ours(recipe(name), source)

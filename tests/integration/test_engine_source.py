@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.data import embedding_rows
-from calibration.experts import ExpertCalibration
-from calibration.source_model import SourceModel, build_skeleton
-from calibration.stacked_experts import Stack
+from calibration.data.batches import embedding_rows
+from calibration.engine.experts import ExpertCalibration
+from calibration.engine.stacked_experts import Stack
+from calibration.model.source_model import SourceModel, build_skeleton
 from recipes.errors import SourceError
 from tests.integration.engine_runs import (
     STANDARD,

@@ -17,17 +17,17 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 from safetensors.torch import load_file, save_file
 
-from calibration.checkpoint.families import family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.families.family import family_of
 from recipes.schema import Calibration, Fidelity
 from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard
 from tests.reference import nvfp4 as reference
-from verify.fidelity import verify_with_forward
-from verify.forward import InputSeen, measure_blocks, quantize_input, quantize_input_fp8, verify_forward
-from verify.input_scales import input_scale_check
-from verify.structure import verify_structure
+from verify.fidelity.fidelity import verify_with_forward
+from verify.fidelity.forward import InputSeen, measure_blocks, quantize_input, quantize_input_fp8, verify_forward
+from verify.fidelity.input_scales import input_scale_check
+from verify.structure.structure import verify_structure
 
 LINEAR = r"re:^model\.layers\.\d+\..*(proj|w[123])$"
 BLOCK = "model.layers.0.block_sparse_moe"

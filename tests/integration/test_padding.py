@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.padding import without_padding
+from calibration.data.padding import without_padding
 from tests.integration.engine_runs import TARGETS, Run, batches, differing, family, loader, ours, recipe, skeleton
 from tests.uneven import ROUNDED
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from calibration import ranks as ranks_module
+from calibration.runs import ranks as ranks_module
 from tests.integration.interrupted_runs import KillAt, finish, interrupt
 from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
 from tests.integration.test_resume import TARGETS, Attempt, Case, same
@@ -167,7 +167,7 @@ def test_an_error_on_one_rank_ends_all(case: Case, harm: Any, victim: int) -> No
 
 def broken(block: int) -> None:
     """A defect of this program on this rank."""
-    from calibration import sequential
+    from calibration.engine import walk as sequential
 
     work = sequential.Walk._work
 

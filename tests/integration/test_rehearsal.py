@@ -13,17 +13,17 @@ import pytest
 from llmcompressor.pipelines.sequential.helpers import SequentialTracer
 from torch.utils.flop_counter import FlopCounterMode
 
-from calibration import tracing
-from calibration.checkpoint.families import family_of
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.cost import BlockCost, attention, boundary_bytes, hidden_width, products
-from calibration.data import load_batches, load_tokenizer
-from calibration.journal import RunDirectory
-from calibration.oneshot import quiet
-from calibration.rehearsal import kinds, rehearse_blocks
-from calibration.sequential import Walk
-from calibration.source_model import build_skeleton
+from calibration.data.batches import load_batches, load_tokenizer
+from calibration.engine.oneshot import quiet
+from calibration.engine.walk import Walk
+from calibration.families.family import family_of
+from calibration.forecast.cost import BlockCost, attention, boundary_bytes, hidden_width, products
+from calibration.forecast.rehearsal import kinds, rehearse_blocks
+from calibration.model import tracing
+from calibration.model.source_model import build_skeleton
+from calibration.runs.journal import RunDirectory
 from recipes.schema import Calibration
 from tests.integration.interrupted_runs import finish
 from tests.integration.test_resume import TARGETS, Attempt, Case, same
@@ -144,7 +144,7 @@ def test_a_block_that_overflows_ends_the_run_before_it_begins(case: Case, attemp
 
 def kill_in_probe() -> None:
     """Kills the process when the probe file has its second name."""
-    from calibration import disk
+    from calibration.runs import disk
 
     def dies(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_a_kill_while_it_writes_is_cleaned_up(case: Case, attempt: Rehearsed) ->
 
 
 def small_machine() -> None:
-    from workflows import rehearse
+    from workflows.run import rehearse
 
     rehearse.available_memory = lambda: 1000
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from calibration.journal import RunDirectory
+from calibration.runs.journal import RunDirectory
 from tests.integration.interrupted_runs import KillAt, finish, start
 from tests.models import standard
 

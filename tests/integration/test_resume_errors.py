@@ -37,7 +37,7 @@ def attempt(case: Case, request: pytest.FixtureRequest) -> Attempt:
 
 def kill_behind(block: int) -> None:
     """Kills the process just after the journal line of `block`, while the activations before it are still there."""
-    from calibration.journal import RunDirectory
+    from calibration.runs.journal import RunDirectory
 
     record = RunDirectory.record
 
@@ -64,7 +64,7 @@ def weaken(block: int) -> None:
     """The model's own forward of one block differs from the traced one."""
     from llmcompressor.modifiers.utils.hooks import HooksMixin
 
-    from workflows import calibrate
+    from workflows.run import calibrate
 
     build = calibrate.build_skeleton
 
@@ -193,7 +193,7 @@ def test_a_run_begun_with_padded_batches_does_not_go_on_without_padding(case: Ca
 
 def other_machine(name: str) -> None:
     """Another processor: its name as torch gives it, and products with other last bits."""
-    from calibration import products
+    from calibration.runs import row_invariance as products
     from tests import uneven
 
     products.device_name = lambda: name
@@ -232,7 +232,7 @@ def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
 
 
 def slow_blocks(seconds: float = 0.5) -> None:
-    from calibration import sequential
+    from calibration.engine import walk as sequential
 
     work = sequential.Walk._work
 
@@ -271,8 +271,8 @@ def full_disk(suffix: str) -> None:
     """The disk fills up in the middle of the second file that ends with `suffix`."""
     import torch
 
-    from calibration import activations
     from calibration.checkpoint import writer
+    from calibration.engine import activations
 
     seen = []
 
@@ -338,7 +338,7 @@ def test_nan_in_a_block(case: Case, attempt: Attempt) -> None:
 
 def vanish(shard: Path) -> None:
     """A shard of the source is gone when the first block is finished."""
-    from calibration.journal import RunDirectory
+    from calibration.runs.journal import RunDirectory
 
     record = RunDirectory.record
 
@@ -416,7 +416,7 @@ def test_status_while_it_runs_and_after(case: Case, attempt: Attempt) -> None:
 
 def list_boundaries(activations: Path, into: Path) -> None:
     """Notes the folders of saved activations whenever a block is handed over."""
-    from workflows import calibrate
+    from workflows.run import calibrate
 
     on_block = calibrate._Blocks.on_block
 

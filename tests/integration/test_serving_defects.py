@@ -18,8 +18,8 @@ from tests.models import standard
 from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
 from tests.reference.resident import run_resident
 from tests.reference.rtn import load, write_nvfp4
-from verify import serving
-from verify.engine import Run, read_json, run_process
+from verify.serving import serving
+from verify.serving.engine import Run, read_json, run_process
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
 SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"

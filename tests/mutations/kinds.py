@@ -17,17 +17,17 @@ from calibration.checkpoint.files import read_json
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.header import parse_header, read_header
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from calibration.checkpoint.plan import make_plan
-from calibration.cost import attention, block_costs, hidden_width
-from calibration.export import Exporter
-from calibration.journal import RunDirectory
-from calibration.resume import read_resume
+from calibration.engine.export import Exporter
+from calibration.forecast.cost import attention, block_costs, hidden_width
+from calibration.plan.plan import make_plan
+from calibration.runs.journal import RunDirectory
+from calibration.runs.resume import read_resume
 from recipes.errors import WorkflowError
 from recipes.loader import dump_recipe, load_recipe
 from tests.exported import calibrated, plan_of, recipe
 from tests.mutations.mutate import mutated_bytes, mutated_json, mutated_lines
-from verify.serving import kv_cache_bytes
-from verify.structure import verify_structure
+from verify.serving.serving import kv_cache_bytes
+from verify.structure.structure import verify_structure
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 
 HIDDEN, HEADS, VOCAB, EXPERTS = 32, 2, 32, 2
@@ -279,7 +279,7 @@ class Tokenizer(Kind):
 
     def run(self, rng: random.Random) -> bool:
         from calibration.checkpoint.permissions import requests
-        from verify.tokenizer import tokenizer_check
+        from verify.structure.tokenizer import tokenizer_check
 
         name = rng.choice(list(TOKENIZER))
         (self.output / name).write_bytes(mutated_json(TOKENIZER[name], rng))
@@ -299,9 +299,9 @@ class LoadedTokenizer(Kind):
         self._load()  # imports most of transformers
 
     def _load(self) -> None:
-        from calibration.data import load_tokenizer
-        from calibration.dataset import Table, _Rows
-        from calibration.encoder import Encoder
+        from calibration.data.batches import load_tokenizer
+        from calibration.data.encoder import Encoder
+        from calibration.data.table import Table, _Rows
         from recipes.schema import Calibration
 
         table = Table(_Rows([{"text": "a b"}, {"text": "ab"}]), "data", None)
@@ -416,9 +416,9 @@ class RunFiles(Kind):
         return json.dumps(content).encode()
 
     def run(self, rng: random.Random) -> bool:
-        from workflows.batch_state import BatchDirectory
-        from workflows.batch_summary import summarize
-        from workflows.status import read_status, render_status
+        from workflows.batch.state import BatchDirectory
+        from workflows.batch.summary import summarize
+        from workflows.run.status import read_status, render_status
 
         name = rng.choice(list(self.files))
         if name.endswith("jsonl"):
@@ -446,7 +446,7 @@ class Rows(Kind):
     documented = (WorkflowError, ValueError)  # `read_rows` says ValueError, which `load_table` turns into a SourceError
 
     def prepare(self) -> None:
-        from calibration.data import load_tokenizer
+        from calibration.data.batches import load_tokenizer
 
         self.tokenizer = load_tokenizer(mixtral(self.directory / "source"), False)
         self.path = self.directory / "rows.jsonl"
@@ -460,10 +460,10 @@ class Rows(Kind):
         ]  # fmt: skip
 
     def run(self, rng: random.Random) -> bool:
-        from calibration.dataset import Table, _Rows
-        from calibration.encoder import Encoder
-        from calibration.json_rows import read_rows
-        from calibration.rows import choose_columns
+        from calibration.data.encoder import Encoder
+        from calibration.data.json_rows import read_rows
+        from calibration.data.rows import choose_columns
+        from calibration.data.table import Table, _Rows
         from recipes.schema import Calibration
 
         base = rng.choice(self.bases)

@@ -43,7 +43,7 @@ def compare(
 
 
 def engine_logits(path: Path) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Token ids and logits per prompt, as `verify.vllm_worker` wrote them into `path`."""
+    """Token ids and logits per prompt, as `verify.inside_vllm.worker` wrote them into `path`."""
     files = sorted(path.glob("prompt.*.safetensors"), key=lambda file: int(file.name.split(".")[1]))
     tensors = [load_file(file) for file in files]
     return [found["token_ids"].tolist() for found in tensors], [found["logits"] for found in tensors]

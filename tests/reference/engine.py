@@ -15,8 +15,8 @@ from recipes.schema import Serving
 from tests.reference.compare import engine_logits
 from tests.reference.resident import run_resident
 from verify.checks import Check
-from verify.engine import Run
-from verify.serving import Experiment, verify_serving
+from verify.serving.engine import Run
+from verify.serving.serving import Experiment, verify_serving
 
 PROCESSOR: dict[str, bool] = json.loads(os.environ.get("TEST_PROCESSOR", "{}"))
 """What `serve` makes vLLM believe of the CPU: TEST_PROCESSOR='{"amx": true}' runs the tests as on a machine with AMX."""

@@ -2,7 +2,7 @@
 
     python -P preloaded.py WORKER      # in vLLM's interpreter; a line of stdin is a run: [REQUEST, RESULT, LOG]
 
-Answers each line with the process id of the run, a line, and its exit code, a line. A run is what `vllm_worker.py` does
+Answers each line with the process id of the run, a line, and its exit code, a line. A run is what `worker.py` does
 in a process of its own: same stages, own process group and log, nothing left by another run, since this process imports
 and does nothing else. With OMP_NUM_THREADS=1, or the import starts threads, which a fork loses.
 """
@@ -24,7 +24,7 @@ def main(path: str) -> None:
     worker = load(path)
     from vllm import LLM, SamplingParams  # noqa: F401
 
-    for name in ("vllm_processor", "vllm_sentinel", "vllm_watch", "vllm_prompts", "vllm_cpu_nvfp4"):
+    for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4"):
         worker.sibling(name)
     assert len(os.listdir("/proc/self/task")) == 1, "importing vLLM started threads"
     for line in sys.stdin:

@@ -13,13 +13,13 @@ import time
 from functools import cache
 from pathlib import Path
 
-from verify.engine import environment
+from verify.serving.engine import environment
 
 PRELOADED = Path(__file__).with_name("preloaded.py")
 
 
 class Resident:
-    """Runs `[python, WORKER, REQUEST, RESULT]` as `verify.engine.run_process` does, by fork."""
+    """Runs `[python, WORKER, REQUEST, RESULT]` as `verify.serving.engine.run_process` does, by fork."""
 
     def __init__(self, python: str, worker: str) -> None:
         self.process = subprocess.Popen(
@@ -73,5 +73,5 @@ def resident(python: str, worker: str) -> Resident:
 
 
 def run_resident(command: list[str], log: Path, timeout: float) -> tuple[int, bool]:
-    """`verify.engine.run_process` without the import of vLLM."""
+    """`verify.serving.engine.run_process` without the import of vLLM."""
     return resident(*command[:2]).run(command, log, timeout)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from calibration.journal import RunDirectory
+from calibration.runs.journal import RunDirectory
 from tests.integration.batch_runs import QWEN, facts, files, journal, wait_for, write_recipe
 from tests.slurm.local_cluster import LocalSlurm
 from tests.slurm.slurm_runs import DATA, blocks, ended, job_of, processes, queue, status, submit, told

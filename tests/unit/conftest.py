@@ -55,6 +55,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _loaded(directory: Path) -> Any:
     # Seconds to import, and most unit tests need none of it.
-    from calibration.data import load_tokenizer
+    from calibration.data.batches import load_tokenizer
 
     return load_tokenizer(directory, False)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.activations import ActivationCache
 from calibration.checkpoint.writer import file_digest
-from calibration.resume import Boundary
+from calibration.engine.activations import ActivationCache
+from calibration.runs.resume import Boundary
 from recipes.errors import EnvironmentProblem
 
 

@@ -10,7 +10,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.observers import Observer
 from torch import nn
 
-from calibration.attachment import BlockQuantizationModifier
+from calibration.engine.attachment import BlockQuantizationModifier
 
 
 class Block(nn.Module):

@@ -17,21 +17,21 @@ import pytest
 import yaml
 from rich.console import Console
 
-from calibration import disk
-from calibration.cost import boundary_bytes, scratch_bytes
+from calibration.forecast.cost import boundary_bytes, scratch_bytes
+from calibration.runs import disk
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.loader import parse_value
 from recipes.matrix import Matrix, Resources, load_matrix, parse_resources, variants
 from tests.models import standard
-from workflows import batch_plan
-from workflows.batch import _until, main
-from workflows.batch_child import Slot
-from workflows.batch_hooks import Hooks, expect, leave
-from workflows.batch_outcome import Outcome, judge
-from workflows.batch_plan import Wanted, ends, preflight, wanted_runs
-from workflows.batch_queue import Queue, Rules, Waiting, parse_slots
-from workflows.batch_state import BatchDirectory, Entry, standing
-from workflows.batch_summary import summarize, write_summary
+from workflows.batch import preflight as batch_plan
+from workflows.batch.__main__ import _until, main
+from workflows.batch.attempt import Slot
+from workflows.batch.hooks import Hooks, expect, leave
+from workflows.batch.outcome import Outcome, judge
+from workflows.batch.preflight import Wanted, ends, preflight, wanted_runs
+from workflows.batch.queue import Queue, Rules, Waiting, parse_slots
+from workflows.batch.state import BatchDirectory, Entry, standing
+from workflows.batch.summary import summarize, write_summary
 from workflows.progress import Reporter
 
 BODY: dict[str, Any] = {

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from calibration.checkpoint.header import parse_header, read_header
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.source_config import MOST_EXPERTS, SourceConfig, check_config
-from calibration.cost import attention, hidden_width
+from calibration.forecast.cost import attention, hidden_width
 from recipes.errors import SourceError
-from verify.report import level_verdicts
-from verify.serving import kv_cache_bytes
-from verify.structure import verify_structure
-from verify.tokenizer import tokenizer_check
+from verify.report.tables import level_verdicts
+from verify.serving.serving import kv_cache_bytes
+from verify.structure.structure import verify_structure
+from verify.structure.tokenizer import tokenizer_check
 
 ENTRY: dict[str, Any] = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 

@@ -11,10 +11,10 @@ import pytest
 import submitit
 
 from recipes.matrix import Resources
-from workflows.batch_child import torchrun
-from workflows.batch_state import BatchDirectory, Entry
-from workflows.batch_summary import _state
-from workflows.cluster_job import _Signals, _why_given_up, fruitless, seconds_left
+from workflows.batch.attempt import torchrun
+from workflows.batch.cluster.job import _Signals, _why_given_up, fruitless, seconds_left
+from workflows.batch.state import BatchDirectory, Entry
+from workflows.batch.summary import _state
 
 SUBMITTED = {"fact": "submitted"}
 
@@ -92,7 +92,7 @@ def test_torchrun_stands_before_a_run_of_several_gpus_or_nodes_alone() -> None:
 
 def test_a_local_job_ignores_what_a_terminal_sends() -> None:
     """The batch hears it, and lets the jobs finish their blocks by the file `stop`."""
-    cluster = pytest.importorskip("workflows.cluster")
+    cluster = pytest.importorskip("workflows.batch.cluster.submit")
     numbers = (signal.SIGINT, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     with cluster._shielded():

@@ -14,14 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration import convert as module
-from calibration.checkpoint import layout, native
-from calibration.checkpoint.config import output_config
+from calibration.checkpoint import native
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
-from calibration.convert import convert
-from calibration.journal import RunDirectory
+from calibration.convert import layout
+from calibration.convert import pipeline as module
+from calibration.convert.pipeline import convert
+from calibration.plan.quantization_config import output_config
+from calibration.runs.journal import RunDirectory
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.schema import Recipe
 from tests.converted import LINEAR, converting, digests, edited, failing, run, tensors, undoing
@@ -291,7 +292,7 @@ def test_fp8_block_from_bf16_equals_compressed_tensors(sources: dict[str, Path],
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import quantize
 
-    from calibration.checkpoint.schemes import FP8_BLOCK
+    from calibration.plan.schemes import FP8_BLOCK
 
     targets = [r"re:^layers\.\d+\.attn\.(wq_a|wkv|wq_b)$"]
     made = converting(sources["bf16"], tmp_path / "out", targets, "FP8_BLOCK")

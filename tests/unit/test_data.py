@@ -11,9 +11,9 @@ import datasets  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from calibration.data import load_tokenizer
-from calibration.dataset import BUNDLED
-from calibration.deepseek_v4_encoding import ASSISTANT, BEGIN, END, USER, render
+from calibration.data.batches import load_tokenizer
+from calibration.data.table import BUNDLED
+from calibration.families.deepseek_v4_encoding import ASSISTANT, BEGIN, END, USER, render
 from recipes.errors import RecipeError, SourceError
 from tests.calibration_sets import decoded, load, token_rows, write_rows
 
@@ -84,7 +84,7 @@ def test_a_book_is_cut_into_windows_that_join_to_the_whole(v4: Any, templated: A
 
 
 def test_a_long_book_loses_nothing_between_slices(v4: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibration.encoder.SLICE_CHARS", 100)
+    monkeypatch.setattr("calibration.data.encoder.SLICE_CHARS", 100)
     book = "\n".join(TEXTS) + "x" * 250
     (tmp_path / "book.txt").write_text(book, encoding="utf-8")
     data = load(v4, str(tmp_path / "book.txt"), num_samples=1, max_seq_length=10_000)

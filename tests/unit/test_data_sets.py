@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from calibration.deepseek_v4_encoding import BEGIN
-from calibration.rows import ROLE_ALIASES
+from calibration.data.rows import ROLE_ALIASES
+from calibration.families.deepseek_v4_encoding import BEGIN
 from recipes.errors import RecipeError, SourceError
 from tests.calibration_sets import decoded, load, token_rows, write_rows
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from calibration.journal import RunDirectory
+from calibration.runs.journal import RunDirectory
 from recipes.errors import EnvironmentProblem, VerificationFailed
 from tests.models import standard
-from workflows import run, stages
+from workflows.run import __main__ as run
+from workflows.run import stages
 
 
 @pytest.fixture(scope="module")

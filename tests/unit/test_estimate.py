@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from calibration.checkpoint.formats import Formats
-from calibration.cost import Product, block_costs, boundary_bytes
-from calibration.machine import Machine, Spent
+from calibration.forecast.cost import Product, block_costs, boundary_bytes
+from calibration.forecast.speed import Machine, Spent
 from recipes.errors import SourceError
 from tests.exported import plan_of, recipe
 from tests.models import deepseek_v4
-from workflows import estimate
 from workflows.progress import Reporter
-from workflows.stages import Run
+from workflows.run import prediction as estimate
+from workflows.run.stages import Run
 
 
 class Unit:

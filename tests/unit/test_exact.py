@@ -10,8 +10,8 @@ import torch
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.exact import ExactWeights
-from calibration.export import Exporter
+from calibration.engine.exact import ExactWeights
+from calibration.engine.export import Exporter
 from recipes.errors import SourceError
 from tests.exported import calibrated, plan_of, recipe
 from tests.faults.editing import value

@@ -16,7 +16,7 @@ import yaml
 from recipes.errors import RecipeError
 from recipes.streams import OUTPUT_LOST, Stream
 from tests.models import standard
-from workflows import run
+from workflows.run import __main__ as run
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,10 +38,11 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 
 
 def test_every_command_line_ends_that_way() -> None:
-    ends = [path for package in ("workflows", "verify") for path in (ROOT / package).glob("*.py")]
-    found = {path.stem for path in ends if "\n    exit_with(main)" in path.read_text()}
-    assert found == {"run", "batch", "inspect_checkpoint", "__main__"}
-    assert not [path for path in ends if "sys.exit(main" in path.read_text()]
+    files = [path for package in ("workflows", "verify") for path in (ROOT / package).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)) for path in files if "\n    exit_with(main)" in path.read_text()}
+    commands = {"workflows/run/__main__.py", "workflows/batch/__main__.py", "workflows/inspect_checkpoint.py"}
+    assert found == {*commands, "verify/__main__.py"}
+    assert not [path for path in files if "sys.exit(main" in path.read_text()]
 
 
 def test_lines_that_nobody_hears_end_no_run() -> None:

@@ -19,9 +19,9 @@ from transformers import DeepseekV4Config, MixtralConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from calibration.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
-from calibration.room import Room
-from calibration.stacked_experts import Stack
+from calibration.engine.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
+from calibration.engine.stacked_experts import Stack
+from calibration.model.weight_buffer import Room
 
 EXPERTS, HIDDEN, TOP_K = 8, 64, 3
 
@@ -119,7 +119,7 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls = list[int]()
     product = nn.functional.grouped_mm
     monkeypatch.setattr(ExpertCalibration, "stacked", True)
-    monkeypatch.setattr("calibration.stacked_experts.CHUNK", 2 * 50 * 2 * 96 * 2)
+    monkeypatch.setattr("calibration.engine.stacked_experts.CHUNK", 2 * 50 * 2 * 96 * 2)
     monkeypatch.setattr(nn.functional, "grouped_mm", lambda *a, **k: calls.append(a[1].shape[0]) or product(*a, **k))
     return calls
 

@@ -17,7 +17,7 @@ from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from recipes.schema import Fidelity, Verify
 from tests.exported import export, recipe
 from tests.models import deepseek_v4, standard
-from verify.fidelity import COLUMNS, measure_fidelity, verify_fidelity
+from verify.fidelity.fidelity import COLUMNS, measure_fidelity, verify_fidelity
 
 BLOCK = "model.layers.0"
 W1, W2, W3 = (f"{BLOCK}.block_sparse_moe.experts.3.w{n}" for n in (1, 2, 3))

@@ -12,9 +12,10 @@ from typing import Any
 import datasets  # type: ignore[import-untyped]
 import pytest
 
-from calibration import bounded, dataset, json_rows
-from calibration.bounded import Bounded, Exceeded
-from calibration.data import load_tokenizer
+from calibration.data import bounded, json_rows
+from calibration.data import table as dataset
+from calibration.data.batches import load_tokenizer
+from calibration.data.bounded import Bounded, Exceeded
 from recipes.errors import SourceError
 from tests.calibration_sets import decoded, load, write_rows
 from tests.models.tokenizer import write_tokenizer

@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.journal import RunDirectory, process_began
-from calibration.resume import is_boundary
-from calibration.source_model import _clean_config
+from calibration.model.source_model import _clean_config
+from calibration.runs.journal import RunDirectory, process_began
+from calibration.runs.resume import is_boundary
 from recipes.errors import EnvironmentProblem
 from recipes.places import own_scratch
 from tests.models import standard
-from workflows import batch_child
-from workflows.batch_child import Child, Slot, _mark
-from workflows.batch_hooks import expect
-from workflows.batch_state import BatchDirectory, Entry
-from workflows.batch_summary import write_summary
+from workflows.batch import attempt as batch_child
+from workflows.batch.attempt import Child, Slot, _mark
+from workflows.batch.hooks import expect
+from workflows.batch.state import BatchDirectory, Entry
+from workflows.batch.summary import write_summary
 
 NAMES = ("lock", "journal.jsonl", "events.jsonl", "logs", "activations", "plain-source", "skeleton", "report.html")
 
@@ -132,7 +132,7 @@ def test_a_process_that_an_attempts_file_names_is_only_ended_if_the_batch_starte
 
 
 def test_jobs_are_only_given_to_a_directory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = pytest.importorskip("workflows.cluster")
+    cluster = pytest.importorskip("workflows.batch.cluster.submit")
     batch = BatchDirectory(tmp_path / "b.run")
     (batch.path / "jobs").mkdir(parents=True)
     cluster._require_private(batch)

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from calibration.checkpoint import kernels, native, nvfp4
 from calibration.checkpoint.formats import StoredFormat, dequantize
 from calibration.checkpoint.kernels import NotFinite, Stripe
-from calibration.checkpoint.schemes import NVFP4A16
+from calibration.plan.schemes import NVFP4A16
 from tests.models.storage import to_mxfp4, to_tiles
 
 TILE = (128, 128)

@@ -7,7 +7,7 @@ import torch
 from llmcompressor.observers import min_max
 
 from calibration.checkpoint import native
-from calibration.observers import _extremes, fast_extremes
+from calibration.engine.observers import _extremes, fast_extremes
 
 STOCK = min_max._get_min_max
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from calibration.padding import batches_of_one_length, without_padding
+from calibration.data.padding import batches_of_one_length, without_padding
 
 
 def test_rows_of_one_length_share_batches_in_the_order_of_their_first_rows() -> None:

@@ -14,8 +14,8 @@ import yaml
 
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.permissions import refuse_outside, requests, without_choices
-from calibration.data import load_tokenizer
-from calibration.source_model import build_skeleton
+from calibration.data.batches import load_tokenizer
+from calibration.model.source_model import build_skeleton
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.loader import dump_recipe
 from recipes.schema import Fidelity, Serving
@@ -24,7 +24,7 @@ from tests.faults.editing import config, json_file, values
 from tests.models import standard
 from verify import __main__ as command
 from verify.checks import Check
-from verify.structure import verify_structure
+from verify.structure.structure import verify_structure
 
 LOOSE = {
     "worst_error": 1e6, "min_cosine": -1.0, "min_sqnr": -1000.0, "max_saturated": 1.0, "max_zero_groups": 1.0,

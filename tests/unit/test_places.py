@@ -15,16 +15,18 @@ import yaml
 from calibration.checkpoint.direct import DirectWriter
 from calibration.checkpoint.index import INDEX_NAME
 from calibration.checkpoint.writer import write_text
-from calibration.journal import RunDirectory
-from calibration.output import overwrite_problems, remove_unfinished, start_over
+from calibration.runs.journal import RunDirectory
+from calibration.runs.output import overwrite_problems, remove_unfinished, start_over
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.loader import load_recipe
 from recipes.places import is_inside, own_scratch, place_problems, run_directory
 from tests.models import standard
 from verify import __main__ as verify
-from workflows import batch, inspect_checkpoint, run
+from workflows import inspect_checkpoint
+from workflows.batch import __main__ as batch
+from workflows.run import __main__ as run
+from workflows.run.standing import standing
 from workflows.source import require_apart
-from workflows.standing import standing
 
 TARGETS = {"QuantizationModifier": {"targets": [r"re:^model\.layers\..*proj$"], "scheme": "NVFP4A16"}}
 

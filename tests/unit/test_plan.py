@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from calibration.checkpoint.config import output_config
-from calibration.checkpoint.families import family_of
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import Plan
+from calibration.families.family import family_of
+from calibration.plan.plan import Plan
+from calibration.plan.quantization_config import output_config
 from recipes.errors import RecipeError, SourceError, collapsed
 from tests.exported import EXPERTS, plan_of, recipe
 from tests.faults.editing import config, values

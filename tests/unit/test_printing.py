@@ -9,18 +9,18 @@ import pytest
 import yaml
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.plan import Plan
+from calibration.plan.plan import Plan
 from recipes.errors import SourceError, printable
 from recipes.schema import Recipe
 from tests.exported import plan_of, recipe
 from tests.models import standard
 from verify.checks import Check
-from verify.page import Report
-from verify.report import OutputConsole, markdown, print_checks
-from workflows.batch_summary import print_summary
-from workflows.card import model_card
+from verify.report.page import Report
+from verify.report.tables import OutputConsole, markdown, print_checks
+from workflows.batch.summary import print_summary
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
 from workflows.progress import Reporter
+from workflows.run.card import model_card
 
 #: Markup of rich, an emoji's name, ESC, BEL, CR, C1, a direction override and a lone surrogate.
 NASTY = "a[bold]b[/bold] [/x] :smile: \x1b]0;owned\x07 \r\x9b2J \u202egnp.exe \ud800"

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from calibration import products
-from calibration.products import Products, device_name, try_products
+from calibration.runs import row_invariance as products
+from calibration.runs.row_invariance import Products, device_name, try_products
 from tests.uneven import uneven_products
 
 SHAPES = [(96, 64), (64, 96), (96, 64)]

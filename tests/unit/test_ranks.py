@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from calibration import ranks
-from calibration.checkpoint.plan import Plan
-from calibration.oneshot import require_divisible
-from calibration.ranks import Ranks, connect
-from calibration.resume import Boundary, batch_file
-from calibration.sharing import require_batches, shares
+from calibration.engine.oneshot import require_divisible
+from calibration.plan.plan import Plan
+from calibration.runs import ranks
+from calibration.runs.ranks import Ranks, connect
+from calibration.runs.resume import Boundary, batch_file
+from calibration.runs.sharing import require_batches, shares
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe
 from tests import exported

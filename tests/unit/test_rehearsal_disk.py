@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from calibration.checkpoint.writer import write_safely
-from calibration.cost import boundary_bytes, scratch_bytes
-from calibration.disk import Need, existing, probe_write, space_problems
-from calibration.memory import anonymous_memory, available_memory
+from calibration.forecast.cost import boundary_bytes, scratch_bytes
+from calibration.runs.disk import Need, existing, probe_write, space_problems
+from calibration.runs.memory import anonymous_memory, available_memory
 from recipes.errors import EnvironmentProblem
-from workflows.batch_outcome import _FULL
+from workflows.batch.outcome import _FULL
 
 
 def test_needs_of_one_file_system_are_added(tmp_path: Path) -> None:

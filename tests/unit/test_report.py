@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from calibration.journal import RunDirectory
+from calibration.runs.journal import RunDirectory
 from tests import synthetic_run
-from verify import plots
-from verify.page import Report
-from workflows.report import ReportPage, write_report
+from verify.report import plots
+from verify.report.page import Report
+from workflows.run.report import ReportPage, write_report
 
 
 def page(output: Path) -> str:
@@ -102,7 +102,7 @@ def test_blocks_of_a_run_before_a_restart_are_not_shown(tmp_path: Path) -> None:
 
 def test_the_page_is_not_written_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, clock = tmp_path / "out", [100.0]
-    monkeypatch.setattr("workflows.report.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("workflows.run.report.time.monotonic", lambda: clock[0])
     RunDirectory(output).open().close()
     kept = ReportPage(output)
     kept.update()
@@ -123,7 +123,7 @@ def test_a_page_that_cannot_be_written_ends_no_run(
     ReportPage(tmp_path / "out").update(now=True)
     assert "not written" in caplog.text
     # matplotlib, whose import was broken off: from then on it fails in this process.
-    monkeypatch.setitem(sys.modules, "verify.plots", None)
+    monkeypatch.setitem(sys.modules, "verify.report.plots", None)
     ReportPage(tmp_path / "other").update(now=True)
     assert caplog.text.count("not written") == 2
 

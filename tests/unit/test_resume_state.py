@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 
 from calibration.checkpoint.index import Checkpoint, shard_state
-from calibration.checkpoint.plan import Plan
 from calibration.checkpoint.writer import file_digest
-from calibration.journal import RunDirectory
-from calibration.ranks import Ranks
-from calibration.resume import Boundary, Resume, activations_directory, fingerprint, open_resume, require_same
+from calibration.plan.plan import Plan
+from calibration.runs.journal import RunDirectory
+from calibration.runs.ranks import Ranks
+from calibration.runs.resume import Boundary, Resume, activations_directory, fingerprint, open_resume, require_same
 from recipes.errors import EnvironmentProblem, Interrupted, SourceError
 from recipes.schema import Recipe
 from tests import exported
 from tests.models import deepseek_v4
 from workflows.interrupts import Interrupts
-from workflows.status import read_status, render_status
+from workflows.run.status import read_status, render_status
 
 
 @pytest.fixture

@@ -13,17 +13,22 @@ from typing import Any
 import pytest
 import torch
 
-from calibration import convert
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.convert import pipeline as convert
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe, Require, Serving, Verify
 from tests.models import deepseek_v4, standard
-from verify import engine, serving, serving_verdicts, vllm_prompts, vllm_sentinel, vllm_watch, vllm_worker
 from verify.__main__ import main
 from verify.checks import Check
-from verify.samples import complaint, repeated_tail
-from workflows.plain_copy import source_to_serve
+from verify.inside_vllm import prompts as vllm_prompts
+from verify.inside_vllm import sentinel as vllm_sentinel
+from verify.inside_vllm import watch as vllm_watch
+from verify.inside_vllm import worker as vllm_worker
+from verify.serving import engine, serving
+from verify.serving import verdicts as serving_verdicts
+from verify.serving.samples import complaint, repeated_tail
+from workflows.run.plain_copy import source_to_serve
 
 NVFP4_CONFIG = {
     "quantization_config": {
@@ -394,7 +399,7 @@ def test_no_calibration_text_is_in_the_evaluation_text() -> None:
 
     evaluation = runs(serving.read_text(Serving()) or "")
     assert len(evaluation) > 5000
-    calibration = (Path(serving.__file__).parents[1] / "calibration/bundled/texts.jsonl").read_text().splitlines()
+    calibration = (Path(serving.__file__).parents[2] / "calibration/data/bundled/texts.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in calibration]
     texts = [row.get("text") or " ".join(message["content"] for message in row["messages"]) for row in rows]
     assert not [run for text in texts for run in runs(text) & evaluation]

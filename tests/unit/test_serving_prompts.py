@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from verify import vllm_prompts
+from verify.inside_vllm import prompts as vllm_prompts
 
 
 class _Tokenizer:

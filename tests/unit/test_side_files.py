@@ -13,7 +13,7 @@ from calibration.checkpoint.files import open_regular
 from calibration.checkpoint.side_files import side_files
 from recipes.errors import SourceError
 from tests.models import standard
-from workflows import run
+from workflows.run import __main__ as run
 
 TRAVELS = [
     "generation_config.json",

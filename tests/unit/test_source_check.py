@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from calibration.checkpoint.plan import Plan
+from calibration.plan.plan import Plan
 from recipes.errors import SourceError
 from tests.exported import plan_of, recipe
 from tests.models import standard, stored_forms

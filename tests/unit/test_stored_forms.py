@@ -15,10 +15,11 @@ from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
-from calibration.checkpoint import kernels, layout, native
+from calibration.checkpoint import kernels, native
 from calibration.checkpoint.formats import Formats, StoredFormat
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.kernels import Stripe
+from calibration.convert import layout
 from recipes.errors import RecipeError, SourceError
 from tests.converted import LINEAR, converting, digests, failing, run, tensors, undoing
 from tests.exported import plan_of, recipe

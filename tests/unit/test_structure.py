@@ -16,24 +16,24 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from calibration.checkpoint.direct import Buffer, digest
-from calibration.checkpoint.families import FAMILIES, family_of
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from calibration.checkpoint.plan import make_plan
-from calibration.checkpoint.promised import PROMISES, expected_tensors
 from calibration.checkpoint.writer import file_digest
+from calibration.families.family import FAMILIES, family_of
+from calibration.families.promised import PROMISES, expected_tensors
+from calibration.plan.plan import make_plan
 from recipes.errors import SourceError
 from tests.exported import export, plan_of, recipe
 from tests.faults.editing import config, drop, rename, values
 from tests.models import deepseek_v4, standard
 from tests.models.tokenizer import write_json
 from tests.unit.test_convert import run
-from verify import stream
 from verify.checks import Check
-from verify.fidelity import verify_fidelity
-from verify.report import level_verdicts
-from verify.served_config import config_check
-from verify.structure import verify_structure
-from verify.tokenizer import tokenizer_check
+from verify.fidelity.fidelity import verify_fidelity
+from verify.report.tables import level_verdicts
+from verify.structure import stream
+from verify.structure.served_config import config_check
+from verify.structure.structure import verify_structure
+from verify.structure.tokenizer import tokenizer_check
 
 
 @pytest.fixture(scope="module")

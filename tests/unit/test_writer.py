@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import TORCH
-from calibration.checkpoint.plan import OutputTensor
 from calibration.checkpoint.writer import DTYPE_ORDER, write_shard
 from recipes.errors import WorkflowError
 

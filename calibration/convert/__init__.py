@@ -1,0 +1,1 @@
+"""Conversion without calibration: a plan executed shard by shard."""

@@ -1,0 +1,64 @@
+"""modelopt's global scales as compressed-tensors spells them: 1 / x in float32, one for all that a serving engine fuses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from calibration.checkpoint.formats import Formats
+from calibration.plan.plan import Plan
+from recipes.errors import SourceError, collapsed
+
+
+@dataclass(frozen=True)
+class Inverted:
+    """`values` maps a source scale to its float32 reciprocal. `inexact` counts the reciprocals that float32 rounds, `worst`
+    is the largest relative change of a scale by that; `widened` counts input scales that took the larger one of theirs
+    that share one."""
+
+    values: dict[str, np.float32] = field(default_factory=dict)
+    inexact: int = 0
+    worst: float = 0.0
+    widened: int = 0
+
+
+def invert_scales(plan: Plan, formats: Formats) -> Inverted:
+    """The reciprocals of every scale that `plan` inverts. Raises SourceError, all at once: a scale that is not finite and
+    positive in both spellings, weights of a fused group under different scales."""
+    problems: list[str] = []
+    weights: dict[str, tuple[str, float]] = {}
+    inputs: dict[str, tuple[str, float]] = {}
+    for step in (step for step in plan.steps.values() if step.action == "invert"):
+        value = float(formats.checkpoint.read(step.source))
+        with np.errstate(over="ignore"):
+            fits = value > 0 and np.isfinite(value) and np.isfinite(np.float32(1) / np.float32(value))
+        if not fits:
+            problems.append(
+                f"{formats.checkpoint.path(step.source)}: {step.source}: {value} is not a finite positive scale"
+            )
+        module, _, leaf = step.outputs[0].name.rpartition(".")
+        (inputs if leaf == "input_global_scale" else weights)[module] = (step.source, value)
+    for group in plan.fused:
+        scales = {weights[module][0]: weights[module][1] for module in group if module in weights}
+        if len(set(scales.values())) > 1:
+            problems.append(
+                f"{formats.checkpoint.directory}: projections that are served as one matrix have different global scales "
+                f"({', '.join(f'{name}: {value:g}' for name, value in scales.items())}): a serving engine would use one for "
+                "all; write BF16 with method: plain and quantize that"
+            )
+    if problems:
+        raise SourceError(collapsed(problems))
+    widened = 0
+    for group in plan.shared_input_scales():
+        sharing = [module for module in group if module in inputs]
+        largest = max((inputs[module][1] for module in sharing), default=0.0)
+        widened += sum(inputs[module][1] != largest for module in sharing)
+        inputs |= {module: (inputs[module][0], largest) for module in sharing}
+    values, inexact, worst = dict[str, np.float32](), 0, 0.0
+    for source, value in (*weights.values(), *inputs.values()):
+        values[source] = np.float32(1) / np.float32(value)
+        # The product of two float32 is exact in float64.
+        change = abs(1 / (float(values[source]) * value) - 1)
+        inexact, worst = inexact + (change > 0), max(worst, change)
+    return Inverted(values, inexact, worst, widened)

@@ -1,0 +1,301 @@
+"""The calibration-free execution of a plan (methods convert and plain): weight statistics alone, no model is loaded.
+
+Workers take jobs in the order of the output files, read their bytes past the page cache, convert them and hand them to
+one writer that keeps that order. A finished shard is on disk under its name before its journal line; the same call
+after a kill goes on behind the last journaled shard and gives the same bytes. Memory is the buffers: at most
+`workers` inputs and `workers + 2` outputs of one job each (see `layout`), whatever the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibration.checkpoint import native
+from calibration.checkpoint.direct import PAGE, Buffer, DirectReader, DirectWriter, digest
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import changed_shards, shard_state
+from calibration.convert.layout import Job, ShardLayout
+from calibration.convert.work import Totals, Work
+from calibration.plan.plan import Plan
+from calibration.runs.journal import RunDirectory
+from calibration.runs.output import remove_unfinished, start_over
+from calibration.runs.resume import require_unchanged
+from recipes.errors import EnvironmentProblem, SourceError
+from recipes.schema import Recipe
+
+#: `on_progress(done, total)` in bytes of output, shards that were finished before included; called a few times a second.
+Progress = Callable[[int, int], None]
+_TICK = 0.2
+#: Workers where the recipe names none: one more than processors, so that the disk is busy while they compute; no more
+#: than this, because a dozen outrun any disk and each holds a buffer.
+_MOST_WORKERS = 16
+#: Disk left over for headers, config, tokenizer and the run directory.
+_SPARE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What one call did. Bytes are of this call; counts are of the whole output."""
+
+    shards: int
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    level: str
+    workers: int
+    quantized: int
+    cast: int
+    copied: int
+    consumed: int
+    #: MXFP4 modules whose values are kept exactly, and those that were quantized again.
+    lossless: int
+    requantized: int
+    #: modelopt's scales that became compressed-tensors' (see `Inverted`).
+    inverted: int
+    inexact: int
+    worst: float
+    widened: int
+
+
+def convert(
+    recipe: Recipe,
+    plan: Plan,
+    formats: Formats,
+    output: Path,
+    directory: RunDirectory,
+    on_progress: Progress | None = None,
+) -> Conversion:
+    """Writes every shard of `plan` into `output` and journals each in the opened run directory; shards whose digest
+    matches the journal of the same plan, settings and source are left as they are.
+
+    Sidecars, config and index are `Exporter.finish`'s. Raises SourceError (NaN or Inf by tensor name, a source that
+    changed since the run began or while it is read) and EnvironmentProblem (disk full, not writable).
+    """
+    started = time.monotonic()
+    layouts = [ShardLayout(plan, formats, shard) for shard in plan.shards]
+    kept = _kept(recipe, plan, formats, layouts, output, directory)
+    pending = [layout for layout in layouts if layout.shard.name not in kept]
+    _check_disk(output, sum(layout.nbytes for layout in pending))
+    workers = recipe.convert.workers or min((os.cpu_count() or 1) + 1, _MOST_WORKERS)
+    line = _Line(recipe, plan, formats, pending, output, directory, workers)
+    total = sum(layout.nbytes for layout in layouts)
+    before = total - sum(layout.nbytes for layout in pending)
+    line.run(lambda done: on_progress(before + done, total) if on_progress else None)
+    facts = [fact for fact in directory.facts("shards") if fact["plan"] == plan.digest]
+    latest = {name: fact for fact in facts for name in fact["shards"]}
+    actions = [step.action for step in plan.steps.values()]
+    done = Conversion(
+        shards=len(layouts), resumed=len(kept), bytes_read=line.bytes_read, bytes_written=line.written,
+        seconds=time.monotonic() - started, level=native.level(), workers=workers,
+        quantized=actions.count("quantize"), cast=actions.count("cast"), copied=actions.count("copy"),
+        consumed=actions.count("consume"), lossless=sum(fact["lossless"] for fact in latest.values()),
+        requantized=sum(fact["requantized"] for fact in latest.values()),
+        inverted=actions.count("invert"), inexact=line.work.inverted.inexact, worst=line.work.inverted.worst,
+        widened=line.work.inverted.widened,
+    )  # fmt: skip
+    directory.record("converted", plan=plan.digest, **asdict(done))
+    return done
+
+
+def _kept(
+    recipe: Recipe, plan: Plan, formats: Formats, layouts: list[ShardLayout], output: Path, directory: RunDirectory
+) -> set[str]:
+    """Names of the shards that an earlier call finished; begins the run anew where it was another's."""
+    settings = recipe.convert.model_dump(mode="json", exclude={"workers"})
+    settings |= {"mxfp4": recipe.export.mxfp4, "method": recipe.method}
+    source = formats.checkpoint.state
+    remove_unfinished(output)
+    begun = directory.facts("started")
+    if begun and begun[-1]["plan"] == plan.digest and begun[-1].get("settings") == settings:
+        require_unchanged(changed_shards(begun[-1]["source"], source), len(source), directory.path)
+    else:
+        start_over(directory, output, "started", plan=plan.digest, settings=settings, source=source)
+    journaled: dict[str, str] = {}
+    for fact in directory.facts("shards"):
+        if fact["plan"] == plan.digest:
+            journaled |= fact["shards"]
+    buffer = Buffer(8 * 2**20) if journaled else Buffer(PAGE)
+    return {
+        layout.shard.name
+        for layout in layouts
+        if (path := output / layout.shard.name).is_file()
+        and path.stat().st_size == layout.nbytes
+        and digest(path, buffer) == journaled.get(layout.shard.name)
+    }
+
+
+def _check_disk(output: Path, wanted: int) -> None:
+    parent = output.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < wanted + _SPARE:
+        raise EnvironmentProblem(
+            f"{output}: {wanted + _SPARE:,} bytes wanted, {free:,} free on {parent}; free some space or name another output"
+        )
+
+
+@dataclass(slots=True)
+class _Done:
+    job: Job
+    buffer: Buffer | None
+    crc: int
+    totals: Totals
+
+
+class _Line:
+    """Workers, their buffers, and the writer behind them."""
+
+    def __init__(
+        self, recipe: Recipe, plan: Plan, formats: Formats, layouts: list[ShardLayout], output: Path,
+        directory: RunDirectory, workers: int,
+    ) -> None:  # fmt: skip
+        self.plan, self.formats, self.output, self.directory = plan, formats, output, directory
+        self.reader = DirectReader(formats.checkpoint.directory)
+        self.work = Work(recipe, plan, formats)
+        self.layouts = {layout.shard.name: layout for layout in layouts}
+        self.workers = workers
+        # Buffers of one size each, the largest that any job needs: found now, so that memory is known at the start.
+        inputs = outputs = 0
+        for job in self._jobs():
+            inputs, outputs = max(inputs, job.input_bytes), max(outputs, job.output_bytes)
+        self._input_bytes = inputs
+        longest_header = max((len(layout.header) for layout in layouts), default=0)
+        self._free = [Buffer(max(outputs + PAGE, longest_header)) for _ in range(workers + 2)] if layouts else []
+        self._tickets = enumerate(self._jobs())
+        self._done: dict[int, _Done] = {}
+        self._ticket_lock, self._changed = threading.Lock(), threading.Condition()
+        self._failure: BaseException | None = None
+        self.written = self.bytes_read = 0
+
+    def run(self, tick: Callable[[int], object]) -> None:
+        """Runs to the end; `tick(bytes written)` in the calling thread. Raises the first failure of any thread."""
+        if not self.layouts:
+            tick(0)
+            return
+        threads = [
+            threading.Thread(target=self._guarded, args=(self._worker,), daemon=True) for _ in range(self.workers)
+        ]
+        threads.append(threading.Thread(target=self._guarded, args=(self._writer,), daemon=True))
+        for thread in threads:
+            thread.start()
+        try:
+            while threads[-1].is_alive():
+                threads[-1].join(_TICK)
+                tick(self.written)
+            tick(self.written)  # the writer may be faster than the first look
+        except BaseException as error:
+            self._fail(error)
+        for thread in threads:
+            thread.join()
+        self.reader.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _jobs(self) -> Iterator[Job]:
+        for layout in self.layouts.values():
+            yield from layout.jobs()
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        torch.set_num_threads(1)
+        try:
+            target()
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+        self.work.stop()
+
+    def _worker(self) -> None:
+        buffer = Buffer(self._input_bytes)
+        while True:
+            # Ticket and output buffer are taken together: otherwise later jobs could take all buffers and wait for an
+            # earlier one that has none.
+            with self._ticket_lock:
+                number, job = next(self._tickets, (-1, None))
+                if job is None:
+                    return
+                target = self._take() if job.output_bytes else None
+            if self._failure is not None:
+                return
+            extents = [extent for piece in self.work.needed(job) for extent in piece.extents.values()]
+            data = self.reader.read(extents, buffer)
+            begin = job.position % PAGE
+            room = target.array[begin : begin + job.output_bytes] if target is not None else None
+            totals = self.work.do(job, data, room)
+            crc = zlib.crc32(room.data) if room is not None else 0
+            with self._changed:
+                self.bytes_read += sum(extent.end - extent.begin for extent in extents)
+                self._done[number] = _Done(job, target, crc, totals)
+                self._changed.notify_all()
+
+    def _take(self) -> Buffer | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._failure is not None)
+            return self._free.pop() if self._free else None
+
+    def _writer(self) -> None:
+        number, totals = 0, Totals()
+        for layout in self.layouts.values():
+            writer = DirectWriter(self.output / layout.shard.name, layout.nbytes)
+            try:
+                self._append(writer, layout)
+                while True:
+                    done = self._next(number)
+                    number += 1
+                    totals = totals + done.totals
+                    if done.buffer is not None:
+                        writer.append(done.buffer, done.job.output_bytes, done.crc)
+                        self.written += done.job.output_bytes
+                        with self._changed:
+                            self._free.append(done.buffer)
+                            self._changed.notify_all()
+                    if done.job.last:
+                        break
+                self._finish(writer, layout, totals)
+                totals = Totals()
+            except BaseException:
+                writer.abandon()
+                raise
+
+    def _next(self, number: int) -> _Done:
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._done or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+            return self._done.pop(number)
+
+    def _append(self, writer: DirectWriter, layout: ShardLayout) -> None:
+        header = Buffer(len(layout.header))
+        header.array[: len(layout.header)] = memoryview(layout.header)
+        writer.append(header, len(layout.header), zlib.crc32(layout.header))
+        self.written += len(layout.header)
+
+    def _finish(self, writer: DirectWriter, layout: ShardLayout, totals: Totals) -> None:
+        """Journals a shard that is on disk, unless the source changed while it was made."""
+        source = self.formats.checkpoint
+        changed = changed_shards(source.state, shard_state(source.directory, source.shards))
+        if changed:
+            raise SourceError(
+                f"{source.directory}: changed while it was converted: {changed[0]}; pass --restart when it no longer does"
+            )
+        mark = writer.finish()
+        facts: dict[str, Any] = {"lossless": totals.lossless, "requantized": totals.requantized}
+        self.directory.record(
+            "shards", plan=self.plan.digest, block=layout.shard.block, shards={layout.shard.name: mark}, **facts
+        )
+        self.directory.event("shard", shard=layout.shard.name, block=layout.shard.block, bytes=layout.nbytes, **facts)

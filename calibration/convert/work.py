@@ -1,0 +1,268 @@
+"""What a conversion worker does with one job: statistics, then the output bytes. No input or output happens here."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from calibration.checkpoint import kernels, native
+from calibration.checkpoint.direct import Bytes, Extent
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, dequantize, is_finite
+from calibration.checkpoint.index import TORCH
+from calibration.checkpoint.kernels import Stripe
+from calibration.checkpoint.nvfp4 import RANGE
+from calibration.convert.inverted import invert_scales
+from calibration.convert.layout import Job, Piece
+from calibration.plan.plan import Plan, Step
+from calibration.plan.schemes import FP8_BLOCK
+from recipes.errors import Interrupted, SourceError
+from recipes.schema import Recipe
+
+_E4M3_MAX = 448.0
+
+
+@dataclass
+class Totals:
+    """Counts of MXFP4 modules by what became of them."""
+
+    lossless: int = 0
+    requantized: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.lossless + other.lossless, self.requantized + other.requantized)
+
+
+@dataclass
+class _Statistic:
+    """Of one weight: largest magnitude, exponents of its MXFP4 scales, and which row ranges have been looked at."""
+
+    rows: int
+    amax: float = 0.0
+    exponents: tuple[int, int] | None = None
+    seen: set[tuple[int, int]] = field(default_factory=set)
+
+    @property
+    def complete(self) -> bool:
+        return (0, self.rows) in self.seen or sum(end - begin for begin, end in self.seen) >= self.rows
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """The weight global scale of a fused group, and whether its MXFP4 codes are kept."""
+
+    scale: np.float32
+    lossless: bool
+
+
+class Work:
+    """Executes jobs of one plan, from any number of threads. Holds a few numbers per weight, and the group scales of
+    weights that are cut into stripes until they are written."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, formats: Formats) -> None:
+        self.plan, self.formats = plan, formats
+        self.settings, self.dtype = recipe.convert, TORCH_DTYPES[recipe.export.plain_dtype]
+        self.inverted = invert_scales(plan, formats)
+        self._lossless = recipe.export.mxfp4 == "lossless"
+        self._fused = {module: group for group in plan.fused for module in group}
+        self._statistics: dict[str, _Statistic] = {}
+        self._kept_back: dict[str, Bytes] = {}
+        self._rows_done: dict[str, int] = defaultdict(int)
+        self._changed = threading.Condition()
+        self._stopped = False
+        self._input_scale = np.float32(RANGE) / np.float32(self.settings.input_amax)
+
+    def stop(self) -> None:
+        """Wakes every thread that waits in `do`; it raises Interrupted."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def needed(self, job: Job) -> list[Piece]:
+        """The pieces of `job` whose bytes must be read: statistics that are known already need none."""
+        with self._changed:
+            return [p for p in job.pieces if p.kind != "statistics" or not self._statistic(p.step).complete]
+
+    def do(self, job: Job, data: dict[Extent, Bytes], room: Bytes | None) -> Totals:
+        """Fills `room`, uint8 `[job.output_bytes]`. Raises SourceError by tensor name for NaN and Inf."""
+        stripes = {}
+        for number, piece in enumerate(job.pieces):
+            if piece.kind in ("quantize", "statistics") and piece.extents["weight"] in data:
+                try:
+                    stripes[number] = self._stripe(piece, data)
+                    if piece.kind == "statistics" or piece.measures:
+                        self._measure(piece, stripes[number])
+                except kernels.NotFinite as problem:
+                    raise self._named(piece, problem) from None
+        totals, at = Totals(), 0
+        for number, piece in enumerate(job.pieces):
+            if not piece.output_bytes:
+                continue
+            assert room is not None
+            target = room[at : at + piece.output_bytes]
+            at += piece.output_bytes
+            try:
+                if piece.kind == "quantize":
+                    totals = totals + self._quantize(piece, stripes.pop(number), target)
+                else:
+                    self._other(piece, data, target)
+            except kernels.NotFinite as problem:
+                raise self._named(piece, problem) from None
+        return totals
+
+    def _other(self, piece: Piece, data: dict[Extent, Bytes], target: Bytes) -> None:
+        if piece.kind == "copy":
+            given = data[piece.extents["weight"]]
+            if not kernels.finite(self.formats.checkpoint.tensors[piece.step.source].dtype, given):
+                raise kernels.NotFinite("holds NaN or Inf")
+            target[:] = given
+        elif piece.kind == "cast":
+            target[:] = self._cast(piece, data)
+        elif piece.kind == "scales":
+            target[:] = self._await_scales(piece)
+        else:
+            assert piece.output is not None
+            if piece.step.action == "invert":
+                scale = self.inverted.values[piece.step.source]
+            elif piece.output.name.endswith(".input_global_scale"):
+                scale = self._input_scale
+            else:
+                scale = self._decision(piece.step).scale
+            target[:] = np.array([scale], np.float32).view(np.uint8)
+
+    def _stripe(self, piece: Piece, data: dict[Extent, Bytes]) -> Stripe:
+        stored = self.formats.of(piece.step.source)
+        dtype = self.formats.checkpoint.tensors[piece.step.source].dtype
+        codes = data[piece.extents["weight"]].reshape(piece.end - piece.begin, -1)
+        stripe = Stripe(stored, dtype, codes)
+        if stored.kind == "fp8_tiles":
+            grid = self._companion(piece, "tile_scale", data).to(torch.float32)
+            stripe.scales = np.ascontiguousarray(grid.numpy())
+        elif stored.kind == "mxfp4":
+            stripe.scales = data[piece.extents["group_scale"]].reshape(codes.shape[0], -1)
+        else:
+            stripe.companions = {r: self._companion(piece, r, data) for r in piece.extents if r != "weight"}
+        return stripe
+
+    def _companion(self, piece: Piece, role: str, data: dict[Extent, Bytes]) -> torch.Tensor:
+        """A scale companion's rows as stored; scalars as `[1]`."""
+        header = self.formats.checkpoint.tensors[self.formats.of(piece.step.source).companions[role]]
+        tensor = torch.from_numpy(data[piece.extents[role]].copy()).view(TORCH[header.dtype])
+        return tensor.reshape(-1, header.shape[1]) if len(header.shape) == 2 else tensor
+
+    def _measure(self, piece: Piece, stripe: Stripe) -> None:
+        largest = kernels.amax(stripe)
+        found = kernels.exponents(stripe) if stripe.stored.kind == "mxfp4" else None
+        with self._changed:
+            statistic = self._statistic(piece.step)
+            statistic.amax = max(statistic.amax, largest)
+            if found is not None:
+                low, high = statistic.exponents or found
+                statistic.exponents = (min(low, found[0]), max(high, found[1]))
+            statistic.seen.add((piece.begin, piece.end))
+            self._changed.notify_all()
+
+    def _statistic(self, step: Step) -> _Statistic:
+        rows = self.formats.of(step.source).shape[0]
+        return self._statistics.setdefault(step.module, _Statistic(rows))
+
+    def _decision(self, step: Step) -> _Decision:
+        """Waits until every member of the fused group has been looked at."""
+        members = [m for m in self._fused.get(step.module, (step.module,)) if m in self.plan.quantized]
+        with self._changed:
+            statistics = [self._statistic(self.plan.quantized[module]) for module in members]
+            self._wait(lambda: all(statistic.complete for statistic in statistics))
+        kinds = {self.formats.of(self.plan.quantized[module].source).kind for module in members}
+        if self._lossless and kinds == {"mxfp4"}:
+            scale = kernels.common_lossless_scale(statistic.exponents for statistic in statistics)
+            if scale is not None:
+                return _Decision(scale, True)
+        return _Decision(kernels.global_scale(max(statistic.amax for statistic in statistics)), False)
+
+    def _wait(self, ready: object) -> None:
+        assert callable(ready)
+        self._changed.wait_for(lambda: self._stopped or ready())
+        if self._stopped:
+            raise Interrupted("the conversion was stopped; the same command goes on from the last finished shard")
+
+    def _quantize(self, piece: Piece, stripe: Stripe, target: Bytes) -> Totals:
+        step, rows = piece.step, piece.end - piece.begin
+        weight, scales = step.outputs[0], step.outputs[1]
+        row, scale_row = weight.nbytes // weight.shape[0], scales.nbytes // scales.shape[0]
+        packed = target[: rows * row].reshape(rows, row)
+        if self.plan.groups[str(step.group)] is FP8_BLOCK:
+            first, last = piece.begin // 128, -(-piece.end // 128)
+        else:
+            first, last = piece.begin, piece.end
+        if piece.inline:
+            room = target[rows * row :].reshape(last - first, scale_row)
+        else:
+            with self._changed:
+                whole = self._kept_back.setdefault(step.module, np.empty((scales.shape[0], scale_row), np.uint8))
+            room = whole[first:last]
+        totals = Totals()
+        if self.plan.groups[str(step.group)] is FP8_BLOCK:
+            _quantize_tiles(stripe, packed, room)
+        else:
+            decision = self._decision(step)
+            (kernels.respell if decision.lossless else kernels.quantize)(stripe, decision.scale, packed, room)
+            if stripe.stored.kind == "mxfp4" and piece.begin == 0:
+                totals = Totals(int(decision.lossless), int(not decision.lossless))
+        if not piece.inline:
+            with self._changed:
+                self._rows_done[step.module] += rows
+                self._changed.notify_all()
+        return totals
+
+    def _await_scales(self, piece: Piece) -> Bytes:
+        module, rows = piece.step.module, piece.step.outputs[0].shape[0]
+        with self._changed:
+            self._wait(lambda: self._rows_done[module] == rows)
+            return self._kept_back.pop(module).reshape(-1)
+
+    def _cast(self, piece: Piece, data: dict[Extent, Bytes]) -> Bytes:
+        step = piece.step
+        stored, header = self.formats.of(step.source), self.formats.checkpoint.tensors[step.source]
+        codes = torch.from_numpy(data[piece.extents["weight"]].copy()).view(TORCH[header.dtype])
+        if stored.kind != "plain":
+            codes = codes.reshape(piece.end - piece.begin, -1)
+        scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}
+        dtype = torch.float32 if step.outputs[0].dtype == "F32" else self.dtype
+        moved = {role: scale.to(native.device()) for role, scale in scales.items()}
+        value = dequantize(stored, codes.to(native.device()), moved, dtype).contiguous()
+        if not is_finite(value):
+            raise kernels.NotFinite(f"holds NaN or Inf, or its values overflow {dtype}")
+        made: Bytes = value.view(torch.uint8).cpu().numpy().reshape(-1)
+        return made
+
+    def _named(self, piece: Piece, problem: kernels.NotFinite) -> SourceError:
+        name = piece.step.source
+        return SourceError(
+            f"{self.formats.checkpoint.path(name)}: {name}: {problem}; the source is damaged or was made with an "
+            "overflow: get a whole copy"
+        )
+
+
+def _quantize_tiles(stripe: Stripe, codes: Bytes, scales: Bytes) -> None:
+    """FP8_BLOCK: E4M3 codes and a float32 scale per 128x128 tile, as compressed-tensors computes them."""
+    # Takes a second to import, and few recipes need it.
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    kernels.check_scales(stripe)
+    weights = QuantizationArgs(**FP8_BLOCK.weights)
+    for begin, values in kernels.parts(stripe):
+        rows, columns = values.shape
+        if not is_finite(values):
+            raise kernels.NotFinite("holds NaN or Inf, or its values overflow float32")
+        padded = torch.nn.functional.pad(values, (0, -columns % 128, 0, -rows % 128))
+        tiles = padded.reshape(padded.shape[0] // 128, 128, -1, 128)
+        grid = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), weights)[0].to(torch.float32)
+        quantized = (tiles / grid[:, None, :, None]).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
+        quantized = quantized.reshape(padded.shape)[:rows, :columns].contiguous()
+        codes[begin : begin + rows] = quantized.view(torch.uint8).cpu().numpy()
+        first = begin // 128
+        scales[first : first + len(grid)] = grid.contiguous().view(torch.uint8).cpu().numpy().reshape(len(grid), -1)

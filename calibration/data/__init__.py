@@ -1,0 +1,1 @@
+"""Calibration data as people have it, made into batches of token ids."""

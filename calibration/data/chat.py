@@ -1,0 +1,91 @@
+"""Messages -> the text of a conversation: the tokenizer's chat template, DeepSeek-V4's encoding, or a transcript."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from calibration.families import deepseek_v4_encoding
+from recipes.errors import RecipeError
+from recipes.schema import Calibration
+
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
+_PROBE = "a text to be found"
+
+
+class Chat:
+    """One way to write a conversation. `name` is what a recipe and the description call it.
+
+    A chat template is a stranger's program: transformers runs it in jinja2's immutable sandbox, without files and
+    attributes, but with all the time and memory that there is. Whoever renders must bound those (calibration.data.bounded).
+    """
+
+    def __init__(self, name: str, write: Callable[[Messages, Tools | None], str], takes_tools: bool) -> None:
+        self.name = name
+        self.takes_tools = takes_tools
+        self._write = write
+        self._takes_parts: bool | None = None if name == "template" else name == "deepseek_v4"
+
+    def render(self, messages: Messages, tools: Tools | None = None) -> str:
+        """The conversation as text. Content is text or a list of text parts; parts are joined by a newline, as vLLM
+        does it, unless the template takes them itself. Raises what the template raises."""
+        parted = any(isinstance(message["content"], list) for message in messages)
+        if parted and not self._parts_are_taken():
+            messages = [message | {"content": joined(message["content"])} for message in messages]
+        return self._write(messages, tools)
+
+    def _parts_are_taken(self) -> bool:
+        """Whether the template writes a list of one text part as it writes the text, and not as Python's repr of it."""
+        if self._takes_parts is None:
+            try:
+                text, parts = (
+                    self._write([{"role": "user", "content": content}], None)
+                    for content in (_PROBE, [{"type": "text", "text": _PROBE}])
+                )
+                self._takes_parts = text == parts and _PROBE in text
+            except Exception:  # the template's own, of any type; the row itself will say
+                self._takes_parts = False
+        return self._takes_parts
+
+
+def joined(content: str | list[dict[str, Any]]) -> str:
+    """Text, or text parts with a newline between them."""
+    return content if isinstance(content, str) else "\n".join(str(part["text"]) for part in content)
+
+
+def choose_chat(options: Calibration, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
+    """The chat format that the recipe names or the tokenizer has; None for `auto` and a tokenizer that has none.
+    Raises RecipeError for one that the recipe names and the tokenizer lacks."""
+    template = bool(tokenizer.chat_template)
+    missing = sorted(deepseek_v4_encoding.SPECIAL_TOKENS - set(tokenizer.get_vocab()))
+    if options.chat == "template" and not template:
+        raise RecipeError(
+            "calibration.chat: template: the tokenizer has no chat template; set calibration.chat: auto, or put the "
+            "model's chat_template.jinja beside its tokenizer"
+        )
+    if options.chat == "deepseek_v4" and missing:
+        raise RecipeError(
+            f"calibration.chat: deepseek_v4: the tokenizer lacks the tokens {', '.join(missing)}; "
+            "set calibration.chat: auto"
+        )
+    if options.chat == "template" or (options.chat == "auto" and template):
+
+        def apply(messages: Messages, tools: Tools | None) -> str:
+            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+
+        return Chat("template", apply, takes_tools=True)
+    if not missing:
+        return Chat("deepseek_v4", lambda messages, _: deepseek_v4_encoding.render(messages), takes_tools=False)
+    return None
+
+
+def transcript() -> Chat:
+    """`User: ...` and `Assistant: ...` on lines of their own, for tokenizers that know no chat format."""
+
+    def write(messages: Messages, _: Tools | None) -> str:
+        return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
+
+    return Chat("plain", write, takes_tools=False)

@@ -1,0 +1,68 @@
+"""MXFP4 weights that NVFP4 holds bit for bit, in a calibrated block: which they are, and their bytes.
+
+An MXFP4 group scale is a power of two for 32 values; E4M3 holds 18 of them, so under one power of two as global scale both
+halves of a group keep codes and scale (`kernels.respell`). What a modifier edits has no exact form any more.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from calibration.checkpoint import kernels
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.kernels import Stripe
+from calibration.plan.plan import Plan, Step
+from calibration.plan.schemes import FP8_BLOCK
+from recipes.errors import SourceError
+from recipes.schema import Recipe
+
+
+class ExactWeights:
+    """The source's MXFP4 weights as NVFP4, for an exporter. Holds one number per fused group."""
+
+    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe) -> None:
+        self._plan, self._formats = plan, formats
+        edits = [entry.name for entry in recipe.modifiers] != ["QuantizationModifier"]
+        self._wanted = recipe.export.mxfp4 == "lossless" and not edits
+        self._fused = {module: group for group in plan.fused for module in group}
+        self._scales: dict[tuple[str, ...], np.float32 | None] = {}
+
+    def is_mxfp4(self, step: Step) -> bool:
+        """Whether a step makes NVFP4 of a weight stored in MXFP4."""
+        nvfp4 = step.action == "quantize" and self._plan.groups[str(step.group)] is not FP8_BLOCK
+        return nvfp4 and self._formats.of(step.source).kind == "mxfp4"
+
+    def scale(self, step: Step) -> np.float32 | None:
+        """The weight global scale under which the step's whole fused group is exact; None if there is none."""
+        members = [
+            self._plan.quantized[m] for m in self._fused.get(step.module, (step.module,)) if m in self._plan.quantized
+        ]
+        if not self._wanted or not all(self.is_mxfp4(member) for member in members):
+            return None
+        key = tuple(member.module for member in members)
+        if key not in self._scales:
+            try:
+                spans = [kernels.exponents(self._stripe(member)) for member in members]
+            except kernels.NotFinite as problem:
+                path = self._formats.checkpoint.path(step.source)
+                raise SourceError(f"{path}: {step.source} or its fused weight {problem}; get a whole copy") from None
+            self._scales[key] = kernels.common_lossless_scale(spans)
+        return self._scales[key]
+
+    def tensors(self, step: Step) -> list[torch.Tensor] | None:
+        """`weight_packed` uint8 `[M, K/2]`, `weight_scale` E4M3 `[M, K/16]` and `weight_global_scale` F32 `[1]` with the
+        source's very values; None if they have no such form. Raises SourceError for a NaN among the scales."""
+        scale = self.scale(step)
+        if scale is None:
+            return None
+        packed, scales = (torch.empty(output.shape, dtype=torch.uint8) for output in step.outputs[:2])
+        kernels.respell(self._stripe(step), scale, packed.numpy(), scales.numpy())
+        return [packed, scales.view(torch.float8_e4m3fn), torch.tensor([float(scale)])]
+
+    def _stripe(self, step: Step) -> Stripe:
+        stored, read = self._formats.of(step.source), self._formats.checkpoint.read
+        codes, scales = read(step.source), read(stored.companions["group_scale"])
+        stripe = Stripe(stored, "U8", codes.view(torch.uint8).numpy())
+        stripe.scales = scales.view(torch.uint8).numpy()
+        return stripe

@@ -1,0 +1,295 @@
+"""Calibration forward of linearized experts: every expert sees every token, and only what that needs is computed.
+
+Stock llm-compressor runs each expert's whole MLP on all tokens and drops the outputs that were not routed. Observers
+need less: gate and up of all experts share one input, so it is observed once; the down projection must be observed on
+all tokens, but its output is needed for routed tokens alone. The statistics are bit-identical to stock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
+from llmcompressor.modifiers.quantization.calibration import calibrate_input_hook
+from llmcompressor.modifiers.utils.hooks import HooksMixin
+from llmcompressor.observers import Observer
+from llmcompressor.observers.min_max import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
+from torch import nn
+
+from calibration.engine.observers import fast_extremes
+from calibration.engine.stacked_experts import Routing, Stack, is_plain
+
+#: Observers whose whole state is min_vals and max_vals, so that equal inputs mean equal states.
+MIN_MAX = (StaticMinMaxObserver, MinMaxObserver, MemorylessMinMaxObserver)
+INPUT_SHARING = (("gate_proj", "up_proj"), ("down_proj",))
+
+#: Numbers of routed tokens are rounded up to a multiple of this before a matrix product.
+ROWS = 16
+
+
+class Pass(Enum):
+    """What a forward pass is for: CALIBRATE observes; REPEAT computes the very same bits without observing (parity);
+    PROPAGATE computes only what the outputs need."""
+
+    CALIBRATE = "calibrate"
+    REPEAT = "repeat"
+    PROPAGATE = "propagate"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What experts were given and made of it, and the versions of these tensors: they grow with every write."""
+
+    given: tuple[torch.Tensor, ...]
+    made: torch.Tensor
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, given: tuple[torch.Tensor, ...], made: torch.Tensor) -> _Call:
+        return cls(given, made, tuple(tensor._version for tensor in (*given, made)))
+
+    def answers(self, given: tuple[torch.Tensor, ...]) -> bool:
+        """Whether `given` holds the same values, and nobody wrote to what is kept."""
+        untouched = self.versions == tuple(tensor._version for tensor in (*self.given, self.made))
+        return untouched and all(map(_identical, self.given, given))
+
+
+class ExpertCalibration:
+    """State of the calibration forward: the kind of pass that runs, and the tokens routed to each expert so far."""
+
+    #: Whether all experts are computed at once where they can be (stacked_experts.py); None: on accelerators.
+    stacked: bool | None = None
+
+    def __init__(self) -> None:
+        self.kind = Pass.CALIBRATE
+        #: The last CALIBRATE call of each module: a REPEAT with the very same input has the very same output.
+        self._last: dict[nn.Module, _Call] = {}
+        self._tokens: dict[nn.Module, list[int]] = {}
+        self._observers: dict[nn.Module, list[list[Observer]] | None] = {}
+
+    @contextmanager
+    def running(self, kind: Pass) -> Iterator[None]:
+        """Runs the passes inside as `kind`; llm-compressor's hooks are off unless it is CALIBRATE."""
+        with patch_attr(self, "kind", kind):
+            if kind is Pass.CALIBRATE:
+                yield
+            else:
+                with HooksMixin.disable_hooks():
+                    yield
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Replaces the forward of llm-compressor's LinearExperts2D class and how its observers find extremes; restores
+        both."""
+        calibration = self
+
+        def forward(
+            experts: LinearExperts2D, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        ) -> torch.Tensor:
+            given = (hidden, top_k_index, top_k_weights)
+            if calibration.kind is Pass.REPEAT and (last := calibration._last.get(experts)) and last.answers(given):
+                return last.made.clone()
+            made = calibration._forward(experts, *given)
+            if calibration.kind is Pass.CALIBRATE:
+                calibration._last[experts] = _Call.of(given, made)
+            return made
+
+        with patch_attr(LinearExperts2D, "forward", forward), fast_extremes():
+            yield
+
+    def tokens(self, experts: nn.Module) -> dict[int, int]:
+        """Tokens routed to each expert of this module in CALIBRATE passes."""
+        return dict(enumerate(self._tokens.get(experts, ())))
+
+    def count(self, experts: nn.Module, tokens: dict[int, int]) -> None:
+        """Replaces what `tokens` returns: the sums over all ranks."""
+        if tokens:
+            self._tokens[experts] = [tokens[number] for number in range(len(tokens))]
+
+    def forget(self, experts: nn.Module) -> None:
+        """Drops what is known about a module whose block is done."""
+        self._last.pop(experts, None)
+        self._tokens.pop(experts, None)
+        self._observers.pop(experts, None)
+
+    def _forward(
+        self, experts: LinearExperts2D, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [T, D], top_k_index and top_k_weights [T, k] -> [T, D], as LinearExperts2D.forward."""
+        routing = Routing.of(hidden.shape[0], experts.num_experts, top_k_index, top_k_weights)
+        if self.kind is Pass.CALIBRATE:
+            self._tokens[experts] = [a + b for a, b in zip(routing.counts, self._counted(experts), strict=True)]
+        all_experts = get_calibrate_all_experts_flag() and self.kind is not Pass.PROPAGATE
+        shared = self._shared_observers(experts) if all_experts else None
+        if shared is not None and self.kind is Pass.CALIBRATE:
+            for observers in shared:
+                _observe_once(observers, hidden)
+
+        stacks = hidden.device.type != "cpu" if self.stacked is None else self.stacked
+        stack = Stack.of(experts) if stacks else None
+        if stack is not None and shared is not None:
+            return stack.all_tokens(hidden, routing, lambda number, value: self._observe_down(experts[number], value))
+        if stack is not None and self.kind is Pass.PROPAGATE:
+            return stack.routed_tokens(hidden, routing)
+        output = torch.zeros_like(hidden)
+        begin = 0
+        for number, count in enumerate(routing.counts):
+            expert, part = experts[number], slice(begin, begin := begin + count)
+            tokens = routing.rows[part]
+            if not count and not all_experts:
+                continue
+            if shared is not None:
+                out = self._fast(expert, hidden, tokens)
+            elif all_experts:
+                out = expert(hidden)[tokens]
+            else:
+                # Other modifiers' hooks may count rows: none is added where they run.
+                out = expert(hidden[_padded(tokens) if self.kind is Pass.PROPAGATE else tokens])[:count]
+            output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
+        return output
+
+    def _fast(self, expert: ExpertMLPWithGate, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        gate, up = _linear(expert.gate_proj, hidden), _linear(expert.up_proj, hidden)
+        activated = expert._apply_gate(torch.cat([gate, up], dim=-1))
+        self._observe_down(expert, activated)
+        return _linear(expert.down_proj, activated[_padded(tokens)])[: len(tokens)]
+
+    def _observe_down(self, expert: ExpertMLPWithGate, activated: torch.Tensor) -> None:
+        observer = getattr(expert.down_proj, "input_observer", None)
+        if observer is not None and self.kind is Pass.CALIBRATE:
+            observer(activated)
+
+    def _counted(self, experts: LinearExperts2D) -> list[int]:
+        return self._tokens.get(experts) or [0] * experts.num_experts
+
+    def _shared_observers(self, experts: LinearExperts2D) -> list[list[Observer]] | None:
+        """Input observers of gate and up of all experts, grouped by equal behaviour; None where the short way would
+        skip something: another modifier's hook (GPTQ), another observer, another expert class."""
+        if experts not in self._observers:
+            self._observers[experts] = _group_observers(experts)
+        return self._observers[experts]
+
+
+def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int) -> list[int]:
+    """Widens the input statistics of experts with fewer than `least` routed tokens to the extremes of their peers.
+
+    For routed-only calibration. gate/up and down are kept apart. Peers are the experts with at least `least` tokens,
+    or, where there are none, all with statistics. Must run before the scales are computed. Returns the expert numbers
+    that were filled.
+    """
+    starving = [number for number in range(experts.num_experts) if tokens.get(number, 0) < max(least, 1)]
+    filled = set()
+    for observers in _input_observers(experts):
+        seen = {number: [o for o in group if o.has_statistics] for number, group in observers.items()}
+        donors = [o for n, group in seen.items() if n not in starving for o in group]
+        donors = donors or [o for group in seen.values() for o in group]
+        filled.update(_take_extremes(observers, starving, donors))
+    return sorted(filled)
+
+
+def fill_dead_experts(experts: LinearExperts2D) -> list[int]:
+    """Gives experts whose inputs were zero throughout (the down projection of a pruned expert) the extremes of their peers.
+
+    compressed-tensors scales such inputs by 1.0, which admits 2688; if a block's experts share their input scale, all of
+    them would get it. Must run before the scales are computed. Returns the expert numbers that were filled.
+    """
+    filled = set()
+    for observers in _input_observers(experts):
+        seen = {n: [o for o in group if o.has_statistics] for n, group in observers.items()}
+        dead = [
+            n for n, group in seen.items() if group and not any(o.min_vals.any() or o.max_vals.any() for o in group)
+        ]
+        filled.update(_take_extremes(observers, dead, [o for n, group in seen.items() if n not in dead for o in group]))
+    return sorted(filled)
+
+
+def _input_observers(experts: LinearExperts2D) -> Iterator[dict[int, list[Any]]]:
+    """The observers of each expert's inputs by expert number, for gate/up and for down."""
+    for leaves in INPUT_SHARING:
+        yield {
+            number: [o for leaf in leaves if isinstance(o := _input_observer(experts[number], leaf), MIN_MAX)]
+            for number in range(experts.num_experts)
+        }
+
+
+def _take_extremes(observers: dict[int, list[Any]], numbers: Iterable[int], donors: list[Any]) -> list[int]:
+    """Widens the extremes of the experts `numbers` to those of all `donors`; the numbers that were widened."""
+    if not donors:
+        return []
+    low = torch.stack([observer.min_vals for observer in donors]).amin(0)
+    high = torch.stack([observer.max_vals for observer in donors]).amax(0)
+    filled = []
+    for number in numbers:
+        for observer in observers[number]:
+            own = observer.has_statistics
+            observer.min_vals = torch.minimum(low, observer.min_vals) if own else low.clone()
+            observer.max_vals = torch.maximum(high, observer.max_vals) if own else high.clone()
+            filled.append(number)
+    return filled
+
+
+def _input_observer(expert: nn.Module, leaf: str) -> nn.Module | None:
+    return getattr(getattr(expert, leaf, None), "input_observer", None)
+
+
+def _padded(tokens: torch.Tensor) -> torch.Tensor:
+    """On the CPU, `tokens` and its first again up to a multiple of ROWS: oneDNN compiles and keeps a matrix product for
+    every number of rows (0.6 ms and 0.7 MB each), which would make memory grow with every block."""
+    extra = -len(tokens) % ROWS if tokens.device.type == "cpu" else 0
+    return torch.cat([tokens, tokens[:1].expand(extra)]) if extra else tokens
+
+
+def _linear(linear: nn.Linear, value: torch.Tensor) -> torch.Tensor:
+    """The layer without its hooks, and without compressed-tensors' wrapper where that is switched off."""
+    if is_plain(linear):
+        return F.linear(value, linear.weight, linear.bias)
+    out: torch.Tensor = linear.forward(value)
+    return out
+
+
+def _identical(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right)
+
+
+def _observe_once(observers: list[Observer], hidden: torch.Tensor) -> None:
+    first = observers[0]
+    first(hidden)
+    for name, value in first.get_statistics().items() if first.has_statistics else ():
+        for observer in observers[1:]:
+            setattr(observer, name, value)
+
+
+def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
+    groups: list[list[Observer]] = []
+    for number in range(experts.num_experts):
+        expert = experts[number]
+        if type(expert) is not ExpertMLPWithGate or _hooked(expert):
+            return None
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(expert, leaf)
+            observer = getattr(linear, "input_observer", None)
+            if _hooked(linear) or (observer is not None and not isinstance(observer, MIN_MAX)):
+                return None
+            if observer is None or leaf == "down_proj":
+                continue
+            for group in groups:
+                if type(group[0]) is type(observer) and group[0].args == observer.args:
+                    group.append(observer)
+                    break
+            else:
+                groups.append([observer])
+    return groups
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether a hook other than the input observer's sits on the module."""
+    others = [h for h in module._forward_pre_hooks.values() if getattr(h, "__wrapped__", h) is not calibrate_input_hook]
+    return bool(module._forward_hooks or others)

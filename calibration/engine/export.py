@@ -1,0 +1,208 @@
+"""A finished block -> output shards; then the rest of the plan, the index, the config and the sidecar files."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from calibration.checkpoint import nvfp4
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite, is_positive
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, TORCH
+from calibration.checkpoint.side_files import side_files
+from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
+from calibration.engine.exact import ExactWeights
+from calibration.plan.plan import Plan, PlannedShard, Step
+from calibration.plan.quantization_config import output_config
+from calibration.plan.schemes import FP8_BLOCK
+from calibration.runs.ranks import Ranks
+from calibration.runs.sharing import shares
+from recipes.errors import SourceError, WorkflowError
+from recipes.schema import Recipe
+
+#: The model card, which is the output's own.
+CARD_NAME = "README.md"
+
+
+class Exporter:
+    """Writes the output checkpoint of one plan, shard by shard, under the source's own tensor names."""
+
+    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe, output: Path, ranks: Ranks | None = None) -> None:
+        self.plan, self.formats, self.recipe, self.output = plan, formats, recipe, output
+        self.ranks = ranks or Ranks()
+        self._owners = shares(plan, self.ranks.size)
+        #: Modules that are packed and not yet in a shard: this rank's share, and what the others sent.
+        self._packed: dict[str, dict[str, torch.Tensor]] = {}
+        #: Relative rounding error of every module packed so far.
+        self.errors: dict[str, float] = {}
+        self._exact = ExactWeights(plan, formats, recipe)
+        #: Modules stored in MXFP4 and packed so far: whether they kept their values.
+        self.exact: dict[str, bool] = {}
+
+    def block(self, block: int, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        """Writes the shards of one calibrated block; `modules` maps source module names to llm-compressor's calibrated
+        linear layers, loaded. Returns shard file name -> sha256. Raises WorkflowError where a scale is not finite and
+        positive or a fused group does not share its weight global scale. All ranks call it, each packs its share, and
+        rank 0 alone writes; the others return nothing."""
+        return self._shards(block, modules)
+
+    def rest(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        """Writes the shards outside the blocks (embedding, head, MTP, ...), as `block` does."""
+        return self._shards(None, modules)
+
+    def finish(self, recipe_text: str) -> list[str]:
+        """Writes side files, recipe.yaml and config.json, and the index last: from then on the checkpoint loads. Returns the
+        files that it wrote, relative to the output."""
+        source = self.formats.checkpoint
+        copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
+        for path, name in copied:
+            write_safely(self.output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
+        write_text(self.output / "recipe.yaml", recipe_text)
+        write_json(self.output / CONFIG_NAME, output_config(self.plan, source.config))
+        index = {
+            "metadata": {"total_size": self.plan.output_bytes},
+            "weight_map": dict(sorted(self.plan.weight_map.items())),
+        }
+        write_json(self.output / INDEX_NAME, index)
+        return [*(name for _, name in copied), "recipe.yaml", CONFIG_NAME, INDEX_NAME]
+
+    def _shards(self, block: int | None, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+        shards = [shard for shard in self.plan.shards if shard.block == block]
+        scales = self._input_global_scales(modules)
+        own = {name: module for name, module in modules.items() if self._owners.get(name, 0) == self.ranks.rank}
+        self._check_shared_weight_scales(own)
+        if self.ranks.size == 1 or not modules:
+            return {shard.name: self._shard(shard, modules, scales) for shard in shards if self.ranks.writes}
+        # All pack before any sends: what can fail has not failed, and no rank waits for one that did.
+        for step in (self.plan.steps[source] for shard in shards for source in shard.sources):
+            if step.action == "quantize" and step.module in own:
+                self._packed[step.module] = self._quantized(step, own[step.module], scales.get(step.module))
+        own_errors = {name: self.errors[name] for name in own if name in self.errors}
+        own_exact = {name: self.exact[name] for name in own if name in self.exact}
+        for errors, exact in self.ranks.exchange(f"packed weights of block {block}", (own_errors, own_exact)):
+            self.errors |= errors
+            self.exact |= exact
+        return {shard.name: digest for shard in shards if (digest := self._gathered(shard, modules, scales))}
+
+    def _gathered(
+        self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
+    ) -> str | None:
+        """Brings one shard's tensors to rank 0, which writes it and returns its digest."""
+        self.ranks.exchange(f"shard {shard.name}", None)
+        for step in (self.plan.steps[source] for source in shard.sources):
+            if step.action != "quantize" or not (owner := self._owners[step.module]):
+                continue
+            if self.ranks.writes:
+                self._packed[step.module] = {
+                    output.name: self.ranks.receive(owner, output.shape, TORCH[output.dtype]) for output in step.outputs
+                }
+            elif owner == self.ranks.rank:
+                packed = self._packed.pop(step.module)
+                for output in step.outputs:
+                    self.ranks.send(packed[output.name])
+        return self._shard(shard, modules, scales) if self.ranks.writes else None
+
+    def _shard(
+        self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
+    ) -> str:
+        steps = [step for source in shard.sources if (step := self.plan.steps[source]).outputs]
+        outputs = [output for step in steps for output in step.outputs]
+        tensors = (made for step in steps for made in self._step(step, modules, scales).items())
+        return write_shard(self.output / shard.name, outputs, tensors)
+
+    def _step(
+        self, step: Step, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if step.action == "quantize":
+            if step.module not in modules:
+                raise WorkflowError(f"{step.module}: is to be quantized and was not calibrated: a defect here")
+            if step.module in self._packed:
+                return self._packed.pop(step.module)
+            return self._quantized(step, modules[step.module], scales.get(step.module))
+        output = step.outputs[0]
+        if step.action == "copy":
+            tensor = self.formats.checkpoint.read(step.source)
+            check_finite(tensor, f"{self.formats.checkpoint.path(step.source)}: {step.source}")
+        else:
+            dtype = torch.float32 if output.dtype == "F32" else TORCH_DTYPES[self.recipe.export.plain_dtype]
+            tensor = self.formats.read(step.source, dtype)
+        return {output.name: tensor}
+
+    def _quantized(
+        self, step: Step, module: torch.nn.Module, input_global_scale: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        scheme = self.plan.groups[str(step.group)]
+        names = [output.name for output in step.outputs]
+        if self._exact.is_mxfp4(step):
+            kept = self._exact.tensors(step)
+            self.exact[step.module] = kept is not None
+            if kept is not None:
+                self.errors[step.module] = 0.0
+                kept += [input_global_scale] if input_global_scale is not None else []
+                return dict(zip(names, kept, strict=True))
+        weight, scale = _parameter(module, "weight"), _parameter(module, "weight_scale")
+        check_finite(weight, f"{step.source} after calibration")
+        _check_scale(f"{step.module}.weight_scale", scale)
+        if scheme is FP8_BLOCK:
+            # compressed-tensors imports transformers: seconds that the stages without calibration need not wait.
+            from compressed_tensors.quantization.lifecycle.forward import quantize
+
+            arguments = module.quantization_scheme.weights  # type: ignore[union-attr]
+            codes = quantize(weight, scale, None, arguments, dtype=torch.float8_e4m3fn)
+            return dict(zip(names, (codes, scale.to(torch.float32)), strict=True))
+        global_scale = _parameter(module, "weight_global_scale")
+        _check_scale(f"{step.module}.weight_global_scale", global_scale)
+        packed, self.errors[step.module] = nvfp4.pack(weight, scale, global_scale)
+        values = [packed, scale.to(torch.float8_e4m3fn), global_scale.to(torch.float32).reshape(1)]
+        if input_global_scale is not None:
+            values.append(input_global_scale)
+        return dict(zip(names, values, strict=True))
+
+    def _input_global_scales(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+        """Module -> float32 `[1]`, the smallest of its sharing group: a global scale is a divisor of the largest
+        activation, so the smallest one covers every module of the group."""
+        scales: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            step = self.plan.quantized.get(name)
+            if step is not None and self.plan.groups[str(step.group)].input_scale:
+                scales[name] = _parameter(module, "input_global_scale").to(torch.float32).cpu().reshape(1)
+                _check_scale(f"{name}.input_global_scale", scales[name])
+        for group in self.plan.shared_input_scales():
+            shared = [scales[name] for name in group if name in scales]
+            if shared:
+                least = torch.stack(shared).amin(0)
+                scales.update(dict.fromkeys((name for name in group if name in scales), least))
+        return {name: scale.clone() for name, scale in scales.items()}
+
+    def _check_shared_weight_scales(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        for group in self.plan.fused:
+            scales = {
+                name: float(_parameter(modules[name], "weight_global_scale"))
+                for name in group
+                if name in modules and hasattr(modules[name], "weight_global_scale")
+            }
+            if len(set(scales.values())) > 1:
+                raise WorkflowError(
+                    f"weight_global_scale differs inside a fused group: {scales}; the serving engine would use one of "
+                    "them for all: these modules cannot be NVFP4 in this family yet, leave them out of the targets"
+                )
+
+
+def _parameter(module: torch.nn.Module, name: str) -> torch.Tensor:
+    value = getattr(module, name, None)
+    if not isinstance(value, torch.Tensor):
+        raise WorkflowError(f"{type(module).__name__} ends calibration without {name}: a defect here")
+    return value.data
+
+
+def _check_scale(name: str, scale: torch.Tensor) -> None:
+    if not is_positive(scale):
+        value = scale.to(torch.float32)
+        bad = value[~(torch.isfinite(value) & (value > 0))].flatten()[0].item()
+        raise SourceError(
+            f"{name}: {bad} is not a finite positive scale; no calibration token reached this module, or the weight or "
+            "activations overflow; use more samples or all_experts: true"
+        )

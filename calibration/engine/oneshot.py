@@ -1,0 +1,297 @@
+"""Recipe -> llm-compressor's own oneshot call, run through the streaming sequential pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from functools import partial, wraps
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import tqdm  # type: ignore[import-untyped]
+from compressed_tensors.offload.utils import as_single_threaded
+from compressed_tensors.quantization import DynamicType, QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.utils import patch_attr
+from llmcompressor import oneshot
+from llmcompressor.core import create_session
+from llmcompressor.logger import configure_logger
+from llmcompressor.modifiers import Modifier, ModifierFactory
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.observers import Observer
+from llmcompressor.pipelines.cache import IntermediatesCache
+from loguru import logger
+from pydantic import ValidationError
+from torch import accelerator
+from torch.distributed import ReduceOp
+from torch.utils.data import DataLoader
+
+from calibration.engine.attachment import BlockQuantizationModifier
+from calibration.engine.exact import ExactWeights
+from calibration.engine.results import CalibrationSummary, Callbacks
+from calibration.engine.walk import PIPELINE, CalibrationRun
+from calibration.model.source_model import SourceModel
+from calibration.plan.plan import Plan
+from calibration.runs.ranks import Ranks
+from calibration.runs.resume import Resume
+from calibration.runs.sharing import shares
+from recipes.errors import RecipeError
+from recipes.modifiers import ConfigGroup
+from recipes.schema import Recipe
+from recipes.schemes import ARGUMENTS
+
+#: The observer of activations: the extremes of all batches, whatever their order. llm-compressor's default for schemes
+#: that name none is a moving average, which depends on it.
+ACTIVATION_OBSERVER = "static_minmax"
+#: Warnings of llm-compressor that say nothing about a run of this engine.
+_NOISE = (
+    "Calibration pipeline is set to",
+    "No accelerator available!",
+    "Disabling tokenizer parallelism",
+    "Overriding weight observer for lower memory usage",
+)
+
+
+def calibrate(
+    recipe: Recipe,
+    source_model: SourceModel,
+    plan: Plan,
+    batches: DataLoader[dict[str, Any]],
+    callbacks: Callbacks,
+    scratch: Path,
+    verbose: bool = False,
+    resume: Resume | None = None,
+    ranks: Ranks | None = None,
+) -> CalibrationSummary:
+    """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
+
+    `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration; what
+    the mask rules out at the ends of a row reaches no block (calibration.data.padding).
+    Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and
+    log lines are left out unless `verbose`; its warnings become `log` events. With `resume` the blocks that it names as
+    finished are left out, and the run's activations go where it says and stay there after an error. Of several `ranks`
+    all call this with the same arguments; see `calibration.runs.ranks` for what each does.
+    Raises RecipeError for arguments that llm-compressor refuses and modifiers that cannot run block by block,
+    SourceError for NaN and Inf, ParityError and WorkflowError for a calibration that would be wrong.
+    """
+    calibration, ranks = recipe.calibration, ranks or Ranks()
+    if calibration is None:
+        raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
+    modifiers = build_modifiers(recipe, source_model, plan)
+    names = source_model.model_modules()
+    run = CalibrationRun(
+        source=source_model,
+        callbacks=callbacks,
+        scratch=Path(recipe.offload.directory) if recipe.offload.directory else scratch,
+        fused=[tuple(names[module] for module in group if module in names) for group in plan.fused],
+        min_tokens_per_expert=calibration.min_tokens_per_expert,
+        max_host_memory=recipe.offload.max_host_memory and recipe.offload.max_host_memory // ranks.local,
+        resume=resume,
+        ranks=ranks,
+        owners=shares(plan, ranks.size),
+    )
+    with contextlib.ExitStack() as stack:
+        # llm-compressor's own way with ranks broadcasts what lies on accelerators alone, and hangs where an expert saw
+        # a token on one rank and none on another: each rank runs it as if there were no other.
+        stack.enter_context(as_single_threaded())
+        stack.enter_context(create_session())
+        stack.enter_context(run.current())
+        if not verbose:
+            stack.enter_context(quiet(callbacks.on_progress))
+        if not accelerator.is_available():
+            # AWQ pins its cache, which fails without an accelerator and gains nothing there.
+            stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None))
+        try:
+            oneshot(
+                model=source_model.model,
+                recipe=modifiers,
+                dataset=batches,
+                pipeline=PIPELINE,
+                moe_calibrate_all_experts=calibration.all_experts,
+                # The batches are tokens already; without an object here oneshot looks for a tokenizer.
+                processor=object(),
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            if run.calibrating:
+                raise
+            raise RecipeError(f"modifiers: llm-compressor refuses them: {error}") from error
+    return run.summary
+
+
+def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan) -> list[Modifier]:
+    """llm-compressor's modifiers of the recipe, their targets resolved to transformers' module names.
+
+    Raises RecipeError, all at once, for arguments that llm-compressor does not take.
+    """
+    problems: list[str] = []
+    modifiers: list[Modifier] = []
+    quantization = recipe.quantization_modifier
+    others = any(entry.name != QuantizationModifier.__name__ for entry in recipe.modifiers)
+    if others and not ModifierFactory._loaded:
+        # It imports every modifier with its packages (auto_round alone takes half a second), and prints what fails.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ModifierFactory.refresh()
+    create = partial(ModifierFactory.create, allow_registered=True, allow_experimental=False)
+    for position, entry in enumerate(recipe.modifiers):
+        where, arguments = f"modifiers.{position}.{entry.name}", dict(entry.arguments)
+        try:
+            if position == quantization.position:
+                groups = _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
+                arguments = quantization.arguments | {"config_groups": groups}
+            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, recipe, source, plan))
+        except ValidationError as error:
+            problems += [
+                f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")
+                for detail in error.errors()
+            ]
+        except Exception as error:  # whatever an optional package or a validator of llm-compressor raises
+            problems.append(f"{where}: llm-compressor refuses it: {error}")
+    if problems:
+        raise RecipeError(problems)
+    return modifiers
+
+
+def require_divisible(recipe: Recipe) -> None:
+    """Raises RecipeError, naming modifier and observer, for what several ranks would not calibrate to the same bytes.
+
+    Extremes are the same in any order; averages and sums of floating-point numbers depend on which rank saw what.
+    """
+    problems = []
+    for position, entry in enumerate(recipe.modifiers):
+        where = f"modifiers.{position}.{entry.name}"
+        if entry.name != "QuantizationModifier":
+            problems.append(f"{where}: sums over all samples, and floating-point sums depend on their order")
+            continue
+        groups = {
+            name: _scheme(group, ["Linear"], _is_pinned(recipe))
+            for name, group in recipe.quantization_modifier.config_groups.items()
+        }
+        arguments = recipe.quantization_modifier.arguments | {"config_groups": groups}
+        resolved = QuantizationModifier(**arguments).resolved_config.config_groups
+        for name, scheme in resolved.items():
+            for part in ("weights", "input_activations", "output_activations"):
+                args = getattr(scheme, part)
+                if args is None or args.dynamic is True:
+                    continue
+                observer = args.observer or ("memoryless_minmax" if part == "weights" else "minmax")
+                reductions = Observer.get_value_from_registry(observer)._act_sync_dict
+                if part == "weights":
+                    # llm-compressor lets weights be seen once, whatever average the observer would take.
+                    divisible = observer in ("static_minmax", "minmax", "mse") or not reductions
+                else:
+                    divisible = bool(reductions) and set(reductions.values()) <= {ReduceOp.MIN, ReduceOp.MAX}
+                if not divisible:
+                    problems.append(f"{where}: {name}.{part}: observer {observer} depends on the order of the samples")
+    if problems:
+        raise RecipeError(
+            [f"{problem}; more than one rank would give other bytes: start it without torchrun" for problem in problems]
+        )
+
+
+def resolved_targets(wanted: Collection[str], everything: Collection[str]) -> list[str]:
+    """Few regexes that match exactly `wanted` among the module names `everything`.
+
+    compressed-tensors tries every target on every module, so 70,000 names would take hours: numbers are generalised
+    to \\d+ where all modules of a pattern are wanted, to the wanted numbers where these make up the choice, and only
+    otherwise the names are listed, in one regex.
+    """
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for name in everything:
+        patterns[re.sub(r"\d+", "#", name)].append(name)
+    chosen = set(wanted)
+    targets = []
+    for pattern, members in patterns.items():
+        hits = [name for name in members if name in chosen]
+        if hits:
+            targets.append(f"re:^{_pattern_regex(pattern, hits, members)}$")
+    matched = {name for name in everything if any(re.match(target[3:], name) for target in targets)}
+    assert matched == chosen, f"targets do not match what was resolved: {sorted(matched ^ chosen)[:4]}"
+    return targets
+
+
+def _pattern_regex(pattern: str, hits: list[str], members: list[str]) -> str:
+    fixed = [re.escape(part) for part in pattern.split("#")]
+    if len(hits) == len(members):
+        return r"\d+".join(fixed)
+    numbers = [tuple(re.findall(r"\d+", name)) for name in hits]
+    columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
+    taken = {tuple(re.findall(r"\d+", name)) for name in members} & set(product(*columns))
+    if taken == set(numbers):
+        return fixed[0] + "".join(f"(?:{'|'.join(c)}){f}" for c, f in zip(columns, fixed[1:], strict=True))
+    return f"(?:{'|'.join(re.escape(name) for name in hits)})"
+
+
+@contextlib.contextmanager
+def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """No bars and no log lines of llm-compressor inside; its warnings become `log` events, each text once."""
+    original, told = tqdm.std.tqdm.__init__, set[str]()
+
+    @wraps(original)
+    def disabled(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **(kwargs | {"disable": True}))
+
+    def report(message: Any) -> None:
+        text, level = message.record["message"], message.record["level"].name.lower()
+        if level != "metric" and text not in told and not text.startswith(_NOISE):
+            told.add(text)
+            on_progress({"event": "log", "level": level, "message": text})
+
+    logger.remove()
+    sink = logger.add(report, level="WARNING", format="{message}", catch=False)
+    try:
+        with patch_attr(tqdm.std.tqdm, "__init__", disabled), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.remove(sink)
+        configure_logger()
+
+
+def _blockwise(arguments: dict[str, Any], recipe: Recipe, source: SourceModel, plan: Plan) -> BlockQuantizationModifier:
+    exact = ExactWeights(plan, source.formats, recipe)
+    modules = {name: source.model.get_submodule(module) for name, module in source.model_modules().items()}
+    modifier = BlockQuantizationModifier(**arguments)
+    modifier.choose(
+        {modules[name]: str(step.group) for name, step in plan.quantized.items()},
+        [[modules[name] for name in group if name in modules] for group in plan.fused],
+        lambda module: exact.scale(plan.quantized[source.source_module(source.module_name(module))]) is not None,
+    )
+    return modifier
+
+
+def _schemes(
+    groups: dict[str, ConfigGroup], source: SourceModel, plan: Plan, pinned: bool
+) -> dict[str, QuantizationScheme]:
+    names = source.model_modules()
+    everything = [name for name, _ in source.model.named_modules()]
+    wanted: dict[str, list[str]] = defaultdict(list)
+    for module, step in plan.quantized.items():
+        wanted[str(step.group)].append(names[module])
+    schemes = {}
+    for group, modules in wanted.items():
+        schemes[group] = _scheme(groups[group], resolved_targets(modules, everything), pinned)
+    return schemes
+
+
+def _is_pinned(recipe: Recipe) -> bool:
+    """Whether observers of activations are ours to choose where a group names none."""
+    return not {"input_observer", "observer"} & recipe.quantization_modifier.arguments.keys()
+
+
+def _scheme(given: ConfigGroup, targets: list[str], pinned: bool) -> QuantizationScheme:
+    if given.scheme is not None:
+        scheme = preset_name_to_scheme(given.scheme, targets)
+    else:
+        weights, inputs = ARGUMENTS[given.preset]
+        arguments = {"targets": targets, "weights": weights | (given.weights or {})}
+        if inputs is not None:
+            arguments["input_activations"] = inputs | (given.input_activations or {})
+        scheme = QuantizationScheme.model_validate(arguments)
+    args = scheme.input_activations
+    if pinned and args is not None and args.dynamic in (False, DynamicType.LOCAL):
+        args.observer = (given.input_activations or {}).get("observer") or ACTIVATION_OBSERVER
+    return scheme

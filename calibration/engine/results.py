@@ -1,0 +1,91 @@
+"""What a calibration run tells its caller: a block as it is finished, the totals at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from calibration.runs.resume import Boundary
+
+
+@dataclass
+class BlockResult:
+    """A calibrated block, valid during `on_block` only: its weights leave memory afterwards.
+
+    `modules` maps source module names to the calibrated linear layers with their scales as parameters; `block` counts
+    from 0 and is None for what stands before the first block; what stands behind the last block comes with it.
+    `edited` holds source tensors outside `modules` that a modifier wrote to (AWQ, SmoothQuant). `parity` is the largest
+    absolute difference to the model's own forward. Times in seconds; `peak_rss` in bytes of anonymous memory, the
+    highest sample of this block.
+    """
+
+    block: int | None
+    blocks: int
+    name: str
+    modules: dict[str, nn.Module]
+    edited: dict[str, torch.Tensor]
+    tokens_per_expert: dict[int, int]
+    filled_experts: list[int]
+    rounded_to_nearest: list[str]
+    parity: float
+    seconds: float
+    peak_rss: int
+
+    def facts(self) -> dict[str, Any]:
+        """What the summary of a run needs of this block, as JSON; `CalibrationSummary.take` reads it back."""
+        return {
+            "modules": len(self.modules),
+            "tokens_per_expert": {str(expert): count for expert, count in self.tokens_per_expert.items()},
+            "filled_experts": self.filled_experts,
+            "rounded_to_nearest": self.rounded_to_nearest,
+            "parity": self.parity,
+            "peak_rss": self.peak_rss,
+        }
+
+
+@dataclass
+class Callbacks:
+    """What a run tells its caller. `on_block` takes each block as it is finished, with its weights; `on_finished` comes
+    after it with the block's number, its `BlockResult.facts` (None where the block was finished before and only its
+    outputs were needed again) and the saved activations that enter the next block: from its return on the activations
+    before are gone. `on_progress` gets small JSON-ready facts, with `event` one of trace, load, batch, block, log.
+    Where `should_stop` says so, the run ends behind the block with Interrupted. `takes_edits` says that `on_block`
+    writes `BlockResult.edited` into the output as well; without it modifiers that need it are refused."""
+
+    on_block: Callable[[BlockResult], None]
+    on_progress: Callable[[dict[str, Any]], None] = lambda event: None
+    takes_edits: bool = False
+    on_finished: Callable[[int, dict[str, Any] | None, Boundary | None], None] = lambda block, facts, boundary: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+@dataclass
+class CalibrationSummary:
+    """Totals of a run; `tokens_per_expert` by block and expert, `parity` by block."""
+
+    blocks: int = 0
+    batches: int = 0
+    modules: int = 0
+    tokens_per_expert: dict[int, dict[int, int]] = field(default_factory=dict)
+    filled_experts: dict[int, list[int]] = field(default_factory=dict)
+    rounded_to_nearest: list[str] = field(default_factory=list)
+    parity: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_rss: int = 0
+
+    def take(self, block: int, facts: dict[str, Any]) -> None:
+        """Adds one block, from its `BlockResult.facts`; a journal may lack some of them."""
+        facts = {"modules": 0, "peak_rss": 0, "rounded_to_nearest": [], "parity": 0.0, "tokens_per_expert": {},
+                 "filled_experts": [], **facts}  # fmt: skip
+        self.peak_rss = max(self.peak_rss, facts["peak_rss"])
+        self.modules += facts["modules"]
+        self.rounded_to_nearest += facts["rounded_to_nearest"]
+        self.parity[block] = facts["parity"]
+        if facts["tokens_per_expert"]:
+            self.tokens_per_expert[block] = {int(e): count for e, count in facts["tokens_per_expert"].items()}
+        if facts["filled_experts"]:
+            self.filled_experts[block] = facts["filled_experts"]

@@ -1,0 +1,460 @@
+"""llm-compressor's sequential pipeline over weights that stream from the source: one block in memory at a time.
+
+Modelled on llmcompressor/pipelines/sequential/pipeline.py (0.14.0.1). It differs where weights come from the source
+instead of an offloaded model, where the second pass is left out (round to nearest never edits a weight, so the first
+pass's outputs are what the second would compute), and in its checks: every block is compared with the model's own
+forward, every observer must have seen something, every scale must be finite and positive.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.quantization.utils import is_module_quantized
+from compressed_tensors.utils import patch_attr
+from llmcompressor.core import LifecycleCallbacks, active_session
+from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization, observe, update_qparams
+from llmcompressor.observers import ACTIVATION_OBS, Observer
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
+from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from torch import nn
+from torch.utils.data import DataLoader
+
+from calibration.checkpoint.formats import is_finite
+from calibration.data.padding import without_padding
+from calibration.engine.activations import ActivationCache
+from calibration.engine.attachment import BlockQuantizationModifier, link_fused
+from calibration.engine.experts import ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
+from calibration.engine.guards import (
+    first_non_finite,
+    require_mappings_inside_blocks,
+    require_scales,
+    require_statistics,
+)
+from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
+from calibration.model import tracing
+from calibration.model.source_model import SourceModel
+from calibration.model.tracing import (
+    BlockCall,
+    called_modules,
+    hidden_of,
+    own_block_calls,
+    parity_samples,
+    require_parity,
+)
+from calibration.runs.memory import PeakMemory
+from calibration.runs.ranks import Ranks
+from calibration.runs.resume import Boundary, Resume
+from calibration.runs.sharing import summed, widen
+from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
+
+PIPELINE = "streaming_sequential"
+
+_current: ContextVar[CalibrationRun] = ContextVar("calibration run")
+
+
+@CalibrationPipeline.register(PIPELINE)
+class StreamingSequentialPipeline(CalibrationPipeline):  # type: ignore[misc]
+    """Registered with llm-compressor; `oneshot(pipeline=PIPELINE)` runs the current CalibrationRun."""
+
+    @staticmethod
+    def __call__(model: nn.Module, dataloader: DataLoader[Any], dataset_args: Any) -> None:
+        """Called by oneshot with its model, the batches and its DatasetArguments."""
+        _current.get().execute(dataloader, dataset_args.tracing_ignore)
+
+
+@dataclass
+class CalibrationRun:
+    """One run of the pipeline: where weights come from, where activations may go, whom to tell.
+
+    `fused` are groups of transformers module names that must share a weight global scale; `scratch` takes activations
+    beyond `max_host_memory` bytes. With `resume` the blocks it names are left out and every boundary is saved. Of
+    several `ranks` each takes its own batches, and the weights of the modules (source names) that `owners` gives it.
+    """
+
+    source: SourceModel
+    callbacks: Callbacks
+    scratch: Path
+    fused: Sequence[tuple[str, ...]] = ()
+    min_tokens_per_expert: int = 1
+    max_host_memory: int | None = None
+    resume: Resume | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    owners: Mapping[str, int] = field(default_factory=dict)
+    experts: ExpertCalibration = field(default_factory=ExpertCalibration)
+    summary: CalibrationSummary = field(default_factory=CalibrationSummary)
+    memory: PeakMemory = field(default_factory=PeakMemory)
+    #: Whether the modifiers have been accepted and the forward passes have begun.
+    calibrating: bool = False
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """The pipeline that llm-compressor calls inside works on this run."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def execute(self, dataloader: DataLoader[Any], tracing_ignore: list[str]) -> None:
+        """Calibrates every block. Raises ParityError, SourceError (non-finite values), WorkflowError (scales)."""
+        started, model = time.monotonic(), self.source.model
+        with ExitStack() as stack:
+            scratch, lasting = (self.resume.activations, True) if self.resume else (self.scratch, False)
+            cache = ActivationCache(self.source.device, scratch, self.max_host_memory, lasting)
+            stack.enter_context(cache)
+            stack.enter_context(self.memory)
+            stack.callback(self.source.stop_reading)
+            batches = 0
+            for number, batch in enumerate(without_padding(dataloader)):
+                batches += 1
+                if self.ranks.owns(number):
+                    cache.add(batch, number)
+            if not len(cache):
+                raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
+            samples = parity_samples(cache)
+            self._tell("trace", blocks=len(self.source.blocks), batches=batches)
+            subgraphs = self.trace(samples[0], tracing_ignore)
+            stack.enter_context(self.experts.installed())
+            LifecycleCallbacks.calibration_start()
+            require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, self.source)
+            link_fused([model.get_submodule(name) for name in group] for group in self.fused)
+            gc.collect()  # tracing leaves cycles of graphs behind
+            self.calibrating = True
+            stack.enter_context(calibration_forward_context(model))
+            stack.enter_context(DisableQuantization(model))
+            session = active_session()
+            session.state.loss_masks, session.state.sequential_prefetch = None, False
+            modifiers = session.lifecycle.recipe.modifiers
+            edits = not all(isinstance(modifier, QuantizationModifier) for modifier in modifiers)
+            blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
+            Walk(self, cache, subgraphs, samples, edits, blockwise).walk()
+            LifecycleCallbacks.calibration_end()
+            self.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
+        self.summary.blocks, self.summary.batches = len(self.source.blocks), batches
+        self.summary.seconds = time.monotonic() - started
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        self.callbacks.on_progress({"event": event, **facts})
+
+    def trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
+        """llm-compressor's trace of the model on one batch. Raises WorkflowError unless each block is a subgraph of its own."""
+        blocks = list(self.source.blocks.values())
+        try:
+            with tracing.repaired_tracing():
+                subgraphs = trace_subgraphs(self.source.model, sample, self.source.sequential_targets, ignore)
+        except Exception as error:
+            name = type(self.source.model).__name__
+            raise WorkflowError(f"{name}: llm-compressor cannot trace this model: {str(error)[-600:]}") from error
+        found = [self.blocks_in(subgraph) for subgraph in subgraphs]
+        if [block for group in found for block in group] != blocks or any(len(group) > 1 for group in found):
+            raise WorkflowError(
+                f"{type(self.source.model).__name__}: tracing gave {len(subgraphs)} parts that do not hold its "
+                f"{len(blocks)} blocks one each and in order; this model type is not supported"
+            )
+        return list(subgraphs)
+
+    def blocks_in(self, subgraph: Subgraph) -> list[nn.Module]:
+        """The blocks that a subgraph calls: one, or none before the first and behind the last."""
+        blocks = set(self.source.blocks.values())
+        return [module for module in called_modules(subgraph, self.source.model) if module in blocks]
+
+
+@dataclass
+class Walk:
+    """The way of all batches through the subgraphs."""
+
+    run: CalibrationRun
+    cache: ActivationCache
+    subgraphs: list[Subgraph]
+    samples: dict[int, dict[str, Any]]
+    edits: bool
+    #: The modifiers that take up and let go of the modules of each subgraph; others do all at the start and the end.
+    blockwise: Sequence[BlockQuantizationModifier] = ()
+    #: Block number by subgraph; None for what stands before the first block (or behind the last).
+    numbers: list[int | None] = field(default_factory=list)
+    entering: dict[int, torch.Tensor] = field(default_factory=dict)
+    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    def walk(self) -> None:
+        """Takes every batch through every block that is not finished, from the nearest saved activations on."""
+        run, resume = self.run, self.run.resume or Resume(self.run.scratch)
+        numbers = iter(range(len(run.source.blocks)))
+        self.numbers = [next(numbers) if run.blocks_in(subgraph) else None for subgraph in self.subgraphs]
+        for number, facts in sorted(resume.finished.items()):
+            run.summary.take(number, facts)
+        where = {number: index for index, number in enumerate(self.numbers) if number is not None}
+        route = self._route(where, resume)
+        for (index, saved), (following, _) in zip(route, [*route[1:], (None, None)], strict=True):
+            if saved is not None:
+                if index == route[0][0]:
+                    self._look_before_the_blocks()
+                run._tell("resume", block=self.numbers[index], directory=str(saved.directory))
+                self.cache.restore(saved)
+            self.step(index, following)
+
+    def _route(self, where: dict[int, int], resume: Resume) -> list[tuple[int, Boundary | None]]:
+        """The subgraphs to step through, in order, each with the saved activations to take up before it. `where` maps
+        block numbers to subgraphs."""
+        route: list[tuple[int, Boundary | None]] = []
+        begin = 0
+        for pending in (index for number, index in where.items() if number not in resume.finished):
+            saved = max((n for n in resume.boundaries if begin < where[n] <= pending), default=None)
+            start = begin if saved is None else where[saved]
+            route += [(start, None if saved is None else resume.boundaries[saved])]
+            route += [(index, None) for index in range(start + 1, pending + 1)]
+            begin = pending + 1
+        return route + [(index, None) for index in range(begin, len(self.subgraphs)) if begin > max(where.values())]
+
+    def _look_before_the_blocks(self) -> None:
+        """Records the model's own calls of its blocks, for parity, where the walk does not begin at the text."""
+        roots = self.roots(0)
+        self.run.source.load(roots)
+        self.record_own_calls()
+        self.run.source.unload(roots)
+
+    def step(self, index: int, following: int | None) -> None:
+        """Loads, calibrates, checks, hands over and unloads one subgraph while the `following` one's weights are read;
+        then makes its end durable."""
+        run, subgraph, started = self.run, self.subgraphs[index], time.monotonic()
+        source, number = run.source, self.numbers[index]
+        block = next(iter(run.blocks_in(subgraph)), None)
+        name = "before the blocks" if block is None else source.source_block(source.module_name(block))
+        where = name if number is None else f"block {number} ({name})"
+        roots = self.roots(index)
+        known = run.resume is not None and number in run.resume.finished and not self.edits
+        for modifier in self.blockwise if not known else ():
+            modifier.attach(roots)
+        run._tell("load", block=number, name=name)
+        source.load(roots)
+        if following is not None and source.reads_ahead:
+            source.prefetch(self.roots(following))
+        self.cache.aim(index + 1, save=block is not None and index + 1 < len(self.subgraphs))
+        if index == 0:
+            self.record_own_calls()
+        result = None if known else self._work(index, block, number, name, where, roots, started)
+        if result is not None:
+            self._hand_over(result)
+        else:
+            self._repeat(index, block, number, where)
+        for modifier in self.blockwise:
+            modifier.detach()
+        for module in [module for root in roots for module in root.modules()]:
+            run.experts.forget(module)
+            freeze_module_quantization(module)  # calibration_end would do it: a thousand observers per block until then
+        source.unload(roots)
+        if number is not None:
+            facts = None if result is None else result.facts()
+            boundary = Boundary.whole(run.ranks.exchange(f"activations behind {where}", self.cache.commit()))
+            run.callbacks.on_finished(number, facts, boundary)
+        # Behind this meeting the block is finished for all ranks.
+        stop = number is not None and run.ranks.any(f"end of {where}", run.callbacks.should_stop())
+        self.cache.forget(before=index + 1)
+        if number is not None and stop:
+            total = len(source.blocks)
+            rest = "writes the index" if number + 1 == total else f"continues with block {number + 2}"
+            raise Interrupted(f"stopped behind block {number + 1} of {total}; the same command {rest}")
+
+    def _work(
+        self, index: int, block: nn.Module | None, number: int | None, name: str, where: str, roots: list[nn.Module],
+        started: float,
+    ) -> BlockResult:  # fmt: skip
+        """Calibrates and checks what is loaded."""
+        run, source = self.run, self.run.source
+        quantized = {
+            source.source_module(source.module_name(module)): module
+            for root in roots
+            for module in root.modules()
+            if is_module_quantized(module)
+        }
+        _attach_again(quantized.values())
+        parity = self._calibrate(index, block, number, where)
+        experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
+        self._share_statistics(quantized, experts, where)
+        tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
+        filled = self._fill(experts)
+        require_statistics(quantized, where)
+        own = {name: m for name, m in quantized.items() if run.owners.get(name, 0) == run.ranks.rank}
+        others = set(quantized.values()) - set(own.values())
+        with patch_attr(run.experts, "kind", Pass.PROPAGATE):
+            modules = self.subgraphs[index].submodules(source.model)
+            LifecycleCallbacks.sequential_epoch_end([module for module in modules if module not in others])
+        update_qparams(others, ACTIVATION_OBS)
+        nearest = self._round_to_nearest(own)
+        if self.edits:
+            self._propagate(index, number, block, where)
+        require_scales(own, where)
+        figures = run.ranks.exchange(f"scales of {where}", (parity, run.memory.take()))
+        return BlockResult(
+            number, len(source.blocks), name, quantized, self._edited(roots, quantized, where), tokens, filled, nearest,
+            max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
+        )  # fmt: skip
+
+    def _share_statistics(self, quantized: dict[str, nn.Module], experts: list[LinearExperts2D], where: str) -> None:
+        """Every rank goes on with what all of them saw."""
+        ranks, counted = self.run.ranks, self.run.experts
+        found = (getattr(module, f"{base}_observer", None) for module in quantized.values() for base in ACTIVATION_OBS)
+        widen(ranks, [observer for observer in found if observer is not None])
+        tokens = summed(ranks, f"tokens of {where}", map(counted.tokens, experts))
+        for module, total in zip(experts, tokens, strict=True):
+            counted.count(module, total)
+
+    def _hand_over(self, result: BlockResult) -> None:
+        if result.block is not None or result.modules:
+            self.run.callbacks.on_block(result)
+        if result.block is None:
+            self.run.summary.modules += len(result.modules)
+            return
+        if self.run.resume is None or result.block not in self.run.resume.finished:
+            self.run.summary.take(result.block, result.facts())
+        self.run._tell(
+            "block", block=result.block, blocks=result.blocks, name=result.name, modules=len(result.modules),
+            seconds=round(result.seconds, 3), peak_rss=result.peak_rss, parity=result.parity,
+            tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
+        )  # fmt: skip
+
+    def _repeat(self, index: int, block: nn.Module | None, number: int | None, where: str) -> None:
+        """The pass that computes the outputs of a block again, to the same bits, and observes nothing."""
+        with self.run.experts.running(Pass.REPEAT):
+            for batch, outputs, passed in self.forward(index, block, number, "repeat"):
+                if block is not None and passed is not None:
+                    self.require_finite(index, block, passed[1], batch, where)
+                self.keep(index, batch, outputs)
+
+    def roots(self, index: int) -> list[nn.Module]:
+        """The modules whose weights a subgraph needs."""
+        model = self.run.source.model
+        roots = called_modules(self.subgraphs[index], model)
+        if index == 0:
+            # The embedding is called inside wrapped code, which the graph does not show.
+            later = {module for subgraph in self.subgraphs[1:] for module in called_modules(subgraph, model)}
+            roots += [module for module in self.run.source.outside_blocks() if module not in {*later, *roots}]
+        # calibration_forward_context gives the head a forward that needs no weights.
+        head = model.get_output_embeddings()
+        wanted = is_module_quantized(head) or any(modifier.quantizes(head) for modifier in self.blockwise)
+        return [module for module in roots if module is not head or wanted]
+
+    def record_own_calls(self) -> None:
+        """Runs the model's own forward with blocks that pass their input on, to learn how it calls them (for parity)."""
+        source = self.run.source
+        for batch, sample in self.samples.items():
+            with self.run.experts.running(Pass.REPEAT):
+                calls = own_block_calls(source.model, list(source.blocks.values()), sample)
+            self.entering[batch], self.calls[batch] = calls
+
+    def _calibrate(self, index: int, block: nn.Module | None, number: int | None, where: str) -> float:
+        """The pass that observes. Returns the largest difference to the model's own forward."""
+        worst = 0.0
+        with self.run.experts.running(Pass.CALIBRATE):
+            for batch, outputs, passed in self.forward(index, block, number, "calibrate"):
+                if block is not None and passed is not None:
+                    hidden, made = passed
+                    self.require_finite(index, block, made, batch, where)
+                    if batch in self.calls and number is not None:
+                        worst = max(worst, self.check_parity(block, number, batch, hidden, made))
+                if not self.edits:
+                    self.keep(index, batch, outputs)
+        return worst
+
+    def _propagate(self, index: int, number: int | None, block: nn.Module | None, where: str) -> None:
+        """The pass that computes the outputs of the edited weights."""
+        with self.run.experts.running(Pass.PROPAGATE):
+            for batch, outputs, passed in self.forward(index, block, number, "propagate"):
+                if block is not None and passed is not None:
+                    self.require_finite(index, block, passed[1], batch, where)
+                self.keep(index, batch, outputs)
+
+    def forward(
+        self, index: int, block: nn.Module | None, number: int | None, kind: str
+    ) -> Iterator[tuple[int, dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
+        """Yields batch, outputs, and the hidden states that entered and left the block."""
+        subgraph, passed = self.subgraphs[index], list[tuple[torch.Tensor, torch.Tensor]]()
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            passed.append((BlockCall.of(args, kwargs)[0], hidden_of(output)))
+
+        for batch in range(len(self.cache)):
+            active_session().state.current_batch_idx = batch
+            inputs = self.cache.fetch(batch, subgraph.input_names)
+            handle = None if block is None else block.register_forward_hook(watch, with_kwargs=True)
+            outputs = subgraph.forward(self.run.source.model, **inputs)
+            if handle is not None:
+                handle.remove()
+            self.run._tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
+            yield batch, outputs, passed.pop() if passed else None
+
+    def keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
+        """Hands a subgraph's outputs to the next one."""
+        if index + 1 < len(self.subgraphs):
+            self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
+
+    def check_parity(
+        self, block: nn.Module, number: int, batch: int, hidden: torch.Tensor, made: torch.Tensor
+    ) -> float:
+        """The largest difference of `made` to what the model's own call of the block makes of `hidden`. Raises ParityError."""
+        worst = 0.0
+        if number == 0:
+            worst = require_parity("before block 0", hidden, self.entering[batch])
+        with self.run.experts.running(Pass.REPEAT):
+            own = self.calls[batch][number](block, hidden)
+        return max(worst, require_parity(f"block {number}", made, own))
+
+    def require_finite(self, index: int, block: nn.Module, made: torch.Tensor, batch: int, where: str) -> None:
+        """Raises SourceError, naming the first module that gave NaN or Inf, where a block did."""
+        if is_finite(made):
+            return
+        source, subgraph = self.run.source, self.subgraphs[index]
+        name = source.module_name(block)
+        with self.run.experts.running(Pass.PROPAGATE):
+            inputs = self.cache.fetch(batch, subgraph.input_names)
+            forward = partial(subgraph.forward, source.model, **inputs)
+            first = first_non_finite(block.named_modules(prefix=name), forward)
+        raise SourceError(
+            f"{where}, batch {self.cache.numbers[batch]}: the hidden states are not finite; the first module with NaN or Inf is "
+            f"{first or name}; the source overflows in BF16 on this text, or is damaged"
+        )
+
+    def _fill(self, experts: list[LinearExperts2D]) -> list[int]:
+        for module in experts:
+            fill_dead_experts(module)
+        if get_calibrate_all_experts_flag():
+            return []
+        least = self.run.min_tokens_per_expert
+        return [n for module in experts for n in fill_from_peers(module, self.run.experts.tokens(module), least)]
+
+    @staticmethod
+    def _round_to_nearest(quantized: dict[str, nn.Module]) -> list[str]:
+        """Gives weight scales to modules that the modifier left without: GPTQ skips an expert that saw no token."""
+        left = {n: m for n, m in quantized.items() if not is_finite(getattr(m, "weight_scale", torch.zeros(())))}
+        observe(list(left.values()), "weight")
+        update_qparams(list(left.values()), "weight")
+        return list(left)
+
+    def _edited(self, roots: list[nn.Module], modules: dict[str, nn.Module], where: str) -> dict[str, torch.Tensor]:
+        edited = self.run.source.edited(roots)
+        outside = {name: tensor for name, tensor in edited.items() if name.rpartition(".")[0] not in modules}
+        if outside and not self.run.callbacks.takes_edits:
+            raise RecipeError(f"{where}: the modifiers changed {', '.join(outside)}, which the output copies unchanged")
+        return outside
+
+
+def _attach_again(modules: Iterable[nn.Module]) -> None:
+    """Observers that keep state of their own (imatrix) made it on meta: they start again beside loaded weights."""
+    for module in modules:
+        for child in list(module.children()):
+            if isinstance(child, Observer) and type(child).attach is not Observer.attach:
+                child.detach(module)
+                child.attach(module)

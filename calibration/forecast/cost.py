@@ -1,0 +1,158 @@
+"""What a run must compute, move and hold, from headers and the recipe alone: operations, bytes and counts, no seconds.
+
+The formulas stand in docs/cost-model.md; `tests/benchmarks/cost_model.py` applies them to DeepSeek-V4-Flash and -Pro.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from calibration.checkpoint.formats import Formats
+from calibration.families.family import NOT_LINEAR, ROUTED, Family
+from calibration.plan.plan import Plan
+
+#: Bytes per value of activations and of dequantized weights: BF16.
+BF16 = 2
+#: Bytes per token of what travels beside the hidden states: ids, mask and positions (int64), rotary tables not counted.
+_BESIDE = 24
+
+
+@dataclass(frozen=True, order=True)
+class Product:
+    """A matrix product that a block makes: `[tokens * share, columns] x [columns, rows]`. `share` is below 1 where only
+    routed tokens enter (the mean over the experts). `use`: gate and up of a routed expert, which all read one input; its
+    down; any other layer."""
+
+    rows: int
+    columns: int
+    share: float = 1.0
+    use: Literal["expert gate", "expert down", "layer"] = "layer"
+
+    @property
+    def operations(self) -> float:
+        """Per token of the batch."""
+        return 2.0 * self.rows * self.columns * self.share
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block, or with `number` None all that stands outside the blocks. `products` counts equal matrix products;
+    `values` are logical weights, `quantized` those that become NVFP4 or FP8 tiles, in `modules` modules; `reads` are
+    source bytes by stored format."""
+
+    number: int | None
+    products: Counter[Product] = field(default_factory=Counter)
+    attention: tuple[int, int] = (0, 0)
+    values: int = 0
+    quantized: int = 0
+    modules: int = 0
+    reads: Counter[str] = field(default_factory=Counter)
+    written: int = 0
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(self.reads.values())
+
+    def operations(self, length: int) -> float:
+        """Per token of samples of `length` tokens: 2 per weight and product, and eager attention over the whole sample
+        (scores and values, `4 heads head_dim length`)."""
+        heads, dim = self.attention
+        return sum(p.operations * count for p, count in self.products.items()) + 4.0 * heads * dim * length
+
+    def outside_experts(self, length: int) -> float:
+        """The share of `operations` that is not in routed experts."""
+        inside = sum(p.operations * count for p, count in self.products.items() if p.use != "layer")
+        return 1 - inside / self.operations(length) if inside else 1.0
+
+
+def products(
+    family: Family,
+    shapes: Mapping[str, Sequence[int]],
+    config: Mapping[str, Any],
+    everything: bool = False,
+    all_experts: bool = True,
+) -> dict[int, Counter[Product]]:
+    """Block number -> its matrix products, from weight shapes by source tensor name.
+
+    With `all_experts` every token passes gate and up of every routed expert; down only the experts it is routed to, or
+    all with `everything` (stock llm-compressor). Routers and what is no linear layer are left out.
+    """
+    layers: dict[int, Counter[Product]] = {}
+    gated = {leaf for group in family.fused_leaves for leaf in group}
+    routed: dict[int, Counter[tuple[int, int, bool]]] = {}
+    for name, shape in shapes.items():
+        place = family.place(name)
+        if place.block is None or place.part in NOT_LINEAR or len(shape) != 2 or ".weight" not in name:
+            continue
+        if place.part == ROUTED:
+            size = (shape[0], shape[1], name.split(".")[-2] in gated)
+            routed.setdefault(place.block, Counter())[size] += 1
+        else:
+            layers.setdefault(place.block, Counter())[Product(shape[0], shape[1])] += 1
+    chosen = int(config.get("num_experts_per_tok") or 1)
+    for block, sizes in routed.items():
+        experts = sum(count for (_, _, gate), count in sizes.items() if not gate)
+        share = min(chosen / max(experts, 1), 1.0)
+        for (rows, columns, gate), count in sizes.items():
+            product = (
+                Product(rows, columns, 1.0 if everything or all_experts else share, "expert gate")
+                if gate
+                else Product(rows, columns, 1.0 if everything else share, "expert down")
+            )
+            layers.setdefault(block, Counter())[product] += count
+    return layers
+
+
+def attention(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Heads and their dimension."""
+    heads = int(config.get("num_attention_heads") or 0)
+    return heads, int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
+
+
+def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[BlockCost]:
+    """Every block of a plan in order, then (number None) the rest; `all_experts` as in `products`."""
+    checkpoint, family = formats.checkpoint, plan.family
+    weights = {name: formats.of(name).shape for name in checkpoint.tensors if name not in formats.companions}
+    per_block = products(family, weights, checkpoint.config, all_experts=all_experts)
+    costs: dict[int | None, dict[str, Any]] = {
+        number: {"reads": Counter(), "values": 0, "quantized": 0, "modules": 0, "written": 0}
+        for number in (*plan.block_numbers, None)
+    }
+    for name, step in plan.steps.items():
+        facts = costs[family.place(name).block]
+        owner = formats.of(name).kind if name in weights else "scale"
+        facts["reads"][owner] += checkpoint.tensors[name].nbytes
+        facts["written"] += sum(output.nbytes for output in step.outputs)
+        values = math.prod(weights.get(name, (0,)))
+        facts["values"] += values
+        if step.action == "quantize":
+            facts["quantized"] += values
+            facts["modules"] += 1
+    heads = attention(checkpoint.config)
+    return [
+        BlockCost(number, per_block.get(number, Counter()) if number is not None else Counter(),
+                  (0, 0) if number is None else heads, **facts)
+        for number, facts in costs.items()
+    ]  # fmt: skip
+
+
+def hidden_width(config: Mapping[str, Any]) -> int:
+    """Values per token between two blocks; DeepSeek-V4 keeps `hc_mult` hidden states."""
+    return int(config.get("hidden_size") or 0) * int(config.get("hc_mult") or 1)
+
+
+def boundary_bytes(width: int, batches: Sequence[tuple[int, int]]) -> int:
+    """Activations between two blocks of batches `(samples, tokens each)`: hidden states and the causal mask in BF16, ids
+    and positions."""
+    return sum(n * t * (BF16 * width + _BESIDE) + n * t * t * BF16 for n, t in batches)
+
+
+def scratch_bytes(boundary: int, blocks: int, max_host_memory: int | None) -> int:
+    """Most bytes of activations on disk at any time: those that enter and leave a block. What enters the first one is
+    there only as far as it passes `max_host_memory`, nothing leaves the last."""
+    first = max(boundary - (max_host_memory or 0), 0)
+    return max(first + (boundary if blocks > 1 else 0), boundary * min(2, max(blocks - 1, 0)))

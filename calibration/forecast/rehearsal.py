@@ -1,0 +1,174 @@
+"""One batch through the embedding and one block of every kind, before the long run: finite values, trace parity, and
+what they take. Nothing is observed, quantized or kept."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.utils import patch_attr
+from llmcompressor.args import DatasetArguments
+from llmcompressor.core import create_session
+from llmcompressor.modeling.moe.context import moe_calibration_context
+from llmcompressor.utils.helpers import calibration_forward_context
+from torch import nn
+
+from calibration.data.padding import without_padding
+from calibration.engine.activations import ActivationCache
+from calibration.engine.experts import Pass
+from calibration.engine.results import Callbacks
+from calibration.engine.walk import CalibrationRun, Walk
+from calibration.forecast.speed import Spent, Watch
+from calibration.model.source_model import SourceModel
+from calibration.runs.memory import PeakMemory
+from recipes.errors import EnvironmentProblem
+
+#: No further kind of block is begun once the rehearsal has taken this long.
+SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class RehearsedBlock:
+    """One block of a kind: `blocks` are the numbers of all blocks of its kind; what it took to load its weights, and the
+    faster of two forward passes (the traced one, and the model's own)."""
+
+    block: int
+    name: str
+    blocks: tuple[int, ...]
+    load: Spent
+    forward: Spent
+    parity: float
+
+
+@dataclass
+class Rehearsal:
+    """What was tried. `tokens` is the size of the batch; `boundary_bytes` what the batch keeps between
+    two blocks; `left_out` are the first blocks of kinds that there was no time for; `peak_memory` in bytes, anonymous."""
+
+    tokens: int
+    blocks: list[RehearsedBlock] = field(default_factory=list)
+    boundary_bytes: int = 0
+    left_out: list[int] = field(default_factory=list)
+    peak_memory: int = 0
+
+
+def rehearse_blocks(
+    source: SourceModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    all_experts: bool,
+    scratch: Path,
+    seconds: float = SECONDS,
+) -> Rehearsal:
+    """Runs the largest of `batches` through the traced embedding and the first block of every kind, in the order of the
+    model; the blocks between them pass their input on. Weights are read as the calibration reads them, and leave memory.
+
+    Raises SourceError (values that are not finite, weights that cannot be read), ParityError, WorkflowError (a model
+    that cannot be traced) and EnvironmentProblem (out of memory).
+    """
+    sample = max(without_padding(batches), key=lambda batch: batch["input_ids"].numel())
+    rehearsal = Rehearsal(sample["input_ids"].numel())
+    try:
+        with PeakMemory() as memory:
+            _walk(source, sample, all_experts, scratch, seconds, rehearsal)
+            rehearsal.peak_memory = memory.take()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise EnvironmentProblem(
+            f"out of memory in the rehearsal, with one batch of {rehearsal.tokens} tokens: {error}; lower "
+            "calibration.batch_size or calibration.max_seq_length"
+        ) from None
+    finally:
+        source.unload([source.model])
+    return rehearsal
+
+
+def kinds(source: SourceModel) -> list[tuple[int, ...]]:
+    """The numbers of the blocks that are alike (class, tensors with their shapes, attention type of the config), kind by
+    kind in the order of their first block."""
+    types = getattr(source.model.config, "layer_types", None) or ()
+    found: dict[Any, list[int]] = {}
+    for number, block in enumerate(source.blocks.values()):
+        tensors = {
+            (re.sub(r"\.\d+\.", ".N.", name), tuple(tensor.shape)) for name, tensor in block.state_dict().items()
+        }
+        kind = (type(block), frozenset(tensors), types[number] if number < len(types) else None)
+        found.setdefault(kind, []).append(number)
+    return [tuple(numbers) for numbers in found.values()]
+
+
+def _walk(
+    source: SourceModel, sample: dict[str, Any], all_experts: bool, scratch: Path, seconds: float, into: Rehearsal
+) -> None:
+    run = CalibrationRun(source, Callbacks(on_block=lambda result: None), scratch)
+    chosen = {numbers[0]: numbers for numbers in kinds(source)}
+    began = time.monotonic()
+    with ExitStack() as stack:
+        stack.enter_context(create_session())
+        cache = stack.enter_context(ActivationCache(source.device, scratch))
+        cache.add(sample)
+        samples = {0: cache.fetch(0)}
+        walk = Walk(run, cache, run.trace(samples[0], DatasetArguments().tracing_ignore), samples, edits=False)
+        stack.enter_context(run.experts.installed())
+        stack.enter_context(calibration_forward_context(source.model))
+        if all_experts:
+            stack.enter_context(moe_calibration_context())
+        number = 0
+        for index, subgraph in enumerate(walk.subgraphs):
+            block = next(iter(run.blocks_in(subgraph)), None)
+            if block is None and index:
+                break
+            last = into.blocks[-1] if into.blocks else None
+            taken = time.monotonic() - began + (last.load.clock + last.forward.clock if last else 0)
+            if number in chosen and last and taken > seconds:
+                into.left_out += [first for first in chosen if first >= number]
+                break
+            skipped = block is not None and number not in chosen
+            facts = _step(walk, index, None if skipped else block, block if skipped else None, number)
+            if block is None:
+                continue
+            if facts is not None:
+                name = source.source_block(source.module_name(block))
+                into.blocks.append(RehearsedBlock(number, name, chosen[number], *facts))
+                into.boundary_bytes = max(into.boundary_bytes, cache.held_bytes)
+            number += 1
+            if number > max(chosen):
+                break
+
+
+def _step(
+    walk: Walk, index: int, block: nn.Module | None, skipped: nn.Module | None, number: int
+) -> tuple[Spent, Spent, float] | None:
+    """One subgraph: what loading and the forward pass took, and the difference to the model's own forward."""
+    source, worst, watch = walk.run.source, 0.0, Watch()
+    roots = [root for root in walk.roots(index) if root is not skipped]
+    source.load(roots)
+    loaded = watch.lap()
+    if index == 0:
+        walk.record_own_calls()
+    with ExitStack() as stack:
+        stack.enter_context(walk.run.experts.running(Pass.REPEAT))
+        if skipped is not None:
+            stack.enter_context(patch_attr(skipped, "forward", _pass_on))
+        watch.lap()
+        for batch, outputs, passed in walk.forward(index, block, number, "rehearse"):
+            forward = watch.lap()
+            if block is not None and passed is not None:
+                hidden, made = passed
+                name = source.source_block(source.module_name(block))
+                walk.require_finite(index, block, made, batch, f"rehearsal of block {number} ({name})")
+                watch.lap()
+                worst = walk.check_parity(block, number, batch, hidden, made)
+                forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
+            walk.keep(index, batch, outputs)
+    source.unload(roots)
+    return None if block is None else (loaded, forward, worst)
+
+
+def _pass_on(*args: Any, **kwargs: Any) -> torch.Tensor:
+    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden

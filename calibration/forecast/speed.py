@@ -1,0 +1,270 @@
+"""How fast this machine is at what a run does: a micro-benchmark of seconds, at the model's own shapes and on the source's
+own bytes. It leaves no file behind: what is written goes into an unnamed one, which no directory ever shows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+
+from calibration.checkpoint import nvfp4
+from calibration.checkpoint.direct import Buffer, DirectReader, Extent
+from calibration.checkpoint.formats import Formats, dequantize
+from calibration.convert.layout import ShardLayout
+from calibration.convert.work import Work
+from calibration.forecast.cost import Product
+from calibration.plan.plan import Plan
+from calibration.runs.disk import existing
+from recipes.schema import Recipe
+
+#: Bounds of one measurement: it is repeated until `_LEAST` seconds have passed, and made on at most so much.
+_LEAST, _SAMPLE_BYTES, _OPERATIONS, _WRITTEN = 0.02, 32 << 20, 4e9, 16 << 20
+#: Written per second where no unnamed file can be had. Assumed, and said so.
+ASSUMED_WRITE = 500e6
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of the clock and of the processors (all threads)."""
+
+    clock: float = 0.0
+    cpu: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(self.clock + other.clock, self.cpu + other.cpu)
+
+    def __mul__(self, factor: float) -> Spent:
+        return Spent(self.clock * factor, self.cpu * factor)
+
+
+class Watch:
+    """A stopwatch of both kinds of seconds."""
+
+    def __init__(self) -> None:
+        self._clock, self._cpu = time.perf_counter(), time.process_time()
+
+    def lap(self) -> Spent:
+        """What has been spent since the last lap; waits for an accelerator's work."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        clock, cpu = time.perf_counter(), time.process_time()
+        spent = Spent(clock - self._clock, cpu - self._cpu)
+        self._clock, self._cpu = clock, cpu
+        return spent
+
+
+def timed(call: Callable[[], object]) -> Spent:
+    """What one call takes, the mean of as many as fill `_LEAST` seconds; the first one is for warming up, unless it is
+    long."""
+    for warm in (False, True):
+        count, clock, cpu = 0, time.perf_counter(), time.process_time()
+        while not count or time.perf_counter() - clock < (_LEAST if warm else 0):
+            call()
+            count += 1
+        spent = Spent(time.perf_counter() - clock, time.process_time() - cpu) * (1 / count)
+        if spent.clock > 10 * _LEAST:
+            break
+    return spent
+
+
+class Machine:
+    """Measurements for one plan, each made when it is first asked for. `device` is where the blocks compute."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, formats: Formats, device: torch.device | None = None) -> None:
+        self.recipe, self.plan, self.formats = recipe, plan, formats
+        self.device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.product = cache(self._product)
+        self.attention = cache(self._attention)
+        self.norm = cache(self._norm)
+        self.expert, self.observe = cache(self._expert), cache(self._observe)
+        self.load = cache(self._load)
+
+    def _time(self, call: Callable[[], object]) -> Spent:
+        def synchronised() -> None:
+            call()
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+
+        with torch.no_grad():
+            return timed(synchronised)
+
+    def _product(self, product: Product, tokens: int) -> Spent:
+        """One call of the product on a batch of `tokens`, and where it belongs to a routed expert its share of them."""
+        rows = max(round(tokens * product.share), 1)
+        tried = min(rows, max(64, int(_OPERATIONS / (2 * product.rows * product.columns))))
+        left = torch.randn(tried, product.columns, dtype=torch.bfloat16, device=self.device)
+        right = torch.randn(product.rows, product.columns, dtype=torch.bfloat16, device=self.device)
+        return self._time(lambda: functional.linear(left, right)) * (rows / tried)
+
+    def _attention(self, heads: int, dim: int, length: int) -> Spent:
+        """Eager attention of one sample: scores, mask, softmax in float32, values."""
+        tried = max(1, min(heads, int(_OPERATIONS / (4 * dim * length**2 + 1))))
+        query, key, value = torch.randn(3, tried, length, dim, dtype=torch.bfloat16, device=self.device)
+        mask = torch.zeros(1, length, length, dtype=torch.bfloat16, device=self.device)
+
+        def attend() -> torch.Tensor:
+            scores = torch.matmul(query, key.transpose(1, 2)) * dim**-0.5 + mask
+            return torch.matmul(functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype), value)
+
+        return self._time(attend) * (heads / tried)
+
+    def _norm(self, tokens: int, width: int) -> Spent:
+        """One normalisation in float32 of `[tokens, width]`."""
+        tried = max(1, min(tokens, (1 << 24) // max(width, 1)))
+        hidden = torch.randn(tried, width, dtype=torch.bfloat16, device=self.device)
+        weight = torch.ones(width, device=self.device)
+        return self._time(lambda: functional.rms_norm(hidden.float(), (width,), weight).to(hidden.dtype)) * (
+            tokens / tried
+        )
+
+    def _expert(self, down: Product, tokens: int) -> Spent:
+        """What an expert does on a batch of `tokens` beside its products: activation of all of them, and the rows that
+        are routed to it gathered, weighed and added up."""
+        gate = torch.randn(tokens, down.columns, dtype=torch.bfloat16, device=self.device)
+        output = torch.zeros(tokens, down.rows, dtype=torch.bfloat16, device=self.device)
+        routed = torch.arange(max(round(tokens * down.share), 1), device=self.device)
+        weights = torch.ones(len(routed), 1, dtype=torch.bfloat16, device=self.device)
+
+        def work() -> None:
+            first, second = torch.cat([gate, gate], dim=-1).chunk(2, dim=-1)
+            (functional.silu(first) * second)[routed]
+            output.index_add_(0, routed, output[routed] * weights)
+
+        return self._time(work)
+
+    def _observe(self, tokens: int, width: int) -> Spent:
+        """The extremes of `[tokens, width]`, which an observer of activations takes."""
+        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=self.device)
+        return self._time(lambda: torch.aminmax(hidden))
+
+    def _load(self, kind: str) -> Spent:
+        """Per source byte: reading and dequantizing weights of the block that has most of this stored format, dropped
+        from the page cache first."""
+        found = [name for name in self.formats.checkpoint.tensors if self._kind(name) == kind]
+        names = sorted(found, key=lambda name: -self.formats.checkpoint.tensors[name].nbytes)
+        total, chosen = 0, list[str]()
+        for name in names:
+            size = self.formats.checkpoint.tensors[name].nbytes
+            if chosen and total + size > _SAMPLE_BYTES:
+                break
+            chosen.append(name)
+            total += size
+        if not chosen:
+            return Spent()
+        self._forget(chosen)
+        watch = Watch()
+        with torch.no_grad():
+            for name in chosen:
+                self._onload(name)
+        return watch.lap() * (1 / total)
+
+    def _kind(self, name: str) -> str:
+        return "scale" if name in self.formats.companions else self.formats.of(name).kind
+
+    def _onload(self, name: str) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return self.formats.read(name)
+        checkpoint, stored = self.formats.checkpoint, self.formats.of(name)
+        scales = {role: checkpoint.read(scale).to(self.device) for role, scale in stored.scales.items()}
+        return dequantize(stored, checkpoint.read(name).to(self.device), scales, torch.bfloat16)
+
+    def _forget(self, names: list[str]) -> None:
+        checkpoint = self.formats.checkpoint
+        for shard in {checkpoint.tensors[name].shard for name in names}:
+            with (checkpoint.directory / shard).open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @cached_property
+    def read(self) -> Spent:
+        """Per source byte, past the page cache, from the largest shard."""
+        directory = self.formats.checkpoint.directory
+        shard = max(self.formats.checkpoint.shards, key=lambda name: (directory / name).stat().st_size)
+        size = min((directory / shard).stat().st_size, _SAMPLE_BYTES)
+        reader = DirectReader(directory)
+        buffer = Buffer(size + 8192)
+        try:
+            watch = Watch()
+            reader.read([Extent(shard, 0, size)], buffer)
+            return watch.lap() * (1 / size)
+        finally:
+            reader.close()
+
+    @cached_property
+    def pack(self) -> Spent:
+        """Per value: group maxima, scales and packing of a quantized weight of the usual size."""
+        sizes = sorted(
+            (self.formats.of(step.source).shape for step in self.plan.quantized.values()), key=lambda s: s[0] * s[1]
+        )
+        if not sizes:
+            return Spent()
+        rows, columns = sizes[len(sizes) // 2]
+        rows = max(1, min(rows, (1 << 24) // columns))
+        weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=self.device)
+
+        def work() -> None:
+            low, high = torch.aminmax(weight.reshape(rows, -1, nvfp4.GROUP), dim=-1)
+            largest = torch.maximum(-low, high).float()
+            glob = nvfp4.RANGE / largest.max()
+            scale = (glob * largest / 6).to(torch.float8_e4m3fn)
+            nvfp4.pack(weight, scale, glob.reshape(1))
+
+        return self._time(work) * (1 / (rows * columns))
+
+    @cached_property
+    def digest(self) -> Spent:
+        """Per byte of sha256."""
+        data = bytes(1 << 22)
+        return timed(lambda: hashlib.sha256(data).digest()) * (1 / len(data))
+
+    @cached_property
+    def write(self) -> Spent | None:
+        """Per byte written and fsynced on the output's file system, in an unnamed file; None where it has none."""
+        data = os.urandom(_WRITTEN)
+        try:
+            file = os.open(existing(Path(self.recipe.output)), os.O_TMPFILE | os.O_WRONLY, 0o600)
+        except (OSError, AttributeError):
+            return None
+        try:
+            watch = Watch()
+            os.write(file, data)
+            os.fsync(file)
+            return watch.lap() * (1 / len(data))
+        except OSError:
+            return None
+        finally:
+            os.close(file)
+
+    @cached_property
+    def conversion(self) -> Spent:
+        """Per output byte of the methods without calibration: the real jobs of a shard that quantizes, in memory, on one
+        thread; reading is left out."""
+        shards = [
+            s for s in self.plan.shards if any(self.plan.steps[x].action in ("quantize", "cast") for x in s.sources)
+        ]
+        shard = (shards or list(self.plan.shards))[0]
+        work, reader = Work(self.recipe, self.plan, self.formats), DirectReader(self.formats.checkpoint.directory)
+        spent, done = Spent(), 0
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            for job in ShardLayout(self.plan, self.formats, shard).jobs():
+                buffer, room = Buffer(job.input_bytes), Buffer(job.output_bytes + 4096)
+                extents = [extent for piece in work.needed(job) for extent in piece.extents.values()]
+                data = reader.read(extents, buffer)
+                watch = Watch()
+                work.do(job, data, room.array[: job.output_bytes])
+                spent += watch.lap()
+                done += job.output_bytes
+                if done > _SAMPLE_BYTES:
+                    break
+        finally:
+            reader.close()
+            torch.set_num_threads(threads)
+        return spent * (1 / max(done, 1))

@@ -1,0 +1,1 @@
+"""What becomes of every tensor: the plan that a run executes and a verification checks."""

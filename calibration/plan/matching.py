@@ -1,0 +1,62 @@
+"""Which modules of a source the targets and ignore entries of a recipe name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from calibration.families.family import NOT_LINEAR, Place
+from recipes.errors import without_numbers
+from recipes.patterns import Pattern, PatternError, TimeLimit
+
+#: Entries that name nothing get the closest names: the first ones, and those of a name's length.
+_COMPARED, _COMPARED_LENGTH = 20, 300
+
+
+class Matcher:
+    """Matches entries against the modules of a source (by name, with their places). What is wrong goes into `problems`, what
+    changes nothing into `notes`."""
+
+    def __init__(self, places: Mapping[str, Place], problems: list[str], notes: list[str]) -> None:
+        self._places, self._problems, self._notes = places, problems, notes
+        self._limit, self._names = TimeLimit(), sorted({without_numbers(module) for module in places})
+
+    def targeted(self, where: str, entry: str) -> list[str]:
+        """The modules that a target names, in the source's order. None is a problem, and so is a pattern that takes too
+        long."""
+        hits = self._hits(where, entry)
+        if hits == []:
+            self._problems.append(f"{where}: {entry!r} matches no module of the source{self._closest(entry)}")
+        return hits or []
+
+    def ignored(self, entry: str) -> list[str]:
+        """The modules that an ignore entry names. None, as published lists have them, is a note; a pattern that takes too
+        long is a problem."""
+        hits = self._hits("ignore", entry)
+        if hits == []:
+            self._notes.append(
+                f"ignore: {entry!r} matches no module of the source and changes nothing{self._closest(entry)}"
+            )
+        return hits or []
+
+    def _hits(self, where: str, entry: str) -> list[str] | None:
+        if entry == "Linear":
+            return [module for module, place in self._places.items() if place.part not in NOT_LINEAR]
+        if not entry.startswith("re:"):
+            return [entry] if entry in self._places else []
+        try:
+            pattern = Pattern(entry[3:], self._limit)
+            return [module for module in self._places if pattern.match(module)]
+        except PatternError as error:
+            self._problems.append(f"{where}: {entry!r} {error}")
+            return None
+
+    def _closest(self, entry: str) -> str:
+        """A hint for an entry that matched nothing: names are those of the source, not of transformers."""
+        wanted = re.sub(r"[\\^$()]", "", entry.removeprefix("re:"))
+        # A long list of entries is not worth the minutes of comparing each.
+        look = len(wanted) <= _COMPARED_LENGTH and len(self._problems) + len(self._notes) < _COMPARED
+        close = difflib.get_close_matches(wanted, self._names, n=2, cutoff=0.3) if look else []
+        hint = f"; closest: {', '.join(close)}" if close else ""
+        return f"{hint}; names are spelled as in the source (see inspect_checkpoint)"

@@ -1,0 +1,1 @@
+"""What a run keeps outside its output: journal, resume, ranks, disk and memory."""

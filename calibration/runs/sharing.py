@@ -1,0 +1,88 @@
+"""What the ranks of a run divide among themselves, compare, and bring together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from calibration.plan.plan import Plan
+from calibration.runs.ranks import Ranks
+from recipes.errors import EnvironmentProblem, RecipeError
+
+
+def shares(plan: Plan, size: int) -> dict[str, int]:
+    """The rank that observes and packs each quantized module of `plan`: of every block about the same number of bytes,
+    a fused group whole."""
+    leader = {module: group[0] for group in plan.fused for module in group}
+    loads: dict[int | None, list[int]] = {}
+    owners: dict[str, int] = {}
+    for module, step in plan.quantized.items():
+        load = loads.setdefault(plan.family.place(module).block, [0] * size)
+        owner = owners.setdefault(leader.get(module, module), load.index(min(load)))
+        owners[module] = owner
+        load[owner] += sum(output.nbytes for output in step.outputs)
+    return {module: owners[module] for module in plan.quantized}
+
+
+def require_batches(ranks: Ranks, batches: int) -> None:
+    """Raises RecipeError where a rank would have nothing to calibrate with."""
+    if batches < ranks.size:
+        raise RecipeError(
+            f"calibration: {batches} batches for {ranks.size} ranks; give torchrun at most --nproc-per-node {batches}, "
+            "or raise calibration.num_samples, or lower calibration.batch_size"
+        )
+
+
+def require_equal(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
+    """Raises EnvironmentProblem that names what differs between the ranks' `facts`."""
+    first, *others = ranks.exchange(what, dict(facts))
+    lines = [
+        f"  {key}: {first.get(key)} on rank 0, {facts.get(key)} on rank {rank}"
+        for rank, facts in enumerate(others, start=1)
+        for key in {**first, **facts}
+        if first.get(key) != facts.get(key)
+    ]
+    if lines:
+        raise EnvironmentProblem("the ranks would not calculate the same:\n" + "\n".join(lines))
+
+
+def widen(ranks: Ranks, observers: Sequence[Any]) -> None:
+    """Gives every observer the extremes of what it saw on all ranks: exact, in any order. `observers` are
+    llm-compressor's with `min_vals` and `max_vals`, the same ones in the same order on every rank; one that saw nothing
+    on a rank takes the others' extremes."""
+    if ranks.size == 1:
+        return
+    own = [(tuple(o.min_vals.shape), o.min_vals.dtype) if o.has_statistics else None for o in observers]
+    every = ranks.exchange("statistics", own)
+    forms = [next((form for form in seen if form is not None), None) for seen in zip(*every, strict=True)]
+    values = []
+    for observer, form in zip(observers, forms, strict=True):
+        if form is not None and observer.has_statistics:
+            values += [observer.min_vals.float().flatten(), -observer.max_vals.float().flatten()]
+        elif form is not None:
+            values.append(torch.full((2 * torch.Size(form[0]).numel(),), torch.inf, device=ranks.device))
+    if not values:
+        return
+    flat = torch.cat(values)
+    ranks.least(flat)
+    for observer, form in zip(observers, forms, strict=True):
+        if form is not None:
+            shape, dtype = form
+            count = torch.Size(shape).numel()
+            observer.min_vals = flat[:count].reshape(shape).to(dtype)
+            observer.max_vals = (-flat[count : 2 * count]).reshape(shape).to(dtype)
+            flat = flat[2 * count :]
+
+
+def summed(ranks: Ranks, what: str, counts: Iterable[Mapping[int, int]]) -> list[dict[int, int]]:
+    """Counts by number, added up over all ranks."""
+    totals = []
+    for same in zip(*ranks.exchange(what, [dict(count) for count in counts]), strict=True):
+        total: Counter[int] = Counter()
+        for count in same:
+            total.update(count)
+        totals.append(dict(sorted(total.items())))
+    return totals

@@ -1,0 +1,1 @@
+"""Whether the output's weights and blocks do what the source's do."""

@@ -1,0 +1,258 @@
+"""Forward fidelity: each block of the output, W4A4 emulated from its bytes on disk, against the source's block on text.
+
+One block is in memory at a time, first the source's, then the output's. Imports the calibration engine's reading of
+models (`source_model`, `tracing`, `data`): they write nothing into a checkpoint and this is the one place in `verify`
+that needs transformers, so they are imported when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from calibration.checkpoint import nvfp4
+from calibration.checkpoint.formats import Formats, logical_name, module_of
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.nvfp4 import GROUP, RANGE
+from recipes.errors import WorkflowError
+from recipes.schema import Calibration, Fidelity
+from verify.checks import Check, Verdict
+
+if TYPE_CHECKING:
+    from calibration.model.source_model import SourceModel
+    from calibration.model.tracing import BlockCall
+
+#: Tokens of one sample at most: several short texts say more about a block than one long one.
+_SAMPLE = 128
+_FP8_GROUP = 128
+_E4M3_MAX = 448.0
+_HOW = ("{tokens} tokens of {dataset}; BF16 blocks of the source against the output's dequantized weights and "
+        "quantized-dequantized NVFP4 inputs; mean over tokens")  # fmt: skip
+
+
+@dataclass
+class InputSeen:
+    """The input of one module with a stored input global scale, over the source's forward: `admitted` is the largest
+    value that the scale admits (2688 / scale), `seen` the largest that came, `tokens` how many tokens came (none to an
+    expert that none was routed to)."""
+
+    module: str
+    admitted: float
+    seen: float = 0.0
+    tokens: int = 0
+
+    def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        x = arguments[0]
+        if x.numel():
+            self.seen = max(self.seen, float(x.abs().amax()))
+            self.tokens += x.numel() // x.shape[-1]
+
+
+@dataclass(frozen=True)
+class BlockCosine:
+    """One block, means over `tokens` tokens. `cosine`: what the block adds to the source's hidden states, output
+    against source; `propagated`: the hidden states behind the block, when the output's own blocks made them."""
+
+    block: int
+    cosine: float
+    propagated: float
+    tokens: int
+    inputs: tuple[InputSeen, ...] = ()
+
+
+def verify_forward(
+    directory: Path, source: Checkpoint, options: Fidelity, text: Calibration | None, trust_remote_code: bool = False
+) -> tuple[list[Check], list[BlockCosine]]:
+    """The checks of `measure_blocks`: the worst block's cosine, and the propagated one behind the last block.
+    UNCHECKED where no forward could be made (no tokenizer, no text, tensors missing). Never raises for a bad output."""
+    text = text or Calibration(dataset="bundled")
+    limits = (
+        ("block_cosine", "each block does what the source's does, on the source's hidden states",
+         options.min_block_cosine),
+        ("propagated_cosine", "the chain of all blocks ends where the source's ends", options.min_propagated_cosine),
+    )  # fmt: skip
+    if options.tokens == 0:
+        return [Check(f"fidelity.{id}", "UNCHECKED", what, "tokens: 0", "", "not run") for id, what, _ in limits], []
+    try:
+        blocks = measure_blocks(directory, source, text, options.tokens, trust_remote_code)
+    except WorkflowError as problem:
+        why = f"no forward: {problem}"
+        return [Check(f"fidelity.{id}", "UNCHECKED", what, why, "", "not run") for id, what, _ in limits], []
+    worst = min(blocks, key=lambda b: (b.cosine == b.cosine, b.cosine))
+    figures = (
+        (worst.cosine, f"worst {worst.cosine:.4f} (block {worst.block}) of {len(blocks)}"),
+        (blocks[-1].propagated, f"{blocks[-1].propagated:.4f} behind block {blocks[-1].block}"),
+    )
+    how = _HOW.format(tokens=blocks[0].tokens, dataset=text.dataset)
+    checks = []
+    for (id, what, limit), (value, figure) in zip(limits, figures, strict=True):
+        verdict: Verdict = "PASS" if value >= limit else "FAIL"
+        checks.append(Check(f"fidelity.{id}", verdict, what, figure, f">= {limit:g}", how))
+    return checks, blocks
+
+
+def measure_blocks(
+    directory: Path, source: Checkpoint, text: Calibration, tokens: int, trust_remote_code: bool = False
+) -> list[BlockCosine]:
+    """Cosines of every block over about `tokens` tokens of the data set `text`, in samples of at most 128.
+
+    Weights of both sides come from disk, block by block. Activations of NVFP4 modules are quantized with the stored
+    input global scale; those of NVFP4A16 and of FP8 that the source stores too are not; those of FP8_BLOCK are, to
+    E4M3 per token and 128 values. Raises SourceError and RecipeError where model, text or tensors do not fit.
+    """
+    # llm-compressor logs to stdout, which belongs to --json.
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
+    from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
+    from calibration.model.source_model import build_skeleton
+    from calibration.model.tracing import own_block_calls
+
+    length = min(_SAMPLE, text.max_seq_length, tokens)
+    samples = min(-(-tokens // length), text.num_samples)
+    wanted = text.model_copy(update={"num_samples": samples, "max_seq_length": length, "batch_size": 1})
+    tokenizer = load_tokenizer(source.directory, trust_remote_code)
+    data = load_batches(wanted, tokenizer, source_directory=source.directory, embedding=embedding_rows(source))
+    batches = list(data.batches)
+    with TemporaryDirectory(prefix="verify-forward-") as work, torch.no_grad():
+        original = build_skeleton(source, Path(work), trust_remote_code)
+        output = Formats(Checkpoint.open(directory))
+        emulated = _of_output(original, output)
+        outside = original.outside_blocks()
+        original.load(outside)
+        calls = []
+        for batch in batches:
+            # Without a cache: a block is called three times with the same arguments.
+            sample = {key: value.to(original.device) for key, value in batch.items()} | {"use_cache": False}
+            calls.append(own_block_calls(original.model, list(original.blocks.values()), sample))
+        original.unload(outside)
+        return list(_walk(original, emulated, output, calls))
+
+
+def quantize_input(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """`x [..., K]` to NVFP4 and back, in its dtype: a dynamic E4M3 group scale per 16 values under the stored input
+    global scale `[1]`, E2M1 values, ties to even. Equal to compressed-tensors' fake_quantize in float32."""
+    flat = x.reshape(-1, x.shape[-1])
+    largest = flat.to(torch.float32).view(flat.shape[0], flat.shape[1] // GROUP, GROUP).abs().amax(-1)
+    scale = (global_scale * (largest / 6)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
+    # A group below E4M3's smallest value takes 0.125, as the packed weights do.
+    scale = torch.where(scale.to(torch.float32) == 0, 0.125, scale.to(torch.float32)).to(torch.float8_e4m3fn)
+    packed, _ = nvfp4.pack(flat, scale, global_scale)
+    return nvfp4.dequantize(packed, scale, global_scale).to(x.dtype).reshape(x.shape)
+
+
+def quantize_input_fp8(x: torch.Tensor) -> torch.Tensor:
+    """`x [..., K]` to E4M3 and back, in its dtype, one dynamic scale per token and 128 values."""
+    flat = x.to(torch.float32).reshape(-1, x.shape[-1])
+    parts = []
+    for part in torch.split(flat, _FP8_GROUP, -1):
+        scale = part.abs().amax(-1, keepdim=True).clamp_min(1e-30) / _E4M3_MAX
+        parts.append((part / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale)
+    return torch.cat(parts, -1).to(x.dtype).reshape(x.shape)
+
+
+def _of_output(original: SourceModel, output: Formats) -> SourceModel:
+    """The same skeleton, filled from the output's tensors."""
+    from calibration.model.source_model import SourceModel
+
+    named = {logical_name(name): name for name in output.checkpoint.tensors if name not in output.companions}
+    inside = tuple(f"{block}." for block in original.blocks)
+    sources = {
+        full: named.get(logical_name(name)) for full, name in original.sources.items() if full.startswith(inside)
+    }
+    missing = [original.sources[full] for full, name in sources.items() if name is None]
+    if missing:
+        raise WorkflowError(f"{output.checkpoint.directory}: lacks {len(missing)} tensors, the first {missing[0]}")
+    found = {full: name for full, name in sources.items() if name is not None}
+    return SourceModel(original.model, output, original.family, found, original.device)
+
+
+def _walk(
+    original: SourceModel, emulated: SourceModel, output: Formats, calls: list[tuple[torch.Tensor, list[BlockCall]]]
+) -> Iterator[BlockCosine]:
+    entering = [hidden for hidden, _ in calls]
+    propagated = list(entering)
+    for number, block in enumerate(original.blocks.values()):
+        block_calls = [made[number] for _, made in calls]
+        original.load([block])
+        with _watched_inputs(original, emulated, output, block) as inputs:
+            leaving = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
+        original.unload([block])
+        emulated.load([block])
+        with _quantized_inputs(original, emulated, output, block):
+            alone = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
+            propagated = [call(block, hidden) for call, hidden in zip(block_calls, propagated, strict=True)]
+        emulated.unload([block])
+        added = [_cosines(a.float() - h.float(), b.float() - h.float())
+                 for a, b, h in zip(leaving, alone, entering, strict=True)]  # fmt: skip
+        behind = [_cosines(a.float(), b.float()) for a, b in zip(leaving, propagated, strict=True)]
+        cosines = torch.cat(added)
+        yield BlockCosine(number, float(cosines.mean()), float(torch.cat(behind).mean()), len(cosines), tuple(inputs))
+        entering = leaving
+
+
+def _cosines(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Per token: `[1, T, ...]` -> `[T]`; DeepSeek-V4's parallel streams count as one vector."""
+    return torch.cosine_similarity(one.flatten(0, 1).flatten(1), other.flatten(0, 1).flatten(1), -1)
+
+
+def _scaled_inputs(
+    original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module
+) -> Iterator[tuple[nn.Linear, str, torch.Tensor]]:
+    """Linear layers of `block` whose output weight has an input global scale: module, output tensor, scale `[1]`."""
+    for name, module in block.named_modules(prefix=original.module_name(block)):
+        stored = emulated.sources.get(f"{name}.weight")
+        if stored is None or not isinstance(module, nn.Linear):
+            continue
+        found = output.of(stored)
+        if found.kind == "nvfp4" and "input_scale" in found.companions:
+            yield module, stored, output.checkpoint.read(found.companions["input_scale"])
+
+
+@contextmanager
+def _watched_inputs(
+    original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module
+) -> Iterator[list[InputSeen]]:
+    """Inside, the inputs of those layers are recorded."""
+    with ExitStack() as stack:
+        watched = []
+        for module, stored, scale in _scaled_inputs(original, emulated, output, block):
+            watched.append(InputSeen(module_of(stored), RANGE / float(scale)))
+            stack.callback(module.register_forward_pre_hook(watched[-1]).remove)
+        yield watched
+
+
+@contextmanager
+def _quantized_inputs(
+    original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module
+) -> Iterator[None]:
+    """Inside, every quantized linear layer of `block` sees its input as the serving engine's kernels would."""
+    with ExitStack() as stack:
+        for module, _, scale in _scaled_inputs(original, emulated, output, block):
+            stack.callback(module.register_forward_pre_hook(_NvFp4Input(scale.to(original.device))).remove)
+        for name, module in block.named_modules(prefix=original.module_name(block)):
+            stored = emulated.sources.get(f"{name}.weight")
+            if stored is None or not isinstance(module, nn.Linear):
+                continue
+            before = original.formats.of(original.sources[f"{name}.weight"])
+            if output.of(stored).kind == "fp8_tiles" and before.kind != "fp8_tiles":
+                stack.callback(module.register_forward_pre_hook(_fp8_input).remove)
+        yield
+
+
+@dataclass(frozen=True)
+class _NvFp4Input:
+    scale: torch.Tensor
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return quantize_input(arguments[0], self.scale), *arguments[1:]
+
+
+def _fp8_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return quantize_input_fp8(arguments[0]), *arguments[1:]

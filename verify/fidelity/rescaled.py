@@ -1,0 +1,65 @@
+"""Weights that AWQ or SmoothQuant rescaled before they were quantized: the source's but for factors per row and column.
+
+The factors cancel inside a block (a norm or the projection before takes the inverse), so the model stays the source's.
+Accepted for foreign checkpoints alone, in blocks whose changed norms the factors of a quantized weight explain; that they
+do cancel is what the block cosine proves.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from calibration.checkpoint.formats import Formats
+from calibration.families.family import Family
+from verify.fidelity.weights import Stored
+
+#: A norm is explained when the median of its columns agrees with the weight's factors this well: both are rounded, the
+#: factors averaged over all rows.
+_TOLERANCE = 0.05
+_ROUNDS = 3
+
+
+class Rescaled(Stored):
+    """The source's weight under the row and column factors that bring it nearest to the output's (least squares, in
+    turn). Reads both weights once, whole."""
+
+    def __init__(self, formats: Formats, name: str, output: Stored) -> None:
+        super().__init__(formats, name)
+        x, y = super().rows(0, self.shape[0]), output.rows(0, self.shape[0])
+        self.row_factors, self.column_factors = torch.ones(x.shape[0], 1), torch.ones(x.shape[1])
+        for _ in range(_ROUNDS):
+            scaled = x * self.row_factors
+            self.column_factors = (y * scaled).sum(0) / scaled.square().sum(0).clamp_min(1e-37)
+            scaled = x * self.column_factors
+            self.row_factors = ((y * scaled).sum(1) / scaled.square().sum(1).clamp_min(1e-37)).unsqueeze(1)
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows as `Stored.rows` gives them, scaled."""
+        return super().rows(begin, end).mul_(self.row_factors[begin:end]).mul_(self.column_factors)
+
+
+def rescaled_blocks(
+    output: Formats, source: Formats, family: Family, quantized: Iterable[tuple[str, str, str]], differing: list[str]
+) -> set[int]:
+    """The blocks among whose `differing` tensors every norm is explained; `quantized` as in `verify.fidelity.Pairs`."""
+    norms: dict[int, list[str]] = defaultdict(list)
+    for name in differing:
+        place = family.place(name)
+        if place.part == "norm" and place.block is not None:
+            norms[place.block].append(name)
+    factors: dict[int, list[torch.Tensor]] = defaultdict(list)
+    for module, original, name in quantized:
+        block = family.place(module).block
+        if block in norms:
+            factors[block].append(Rescaled(source, original, Stored(output, name)).column_factors)
+
+    def explained(name: str, columns: list[torch.Tensor]) -> bool:
+        before, after = (f.checkpoint.read(name).to(torch.float32) for f in (source, output))
+        # Up to one factor: row and column factors share one freely.
+        ratios = [found * after / before for found in columns if found.shape == before.shape == after.shape]
+        return any(float((r / r.median() - 1).abs().median()) < _TOLERANCE for r in ratios)
+
+    return {block for block, names in norms.items() if all(explained(name, factors[block]) for name in names)}

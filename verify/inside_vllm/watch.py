@@ -1,0 +1,109 @@
+"""What vLLM's model is made of, and what its modules put out: layer and kernel names, NaN and infinity, logits.
+
+Runs inside vLLM's interpreter, loaded by `worker`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+WEIGHT_ONLY = ("MARLIN", "W4A16", "HUMMING")
+QUANTIZING = ("EMULATION", "CUTLASS", "FLASHINFER", "FBGEMM", "B12X", "TORCHNVFP4", "CPUNVFP4", "CUTEDSL", "TRTLLM")
+"""Marks in kernel and backend names, upper case: these run NVFP4 with weights only, these with activations too."""
+
+
+def describe_layers(model: Any) -> list[dict[str, Any]]:
+    """One entry per kind of linear, expert and attention layer: classes that run, how many, one name."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        backend = getattr(module, "attn_backend", None) or getattr(module, "backend_cls", None)
+        if method is None and backend is None:
+            continue
+        scheme = getattr(module, "scheme", None)
+        kernel = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
+        if backend is not None:
+            kind, kernel_name = "attention", backend.get_name()
+        elif type(module).__name__ == "RoutedExperts":
+            kind = "experts"
+            gpu_backend = getattr(method, "nvfp4_backend", None) or getattr(method, "unquantized_backend", None)
+            experts = getattr(method, "experts_cls", None)
+            names = (getattr(method, "backend_name", None), getattr(gpu_backend, "name", None))
+            kernel_name = " ".join(filter(None, (*names, getattr(experts, "__name__", None))))
+        else:
+            kind = "embedding" if "Embedding" in type(module).__name__ else "linear"
+            kernel_name = type(kernel).__name__ if kernel is not None else ""
+        nvfp4 = "nvfp4" in f"{type(method).__name__} {type(scheme).__name__}".lower().replace("w4a4fp4", "nvfp4")
+        use_a16 = bool(getattr(scheme, "use_a16", getattr(method, "use_a16", False)))
+        key = (kind, type(module).__name__, type(method).__name__, type(scheme).__name__, kernel_name)
+        entry = found.setdefault(
+            key,
+            {
+                "kind": kind, "cls": key[1], "method": key[2] if method is not None else "",
+                "scheme": key[3] if scheme is not None else "", "kernel": kernel_name,
+                "format": "nvfp4" if nvfp4 else ("fp8" if "fp8" in f"{key[2]} {key[3]}".lower() else ""),
+                "activations_quantized": quantizes(kernel_name, use_a16) if nvfp4 else None,
+                "count": 0, "example": name,
+            },
+        )  # fmt: skip
+        entry["count"] += 1
+    return list(found.values())
+
+
+def quantizes(kernel: str, use_a16: bool) -> bool | None:
+    """Whether an NVFP4 kernel quantizes activations, by its name; None for a name not known."""
+    name = kernel.upper()
+    if use_a16 or any(mark in name for mark in WEIGHT_ONLY):
+        return False
+    return True if any(mark in name for mark in QUANTIZING) else None
+
+
+def all_activations_quantized(layers: list[dict[str, Any]]) -> bool | None:
+    """The `w4a4` of the result."""
+    states = {entry["activations_quantized"] for entry in layers if entry["format"] == "nvfp4"}
+    if not states:
+        return None
+    return False if False in states else (None if None in states else True)
+
+
+class ForwardWatch:
+    """Forward hooks on every module: the first output that is not finite, and the logits of a prompt's positions."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self.result = result
+        self.kind = ""
+        self.tokens = 0
+        self.capture = False
+        self.logits: Any = None
+
+    def begin(self, kind: str, tokens: int, capture: bool) -> None:
+        """Name what runs next; with `capture`, keep the logits of its first forward of `tokens` rows."""
+        self.kind, self.tokens, self.capture, self.logits = kind, tokens, capture, None
+
+    def install(self, model: Any) -> None:
+        """Hook every module of `model`; children run before their parents, so the innermost one is named."""
+        for name, module in model.named_modules():
+            module.register_forward_hook(self._finite(name or "the model"))
+        model.register_forward_hook(self._keep_logits)
+
+    def _finite(self, name: str) -> Any:
+        import torch
+
+        def hook(module: Any, _inputs: Any, output: Any) -> None:
+            if self.result["nonfinite"] is not None:
+                return
+            for tensor in output if isinstance(output, list | tuple) else (output,):
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.element_size() > 1:
+                    bad = int((~torch.isfinite(tensor)).sum())
+                    if bad:
+                        self.result["nonfinite"] = {
+                            "module": name, "cls": type(module).__name__, "kind": self.kind, "values": bad,
+                        }  # fmt: skip
+                        return
+
+        return hook
+
+    def _keep_logits(self, model: Any, _inputs: Any, output: Any) -> None:
+        if self.capture and self.logits is None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self.logits = model.compute_logits(hidden[: self.tokens]).float().cpu().contiguous()

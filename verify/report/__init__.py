@@ -1,0 +1,1 @@
+"""Verdicts as tables, pages and plots."""

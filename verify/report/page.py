@@ -1,0 +1,92 @@
+"""The report as one self-contained HTML page: verdict first, then what was checked, plots, samples, facts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from recipes.errors import printable
+from verify.checks import Check
+from verify.report.plots import Figure
+from verify.report.tables import SEVERITY, level_verdicts, overall
+
+#: Seconds after which a page that is opened while its run goes on loads itself again.
+REFRESH = 60
+#: Samples and modules that a page shows at most.
+MOST = 20
+
+
+@dataclass
+class Report:
+    """What a report shows; whatever is empty is left out.
+
+    `state` are the lines that say where a run stands; `running` makes the page load itself again; `error` marks the
+    state as one that needs somebody. `fidelity` is the table of `verify.fidelity` (fidelity.json).
+    """
+
+    title: str
+    checks: Sequence[Check] = ()
+    state: Sequence[str] = ()
+    running: bool = False
+    error: bool = False
+    figures: Sequence[Figure] = ()
+    fidelity: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+    recipe: str = ""
+
+    def html(self) -> str:
+        """The page; everything it shows is inside it, no network is asked."""
+        return render(
+            "report.html.j2",
+            title=self.title,
+            refresh=REFRESH if self.running else None,
+            verdict=overall(self.checks),
+            verdicts=level_verdicts(self.checks),
+            state=self.state,
+            error=self.error,
+            checks=sorted(self.checks, key=lambda check: SEVERITY.index(check.verdict)),
+            figures=self.figures,
+            worst=_worst(self.fidelity),
+            samples=self.samples[:MOST],
+            compared=any(sample.get("source_text") is not None for sample in self.samples),
+            facts=self.facts,
+            recipe=self.recipe,
+        )
+
+
+def render(template: str, /, **values: Any) -> str:
+    """A template of `verify/report/pages` with `values`; text is escaped, a value that is missing is an error."""
+    written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    return _environment().get_template(template).render(written=written, **values)
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("verify.report", "pages"), autoescape=True, undefined=StrictUndefined, finalize=_finalize
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _worst(fidelity: Mapping[str, Any]) -> list[dict[str, str]]:
+    columns, rows = list(fidelity.get("columns", ())), fidelity.get("rows", ())
+    if "relative_error" not in columns:
+        return []
+    error = columns.index("relative_error")
+    known = sorted((row for row in rows if row[error] is not None), key=lambda row: -row[error])
+    shown = [n for n, name in enumerate(columns) if name == "module" or n >= error]
+    return [{columns[n].replace("_", " "): _figure(row[n]) for n in shown} for row in known[:MOST]]
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

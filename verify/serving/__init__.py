@@ -1,0 +1,1 @@
+"""What the real vLLM makes of a checkpoint."""

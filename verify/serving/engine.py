@@ -1,0 +1,150 @@
+"""The serving engine's process: vLLM in its own interpreter, started, watched, ended; nothing here imports vLLM.
+
+The work inside is `verify/inside_vllm/worker.py`, which also documents the JSON that passes between the two.
+A crash, a lack of memory or a time-out of the engine comes back as a result, not as an exception.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.files import read_json_object, read_text
+from recipes.errors import EnvironmentProblem, SourceError
+from recipes.schema import Serving
+
+WORKER = Path(__file__).parents[1] / "inside_vllm" / "worker.py"
+REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
+Run = Callable[[list[str], Path, float], tuple[int, bool]]
+"""Runs a command with its output in a log, for so many seconds at most: exit code and whether time ran out."""
+TAIL = 12
+"""Lines of the engine's log in a verdict."""
+NO_MEMORY = (
+    "MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "Available memory",
+)  # fmt: skip
+"""What Python, torch, the C library and vLLM say when there is no more."""
+
+
+def check_environment(python: str) -> None:
+    """Raise EnvironmentProblem unless `python` is an interpreter that imports vLLM; takes seconds."""
+    try:
+        done = subprocess.run(
+            [python, "-c", "import vllm; print(vllm.__version__)"],
+            capture_output=True, text=True, timeout=300, env=environment(), check=False,
+        )  # fmt: skip
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        raise EnvironmentProblem(f"{python}: no such interpreter (verify.serving.python); {REMEDY}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise EnvironmentProblem(f"{python}: cannot be run (verify.serving.python): {error}; {REMEDY}") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise EnvironmentProblem(f"{python}: `import vllm` fails there (verify.serving.python): {last}; {REMEDY}")
+
+
+def environment() -> dict[str, str]:
+    """The engine's environment: this one without what would leak our interpreter, plus what vLLM needs here."""
+    leaks = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH"}
+    leaks.add("PYTHONDONTWRITEBYTECODE")  # importing vLLM takes 24 s without bytecode, 6 s with it
+    inherited = {name: value for name, value in os.environ.items() if name not in leaks}
+    threads = str(max(1, (os.cpu_count() or 1) // 2))  # more threads than free cores make MoE decoding 40 x slower
+    defaults = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "VLLM_NO_USAGE_STATS": "1"}
+    fixed = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the hooks live in the engine's process
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return defaults | inherited | fixed
+
+
+def run_engine(
+    request: dict[str, Any], options: Serving, log_dir: Path, name: str, run: Run | None = None
+) -> dict[str, Any]:
+    """One process of the engine: the worker's result, with `seconds.wall`, `exit_code`, `timed_out` and `log` added.
+
+    run: instead of `run_process`. Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`.
+    Raises EnvironmentProblem when there is no vLLM to ask.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    request_path, result_path, log = (
+        (log_dir / f"{name}{suffix}").resolve() for suffix in ("-request.json", "-result.json", ".log")
+    )
+    request_path.write_text(json.dumps(request, indent=1))
+    result_path.unlink(missing_ok=True)
+    began = time.monotonic()
+    command = [options.python, str(WORKER), str(request_path), str(result_path)]
+    try:
+        exit_code, timed_out = (run or run_process)(command, log, options.timeout)
+    except (FileNotFoundError, PermissionError, NotADirectoryError):
+        raise EnvironmentProblem(f"{options.python}: no such interpreter (verify.serving.python); {REMEDY}") from None
+    result = read_json(result_path) or {"ok": False, "stage": "request", "error": None}
+    error = result.get("error") or {}
+    if result.get("stage") == "import" and error.get("type") in ("ImportError", "ModuleNotFoundError"):
+        raise EnvironmentProblem(
+            f"{options.python}: vLLM cannot be imported there (verify.serving.python): {error['message']}; {REMEDY}"
+        )
+    result |= {"exit_code": exit_code, "timed_out": timed_out, "log": str(log)}
+    result.setdefault("seconds", {})["wall"] = time.monotonic() - began
+    return result
+
+
+def run_process(command: list[str], log: Path, timeout: float) -> tuple[int, bool]:
+    """Run in a process group of its own with its output in `log`; kill the group at the time-out or on any exception.
+
+    Returns the exit code (negative: the signal) and whether time ran out.
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            return process.wait(timeout), False
+        except subprocess.TimeoutExpired:
+            return 0, True
+        finally:  # also what the engine left running after its own end
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def failure(result: dict[str, Any]) -> str | None:
+    """Why a run ended early, with the log's last lines; None when it did not."""
+    if result.get("ok"):
+        return None
+    code, stage = int(result.get("exit_code") or 0), result.get("stage")
+    if result.get("timed_out"):
+        first = f"no end within the time-out, stopped in stage {stage}"
+    elif code < 0:
+        name = signal.Signals(-code).name
+        first = f"killed by {name} in stage {stage}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    elif result.get("error"):
+        text = f"{result['error']['type']}: {result['error']['message']}"
+        memory = "out of memory: " if any(mark in text for mark in NO_MEMORY) else ""
+        return f"stage {stage}: {memory}{text}"
+    else:
+        first = f"exit code {code} in stage {stage}"
+    return "\n".join([first, *_tail(Path(str(result.get("log")))), f"log: {result.get('log')}"])
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, None where there is none."""
+    try:
+        return read_json_object(path, constants=True)
+    except SourceError:
+        return None
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        return read_text(log, errors="replace").splitlines()[-TAIL:]
+    except SourceError:
+        return []

@@ -1,0 +1,242 @@
+"""Serving: the real vLLM loads the checkpoint, and where it fits its source, and runs both on the same tokens.
+
+What is asked of the engine stands here; `engine` runs it, `serving_verdicts` judges what it did.
+"""
+
+from __future__ import annotations
+
+import math
+import pydoc_data.topics
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.formats import Formats
+from recipes.errors import EnvironmentProblem, RecipeError
+from recipes.places import is_inside
+from recipes.schema import Serving
+from verify.checks import Check
+from verify.serving.engine import Run, check_environment, read_json, run_engine
+from verify.serving.verdicts import judge
+
+PROMPT_ROOM = 512
+"""Prompt tokens that the default context length leaves beside the sample; more than DeepSeek-V4's windows of 128."""
+AUTO_BYTES = 2 * 2**30
+"""What `compare: auto` serves of a source, in bytes of its BF16 form: a second engine must not surprise anybody."""
+LONGEST_TOKEN = 32
+"""Characters per token that a text is read for; runs of blanks are the longest."""
+DAYS = " ".join(
+    f"On day {n} the ship sailed {7 * n} miles and the crew counted {3 * n + 1} birds." for n in range(1, 13)
+)
+CODE = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +"
+#: Below the logs, which may be a directory of the user's: removed with all in it, so no name that others use.
+_LOGITS = "logits-of-this-verification"
+
+
+@dataclass(frozen=True)
+class SourceToServe:
+    """The source in a form that vLLM loads, or None and why there is no such form; too_large: none is wanted."""
+
+    directory: Path | None
+    why: str = ""
+    too_large: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What tests and benchmarks ask of the engine and no recipe can; `verify/inside_vllm/worker.py` says what each means.
+
+    prompts: instead of the built-in kinds and the recipe's own. processor: what the CPU is pretended to have or lack.
+    run: instead of a process that imports vLLM.
+    """
+
+    prompts: list[dict[str, Any]] | None = None
+    write_logits: Path | None = None
+    moe_input_scales: str = "stored"
+    processor: Mapping[str, bool] = field(default_factory=dict)
+    run: Run | None = None
+
+
+def default_prompts() -> list[dict[str, Any]]:
+    """One prompt of every built-in kind, as the worker takes them."""
+    return [
+        {"kind": "short", "text": "The capital of France is"},
+        {"kind": "long", "text": DAYS},
+        {"kind": "chat", "messages": [{"role": "user", "content": "Name three colors of the rainbow."}]},
+        {"kind": "code", "text": CODE},
+        {"kind": "repeated token", "text": " the", "repeat": 64},
+        {"kind": "single token", "text": "The", "limit": 1},
+        {"kind": "maximum length", "text": DAYS, "fill": True},
+    ]
+
+
+def check_serving(options: Serving, *strangers: Path) -> None:
+    """Raise EnvironmentProblem without a vLLM to ask or if its interpreter lies in one of the `strangers`, directories that
+    may bring their own, RecipeError without the text to score; takes seconds."""
+    read_text(options)
+    for directory in strangers:
+        # The parent alone is resolved: an environment's python is a link to the system's.
+        if is_inside(Path(options.python).absolute().parent, directory):
+            raise EnvironmentProblem(
+                f"{options.python}: lies inside the checkpoint {directory} (verify.serving.python), and would run what it "
+                "brings; run the command from another directory, or name an interpreter outside"
+            )
+    check_environment(options.python)
+
+
+def read_text(options: Serving) -> str | None:
+    """As much of the recipe's text as its windows can need. Raises RecipeError for a file that cannot be read."""
+    if options.text is None:
+        return None
+    most = options.windows * options.window_tokens * LONGEST_TOKEN
+    if options.text == "bundled":
+        topics = pydoc_data.topics.topics
+        return "\n".join(topics[name] for name in sorted(topics))[:most]
+    try:
+        with Path(options.text).open(encoding="utf-8") as file:
+            text = file.read(most)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"verify.serving.text: {options.text}: cannot be read as UTF-8 text: {error}; name a text file, or `bundled`"
+        ) from None
+    if not text.strip():
+        raise RecipeError(f"verify.serving.text: {options.text}: holds no text; name another file, or `bundled`")
+    return text
+
+
+def source_as_stored(source: Formats, options: Serving) -> SourceToServe | None:
+    """The source as it lies on disk, where vLLM loads that on any machine (BF16, F16, F32) and `compare` allows its
+    size; None where the recipe wants no comparison."""
+    if options.compare is False:
+        return None
+    size = 2 * source.parameters
+    if options.compare == "auto" and size > AUTO_BYTES:
+        why = f"the source takes {size:,} bytes in BF16, `compare: auto` serves {AUTO_BYTES:,}; compare: true serves it"
+        return SourceToServe(None, why, too_large=True)
+    kinds = sorted({source.of(name).label for name in source.checkpoint.tensors} - {"plain"})
+    if kinds:
+        return SourceToServe(None, f"the source is stored in {', '.join(kinds)}, and no plain copy of it was given")
+    return SourceToServe(source.checkpoint.directory)
+
+
+def verify_serving(
+    checkpoint: Path,
+    options: Serving,
+    log_dir: Path,
+    *,
+    trust_remote_code: bool = False,
+    source: SourceToServe | None = None,
+    experiment: Experiment | None = None,
+) -> tuple[list[Check], dict[str, Any]]:
+    """Serve `checkpoint`, then `source` where there is one to serve, and judge what happened.
+
+    Leaves requests, results and logs of both processes in `log_dir`. Returns the checks and the worker's result without
+    the prompts' token ids, with `samples` [{kind, prompt, text, source_text}], `text` (what was scored) and `source`
+    added: None, or the source worker's result without its prompts and with `nll_difference` and `nll_error`, or
+    `{"ok": false, "why": ...}`.
+    experiment: what no recipe can ask.
+    Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
+    """
+    config = read_json(checkpoint / "config.json") or {}
+    experiment = experiment or Experiment()
+    own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
+    length = options.max_model_len or _length(options, config)
+    text = read_text(options)
+    request: dict[str, Any] = {
+        "checkpoint": str(checkpoint.resolve()),
+        "prompts": default_prompts() + own if experiment.prompts is None else experiment.prompts,
+        "windows": text and {"text": text, "count": options.windows, "tokens": options.window_tokens},
+        "max_tokens": min(options.max_tokens, length // 2),  # a prompt needs room too
+        "dtype": options.dtype,
+        "max_model_len": length,
+        "trust_remote_code": trust_remote_code,
+        "seed": 0,
+        "write_logits": str(experiment.write_logits.resolve()) if experiment.write_logits else None,
+        "compare_logits": None,
+        "kv_cache_bytes": kv_cache_bytes(config, length),
+        "moe_input_scales": experiment.moe_input_scales,
+        "processor": dict(experiment.processor),
+    }
+    if source is not None and source.directory is not None:
+        room = options.windows * options.window_tokens * int(config.get("vocab_size") or 0) * 4
+        log_dir.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(log_dir).free < 2 * room:
+            source = SourceToServe(None, f"logits of {room:,} bytes do not fit beside {log_dir}")
+        else:
+            request["write_logits"] = str((log_dir / _LOGITS).resolve())
+    try:
+        result = run_engine(request, options, log_dir, "serving", experiment.run)
+        result["source"] = None if source is None else _serve_source(source, request, result, options, log_dir)
+    finally:
+        shutil.rmtree(log_dir / _LOGITS, ignore_errors=True)
+    result["text"] = options.text if result.get("windows") else None
+    result["samples"] = samples(result)
+    checks = judge(result, options, config)
+    for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they stay in the worker's own result
+        entry.pop("token_ids", None)
+        entry.pop("source_ids", None)
+    return checks, result
+
+
+def _serve_source(
+    source: SourceToServe, request: dict[str, Any], ours: dict[str, Any], options: Serving, log_dir: Path
+) -> dict[str, Any]:
+    """Runs the source on the tokens that `ours` ran on. Adds `source_text` to the prompts of `ours`."""
+    if source.directory is None or not ours.get("ok"):
+        return {"ok": False, "why": source.why or "the checkpoint itself was not served to the end"}
+    config = read_json(source.directory / "config.json") or {}
+    request = request | {
+        "checkpoint": str(source.directory.resolve()),
+        "prompts": [{key: p[key] for key in ("kind", "text", "token_ids")} for p in ours["prompts"]],
+        "windows": {"token_ids": [w["token_ids"] for w in ours["windows"]]} if ours["windows"] else None,
+        "write_logits": None,
+        "compare_logits": request["write_logits"],
+        "kv_cache_bytes": kv_cache_bytes(config, request["max_model_len"]),
+    }
+    result = run_engine(request, options, log_dir, "source")
+    for mine, its in zip(ours["prompts"], result.get("prompts", []), strict=False):
+        mine["source_text"], mine["source_ids"] = its["sample"], its["sample_ids"]
+    measured = "windows" if ours["windows"] else "prompts"
+    result |= nll_difference(ours[measured], result.get(measured, []))
+    return {key: value for key, value in result.items() if key not in ("prompts", "windows")}
+
+
+def nll_difference(ours: Sequence[dict[str, Any]], source: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """`nll_difference`: ours minus the source's, mean over the pairs of windows in nats per token; `nll_error`: its
+    standard error. None where there are too few finite ones."""
+    losses = [(a["nll"], b["nll"]) for a, b in zip(ours, source, strict=False)]
+    found = [a - b for a, b in losses if isinstance(a, int | float) and isinstance(b, int | float)]
+    mean = sum(found) / len(found) if found else None
+    spread = sum((d - (mean or 0.0)) ** 2 for d in found)
+    error = math.sqrt(spread / (len(found) - 1) / len(found)) if len(found) > 1 else None
+    return {"nll_difference": mean, "nll_error": error}
+
+
+def kv_cache_bytes(config: dict[str, Any], length: int) -> int:
+    """A CPU KV cache for two sequences of `length` tokens in float32, at least 64 MiB; upper bound for any family."""
+    heads = int(config.get("num_key_value_heads") or config.get("num_attention_heads") or 1)
+    width = int(
+        config.get("head_dim") or int(config.get("hidden_size") or 0) // int(config.get("num_attention_heads") or 1)
+    )
+    return max(64 << 20, 2 * length * int(config.get("num_hidden_layers") or 1) * 2 * heads * width * 4)
+
+
+def samples(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """`[{kind, prompt, text, source_text}]` of the generated samples, the recipe's own first; source_text None where the
+    source was not served."""
+    found = [
+        {
+            "kind": p["kind"], "prompt": p.get("text") or f"{p['tokens']} tokens", "text": p["sample"],
+            "source_text": p.get("source_text"),
+        }
+        for p in result.get("prompts", [])
+        if p.get("sample_ids")
+    ]  # fmt: skip
+    return sorted(found, key=lambda s: not str(s["kind"]).startswith("recipe"))
+
+
+def _length(options: Serving, config: dict[str, Any]) -> int:
+    wanted = max(PROMPT_ROOM, options.window_tokens if options.text else 0) + options.max_tokens
+    return min(wanted, int(config.get("max_position_embeddings") or wanted))

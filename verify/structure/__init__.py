@@ -1,0 +1,1 @@
+"""Whether a checkpoint holds what its config promises, read byte by byte."""

@@ -1,0 +1,329 @@
+"""Values of a checkpoint, judged in one streaming read: finite, scales, empty groups, copies and digests."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from calibration.checkpoint.direct import Bytes
+from calibration.checkpoint.formats import Formats, logical_name, module_of
+from calibration.checkpoint.header import TensorHeader
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.nvfp4 import GROUP, RANGE
+from calibration.families.family import ROUTED, ROUTER, Family
+from calibration.plan.plan import Plan
+from recipes.errors import SourceError, WorkflowError
+from verify.checks import Check, unchecked, verdict
+from verify.structure.stored import COMPANIONS
+from verify.structure.stream import JOB, Judge, Piece, Progress, read_all
+
+#: Dtype -> unsigned view, mask of the magnitude, first magnitude that is NaN or Inf, first that is a normal number.
+_FLOATS = {
+    "F64": ("<u8", 2**63 - 1, 0x7FF0000000000000, 0x0010000000000000),
+    "F32": ("<u4", 2**31 - 1, 0x7F800000, 0x00800000),
+    "BF16": ("<u2", 0x7FFF, 0x7F80, 0x0080),
+    "F16": ("<u2", 0x7FFF, 0x7C00, 0x0400),
+    "F8_E4M3": ("u1", 0x7F, 0x7F, 0x08),
+    "F8_E5M2": ("u1", 0x7F, 0x7C, 0x04),
+    "F8_E8M0": ("u1", 0xFF, 0xFF, 0x00),
+}
+_TABLES = {"I64": "<u8", "I32": "<u4"}
+#: Largest weight that a weight's global scale admits (448 * 6 / scale). Weights of trained models lie between 0.01 and
+#: 100; the inverse of such a scale, modelopt's spelling, admits 7e4 to 7e8.
+_LARGEST_WEIGHT = (1e-6, 6e4)
+#: The same of activations, where outliers of some thousands are common; beyond this it is a doubt only.
+_LARGEST_INPUT = (1e-4, 1e6)
+#: Group scales below the smallest normal E4M3 number have lost precision; minmax scales of a sane weight never are.
+_SUBNORMAL_SHARE = 0.01
+_ZERO_SHARE = 0.01
+_HOW = "every tensor read once"
+
+
+class Values(Judge):
+    """What one thread found, by tensor name."""
+
+    def __init__(self) -> None:
+        self.nonfinite: Counter[str] = Counter()
+        self.zero: Counter[str] = Counter()
+        self.negative: Counter[str] = Counter()
+        self.empty_groups: Counter[str] = Counter()
+        self.subnormal = self.group_scales = self.groups = 0
+        self.single: dict[str, float] = {}
+        self.largest: dict[str, int] = {}
+        self.tables: dict[str, int] = {}
+        self.differing: set[str] = set()
+        self.compared: set[str] = set()
+        self._scratch = np.empty(JOB, np.uint8)
+
+    def look(self, piece: Piece, data: Bytes, other: Bytes | None) -> None:
+        header = piece.header
+        if other is not None:
+            self.compared.add(header.name)
+            if not np.array_equal(data, other):
+                self.differing.add(header.name)
+        if header.dtype in _FLOATS:
+            self._float(header, data)
+        elif header.dtype in _TABLES:
+            # Read as unsigned, a negative entry is a very large one.
+            entries = self._aligned(data, _TABLES[header.dtype])
+            self.tables[header.name] = max(self.tables.get(header.name, 0), int(entries.max()) if len(entries) else 0)
+        elif header.name.endswith(".weight_packed") and not header.nbytes % (GROUP // 2):
+            words = self._aligned(data, "<u8")
+            np.bitwise_and(words, 0x7777777777777777, out=words)
+            empty = len(words) - int(np.count_nonzero(words))
+            self.groups += len(words)
+            if empty:
+                self.empty_groups[header.name] += empty
+
+    def _aligned(self, data: Bytes, view: str) -> np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]:
+        """A copy in the scratch: arithmetic in place on memory that is aligned, whatever the file's offsets."""
+        scratch = self._scratch[: len(data)]
+        np.copyto(scratch, data)
+        return scratch.view(view)
+
+    def _float(self, header: TensorHeader, data: Bytes) -> None:
+        view, magnitude, infinite, normal = _FLOATS[header.dtype]
+        scale = header.name.rpartition(".")[2] in COMPANIONS
+        if scale and header.numel == 1:
+            self.single[header.name] = _number(header.dtype, data)
+        if scale and header.dtype != "F8_E8M0":
+            signed = int(np.count_nonzero(data.view(view) > magnitude)) if len(data) else 0
+            if signed:
+                self.negative[header.name] += signed
+        bits = self._aligned(data, view)
+        np.bitwise_and(bits, bits.dtype.type(magnitude), out=bits)
+        largest = int(bits.max()) if len(bits) else 0
+        self.largest[header.name] = max(self.largest.get(header.name, 0), largest)
+        if largest >= infinite:
+            self.nonfinite[header.name] += int(np.count_nonzero(bits >= infinite))
+        if scale and normal:
+            small = int(np.count_nonzero(bits < normal))
+            zero = len(bits) - int(np.count_nonzero(bits)) if small else 0
+            if zero:
+                self.zero[header.name] += zero
+            if header.name.endswith(".weight_scale") and header.dtype == "F8_E4M3":
+                self.group_scales += len(bits)
+                self.subnormal += small - zero
+
+    def merge(self, others: Iterable[Values]) -> Values:
+        """Adds what the other threads found."""
+        for other in others:
+            for name in ("nonfinite", "zero", "negative", "empty_groups"):
+                getattr(self, name).update(getattr(other, name))
+            self.subnormal += other.subnormal
+            self.group_scales += other.group_scales
+            self.groups += other.groups
+            self.single |= other.single
+            for mine, theirs in ((self.largest, other.largest), (self.tables, other.tables)):
+                mine |= {name: max(value, mine.get(name, 0)) for name, value in theirs.items()}
+            self.differing |= other.differing
+            self.compared |= other.compared
+        return self
+
+
+def _number(dtype: str, data: Bytes) -> float:
+    raw = data.tobytes()
+    if dtype == "BF16":
+        return float(np.frombuffer(b"\0\0" + raw, "<f4")[0])
+    kinds = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    return float(np.frombuffer(raw, kinds[dtype])[0]) if dtype in kinds else float("nan")
+
+
+def value_checks(
+    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, digests: Mapping[str, str],
+    progress: Progress | None,
+) -> list[Check]:  # fmt: skip
+    """The checks that need the values. A file that cannot be read to its end is a FAIL like any other."""
+    same = _copies(output, plan, source) if source is not None else {}
+    wanted = {shard: digest for shard, digest in digests.items() if shard in output.shards}
+    try:
+        judges, found = read_all(output, Values, same, source if same else None, wanted, progress)
+    except SourceError as error:
+        return [verdict("structure.read", "every byte can be read", error.problems, [], _HOW)]
+    values = Values().merge(judge for judge in judges if isinstance(judge, Values))
+    nonfinite = [
+        f"{n}: {count} of {output.tensors[n].numel} NaN or Inf" for n, count in sorted(values.nonfinite.items())
+    ]
+    checks = [
+        verdict("structure.finite", "no NaN and no Inf in any tensor", nonfinite, [], _HOW, f"{len(output.tensors)} tensors"),
+        _scales(output, values),
+        *_shared(family, plan, output, values),
+        _empty(output, family, plan, source, values),
+    ]  # fmt: skip
+    experts = output.config.get("n_routed_experts")
+    tables = {name: largest for name, largest in values.tables.items() if family.place(name).part == ROUTER}
+    if tables and isinstance(experts, int):
+        strange = [
+            f"{name}: names expert {n}, there are {experts}" for name, n in sorted(tables.items()) if n >= experts
+        ]
+        checks.append(
+            verdict(
+                "structure.tables",
+                "hash tables name experts that are there",
+                strange,
+                [],
+                _HOW,
+                f"{len(tables)} tables",
+            )
+        )
+    what = "copied tensors are byte-identical to the source's"
+    if source is None:
+        checks.append(unchecked("structure.copies", what, "no source given"))
+    else:
+        differing = [f"{name}: differs from the source's {same[name].name}" for name in sorted(values.differing)]
+        differing += _casts(output, plan, source) if plan is not None else []
+        # Without a plan nobody says what was to be copied: AWQ changes norms, and fidelity.kept judges what may differ.
+        problems, doubts = (differing, []) if plan is not None else ([], differing)
+        checks.append(
+            verdict(
+                "structure.copies", what, problems, doubts, "bytes compared", f"{len(values.compared)} tensors equal"
+            )
+        )
+    if digests:
+        torn = [f"{s}: {found[s]}, written as {digest}" for s, digest in sorted(wanted.items()) if found[s] != digest]
+        checks.append(verdict("structure.digests", "every shard is, bit for bit, what the run wrote", torn, [],
+                              "digests of the run's journal", f"{len(wanted)} shards"))  # fmt: skip
+    return checks
+
+
+def _copies(output: Checkpoint, plan: Plan | None, source: Checkpoint) -> dict[str, TensorHeader]:
+    """Output tensor -> source tensor of the same bytes: what the plan copies, without a plan all that is alike."""
+    if plan is not None:
+        names = {o.name: step.source for step in plan.steps.values() if step.action == "copy" for o in step.outputs}
+    else:
+        names = {
+            name: name for name, header in output.tensors.items()
+            if name in source.tensors and source.tensors[name].dtype == header.dtype
+        }  # fmt: skip
+    return {n: source.tensors[s] for n, s in names.items() if n in output.tensors and s in source.tensors}
+
+
+def _casts(output: Checkpoint, plan: Plan, source: Checkpoint) -> list[str]:
+    """Tile scales of kept FP8 weights: respelled in float32, every value exact."""
+    differing = []
+    for step in plan.steps.values():
+        name = step.outputs[0].name if step.action == "cast" else ""
+        if (
+            name.endswith(".weight_scale")
+            and name in output.tensors
+            and output.tensors[name].shape == step.outputs[0].shape
+        ):
+            exact = source.read(step.source).to(output.read(name).dtype)
+            if not bool((exact == output.read(name)).all()):
+                differing.append(f"{name}: differs from the source's {step.source}")
+    return differing
+
+
+def _scales(output: Checkpoint, values: Values) -> Check:
+    tensors = output.tensors
+    problems = [
+        f"{name}: {count} of {tensors[name].numel} with a sign" for name, count in sorted(values.negative.items())
+    ]
+    doubts = []
+    for name, count in sorted(values.zero.items()):
+        lost = _lost(output, name)
+        problems += [f"{name}: {lost} of {tensors[name].numel} are zero over weights that are not"] if lost else []
+        doubts += [] if lost else [f"{name}: {count} of {tensors[name].numel} are zero"]
+    for name, value in sorted(values.single.items()):
+        if not value > 0 or not np.isfinite(value):
+            continue
+        largest = RANGE / value
+        for suffix, (low, high), where in (
+            (".weight_global_scale", _LARGEST_WEIGHT, problems), (".input_global_scale", _LARGEST_INPUT, doubts),
+        ):  # fmt: skip
+            if name.endswith(suffix) and not low <= largest <= high:
+                where.append(f"{name}: {value:g} admits values up to {largest:.3g}; is it inverted?")
+    share = values.subnormal / max(values.group_scales, 1)
+    if share > _SUBNORMAL_SHARE:
+        doubts.append(f"{share:.2%} of all group scales are subnormal: too small for E4M3")
+    figure = f"{len(values.single)} single scales, {values.group_scales} group scales, {share:.2%} subnormal"
+    return verdict("structure.scales", "every scale positive and of a sane size", problems, doubts, _HOW, figure)
+
+
+def _lost(output: Checkpoint, name: str) -> int:
+    """How many zero scales stand over weights that are not all zero; all of them where that cannot be told."""
+    packed = output.tensors.get(f"{module_of(name)}.weight_packed")
+    zero = np.frombuffer(output.read_bytes(name), np.uint8)
+    if packed is None or output.tensors[name].dtype != "F8_E4M3" or packed.nbytes != len(zero) * (GROUP // 2):
+        return max(output.tensors[name].numel, 1)
+    groups = np.frombuffer(output.read_bytes(packed.name), "<u8") & np.uint64(0x7777777777777777)
+    return int(np.count_nonzero((zero & 0x7F == 0) & (groups != 0)))
+
+
+def _shared(family: Family, plan: Plan | None, output: Checkpoint, values: Values) -> list[Check]:
+    quantized = [module_of(name) for name in output.tensors if name.endswith(".weight_packed")]
+    fused = family.fused(module for module in quantized if not family.place(module).mtp)
+    checks = [
+        verdict("structure.fused", "fused projections share their weight global scale",
+                _unequal(fused, values.single, "weight_global_scale"), [], _HOW, f"{len(fused)} groups"),
+    ]  # fmt: skip
+    promised = plan.shared_input_scales() if plan is not None else fused
+    problems = _unequal(promised, values.single, "input_global_scale")
+    experts: dict[tuple[int | None, str], list[str]] = defaultdict(list)
+    for module in quantized:
+        place = family.place(module)
+        if place.part == ROUTED and not place.mtp:
+            experts[(place.block, module.rpartition(".")[2])].append(module)
+    doubts = [] if problems else _unequal((tuple(e) for e in experts.values()), values.single, "input_global_scale")
+    doubts = [f"{doubt}: some of vLLM's kernels use one for all experts of a block" for doubt in doubts]
+    return [*checks, verdict("structure.input_scales", "input global scales shared as promised", problems, doubts, _HOW,
+                             f"{len(promised)} groups")]  # fmt: skip
+
+
+def _unequal(groups: Iterable[tuple[str, ...]], single: dict[str, float], suffix: str) -> list[str]:
+    problems = []
+    for group in groups:
+        found = {module: single[f"{module}.{suffix}"] for module in group if f"{module}.{suffix}" in single}
+        if len(set(found.values())) > 1:
+            usual = Counter(found.values()).most_common(1)[0][0]
+            odd = next(module for module, value in found.items() if value != usual)
+            problems.append(f"{odd}.{suffix}: {found[odd]:g}, its group has {usual:g}")
+    return problems
+
+
+def _empty(
+    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, values: Values
+) -> Check:  # fmt: skip
+    """Weights that are zero as a whole: no fault where the source's are too (pruned or padded experts). Without a source
+    that cannot be told of a routed expert, which is WARN; nothing else is zero in a model that works, which is FAIL."""
+    whole = [
+        name
+        for name, count in sorted(values.empty_groups.items())
+        if count * (GROUP // 2) == output.tensors[name].nbytes
+    ]
+    zero = [
+        name for name, largest in sorted(values.largest.items())
+        if largest == 0 and name.endswith(".weight") and len(output.tensors[name].shape) > 1
+    ]  # fmt: skip
+    share = values.empty_groups.total() / max(values.groups, 1)
+    found = whole + zero
+    own = _zeros_of(source, plan, found) if found and source is not None else set()
+    unknown = [name for name in found if source is None and family.place(name).part == ROUTED]
+    doubts = [f"{name}: all zero; only the source tells whether it ought to be" for name in unknown]
+    problems = [f"{name}: all zero" for name in found if name not in own and name not in unknown]
+    accounted = sum(values.empty_groups[name] for name in own)
+    if (values.empty_groups.total() - accounted) / max(values.groups, 1) > _ZERO_SHARE:
+        doubts.append(f"{share:.2%} of all groups are zero")
+    figure = f"{share:.4%} of {values.groups} groups zero" + (f", {len(own)} weights as in the source" if own else "")
+    return verdict("structure.zeros", "no weight is wholly zero that is not so in the source, few groups are", problems,
+                   doubts, _HOW, figure)  # fmt: skip
+
+
+def _originals(plan: Plan | None, source: Checkpoint) -> dict[str, str]:
+    """Logical name of an output tensor -> the source tensor it was made from."""
+    if plan is None:
+        return {logical_name(name): name for name in source.tensors}
+    return {logical_name(output.name): step.source for step in plan.steps.values() for output in step.outputs}
+
+
+def _zeros_of(source: Checkpoint, plan: Plan | None, names: list[str]) -> set[str]:
+    """Those of the output tensors whose source is all zero. A source that cannot be read has none: other checks tell."""
+    try:
+        original, formats = _originals(plan, source), Formats(source)
+        known = [name for name in names if logical_name(name) in original]
+        return {name for name in known if not bool(formats.read(original[logical_name(name)], torch.float32).any())}
+    except WorkflowError:
+        return set()

@@ -1,0 +1,1 @@
+"""Many recipes, unattended: `python -m workflows.batch`."""

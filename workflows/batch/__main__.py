@@ -1,0 +1,262 @@
+"""`python -m workflows.batch RECIPE... [--matrix FILE]`: many recipes one after the other, unattended.
+
+The same command again skips what is done and verified and goes on with the rest. summary.html in the batch's directory
+is rewritten behind every block.
+
+Exit codes: 0 every run is done; 2, 3, 4 the preflight found problems (recipe, source, environment), nothing was started;
+6 at least one run failed, the others are done; 130 stopped (Ctrl-C, SIGTERM, --until), the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
+from recipes.matrix import Matrix, load_matrix, parse_resources
+from recipes.streams import exit_with, printed
+from verify.report.tables import OutputConsole
+from workflows.batch.attempt import Slot
+from workflows.batch.hooks import Hooks
+from workflows.batch.outcome import Outcome
+from workflows.batch.preflight import Preflight, ends, preflight, require_no_source, wanted_runs
+from workflows.batch.queue import Queue, Rules, parse_slots
+from workflows.batch.state import BatchDirectory, standing
+from workflows.batch.summary import print_summary, summarize, write_summary
+from workflows.interrupts import Interrupts
+from workflows.progress import Reporter, clock, size
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    reporter = Reporter(options.log_level)
+    interrupts = Interrupts()
+    interrupts.install()
+    batch: BatchDirectory | None = None
+    try:
+        try:
+            batch = BatchDirectory(_directory(options), options.dry_run)
+            if options.status:
+                _show(batch, options.json, summarize(batch, _jobs(batch), _jobs(batch, "gone")))
+                return printed()
+            _work(options, batch, reporter, interrupts)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
+    except WorkflowError as error:
+        reporter.say(f"error: {error}", "error")
+        return error.exit_code
+    finally:
+        if batch is not None:
+            batch.close()
+    return printed() if options.json else 0
+
+
+def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter, interrupts: Interrupts) -> None:
+    slots = parse_slots(options.gpus)
+    rules = Rules(options.tries, options.backoff, _until(options.until), options.space_patience * 60, options.overwrite)
+    matrices = [(path, load_matrix(path)) for path in options.matrix]
+    wanted = wanted_runs(options.recipes, matrices, options.set)
+    require_no_source(wanted, {"--directory": batch.path, "--mlflow": options.mlflow})
+    hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
+    batch.open()
+    under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
+    if under_way and options.executor is None:
+        raise EnvironmentProblem(
+            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
+        )
+    found = preflight(wanted, batch, len(slots), options.overwrite, reporter.say, under_way)
+    if not options.keep_going:
+        found.require_sound()
+    for _, problem in found.problems:
+        reporter.say(f"preflight: {problem}", "error")
+    _say_plan(found, len(slots), reporter)
+    if options.dry_run:
+        return
+    if options.executor is not None:
+        _submit(options, batch, found, slots, rules, matrices, reporter, interrupts)
+        return
+    under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
+    if under_way:
+        raise EnvironmentProblem(
+            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
+        )
+    batch.save(found.entries, slots=len(slots))
+
+    def rewrite() -> None:
+        try:
+            write_summary(batch)
+        except (WorkflowError, OSError) as error:  # a full disk must not end the batch
+            reporter.say(f"summary: not written: {error}", "warning")
+
+    queue = Queue(
+        batch, found.entries, slots, rules, reporter.say,
+        should_stop=lambda: interrupts.requested,
+        changed=rewrite,
+        failed=lambda entry, reason: hooks.notify("failure", entry.name, reason),
+    )  # fmt: skip
+    try:
+        with interrupts.deferring():
+            queue.work()
+    finally:
+        summary = summarize(batch)
+        _show(batch, options.json, summary)
+        hooks.track(summary)
+        hooks.notify("end")
+    _judge(queue.outcomes, queue.stopping)
+
+
+def _submit(
+    options: argparse.Namespace, batch: BatchDirectory, found: Preflight, slots: list[Slot], rules: Rules,
+    matrices: list[tuple[Path, Matrix]], reporter: Reporter, interrupts: Interrupts,
+) -> None:  # fmt: skip
+    cluster = _cluster()
+    hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
+    resources = {}
+    for wanted, entry in zip(wanted_runs(options.recipes, matrices, options.set), found.entries, strict=True):
+        resources[entry.name] = parse_resources(options.resource, wanted.resources)
+    batch.save(found.entries, slots=len(slots))
+    batch.release()
+    try:
+        with interrupts.deferring():
+            cluster.submit(
+                batch, found.entries, options.executor, resources, rules, slots, hooks, reporter.say,
+                lambda: interrupts.requested,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        cluster.stop_at_once(batch)
+        raise
+    finally:
+        _show(batch, options.json, write_summary(batch, cluster.queued(batch, found.entries)))
+    if options.executor == "local":
+        _judge(cluster.outcomes(batch, found.entries), "stopped")
+
+
+def _jobs(batch: BatchDirectory, which: Literal["queued", "gone"] = "queued") -> dict[str, str]:
+    """Run -> state of its job, where the batch has been given to a cluster."""
+    entries, _ = batch.load()
+    if not any(attempt["fact"] == "submitted" for entry in entries for attempt in batch.attempts(entry.name)):
+        return {}
+    found: dict[str, str] = getattr(_cluster(), which)(batch, entries)
+    return found
+
+
+def _cluster() -> ModuleType:
+    try:
+        from workflows.batch.cluster import submit as cluster
+    except ImportError:
+        raise EnvironmentProblem(
+            "--executor: submitit is not installed here; pip install 'nvfp4-workflows[slurm]', or leave --executor out"
+        ) from None
+    return cluster
+
+
+def _judge(outcomes: dict[str, Outcome], why: str) -> None:
+    bad = [f"{name}: {outcome.reason}" for name, outcome in outcomes.items() if outcome.kind == "failed"]
+    left = [name for name, outcome in outcomes.items() if outcome.kind == "stopped"]
+    if left:
+        raise Interrupted([f"{why}: {len(left)} runs are left; the same command goes on", *bad])
+    if bad:
+        raise BatchFailed([f"{len(bad)} of {len(outcomes)} runs failed", *bad])
+
+
+def _say_plan(found: Preflight, slots: int, reporter: Reporter) -> None:
+    sound = [entry for entry in found.entries if not entry.problems and standing(entry).kind != "done"]
+    total = sum(entry.output_bytes for entry in sound)
+    reporter.say(f"preflight: {len(sound)} of {len(found.entries)} runs are to be done, outputs {size(total)}")
+    for name, seconds in ends(sound, slots):
+        when = "time unknown" if seconds is None else f"ends in {clock(seconds)} or later"
+        reporter.say(f"  {name}: {when}")
+
+
+def _show(batch: BatchDirectory, as_json: bool, summary: dict[str, object]) -> None:
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        print_summary(summary, OutputConsole(200))
+
+
+def _directory(options: argparse.Namespace) -> Path:
+    if options.directory is not None:
+        return Path(options.directory)
+    files = [*options.matrix, *options.recipes]
+    if not files:
+        raise RecipeError("name at least one recipe file, a matrix with --matrix, or with --status a --directory")
+    more = f"-and-{len(files) - 1}-more" if len(files) > 1 else ""
+    return Path(f"batch-{files[0].stem}{more}.run")
+
+
+def _until(text: str | None) -> float | None:
+    """The next time that this machine's clock says `HH:MM`, in seconds since the epoch."""
+    if text is None:
+        return None
+    try:
+        hour = datetime.strptime(text, "%H:%M")
+    except ValueError:
+        raise RecipeError(f"--until {text}: must be a time of day such as 07:00") from None
+    now = datetime.fromtimestamp(time.time())
+    when = now.replace(hour=hour.hour, minute=hour.minute, second=0, microsecond=0)
+    return (when if when > now else when + timedelta(days=1)).timestamp()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("recipes", type=Path, nargs="*", metavar="RECIPE", help="recipe YAML files, run in this order")
+    add("--matrix", type=Path, action="append", default=[], metavar="FILE", help="a base recipe and its variants")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
+    add("--directory", help="the batch's own directory (default: batch-<first file>.run in the current directory)")
+    add("--gpus", metavar="0-3,4-7", help="one slot per entry; a run has its slot's GPUs for itself")
+    add("--until", metavar="HH:MM", help="at this time let every run finish its block, and stop")
+    add(
+        "--tries",
+        type=int,
+        default=3,
+        help="attempts in a row that finish nothing before a run is given up (default: 3)",
+    )
+    add(
+        "--backoff",
+        type=float,
+        default=30,
+        metavar="SECONDS",
+        help="pause before the second attempt; four times longer before each further one (default: 30)",
+    )
+    add(
+        "--space-patience",
+        type=float,
+        default=60,
+        metavar="MINUTES",
+        help="how long a run waits for a full disk (default: 60)",
+    )
+    add(
+        "--keep-going",
+        action="store_true",
+        help="where the preflight finds problems, start the sound runs all the same",
+    )
+    add("--overwrite", action="store_true", help="replace what other recipes left in the outputs")
+    add("--dry-run", action="store_true", help="the preflight alone; start nothing")
+    add("--executor", choices=("local", "slurm"), help="give the runs to submitit; slurm returns behind the submission")
+    add(
+        "--resource",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="what a job asks of the cluster, e.g. hours=8",
+    )
+    add("--status", action="store_true", help="tell where the batch is; start nothing")
+    add("--notify", metavar="CMD", help="run this on every failure and at the end (BATCH_EVENT, BATCH_SUMMARY)")
+    add("--mlflow", type=Path, metavar="DIR", help="also write the results to an MLflow file store (extra: tracking)")
+    add("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add("--json", action="store_true", help="print the summary as one JSON object on stdout")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_with(main)

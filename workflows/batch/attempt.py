@@ -1,0 +1,210 @@
+"""One attempt at a run: its process, its log, how it is asked to stop, and what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.files import no_link
+from calibration.runs.journal import process_began
+from workflows.batch.state import BatchDirectory, Entry, alive, standing
+from workflows.interrupts import NOTICE
+
+#: In the environment of every process that an attempt starts, so that what outlives it can be found.
+MARK = "NVFP4_BATCH_RUN"
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """GPUs that one run at a time has for itself, by their numbers; None: whatever the machine has."""
+
+    gpus: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return "" if self.gpus is None else "GPU " + ",".join(map(str, self.gpus))
+
+
+class Child:
+    """A process of `workflows.run`, in a session of its own: a Ctrl-C of the terminal does not reach it, and it goes on
+    when the batch is killed."""
+
+    def __init__(
+        self, batch: BatchDirectory, entry: Entry, pid: int, began: float, log_from: int, slot: Slot, log: Path
+    ) -> None:
+        self.batch, self.entry, self.pid, self.began, self.log_from, self.slot = (
+            batch, entry, pid, began, log_from, slot,
+        )  # fmt: skip
+        self.asked_to_stop = False
+        self.before = entry.progress()
+        self.log = log
+        self.peak_rss: int | None = None
+        self.cpu_seconds: float | None = None
+        self._adopted: dict[str, Any] | None = None
+
+    @classmethod
+    def start(
+        cls, batch: BatchDirectory, entry: Entry, slot: Slot, overwrite: bool, launcher: Sequence[str] = (),
+        first_node: bool = True,
+    ) -> Child:  # fmt: skip
+        """Starts the next attempt; `launcher` stands before `-m workflows.run` (torchrun's own arguments). The process of a
+        further node is no attempt of its own, and has a log of its own: what two hosts append to one file can be lost."""
+        log = batch.runs(entry.name) / ("log.txt" if first_node else f"log.{socket.gethostname()}.txt")
+        found = standing(entry)
+        if not shared_out(entry):
+            launcher = ()
+        options = ["--from", "verify"] if found.kind == "verify" else []
+        if found.kind == "foreign" and overwrite:
+            options = ["--overwrite"]
+        environment = os.environ | {MARK: _mark(batch, entry), "PYTHONPATH": child_path()}
+        if slot.gpus is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slot.gpus))
+        log_from = log.stat().st_size if log.exists() else 0
+        began = time.time()
+        with open(log, "ab", opener=no_link) as file:
+            process = subprocess.Popen(
+                [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *options],
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
+                start_new_session=True, preexec_fn=_prepare_torchrun if launcher else _prepare,
+            )  # fmt: skip
+        process.returncode = 0  # `poll` waits for it with wait4; Popen's destructor shall not
+        if first_node:
+            batch.record(
+                entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
+                log_from=log_from, slot=str(slot), options=options,
+            )  # fmt: skip
+        return cls(batch, entry, process.pid, began, log_from, slot, log)
+
+    @classmethod
+    def adopt(cls, batch: BatchDirectory, entry: Entry, attempt: dict[str, Any], slot: Slot) -> Child:
+        """Watches an attempt that a killed batch left behind."""
+        pid, began, log_from = int(attempt["pid"]), float(attempt["time"]), int(attempt["log_from"])
+        child = cls(batch, entry, pid, began, log_from, slot, batch.runs(entry.name) / "log.txt")
+        child._adopted = attempt
+        return child
+
+    def poll(self) -> tuple[bool, int | None]:
+        """(has it ended, exit code as `judge` takes it)."""
+        if self._adopted is not None:
+            return not alive(self._adopted), None
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            return False, None
+        self.peak_rss = usage.ru_maxrss * 1024
+        self.cpu_seconds = round(usage.ru_utime + usage.ru_stime, 1)
+        return True, os.waitstatus_to_exitcode(status)
+
+    def ask_to_stop(self, once: bool = False) -> None:
+        """SIGTERM, which finishes the block under way; a second one stops at once. `once`: only where the run has not said
+        that it was asked already, by a signal to all processes of a cluster's job. Under torchrun the workers get it."""
+        self.asked_to_stop = True
+        if once and NOTICE in _since(self.log, self.log_from):
+            return
+        for pid in _workers(self.pid) or [self.pid]:
+            self._signal(pid, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to all that the attempt started."""
+        for pid in (self.pid, *_marked(_mark(self.batch, self.entry))):
+            self._signal(pid, signal.SIGKILL)
+
+    def _signal(self, pid: int, number: signal.Signals) -> None:
+        """Not to a process that an attempts.jsonl names and that no attempt of this batch started."""
+        if self._adopted is None or pid in _marked(_mark(self.batch, self.entry)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def sweep(self) -> None:
+        """Kills what a dead attempt left running (vLLM has a session of its own, and would keep its memory)."""
+        for pid in _marked(_mark(self.batch, self.entry)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def shared_out(entry: Entry) -> bool:
+    """Whether the next attempt is work for several processes: calibration alone is."""
+    return entry.method == "calibrate" and standing(entry).kind not in ("verify", "done")
+
+
+def child_path() -> str:
+    """PYTHONPATH with this project in front: a run is of the same code as its batch, whatever is installed."""
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(_PROJECT), *(path for path in inherited if path and path != str(_PROJECT))])
+
+
+def resident_peak(pid: int) -> int | None:
+    """Largest resident size so far of a living process, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def torchrun(gpus: int, nodes: Sequence[str] = (), rank: int = 0, job: str = "") -> list[str]:
+    """What stands before `-m workflows.run` for one process per GPU; none for a single process. With several `nodes` (the
+    names of all hosts) the agents of all of them meet at the first, at a port made from the number of the job, and rank 0
+    is there; a node without GPUs has one process."""
+    if max(gpus, 1) * max(len(nodes), 1) <= 1:
+        return []
+    ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={max(gpus, 1)}", "--signals-to-handle=SIGQUIT"]
+    if len(nodes) <= 1:
+        return [*ranks, "--standalone"]
+    # torchrun's c10d backend would take no notice of the nodes' order.
+    return [
+        *ranks, f"--nnodes={len(nodes)}", f"--node-rank={rank}", "--rdzv-backend=static", f"--rdzv-id={job}",
+        f"--master-addr={nodes[0]}", f"--master-port={29400 + int(job) % 3000}",
+    ]  # fmt: skip
+
+
+def _prepare_torchrun() -> None:
+    """torchrun's agent would kill its workers 30 seconds behind a SIGTERM; they handle it themselves."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _prepare()
+
+
+def _prepare() -> None:
+    """Slurm may send submitit's signal to every process of a job: only submitit's own shall act on it. Where memory ends,
+    the kernel shall kill a run before the batch."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")
+
+
+def _since(log: Path, begin: int) -> bytes:
+    with contextlib.suppress(OSError), log.open("rb") as file:
+        file.seek(begin)
+        return file.read()
+    return b""
+
+
+def _mark(batch: BatchDirectory, entry: Entry) -> str:
+    return f"{batch.runs(entry.name).absolute()} on {socket.gethostname()}"
+
+
+def _marked(mark: str) -> list[int]:
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdecimal() and wanted in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
+
+
+def _workers(pid: int) -> list[int]:
+    """The children of a torchrun process; none where `pid` is no torchrun."""
+    with contextlib.suppress(OSError):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"torch.distributed.run" in command:
+            told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            return [int(word) for word in told.split()]
+    return []

@@ -1,0 +1,298 @@
+"""The preflight of a batch: every recipe, source, output and disk is looked at before the first run begins."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.side_files import side_files
+from calibration.checkpoint.writer import write_text
+from calibration.forecast.cost import scratch_bytes
+from calibration.plan.plan import make_plan
+from calibration.runs.disk import Need, space_problems
+from calibration.runs.output import overwrite_problems
+from calibration.runs.resume import activations_directory
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
+from recipes.loader import dump_recipe, load_recipe, recipe_digest
+from recipes.matrix import Matrix, Resources, variants
+from recipes.places import is_inside
+from recipes.schema import Recipe
+from verify.serving.engine import check_environment
+from workflows.batch.state import BatchDirectory, Entry, orphan, standing
+from workflows.progress import Reporter
+from workflows.run import prediction as estimate
+from workflows.run.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES, finished_blocks
+from workflows.run.stages import Run
+from workflows.source import require_apart, resolve_source
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A run that the command line asks for: a recipe file and its overrides, under a name of its own."""
+
+    name: str
+    recipe: Path
+    overrides: tuple[str, ...] = ()
+    output: str | None = None
+    resources: Resources = field(default_factory=Resources)
+
+    @property
+    def given(self) -> str:
+        """How the user spelled it."""
+        return " ".join([str(self.recipe), *(f"--set {text}" for text in self.overrides)])
+
+
+@dataclass
+class Preflight:
+    """What the preflight found: the runs in their order, and problems of the batch as a whole; exit code with each."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    def require_sound(self) -> None:
+        """Raises one error with every problem; its exit code is the smallest of theirs."""
+        if self.problems:
+            code = min(code for code, _ in self.problems)
+            kind = next(kind for kind in (RecipeError, SourceError, EnvironmentProblem) if kind.exit_code == code)
+            raise kind(collapsed(dict.fromkeys(text for _, text in self.problems)))
+
+
+def wanted_runs(
+    recipes: Sequence[Path], matrices: Sequence[tuple[Path, Matrix]], overrides: Sequence[str]
+) -> list[Wanted]:
+    """The runs of a command line in their order: the recipes, then each matrix. Names are the recipes' file names, with
+    the directory before it where two are alike. Raises RecipeError where a base recipe cannot be read, or names clash."""
+    stems = Counter(path.stem for path in recipes)
+    found = [
+        Wanted(
+            path.stem if stems[path.stem] == 1 else f"{path.resolve().parent.name}-{path.stem}", path, tuple(overrides)
+        )
+        for path in recipes
+    ]
+    for _, matrix in matrices:
+        base = Path(matrix.base)
+        ours = load_recipe(base, overrides).output.rstrip("/")
+        for variant, own in variants(matrix):
+            name = f"{base.stem}-{variant}"
+            output = matrix.output.replace("{name}", name) if matrix.output else f"{ours}-{variant}"
+            found.append(Wanted(name, base, (*overrides, *own), output, matrix.resources))
+    twice = [name for name, count in Counter(wanted.name for wanted in found).items() if count > 1]
+    if twice:
+        raise RecipeError([f"{name}: two runs have this name; rename one recipe file or variant" for name in twice])
+    if not found:
+        raise RecipeError("name at least one recipe file, or a matrix with --matrix")
+    return found
+
+
+def require_no_source(wanted: Sequence[Wanted], places: Mapping[str, Path | None]) -> None:
+    """Raises RecipeError if one of the `places` that the batch itself writes to, by the option that names it, lies in the
+    source of a run. What is wrong with a recipe is the preflight's to say."""
+    problems = []
+    for run in wanted:
+        with suppress(WorkflowError):
+            source = Path(load_recipe(run.recipe, run.overrides, run.output).source.checkpoint)
+            problems += [
+                f"{option}: {place} lies inside the source checkpoint {source}, which is read only; name another directory"
+                for option, place in places.items()
+                if place is not None and source.is_dir() and is_inside(place, source)
+            ]
+    if problems:
+        raise RecipeError(list(dict.fromkeys(problems)))
+
+
+def preflight(
+    wanted: Sequence[Wanted], batch: BatchDirectory, slots: int, overwrite: bool, say: Callable[[str], None],
+    under_way: Collection[str] = (),
+) -> Preflight:  # fmt: skip
+    """Looks at everything that can be known before the first run; freezes the recipes into the batch's directory and
+    claims the outputs. Opens a source once, however many runs read it. The outputs of runs that a cluster has `under_way` are
+    theirs. Problems are collected, none is raised."""
+    result = Preflight()
+    loaded: dict[str, Recipe] = {}
+    problems: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for run in wanted:
+        try:
+            loaded[run.name] = load_recipe(run.recipe, run.overrides, run.output)
+        except WorkflowError as error:
+            problems[run.name] += [(error.exit_code, text) for text in error.problems]
+    planned = _plan(loaded, problems, say)
+    _outputs_apart(loaded, problems)
+    _serving_engines(loaded, problems)
+    for run in wanted:
+        recipe = loaded.get(run.name)
+        frozen = batch.frozen(run.name)
+        entry = planned.get(run.name) or Entry(run.name, "", "", "" if recipe is None else recipe.output)
+        if recipe is not None:
+            write_text(frozen, dump_recipe(recipe))
+        entry = replace(entry, given=run.given, recipe=str(frozen.absolute()))
+        if run.name in planned and run.name not in under_way:
+            problems[run.name] += [(EnvironmentProblem.exit_code, text) for text in _output(entry, batch, overwrite)]
+        if problems[run.name]:
+            texts = (text.removeprefix(f"{run.name}: ") for _, text in problems[run.name])
+            entry = replace(entry, problems=list(dict.fromkeys(texts)))
+        result.entries.append(entry)
+        result.problems += problems[run.name]
+    result.problems += [(EnvironmentProblem.exit_code, text) for text in _disks(result.entries, slots)]
+    return result
+
+
+def ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float | None]]:
+    """(name, seconds from now) in the order in which the runs will end, each taking the first slot that is free; None
+    from the first run on whose time is not known."""
+    free = [0.0] * slots
+    found: list[tuple[str, float | None]] = []
+    known = True
+    for entry in entries:
+        known = known and entry.seconds is not None
+        if not known or entry.seconds is None:
+            found.append((entry.name, None))
+            continue
+        slot = min(range(slots), key=free.__getitem__)
+        free[slot] += entry.seconds
+        found.append((entry.name, free[slot]))
+    return sorted(found, key=lambda pair: float("inf") if pair[1] is None else pair[1])
+
+
+def needs(entry: Entry) -> tuple[Need, Need]:
+    """What a run will still put on disk: the rest of its output, and its activations."""
+    scratch = activations_directory(Path(entry.scratch) if entry.scratch else None, entry.run.path, Path(entry.output))
+    computed = standing(entry).kind in ("done", "verify")
+    rest, files = (0, 0) if computed else (entry.activation_bytes, entry.activation_files)
+    written, saved = _size(Path(entry.output).glob("*.safetensors")), _size(scratch.rglob("*"))
+    return (
+        Need(entry.name, Path(entry.output), max(entry.output_bytes - written[0], 0), max(entry.files - written[1], 1)),
+        Need(f"activations of {entry.name}", scratch, max(rest - saved[0], 0), max(files - saved[1], 0)),
+    )
+
+
+def _plan(
+    loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]], say: Callable[[str], None]
+) -> dict[str, Entry]:
+    by_source: dict[tuple[str, str | None], list[str]] = defaultdict(list)
+    for name, recipe in loaded.items():
+        by_source[(recipe.source.checkpoint, recipe.source.revision)].append(name)
+    entries = {}
+    for (checkpoint, _), names in by_source.items():
+        say(f"preflight: {checkpoint}, read by {len(names)} run{'s' if len(names) > 1 else ''}")
+        try:
+            source = Checkpoint.open(resolve_source(loaded[names[0]].source))
+            formats = Formats(source)
+        except WorkflowError as error:
+            for name in names:
+                problems[name] += [(error.exit_code, text) for text in error.problems]
+            continue
+        for name in names:
+            try:
+                entries[name] = _entry(name, loaded[name], source, formats)
+            except WorkflowError as error:
+                problems[name] += [(error.exit_code, f"{name}: {text}") for text in error.problems]
+    return entries
+
+
+def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> Entry:
+    require_apart(recipe, source.directory)
+    beside = side_files(source.directory)
+    run = Run(recipe, Reporter("error"))
+    run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
+    entry = Entry(
+        name,
+        given="",
+        recipe="",
+        output=recipe.output,
+        method=recipe.method,
+        recipe_digest=recipe_digest(recipe),
+        plan_digest=run.plan.digest,
+        output_bytes=run.plan.output_bytes,
+        source_bytes=source.total_bytes,
+        activation_bytes=_scratch(run) if recipe.method == "calibrate" else 0,
+        files=len(run.plan.shards) + len(beside.copied) + OWN_FILES + RUN_FILES,
+        activation_files=FILES_PER_BATCH * _batches(recipe) if recipe.method == "calibrate" else 0,
+        scratch=recipe.offload.directory,
+        parameters=run.plan.parameters,
+        bits_per_parameter=run.plan.bits_per_parameter,
+    )
+    return entry if standing(entry).kind == "done" else replace(entry, seconds=_seconds(run))
+
+
+def _scratch(run: Run) -> int:
+    boundary = run.predicted()["activation_bytes_at_a_boundary"]
+    return scratch_bytes(boundary, len(run.plan.block_numbers), run.recipe.offload.max_host_memory)
+
+
+def _batches(recipe: Recipe) -> int:
+    options = recipe.calibration
+    return 0 if options is None else -(-options.num_samples // options.batch_size)
+
+
+def _seconds(run: Run) -> float:
+    """What calibration or conversion and the reading of verification will take on this machine, undisturbed; serving is not
+    in it. Blocks that are finished cost nothing."""
+    from calibration.forecast.speed import Machine  # torch's products and the conversion's kernels
+
+    told = estimate.predict(
+        run, Machine(run.recipe, run.plan, run.formats, run.ranks.device), finished=finished_blocks(run)
+    )
+    return float(sum(stage["seconds"] for stage in told["stages"].values()))
+
+
+def _outputs_apart(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
+    where = {name: Path(recipe.output).resolve() for name, recipe in loaded.items()}
+    for name, output in where.items():
+        for other, theirs in where.items():
+            if name != other and (output == theirs or theirs in output.parents):
+                how = "is also the output of" if output == theirs else "lies inside the output of"
+                text = f"{name}: output {loaded[name].output} {how} {other}; give each run a directory of its own"
+                problems[name].append((RecipeError.exit_code, text))
+
+
+def _serving_engines(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
+    users: dict[str, list[str]] = defaultdict(list)
+    for name, recipe in loaded.items():
+        if recipe.verify.serving is not None:
+            users[recipe.verify.serving.python].append(name)
+    for python, names in users.items():
+        try:
+            check_environment(python)
+        except EnvironmentProblem as error:
+            for name in names:
+                problems[name] += [(error.exit_code, text) for text in error.problems]
+
+
+def _output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
+    """What stands against writing to the output; claims it otherwise."""
+    holder = entry.run.holder()
+    if holder is not None and orphan(batch.attempts(entry.name)) is None and not entry.run.free():
+        return [f"{entry.output}: another process works on it ({holder}); wait for it, or name another output"]
+    found = standing(entry)
+    if found.kind == "foreign" and not overwrite:
+        return [f"{entry.output}: {found.why}; name another output, or pass --overwrite to replace what is there"]
+    if found.kind == "foreign" and (problems := overwrite_problems(entry.run, Path(entry.output))):
+        return problems
+    try:
+        taken = batch.claim(Path(entry.output))
+    except OSError as error:
+        return [f"{entry.output}: cannot be written: {error.strerror}; name another output"]
+    return [taken] if taken else []
+
+
+def _disks(entries: Sequence[Entry], slots: int) -> list[str]:
+    """All runs' outputs, and the activations of those that may run at the same time, against each file system."""
+    open_runs = [
+        entry
+        for entry in entries
+        if not entry.problems and entry.plan_digest and standing(entry).kind not in ("done", "verify")
+    ]
+    at_once = sorted(open_runs, key=lambda entry: entry.activation_bytes, reverse=True)[:slots]
+    outputs, activations = [needs(entry)[0] for entry in open_runs], [needs(entry)[1] for entry in at_once]
+    return space_problems([*outputs, *activations])
+
+
+def _size(paths: Iterable[Path]) -> tuple[int, int]:
+    """Bytes and number of the files among the paths."""
+    sizes = [path.stat().st_size for path in paths if path.is_file()]
+    return sum(sizes), len(sizes)

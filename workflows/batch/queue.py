@@ -1,0 +1,265 @@
+"""The queue of one machine: slots, order, retries with back-off, a clean stop. A cluster's job is a queue of one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from calibration.runs.disk import Need, space_problems
+from recipes.errors import RecipeError
+from workflows.batch.attempt import Child, Slot, torchrun
+from workflows.batch.outcome import Outcome, judge
+from workflows.batch.preflight import needs
+from workflows.batch.state import BatchDirectory, Entry, orphan, standing
+
+_TICK_SECONDS = 0.2
+_LONGEST_BACKOFF = 900.0
+#: From the second Ctrl-C to SIGKILL, where nothing else is said.
+_PATIENCE_SECONDS = 30.0
+#: Beside its output and its activations a run writes lines and pages; also with nothing left to compute.
+_ROOM = 1 << 20
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a queue behaves. `tries`: attempts in a row that finish nothing; seconds for the rest; `until` since the
+    epoch; `space_patience`: how long a full disk is waited for."""
+
+    tries: int = 3
+    backoff: float = 30.0
+    until: float | None = None
+    space_patience: float = 3600.0
+    overwrite: bool = False
+    #: Whether an attempt that could be tried again ends the queue instead: a cluster starts it on fresh nodes.
+    once: bool = False
+
+
+@dataclass
+class Waiting:
+    """A run that is not under way."""
+
+    entry: Entry
+    not_before: float = 0.0
+    failures: int = 0
+    #: Since when it has been waiting for disk space.
+    starved_since: float | None = None
+
+
+@dataclass
+class Queue:
+    """Works on `entries` in their order until all are done, failed or stopped.
+
+    launcher: what stands before `-m workflows.run` for a slot (torchrun's arguments), none for one process.
+    should_stop: asked all the time; true lets every run finish its block. changed: called whenever a run has begun,
+    ended or finished a block. failed: called with each run that failed for good. patience: seconds from stopping at once
+    to SIGKILL.
+    """
+
+    batch: BatchDirectory
+    entries: Sequence[Entry]
+    slots: Sequence[Slot]
+    rules: Rules
+    say: Callable[[str, str], None]
+    launcher: Callable[[Slot], Sequence[str]] = lambda slot: torchrun(len(slot.gpus or ()))
+    should_stop: Callable[[], bool] = lambda: False
+    changed: Callable[[], None] = lambda: None
+    failed: Callable[[Entry, str], None] = lambda entry, reason: None
+    patience: float = _PATIENCE_SECONDS
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    running: list[Child] = field(default_factory=list)
+    attempted: dict[str, Waiting] = field(default_factory=dict)
+    waiting: list[Waiting] = field(default_factory=list)
+    stopping: str = ""
+    _signature: tuple[tuple[int, int], ...] = ()
+
+    def work(self) -> None:
+        """Runs to the end. On KeyboardInterrupt (the second Ctrl-C) every run is stopped at once, and it is raised."""
+        self._sort_out()
+        self.changed()
+        try:
+            while self.running or (self.waiting and not self.stopping):
+                self._tick()
+                if self.running or (self.waiting and not self.stopping):
+                    time.sleep(_TICK_SECONDS)
+        except KeyboardInterrupt:
+            self._stop_at_once()
+            raise
+        finally:
+            for waiting in self.waiting:
+                self.outcomes.setdefault(waiting.entry.name, Outcome("stopped", self.stopping))
+            self.changed()
+
+    def stop(self, why: str) -> None:
+        """Starts nothing more and lets every run finish its block."""
+        if not self.stopping:
+            self.stopping = why
+            self.say(f"{why}: {len(self.running)} running, each finishes its block", "warning")
+            for child in self.running:
+                if not child.asked_to_stop:
+                    child.ask_to_stop(once=True)
+
+    def _sort_out(self) -> None:
+        """Leaves out what is done, takes over what a killed batch left running, queues the others."""
+        free = list(self.slots)
+        for entry in self.entries:
+            attempts = self.batch.attempts(entry.name)
+            left = orphan(attempts)
+            if entry.problems:
+                self._fail(entry, entry.problems[0])
+            elif left is not None:
+                slot = next((slot for slot in free if str(slot) == left["slot"]), free[0] if free else self.slots[0])
+                if slot in free:
+                    free.remove(slot)
+                self.running.append(Child.adopt(self.batch, entry, left, slot))
+                self.say(f"{entry.name}: still running since the last call (pid {left['pid']}); watched", "info")
+            elif standing(entry).kind == "done":
+                self.outcomes[entry.name] = Outcome("done", "done before")
+                self.say(f"{entry.name}: done and verified before", "info")
+            else:
+                self.batch.record(entry.name, "queued")
+                self.waiting.append(Waiting(entry))
+        self._signature = self._look()
+
+    def _tick(self) -> None:
+        for child in list(self.running):
+            ended, code = child.poll()
+            if ended:
+                self.running.remove(child)
+                self._ended(child, code)
+        if self.should_stop():
+            self.stop("stop asked for")
+        elif self.rules.until is not None and time.time() >= self.rules.until:
+            self.stop("the hour of --until has come")
+        if not self.stopping:
+            self._fill()
+        signature = self._look()
+        if signature != self._signature:
+            self._signature = signature
+            self.changed()
+
+    def _fill(self) -> None:
+        taken = [child.slot for child in self.running]
+        for slot in self.slots:
+            if slot in taken:
+                continue
+            ready = next((waiting for waiting in self.waiting if self._is_ready(waiting)), None)
+            if ready is None:
+                break
+            self.waiting.remove(ready)
+            child = Child.start(self.batch, ready.entry, slot, self.rules.overwrite, self.launcher(slot))
+            self.attempted[ready.entry.name] = ready
+            self.running.append(child)
+            self.say(
+                f"{ready.entry.name}: started" + (f" on {slot}" if str(slot) else "") + f", log {child.log}", "info"
+            )
+            self.changed()
+
+    def _is_ready(self, waiting: Waiting) -> bool:
+        now = time.time()
+        if now < waiting.not_before:
+            return False
+        if waiting.starved_since is None:
+            return True
+        wanted = [*needs(waiting.entry), Need("log and reports", self.batch.path, _ROOM)]
+        missing = space_problems([*wanted, Need("journal and reports", waiting.entry.run.path, _ROOM)])
+        if missing and now - waiting.starved_since > self.rules.space_patience:
+            self.waiting.remove(waiting)
+            self._fail(
+                waiting.entry, f"no space came back in {self.rules.space_patience / 60:g} min: {'; '.join(missing)}"
+            )
+        return not missing
+
+    def _ended(self, child: Child, code: int | None) -> None:
+        entry = child.entry
+        waiting = self.attempted.pop(entry.name, Waiting(entry))
+        child.sweep()
+        outcome = judge(entry, code, child.began, child.log, child.log_from, child.asked_to_stop)
+        if outcome.kind in ("transient", "space") and (self.stopping or self.rules.once):
+            outcome = Outcome("stopped", outcome.reason)
+        progressed = entry.progress() > child.before
+        self.batch.record(
+            entry.name, "ended", code=code, outcome=outcome.kind, reason=outcome.reason, peak_rss=child.peak_rss,
+            cpu_seconds=child.cpu_seconds, seconds=round(time.time() - child.began, 1), progressed=progressed,
+        )  # fmt: skip
+        if outcome.kind in ("transient", "space"):
+            self._again(waiting, outcome, progressed)
+        elif outcome.kind == "failed":
+            self._fail(entry, outcome.reason)
+        elif outcome.kind == "done":
+            self.outcomes[entry.name] = outcome
+            self.say(f"{entry.name}: done", "info")
+        else:
+            self.outcomes[entry.name] = outcome
+            self.say(f"{entry.name}: {outcome.reason}; the next call goes on", "warning")
+        self.changed()
+
+    def _again(self, waiting: Waiting, outcome: Outcome, progressed: bool) -> None:
+        waiting.failures = 1 if progressed else waiting.failures + 1
+        if waiting.failures >= self.rules.tries:
+            self._fail(waiting.entry, f"{outcome.reason} ({waiting.failures} attempts in a row finished nothing)")
+            return
+        delay = min(self.rules.backoff * 4 ** (waiting.failures - 1), _LONGEST_BACKOFF)
+        waiting.not_before = time.time() + delay
+        if outcome.kind == "space":
+            waiting.starved_since = waiting.starved_since or time.time()
+        elif progressed:
+            waiting.starved_since = None
+        self.waiting.append(waiting)
+        order = [entry.name for entry in self.entries]
+        self.waiting.sort(key=lambda other: order.index(other.entry.name))
+        self.say(f"{waiting.entry.name}: {outcome.reason}; goes on in {delay:.0f} s", "warning")
+
+    def _fail(self, entry: Entry, reason: str) -> None:
+        self.outcomes[entry.name] = Outcome("failed", reason)
+        self.batch.record(entry.name, "gave_up", reason=reason)
+        self.say(f"{entry.name}: failed: {reason}", "error")
+        self.changed()
+        self.failed(entry, reason)
+
+    def _look(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever a running run has finished a block."""
+        found = []
+        for child in self.running:
+            try:
+                stat = (child.entry.run.path / "journal.jsonl").stat()
+                found.append((stat.st_size, stat.st_mtime_ns))
+            except OSError:
+                found.append((0, 0))
+        return tuple(found)
+
+    def _stop_at_once(self) -> None:
+        self.stopping = self.stopping or "stopped at once"
+        deadline = time.monotonic() + self.patience
+        for child in self.running:
+            for _ in range(1 if child.asked_to_stop else 2):
+                child.ask_to_stop()
+        while self.running and time.monotonic() < deadline:
+            for child in list(self.running):
+                ended, code = child.poll()
+                if ended:
+                    self.running.remove(child)
+                    self._ended(child, code)
+            time.sleep(_TICK_SECONDS)
+        for child in self.running:
+            child.kill()
+            self.batch.record(child.entry.name, "ended", code=None, outcome="stopped", reason="killed: did not stop")
+            self.outcomes[child.entry.name] = Outcome("stopped", "killed: did not stop")
+
+
+def parse_slots(text: str | None) -> list[Slot]:
+    """`0-3,4-7` -> two slots of four GPUs; `0,1` -> two of one; None -> one slot with whatever the machine has.
+    Raises RecipeError."""
+    if text is None:
+        return [Slot()]
+    slots, seen = [], set[int]()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise RecipeError(f"--gpus {text}: {part!r} must be a GPU number or a range such as 0-3")
+        gpus = tuple(range(int(first), int(last or first) + 1))
+        if seen & set(gpus):
+            raise RecipeError(f"--gpus {text}: GPU {min(seen & set(gpus))} stands in two slots; each may stand in one")
+        seen |= set(gpus)
+        slots.append(Slot(gpus))
+    return slots

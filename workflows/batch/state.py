@@ -1,0 +1,210 @@
+"""What a batch is and how far it is, on disk alone: its directory, its runs, their attempts, their outputs.
+
+<batch>/batch.json             the runs as the preflight found them
+<batch>/lock                   held while a batch process works
+<batch>/runs/<name>/           recipe.yaml (frozen), log.txt, attempts.jsonl
+<batch>/summary.json .html     see `batch_summary`
+<batch>/jobs/                  submitit's own files, with --executor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import IO, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from calibration.checkpoint.files import no_link, read_json_object
+from calibration.checkpoint.writer import write_json
+from calibration.runs.journal import RunDirectory, append_line, process_began
+from calibration.runs.lines import read_attempts
+from recipes.errors import EnvironmentProblem, SourceError
+from recipes.loader import load_recipe
+from workflows.run.standing import Standing
+from workflows.run.standing import standing as standing_of
+
+#: Facts of a run's journal that mean that it came further. Not `verified`: an engine that is killed leaves it each time.
+_PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a batch as the preflight found it. Bytes and files are the plan's; `problems` keep the run from being started;
+    `seconds` is predicted, None where it is not."""
+
+    name: str
+    given: str
+    recipe: str
+    output: str
+    problems: list[str] = field(default_factory=list)
+    method: str = ""
+    recipe_digest: str = ""
+    plan_digest: str = ""
+    output_bytes: int = 0
+    source_bytes: int = 0
+    activation_bytes: int = 0
+    files: int = 0
+    activation_files: int = 0
+    scratch: str | None = None
+    parameters: int = 0
+    bits_per_parameter: float | None = None
+    seconds: float | None = None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run directory beside the output."""
+        return RunDirectory(Path(self.output))
+
+    def progress(self) -> int:
+        """Grows whenever the run has finished something for the first time."""
+        facts = [fact for fact in self.run.facts() if fact.get("fact") in _PROGRESS]
+        return len({(fact["fact"], fact.get("block"), str(fact.get("shards"))) for fact in facts})
+
+
+class BatchDirectory:
+    """The directory of a batch. `open` takes its lock and, with `claim`, the outputs of its runs. A `dry` one looks whether
+    these could be taken and creates nothing beside a temporary directory."""
+
+    def __init__(self, path: Path, dry: bool = False) -> None:
+        self.path = path
+        self._locks: list[IO[str]] = []
+        self._temporary = TemporaryDirectory(prefix="batch-") if dry else None
+
+    def open(self) -> None:
+        """Creates the directory and takes its lock. Raises EnvironmentProblem where another batch process has it."""
+        try:
+            if self._temporary is None:
+                (self.path / "runs").mkdir(parents=True, exist_ok=True)
+            holder = self._take(self.path / "lock")
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{self.path}: cannot be written: {error.strerror}; name another --directory"
+            ) from None
+        if holder is not None:
+            raise EnvironmentProblem(
+                f"{self.path}: this batch is already at work ({holder}); look at it with --status, or name another "
+                "--directory"
+            )
+
+    def claim(self, output: Path) -> str | None:
+        """Takes an output for this batch until `close`, or says which batch has it."""
+        directory = RunDirectory(output).path
+        if self._temporary is None:
+            directory.mkdir(parents=True, exist_ok=True)
+        holder = self._take(directory / "batch.lock")
+        return (
+            None if holder is None else f"{output}: belongs to the batch {holder}; wait for it, or name another output"
+        )
+
+    def close(self) -> None:
+        """Gives back every lock."""
+        self._give_back(0)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def release(self) -> None:
+        """Gives back the claims alone: the jobs of a cluster take them."""
+        self._give_back(1)
+
+    def _give_back(self, keep: int) -> None:
+        for file in self._locks[keep:]:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
+            file.close()
+        del self._locks[keep:]
+
+    def runs(self, name: str) -> Path:
+        """The batch's own directory of one run, with recipe.yaml, log.txt and attempts.jsonl."""
+        return self.path / "runs" / name
+
+    def frozen(self, name: str) -> Path:
+        """Where the preflight writes the recipe of a run."""
+        return (self.runs(name) if self._temporary is None else Path(self._temporary.name) / name) / "recipe.yaml"
+
+    def record(self, name: str, fact: str, /, **facts: Any) -> None:
+        """Appends a line to the attempts of a run; a full disk loses it, and the run's own journal still tells."""
+        line = {"time": round(time.time(), 3), "fact": fact, **facts}
+        with contextlib.suppress(OSError):
+            append_line(self.runs(name) / "attempts.jsonl", line, durable=True)
+
+    def attempts(self, name: str) -> list[dict[str, Any]]:
+        """The lines of `record`, oldest first."""
+        return read_attempts(self.runs(name) / "attempts.jsonl")
+
+    def save(self, entries: Iterable[Entry], **facts: Any) -> None:
+        """Writes batch.json."""
+        write_json(self.path / "batch.json", {**facts, "runs": [asdict(entry) for entry in entries]})
+
+    def load(self) -> tuple[list[Entry], dict[str, Any]]:
+        """The runs and the other facts of batch.json. Raises EnvironmentProblem where there is none."""
+        try:
+            told = read_json_object(self.path / "batch.json")
+        except SourceError:
+            raise EnvironmentProblem(f"{self.path}: no batch has begun there; name its --directory") from None
+        where, remedy = self.path / "batch.json", "the file is damaged or of another version: name another --directory"
+        try:
+            entries = TypeAdapter(list[Entry]).validate_json(json.dumps(told.pop("runs", None)), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, ("runs", *first["loc"])))
+            raise EnvironmentProblem(f"{where}: {place}: {first['msg']}; {remedy}") from None
+        for entry in entries:
+            if entry.name in ("", ".", "..") or "/" in entry.name or "\0" in entry.name:
+                raise EnvironmentProblem(f"{where}: runs: {entry.name!r:.80} is no name of a run; {remedy}")
+            if "\0" in entry.output or (entry.output and not Path(entry.output).name):
+                raise EnvironmentProblem(f"{where}: runs: {entry.output!r:.80} is no output; {remedy}")
+        return entries, told
+
+    def _take(self, path: Path) -> str | None:
+        """`_lock`; of a dry batch, that of a file which is there already."""
+        if self._temporary is None or path.exists():
+            return self._lock(path)
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, f"{os.strerror(errno.EACCES)} ({there})")
+        return None
+
+    def _lock(self, path: Path) -> str | None:
+        file = open(path, "a+", opener=no_link)  # noqa: SIM115 (held until `close`)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            told = file.read().strip()
+            file.close()
+            return told or "unknown"
+        file.truncate(0)
+        file.write(f"{self.path.absolute()}, pid {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        self._locks.append(file)
+        return None
+
+
+def standing(entry: Entry) -> Standing:
+    """What the output of a run holds, seen from its frozen recipe."""
+    return standing_of(
+        Path(entry.output), entry.run, entry.plan_digest, entry.recipe_digest, lambda: load_recipe(Path(entry.recipe))
+    )
+
+
+def alive(attempt: dict[str, Any]) -> bool:
+    """Whether the process of a `begun` attempt still lives on this machine."""
+    if attempt.get("fact") != "begun" or attempt.get("host") != socket.gethostname():
+        return False
+    began = process_began(int(attempt["pid"]))
+    return began is not None and began == str(attempt["began"])
+
+
+def orphan(attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The attempt that goes on although the batch that began it is gone."""
+    return attempts[-1] if attempts and alive(attempts[-1]) else None

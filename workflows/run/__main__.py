@@ -1,0 +1,222 @@
+"""`python -m workflows.run recipe.yaml`: inspect -> rehearse -> calibrate -> export -> verify.
+
+Exit codes: 0 success; 1 a defect of this program; 2 recipe or command line; 3 source checkpoint or data set;
+4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted; 141 the result of --status, --dry-run or
+--json could not be printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.writer import write_json
+from calibration.runs.ranks import connect
+from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
+from recipes.loader import load_recipe
+from recipes.streams import exit_with, printed
+from verify.checks import Check
+from verify.levels import print_samples
+from verify.report.tables import OutputConsole, failed, level_verdicts, print_checks
+from workflows.inspect_checkpoint import print_checkpoint, print_plan
+from workflows.interrupts import Interrupts
+from workflows.progress import Reporter
+from workflows.run import prediction as estimate
+from workflows.run import stages
+from workflows.run.stages import STAGES, Run
+from workflows.run.status import read_status, render_status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code. Tracebacks are for defects alone."""
+    options = _parser().parse_args(arguments)
+    interrupts = Interrupts()
+    interrupts.install()
+    try:
+        ranks = connect()
+    except WorkflowError as error:
+        Reporter(options.log_level).say(f"error: {error}", "error")
+        return error.exit_code
+    interrupts.hopeless, interrupts.silent = ranks.failing, not ranks.writes
+    reporter = Reporter(options.log_level, muted=not ranks.writes)
+    run: Run | None = None
+    try:
+        try:
+            chosen = _chosen(options)
+            recipe = load_recipe(options.recipe, options.set, options.output)
+            if options.status:
+                if ranks.writes:
+                    status = read_status(Path(recipe.output))
+                    print(json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status))))
+                return printed()
+            run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks)
+            _execute(run, chosen, options.dry_run, options.json)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
+        except Exception as error:
+            if ranks.size == 1 or isinstance(error, WorkflowError):
+                raise
+            # The other ranks must stop, and the traceback be seen where the defect is.
+            told = ranks.agree(WorkflowError(f"{type(error).__name__}: {error}: a defect here"))
+            if ranks.failure is not None and ranks.failure.rank == ranks.rank:
+                traceback.print_exc()
+            raise told from None
+    except WorkflowError as error:
+        error = ranks.agree(error)
+        if ranks.speaks:
+            if ranks.writes:
+                reporter.event("error", exit_code=error.exit_code, problems=error.problems)
+            elif run is not None:  # rank 0 is lost and cannot say so where --status looks
+                run.directory.event("error", exit_code=error.exit_code, problems=error.problems)
+            reporter.muted = False
+            reporter.say(f"error: {error}", "error")
+            if options.json:
+                print(json.dumps(_result(run, error), indent=2))
+        return error.exit_code
+    finally:
+        if run is not None:
+            run.directory.close()
+            if reporter.directory is not None:
+                with suppress(KeyboardInterrupt):  # the run's own end is told; one more Ctrl-C ends the page alone
+                    run.page.update(now=True)
+        ranks.leave()
+    if options.json and not options.dry_run and ranks.writes:
+        print(json.dumps(_result(run, None), indent=2))
+    return printed() if options.json or options.dry_run else 0
+
+
+def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
+    run.make_plan()
+    ranks = run.ranks
+    if ranks.size > 1 and "calibrate" in chosen:
+        stages.require_shareable(run.recipe)
+    if not ranks.writes:
+        # Only calibration is shared out: the other stages are rank 0's alone.
+        if "calibrate" in chosen and not dry_run and not ranks.exchange("inspect", False)[0]:
+            stages.calibrate(run)
+        return
+    if dry_run:
+        return _dry_run(run, as_json)
+    done = stages.judged_before(run, chosen)
+    if done is not None:
+        ranks.exchange("inspect", True)
+        return _judge(run, done, as_json)
+    # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
+    with run.reporter.stage("inspect"):
+        stages.inspect(run, chosen)
+    if "calibrate" in chosen:
+        ranks.exchange("inspect", False)
+    for name in chosen[1:] if chosen[0] == "inspect" else chosen:
+        with run.reporter.stage(name), estimate.measured(run.took, name):
+            getattr(stages, name)(run)
+    _compare(run)
+    _judge(run, run.checks, as_json)
+
+
+def _judge(run: Run, checks: list[Check], as_json: bool) -> None:
+    run.checks = checks
+    _summarize(run, as_json)
+    bad = failed(run.checks)
+    if bad:
+        raise VerificationFailed(
+            [f"{run.output}: verification failed: {len(bad)} of {len(run.checks)} checks"]
+            + [f"{check.id}: {check.figure}" for check in bad]
+        )
+
+
+def _dry_run(run: Run, as_json: bool) -> None:
+    """The plan, and what it will take on this machine. Starts nothing, leaves no file."""
+    from calibration.forecast.speed import Machine  # torch's products and the conversion's kernels
+
+    facts = run.facts()
+    facts["estimate"] = estimate.predict(run, Machine(run.recipe, run.plan, run.formats, run.ranks.device))
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    console = OutputConsole()
+    print_checkpoint(facts["checkpoint"], console)
+    print_plan(facts["plan"], console)
+    predicted = facts["predicted"]
+    console.print(
+        f"needs: {predicted['output_bytes']:,} bytes of disk for the output; memory: one block "
+        f"{predicted['largest_block_bf16_bytes']:,} in BF16, activations {predicted['activation_bytes_at_a_boundary']:,}"
+    )
+    for line in estimate.render(facts["estimate"]) + facts["estimate"]["notes"]:
+        console.print(line, soft_wrap=True)
+
+
+def _compare(run: Run) -> None:
+    """Says and keeps the prediction beside what the stages took, where the rehearsal made one."""
+    if run.prediction is None:
+        return
+    both = estimate.compare(run.prediction, run.took)
+    run.reporter.event("estimate", **both)
+    write_json(run.directory.path / estimate.FILE, both)
+    for line in estimate.render(both):
+        run.reporter.say(line)
+
+
+def _summarize(run: Run, as_json: bool) -> None:
+    if as_json or not run.checks:
+        return
+    console = OutputConsole()
+    print_checks(run.checks, console)
+    print_samples(stages.read_samples(run), console)
+    console.print(f"output: {run.output}", soft_wrap=True)
+    console.print(
+        f"run directory: {run.directory.path} (report.html, events.jsonl, verify.json, serving.json, logs/)",
+        soft_wrap=True,
+    )
+
+
+def _result(run: Run | None, error: WorkflowError | None) -> dict[str, Any]:
+    return {
+        "output": str(run.output) if run else None,
+        "run_directory": str(run.directory.path) if run else None,
+        "exit_code": error.exit_code if error else 0,
+        "problems": error.problems if error else [],
+        "verdicts": level_verdicts(run.checks) if run else {},
+        "samples": stages.read_samples(run) if run else [],
+    }
+
+
+def _chosen(options: argparse.Namespace) -> list[str]:
+    if options.stages and options.from_stage:
+        raise RecipeError("--stages and --from exclude each other; give one of them")
+    if options.from_stage:
+        names = list(STAGES[STAGES.index(options.from_stage) :])
+    else:
+        names = options.stages.split(",") if options.stages else list(STAGES)
+    unknown = [name for name in names if name not in STAGES]
+    if unknown:
+        raise RecipeError(f"--stages: {', '.join(unknown)} unknown; stages are {', '.join(STAGES)}")
+    return [name for name in STAGES if name in names and not (options.no_rehearsal and name == "rehearse")]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="recipe YAML file")
+    parser.add_argument("--stages", metavar="A,B", help=f"run only these stages of {', '.join(STAGES)}")
+    parser.add_argument("--from", dest="from_stage", choices=STAGES, help="run this stage and those behind it")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--output", help="override the recipe's output directory")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already in the output")
+    parser.add_argument(
+        "--restart", action="store_true", help="discard what an unfinished run has finished; begin anew"
+    )
+    parser.add_argument("--no-rehearsal", action="store_true", help="leave the stage rehearse out")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it needs; start nothing")
+    parser.add_argument("--status", action="store_true", help="tell where the run is; start nothing")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
+    return parser
+
+
+if __name__ == "__main__":
+    exit_with(main)

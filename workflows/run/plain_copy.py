@@ -1,0 +1,61 @@
+"""A plain BF16 copy of a source in FP8 or MXFP4, for the time that the serving engine needs it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from calibration.checkpoint.formats import Formats
+from calibration.engine.export import Exporter
+from calibration.plan.plan import make_plan
+from calibration.runs.journal import RunDirectory
+from recipes.errors import WorkflowError
+from recipes.loader import dump_recipe
+from recipes.schema import Recipe
+from verify.serving.serving import SourceToServe, source_as_stored
+
+NAME = "plain-source"
+
+
+@contextmanager
+def source_to_serve(recipe: Recipe, source: Formats, run_directory: Path) -> Iterator[SourceToServe | None]:
+    """The source as vLLM can load it on any machine: as it is stored, or as `method: plain` writes it into the run
+    directory; removed at the end. None where the recipe does not serve or compare; never raises WorkflowError."""
+    options = recipe.verify.serving
+    found = source_as_stored(source, options) if options is not None else None
+    if found is None or found.directory is not None or found.too_large:
+        yield found
+        return
+    copy = run_directory / NAME
+    try:
+        yield _plain(recipe, source, copy)
+    finally:
+        _remove(copy)
+
+
+def _plain(recipe: Recipe, source: Formats, copy: Path) -> SourceToServe:
+    # Starts threads and a compiled kernel that a source in BF16 does not need.
+    from calibration.convert.pipeline import convert
+
+    _remove(copy)  # what a killed run left
+    plain = Recipe.model_validate(
+        {"source": recipe.source.model_dump(), "output": str(copy), "method": "plain", "export": {"kept": "plain"}}
+    )
+    directory = RunDirectory(copy)
+    try:
+        plan = make_plan(source.checkpoint, source, plain)
+        directory.open()
+        convert(plain, plan, source, copy, directory)
+        Exporter(plan, source, plain, copy).finish(dump_recipe(plain))
+    except WorkflowError as error:
+        return SourceToServe(None, f"no plain copy of the source: {error.problems[0]}")
+    finally:
+        directory.close()
+    return SourceToServe(copy)
+
+
+def _remove(copy: Path) -> None:
+    for path in (copy, RunDirectory(copy).path):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,259 @@
+"""The rehearsal: everything that can fail in the night is tried in the first minutes, and all that fails is told at once.
+
+Leaves nothing behind: no journal line, no file in the output or the scratch directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from calibration.checkpoint.writer import write_json
+from calibration.forecast.cost import boundary_bytes, hidden_width, scratch_bytes
+from calibration.runs.disk import Need, probe_write, space_problems
+from calibration.runs.memory import available_memory
+from calibration.runs.output import BEGUN, entries, overwrite_problems
+from calibration.runs.resume import activations_directory
+from recipes.errors import EnvironmentProblem, WorkflowError
+from verify.serving.serving import check_serving
+from workflows.run.prediction import FILE, predict, render
+
+if TYPE_CHECKING:
+    from calibration.data.batches import CalibrationData
+    from calibration.forecast.rehearsal import Rehearsal
+    from calibration.model.source_model import SourceModel
+    from workflows.run.stages import Run
+
+#: The probe file is a share of what will be written, within these bounds.
+_PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
+
+#: Files of the output beside shards and side files, of a run directory with its logs, and of a batch's activations.
+OWN_FILES, RUN_FILES, FILES_PER_BATCH = 5, 32, 2
+
+T = TypeVar("T")
+
+
+@dataclass
+class Prepared:
+    """What the rehearsal loaded and the calibrate stage takes over: the token batches and the empty model."""
+
+    data: CalibrationData | None = None
+    model: SourceModel | None = None
+    rehearsal: Rehearsal | None = None
+
+
+def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
+    """What can be said without reading a tensor: vLLM environment, output directory, free disk."""
+    problems: list[str] = []
+    if run.recipe.verify.serving is not None and "verify" in stages:
+        try:
+            check_serving(run.recipe.verify.serving, run.source.directory)
+        except WorkflowError as error:
+            problems += error.problems
+    if {"rehearse", "calibrate"} & set(stages):
+        problems += _output_problems(run, stages) + space_problems(_output_needs(run))
+    return problems
+
+
+def rehearse(run: Run, early: Sequence[str] = ()) -> None:
+    """Tries the disks, the data, the modifiers, a block of every kind, and compares memory with the machine's.
+
+    Where blocks are finished already, only what is cheap. Raises the first problem's error type with all problems,
+    those that the `early` checks found in front.
+    """
+    attempts = _Attempts([EnvironmentProblem(early)] if early else [])
+    speed = attempts.of(lambda: _probe_disks(run))
+    facts: dict[str, Any] = {"write_bytes_per_second": speed}
+    if run.recipe.method == "calibrate":
+        facts |= _calibration(run, attempts)
+    attempts.end()
+    _estimate(run, facts.get("boundary_bytes"))
+    run.reporter.event("rehearsed", **facts)
+
+
+class _Attempts:
+    """Collects the errors of things that are tried one after the other."""
+
+    def __init__(self, errors: list[WorkflowError]) -> None:
+        self.errors = errors
+
+    def of(self, attempt: Callable[[], T]) -> T | None:
+        """The result, or None where it ended in an error that a user can cause."""
+        try:
+            return attempt()
+        except WorkflowError as error:
+            self.errors.append(error)
+            return None
+
+    def end(self) -> None:
+        """Raises what was collected, as one error."""
+        if self.errors:
+            raise type(self.errors[0])([problem for error in self.errors for problem in error.problems])
+
+
+def scratch_of(run: Run) -> Path:
+    """The directory of this run's activations."""
+    scratch = run.recipe.offload.directory
+    return activations_directory(Path(scratch) if scratch else None, run.directory.path, run.output)
+
+
+def finished_blocks(run: Run) -> set[int]:
+    """The blocks that the journal names as finished with this plan; whether the files still are is not looked at."""
+    if run.restart or (run.overwrite and run.directory.facts("verified")):
+        return set()
+    facts = run.directory.facts("shards")
+    return {fact["block"] for fact in facts if fact.get("plan") == run.plan.digest and fact.get("block") is not None}
+
+
+def _probe_disks(run: Run) -> dict[str, float]:
+    size = min(max(run.plan.output_bytes // _PROBE_SHARE, _PROBE_LEAST), _PROBE_MOST)
+    places = {"output": run.output}
+    if run.recipe.method == "calibrate" and run.recipe.offload.directory:
+        places["scratch"] = Path(run.recipe.offload.directory)
+    attempts, speeds = _Attempts([]), dict[str, float]()
+    for what, place in places.items():
+        speed = attempts.of(lambda place=place: probe_write(place, run.output.name, size))  # type: ignore[misc]
+        if speed is not None:
+            speeds[what] = round(speed)
+            run.reporter.say(f"{what}: {size / 1e6:.0f} MB written, fsynced and renamed at {speed / 1e6:,.0f} MB/s")
+    attempts.end()
+    return speeds
+
+
+def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
+    # torch and llm-compressor take seconds to import: what stands before must not wait for them.
+    from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
+    from calibration.engine.oneshot import build_modifiers, quiet
+    from calibration.forecast.rehearsal import rehearse_blocks
+    from calibration.model.source_model import build_skeleton
+
+    recipe, source, prepared = run.recipe, run.source, run.prepared
+    options = recipe.calibration
+    assert options is not None, "the schema requires it"
+
+    def load() -> CalibrationData:
+        tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
+        return load_batches(options, tokenizer, source_directory=source.directory, embedding=embedding_rows(source))
+
+    prepared.data = attempts.of(load)
+    if prepared.data is not None and prepared.data.warning:
+        run.reporter.say(prepared.data.warning, "warning")
+    finished = finished_blocks(run)
+    if finished:
+        run.reporter.say(f"{len(finished)} blocks are finished: no block is rehearsed again")
+    else:
+        logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+        with quiet(lambda event: None), tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
+            # The run directory is not there where an early check failed, and then is not made either.
+            place = Path(folder) if run.reporter.directory is None else run.directory.path
+            model = attempts.of(
+                lambda: build_skeleton(source, place, recipe.source.trust_remote_code, run.ranks.device)
+            )
+            if model is not None:
+                attempts.of(lambda: build_modifiers(recipe, model, run.plan))
+            data = prepared.data
+            if model is not None and data is not None:
+                prepared.rehearsal = attempts.of(
+                    lambda: rehearse_blocks(model, data.batches, options.all_experts, Path(folder))
+                )
+                prepared.model = model
+    if prepared.data is None:
+        return {}
+    shapes = [tuple(batch["input_ids"].shape) for batch in prepared.data.batches]
+    width = hidden_width(source.config)
+    boundary = boundary_bytes(width, shapes)
+    if prepared.rehearsal is not None:
+        largest = max(shapes, key=lambda shape: shape[0] * shape[1])
+        boundary = round(boundary * prepared.rehearsal.boundary_bytes / boundary_bytes(width, [largest]))
+    attempts.of(lambda: _space(run, boundary))
+    rehearsal = prepared.rehearsal
+    if rehearsal is None:
+        return {"boundary_bytes": boundary}
+    _say(run, rehearsal, boundary)
+    attempts.of(lambda: _memory(run, rehearsal, boundary))
+    return asdict(rehearsal) | {"boundary_bytes": boundary}
+
+
+def _estimate(run: Run, boundary: int | None) -> None:
+    """Predicts the run from what was rehearsed; kept in the run directory, where --status looks."""
+    from calibration.forecast.speed import Machine
+
+    prepared, shapes = run.prepared, None
+    if prepared.data is not None:
+        shapes = [tuple(batch["input_ids"].shape) for batch in prepared.data.batches]
+    machine = Machine(run.recipe, run.plan, run.formats, run.ranks.device)
+    run.prediction = predict(run, machine, shapes, boundary, prepared.rehearsal, finished_blocks(run))
+    write_json(run.directory.path / FILE, run.prediction)
+    run.reporter.event("predicted", **run.prediction)
+    for line in render(run.prediction):
+        run.reporter.say(line)
+
+
+def _say(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
+    blocks = ", ".join(
+        f"{block.block} ({block.load.clock:.2f} s to load, {block.forward.clock:.2f} s a batch)"
+        for block in rehearsal.blocks
+    )
+    left = f"; for blocks {rehearsal.left_out} there was no time" if rehearsal.left_out else ""
+    run.reporter.say(
+        f"rehearsed on {rehearsal.tokens} tokens: blocks {blocks}: finite, equal to the model's own forward{left}; "
+        f"peak memory {rehearsal.peak_memory / 1e9:.2f} GB; activations between blocks {boundary / 1e6:,.1f} MB"
+    )
+
+
+def _space(run: Run, boundary: int) -> None:
+    scratch = scratch_of(run)
+    wanted = scratch_bytes(boundary, len(run.plan.block_numbers), run.recipe.offload.max_host_memory)
+    there = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
+    files = FILES_PER_BATCH * (0 if run.prepared.data is None else len(run.prepared.data.batches))
+    problems = space_problems([*_output_needs(run), Need("activations", scratch, max(wanted - there, 0), files)])
+    # Said before by the early checks where the output alone does not fit.
+    if problems and not space_problems(_output_needs(run)):
+        raise EnvironmentProblem(problems)
+
+
+def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
+    held = min(boundary, run.recipe.offload.max_host_memory or 0)
+    wanted, there = rehearsal.peak_memory * run.ranks.local + held, available_memory()
+    if wanted > there:
+        raise EnvironmentProblem(
+            f"memory: the rehearsal took {rehearsal.peak_memory:,} bytes and offload.max_host_memory lets activations take "
+            f"{held:,}, together more than the {there:,} that this process can have; lower offload.max_host_memory, "
+            "calibration.batch_size or calibration.max_seq_length"
+        )
+
+
+def _output_needs(run: Run) -> list[Need]:
+    # What an earlier run wrote is kept, or removed before anything is written.
+    there = [path.stat().st_size for path in run.output.glob("*.safetensors")]
+    files = max(len(run.plan.shards) - len(there), 0) + len(run.side_files.copied) + OWN_FILES
+    return [
+        Need("output", run.output, max(run.plan.output_bytes - sum(there), 0), files),
+        Need("run directory", run.directory.path, 0, RUN_FILES),
+    ]
+
+
+def _output_problems(run: Run, stages: Sequence[str]) -> list[str]:
+    from workflows.run.stages import STAGES
+
+    try:
+        if not entries(run.output):
+            return []
+    except EnvironmentProblem as problem:
+        return problem.problems
+    if run.overwrite:
+        return overwrite_problems(run.directory, run.output)
+    facts = {fact.get("fact") for fact in run.directory.facts()}
+    begun, complete = bool(facts & BEGUN), "verified" in facts
+    whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
+    if begun and (run.restart or not complete or not whole):
+        if not run.restart and not complete:
+            run.reporter.say(f"{run.output}: an unfinished run is there; this one goes on from what it finished")
+        return []
+    return [
+        f"{run.output}: output is not empty; name another, pass --overwrite, or verify what is there with --from verify"
+    ]

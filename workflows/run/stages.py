@@ -1,0 +1,300 @@
+"""The stages of a run in their order: inspect, rehearse, calibrate, export, verify. Each can be run again on its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import INDEX_NAME, Checkpoint, changed_shards
+from calibration.checkpoint.side_files import SideFiles, side_files
+from calibration.checkpoint.writer import write_json, write_text
+from calibration.engine.export import CARD_NAME, Exporter
+from calibration.forecast.cost import boundary_bytes, hidden_width
+from calibration.plan.plan import Plan, make_plan
+from calibration.runs.journal import RunDirectory
+from calibration.runs.output import start_over
+from calibration.runs.ranks import Ranks
+from calibration.runs.resume import versions
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError
+from recipes.loader import dump_recipe, recipe_digest
+from recipes.schema import Recipe
+from verify.checks import Check
+from verify.levels import samples_of, verify_levels
+from verify.report.tables import to_json
+from verify.serving.engine import read_json
+from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
+from workflows.interrupts import Interrupts
+from workflows.progress import Reporter
+from workflows.run import rehearse as rehearsal
+from workflows.run.card import model_card
+from workflows.run.plain_copy import source_to_serve
+from workflows.run.prediction import nominal_shapes
+from workflows.run.rehearse import Prepared
+from workflows.run.report import ReportPage
+from workflows.run.standing import last_checks, standing
+from workflows.source import require_apart, resolve_source
+
+STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
+
+
+@dataclass
+class Run:
+    """One recipe under way. `open` makes plan and checks; the stage functions do the work in order."""
+
+    recipe: Recipe
+    reporter: Reporter
+    overwrite: bool = False
+    restart: bool = False
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    ranks: Ranks = field(default_factory=Ranks)
+    output: Path = field(init=False)
+    directory: RunDirectory = field(init=False)
+    source: Checkpoint = field(init=False)
+    formats: Formats = field(init=False)
+    plan: Plan = field(init=False)
+    side_files: SideFiles = field(default_factory=SideFiles)
+    page: ReportPage = field(init=False)
+    checks: list[Check] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    prepared: Prepared = field(default_factory=Prepared)
+    #: What the rehearsal predicts, and what each stage of this process took.
+    prediction: dict[str, Any] | None = None
+    took: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.recipe.output)
+        self.directory = RunDirectory(self.output)
+        self.page = ReportPage(self.output)
+
+    def make_plan(self) -> None:
+        """Opens the source from its headers and makes the plan. Starts and writes nothing. Raises RecipeError if the run
+        would write into the source."""
+        where = resolve_source(self.recipe.source)
+        require_apart(self.recipe, where)
+        self.source = Checkpoint.open(where)
+        self.side_files = side_files(where)
+        self.formats = Formats(self.source)
+        self.plan = make_plan(self.source, self.formats, self.recipe)
+        for warning in self.plan.warnings:
+            self.reporter.say(f"warning: {warning}", "warning")
+        if left_out := list(self.side_files.left_out.items()):
+            shown = ", ".join(f"{name} ({why})" for name, why in left_out[:5])
+            more = f" and {len(left_out) - 5} more, in plan.json" if len(left_out) > 5 else ""
+            self.reporter.say(f"warning: the output does not get of the source: {shown}{more}", "warning")
+
+    def facts(self) -> dict[str, Any]:
+        """The plan and what it predicts, as JSON."""
+        return {
+            "checkpoint": describe_checkpoint(self.source, self.formats),
+            "plan": describe_plan(self.plan, self.source),
+            "predicted": self.predicted(),
+            "side_files": {
+                "copied": [str(path.relative_to(self.source.directory)) for path in self.side_files.copied],
+                "left_out": self.side_files.left_out,
+            },
+        }
+
+    def predicted(self) -> dict[str, Any]:
+        """Disk and memory that the run needs, in bytes, from headers alone; how each is reckoned stands in docs."""
+        block_bytes: dict[int, int] = {}
+        for name in self.source.tensors:
+            place = self.plan.family.place(name)
+            if place.block is not None and name not in self.formats.companions:
+                block_bytes[place.block] = block_bytes.get(place.block, 0) + 2 * math.prod(self.formats.of(name).shape)
+        activations = boundary_bytes(hidden_width(self.source.config), nominal_shapes(self))
+        return {
+            "output_bytes": self.plan.output_bytes,
+            "source_bytes_read": self.source.total_bytes,
+            "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
+            "activation_bytes_at_a_boundary": activations,
+        }
+
+
+def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
+    """The checks of a run that this same command, of all stages, brought to its end before; None if there is something to
+    do. The source must be what it was, and the output whole as far as its headers tell."""
+    whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
+    if not whole or run.overwrite or run.restart:
+        return None
+    found = standing(run.output, run.directory, run.plan.digest, recipe_digest(run.recipe), lambda: run.recipe)
+    if not found.judged:
+        return None
+    begun = [fact["source"] for fact in run.directory.facts() if fact.get("fact") in ("fingerprint", "started")]
+    # Runs before this one recorded no state of the source.
+    if begun and begun[-1] and (changed := changed_shards(begun[-1], run.source.state)):
+        run.reporter.say(f"the source changed since {run.output} was made: {changed[0]}", "warning")
+        return None
+    try:
+        Checkpoint.open(run.output)
+    except SourceError as error:
+        run.reporter.say(f"{run.output}: was finished and is damaged: {error.problems[0]}", "warning")
+        return None
+    verdicts = ", ".join(f"{level} {verdict}" for level, verdict in found.verdicts)
+    run.reporter.say(
+        f"{run.output}: done and verified before by this recipe and plan ({verdicts}): nothing to do; --from verify verifies it "
+        "again, --overwrite makes it again"
+    )
+    return last_checks(run.directory, found)
+
+
+def inspect(run: Run, stages: list[str]) -> None:
+    """What can fail at the end and be tried at once is tried now: output directory, disk, vLLM environment. Then the plan
+    and the recipe are put into the run directory."""
+    problems = rehearsal.early_problems(run, stages)
+    if problems and "rehearse" in stages:
+        run.reporter.say(
+            f"problems so far: {len(problems)}; the rehearsal looks for more before they are told", "warning"
+        )
+        rehearsal.rehearse(run, problems)
+    if problems:
+        raise EnvironmentProblem(problems)
+    run.directory.open()
+    run.reporter.directory = run.directory
+    run.reporter.watch = run.page.update
+    write_text(run.directory.path / "recipe.yaml", dump_recipe(run.recipe))
+    described = run.facts()
+    write_json(run.directory.path / "plan.json", described)
+    facts = described["plan"]
+    run.reporter.event(
+        "plan", digest=run.plan.digest, recipe=recipe_digest(run.recipe), versions=versions(), actions=facts["actions"]
+    )
+    groups = ", ".join(f"{name}: {g['scheme']} x {g['modules']}" for name, g in facts["groups"].items())
+    run.reporter.say(
+        f"plan {run.plan.digest[:12]}: {groups}; output {facts['output_bytes']:,} bytes, "
+        f"{facts['bits_per_parameter']} bits per parameter"
+    )
+
+
+def rehearse(run: Run) -> None:
+    """Tries everything that can fail later; see `workflows.run.rehearse`."""
+    rehearsal.rehearse(run)
+
+
+def require_shareable(recipe: Recipe) -> None:
+    """Raises RecipeError where several ranks would not write what one writes."""
+    if recipe.method != "calibrate":
+        raise RecipeError(f"method: {recipe.method} uses all processors from one process; start it without torchrun")
+    from calibration.engine.oneshot import require_divisible
+
+    require_divisible(recipe)
+
+
+def calibrate(run: Run) -> None:
+    """Calibrates block by block and writes each finished block's shards, or, for the methods without calibration,
+    converts shard by shard; goes on where an earlier run ended."""
+    if run.recipe.method != "calibrate":
+        return _convert(run)
+    # torch and llm-compressor take seconds to import: the stages before must not wait for them.
+    from workflows.run.calibrate import calibrate_blocks
+
+    calibrate_blocks(
+        run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter, run.interrupts,
+        run.ranks, run.restart, run.overwrite, run.prepared,
+    )  # fmt: skip
+
+
+def _convert(run: Run) -> None:
+    # Reads and writes with threads and a compiled kernel; the other stages need neither.
+    from calibration.convert.pipeline import convert
+
+    if run.overwrite or run.restart:
+        start_over(run.directory, run.output, "replaced")
+    # Until the export stage has run, nothing may take shards of two runs for a checkpoint.
+    (run.output / INDEX_NAME).unlink(missing_ok=True)
+    with run.reporter.transfer(run.recipe.method) as progress:
+        done = convert(run.recipe, run.plan, run.formats, run.output, run.directory, progress)
+    run.reporter.event("converted", level=done.level, workers=done.workers, seconds=round(done.seconds, 3))
+    if done.inverted:
+        run.reporter.say(
+            f"modelopt's NVFP4 respelled: packed bytes and group scales as they were, {done.inverted} global scales inverted; "
+            f"float32 rounds {done.inexact} of the reciprocals, by {done.worst:.1e} at most; {done.widened} input scales took "
+            "the largest of those that share one"
+        )
+    run.reporter.say(
+        f"{done.quantized} weights quantized ({done.lossless} MXFP4 without loss, {done.requantized} requantized), "
+        f"{done.cast} cast, {done.copied} copied, {done.consumed} scales used up; {done.resumed} of {done.shards} shards "
+        f"were finished before; {done.bytes_read / 1e6:,.1f} MB read, {done.bytes_written / 1e6:,.1f} MB written in "
+        f"{done.seconds:.1f} s, kernel {done.level}, {done.workers} workers"
+    )
+
+
+def export(run: Run) -> None:
+    """Writes sidecars, config and, last, the index; needs every shard that the calibrate stage wrote."""
+    done = {
+        name for fact in run.directory.facts("shards") if fact["plan"] == run.plan.digest for name in fact["shards"]
+    }
+    missing = [
+        shard.name for shard in run.plan.shards if shard.name not in done or not (run.output / shard.name).is_file()
+    ]
+    if missing:
+        raise EnvironmentProblem(
+            f"{run.output}: {len(missing)} of {len(run.plan.shards)} shards of this plan are not there (first: {missing[0]}); "
+            "run the calibrate stage first (--from calibrate)"
+        )
+    files = Exporter(run.plan, run.formats, run.recipe, run.output).finish(dump_recipe(run.recipe))
+    _write_card(run)
+    run.directory.record("exported", plan=run.plan.digest, files=[*files, CARD_NAME])
+    run.reporter.say(f"output: {run.output} ({run.plan.output_bytes:,} bytes in {len(run.plan.shards)} shards)")
+
+
+def verify(run: Run) -> None:
+    """Runs the levels that the recipe asks for; writes verify.json and the model card with the verdicts."""
+    options = run.recipe.verify
+    if not (run.output / INDEX_NAME).is_file():
+        raise EnvironmentProblem(
+            f"{run.output}: no finished checkpoint there; run the export stage first (--from export)"
+        )
+    asked = {
+        "structure": options.structure,
+        "fidelity": options.fidelity is not None,
+        "serving": options.serving is not None,
+    }
+    with source_to_serve(run.recipe, run.formats, run.directory.path) as served_source:
+        run.checks, result = verify_levels(
+            run.output,
+            [level for level, wanted in asked.items() if wanted],
+            run.directory.path / "logs",
+            plan=run.plan,
+            source=run.formats,
+            fidelity=options.fidelity,
+            text=run.recipe.calibration,
+            serving=options.serving,
+            source_to_serve=served_source,
+            trust_remote_code=run.recipe.source.trust_remote_code,
+            digests=_written(run),
+            say=run.reporter.say,
+            # Not write_json: one number a line would make 70,000 rows a million lines.
+            on_fidelity=lambda data: write_text(run.directory.path / "fidelity.json", json.dumps(data)),
+        )
+    run.samples = result.get("samples", [])
+    if result:
+        write_json(run.directory.path / "serving.json", result)
+    write_json(run.directory.path / "verify.json", to_json(run.checks))
+    _write_card(run)
+    run.directory.record("verified", **to_json(run.checks)["verdicts"])
+
+
+def _written(run: Run) -> dict[str, str]:
+    """Shard -> digest as the journal has it: what the verification reads must be what was written."""
+    facts = [fact for fact in run.directory.facts("shards") if fact["plan"] == run.plan.digest]
+    return {shard: digest for fact in facts for shard, digest in fact["shards"].items()}
+
+
+def _write_card(run: Run) -> None:
+    facts = {}
+    summary = run.directory.facts("calibrated")
+    if summary:
+        facts = {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
+    machines = [f"{fact['device']} (products {fact['digest']})" for fact in run.directory.facts("products")]
+    if len(machines) > 1:
+        facts["calculated on"] = f"{', then '.join(machines)}, which round differently"
+    write_text(run.output / CARD_NAME, model_card(run.recipe, run.plan, run.source, run.checks, facts))
+
+
+def read_samples(run: Run) -> list[dict[str, Any]]:
+    """The generated samples of the last serving verification, for the summary."""
+    return run.samples or samples_of(read_json(run.directory.path / "serving.json"))
