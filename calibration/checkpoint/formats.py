@@ -185,8 +185,10 @@ class Formats:
         if scale is None:
             raise SourceError(f"{where}: F8_E4M3 weight without a scale (.scale, .weight_scale_inv or .weight_scale)")
         further = self._found(header.name, {"input_scale": "input_scale", "input_bound": "input_scale_ub"})
-        tile = self._tile if self._tile else _tile_of(shape, scale.shape)
-        if tile is not None and scale.shape == _grid(shape, tile):
+        # Tables whose rows are looked up one by one have a scale for each part of a row, whatever tile the others have.
+        tiles = (self._tile or _tile_of(shape, scale.shape), _row_group(shape, scale.shape))
+        tile = next((tile for tile in tiles if tile is not None and scale.shape == _grid(shape, tile)), None)
+        if tile is not None:
             return StoredFormat("fp8_tiles", shape, {"tile_scale": scale.name} | further, tile)
         if scale.dtype in ("F32", "BF16", "F16"):
             if scale.numel == 1:
@@ -399,6 +401,14 @@ def _configured_tile(config: dict[str, Any]) -> tuple[int, int] | None:
 
 def _grid(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
     return tuple(-(-n // t) for n, t in zip(shape, tile, strict=True))
+
+
+def _row_group(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int] | None:
+    """A tile of one row, where each row has several scales, for groups of a power of two of columns; None elsewhere.
+    DeepSeek-V4.1's Engram tables (`engram.embed.weight` `[rows, 256]`, scales `[rows, 8]`, beside tiles of 32x32)."""
+    if len(grid) != 2 or grid[0] != shape[0] or grid[1] < 2:
+        return None
+    return next(((1, side) for side in _SIDES if side * grid[1] == shape[1]), None)
 
 
 def _tile_of(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int] | None:

@@ -89,6 +89,30 @@ def test_a_form_is_found_from_headers_and_undone_as_its_library_does(sources: di
                                   ("weight", "weight_packed")}  # fmt: skip
 
 
+@pytest.mark.parametrize(("side", "width"), [(1, 32), (1, 64), (32, 32), (128, 128)])
+@pytest.mark.parametrize("declared", [None, [32, 32], [128, 128]])
+def test_tiles_of_one_row_are_found_by_their_scales_beside_any_declared_tile(
+    tmp_path: Path, side: int, width: int, declared: list[int] | None
+) -> None:
+    """DeepSeek-V4.1 declares 32x32, and the rows of its Engram tables have a scale for each 32 columns. Tiles that are
+    higher must be the declared ones: an engine would apply those."""
+    weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
+    codes, scale = to_tiles(weight, torch.float8_e8m0fnu, side, width)
+    save_file({"layers.0.engram.embed.weight": codes, "layers.0.engram.embed.scale": scale}, tmp_path / "model.safetensors")
+    quantization = {"quantization_config": {"quant_method": "fp8", "weight_block_size": declared}} if declared else {}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x"} | quantization))
+    source = Checkpoint.open(tmp_path)
+    if declared not in (None, [side, width]) and side > 1:
+        with pytest.raises(SourceError, match=r"check weight_block_size in config\.json"):
+            Formats(source)
+        return
+    formats = Formats(source)
+    assert formats.of("layers.0.engram.embed.weight").tile == (side, width)
+    spread = scale.float().repeat_interleave(side, 0)[:300].repeat_interleave(width, 1)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(formats.read("layers.0.engram.embed.weight", dtype), (codes.float() * spread).to(dtype))
+
+
 @pytest.mark.parametrize("form", QUANTIZED)
 @pytest.mark.parametrize(("level", "device"), [("torch", "cpu"), (native.levels()[-1], "cuda"), ("cuda", "cpu")])
 def test_convert_quantizes_what_the_form_holds(
