@@ -27,7 +27,8 @@ RESULT.json (written .partial and renamed at every stage and at the end, also af
                         processor: {feature: yes | no | hidden | claimed} of the CPU, as vLLM was told; emulations: what
                         ran as a torch emulation of ours because the platform has no kernel, [] on a GPU
     load                {seconds, tensors, missing: [{name, share, where}], missing_total}; share 1.0: never written.
-                        Anything missing ends the run after the load with error type UnwrittenParameters
+                        Anything missing ends the run after the load with error type UnwrittenParameters; a model that
+                        vLLM does not have for this platform ends it before the load with NoVariant
     layers              [{kind, cls, method, scheme, kernel, format, activations_quantized, count, example}]
     w4a4                true: every NVFP4 layer quantizes its activations; false: one does not; null: no such layer, or
                         a kernel that watch does not know
@@ -123,6 +124,9 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
     result["seconds"]["import"] = time.monotonic() - began
 
     began = stage("load")
+    checkpoint_config = json.loads((Path(request["checkpoint"]) / "config.json").read_text())
+    if why := no_variant(checkpoint_config, current_platform):
+        raise NoVariant(f"vLLM {vllm.__version__} {why}")
     load: dict[str, Any] = {"seconds": None, "tensors": 0, "missing": [], "missing_total": 0}
     result["load"] = load
     sentinel.watch_loading(load)
@@ -225,6 +229,30 @@ def sibling(name: str) -> Any:
 
 class UnwrittenParameters(Exception):
     """The checkpoint left parameters of the model unwritten; running it would prove nothing."""
+
+
+class NoVariant(Exception):
+    """vLLM has the model, for other hardware than this: that says nothing about the checkpoint."""
+
+
+def no_variant(config: dict[str, Any], current_platform: Any) -> str | None:
+    """Why vLLM cannot run this model here: its package (vllm.models.<model>) has a folder for each platform that it knows,
+    and none for this one. None where it has one, or the model is not kept that way.
+
+    deepseek_v41 of vLLM 0.32 has amd and nvidia; on a CPU its entry falls through to nvidia, which builds and then fails
+    somewhere in a kernel that is not there."""
+    from vllm.model_executor.models import ModelRegistry
+
+    platforms = {"nvidia": "is_cuda", "amd": "is_rocm", "xpu": "is_xpu", "cpu": "is_cpu"}
+    here = next((name for name, asked in platforms.items() if getattr(current_platform, asked)()), None)
+    for architecture in config.get("architectures") or ():
+        module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
+        spec = importlib.util.find_spec(module) if isinstance(module, str) else None
+        folders = [Path(place) for place in (spec.submodule_search_locations or () if spec else ())]
+        known = [name for name in platforms if any((folder / name).is_dir() for folder in folders)]
+        if known and here is not None and here not in known:
+            return f"has no {here} variant of {architecture}: {module} is there for {' and '.join(known)} alone"
+    return None
 
 
 def device_name(current_platform: Any) -> str:

@@ -116,6 +116,13 @@ def run_process(command: list[str], log: Path, timeout: float) -> tuple[int, boo
             process.wait()
 
 
+def no_variant(result: dict[str, Any]) -> str | None:
+    """Why the engine of this machine has no code for the model, which says nothing about the checkpoint; None where that
+    did not end the run."""
+    error = result.get("error") or {}
+    return str(error["message"]) if error.get("type") == "NoVariant" else None
+
+
 def failure(result: dict[str, Any]) -> str | None:
     """Why a run ended early, with the log's last lines; None when it did not."""
     if result.get("ok"):

@@ -61,7 +61,8 @@ MAY_LOOP = ("repeated token", "single token")
 def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> list[Check]:
     """The verdicts of one run (see `verify_serving` for `result`). What the run did not reach is UNCHECKED; what does not
     concern the checkpoint, or the recipe did not ask for, has no check."""
-    failure = engine.failure(result)
+    unserved = engine.no_variant(result)
+    failure = None if unserved else engine.failure(result)
     found = _stages(result, options, failure)
     found |= {
         "coherent": _coherent(result, options, int(config.get("vocab_size") or 0)),
@@ -83,7 +84,8 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
     if result.get("source") is not None:
         wanted.append("source")
         found["source"], thresholds["source"] = _source(result["source"], options)
-    stopped: Outcome = ("UNCHECKED", f"not reached: {failure.splitlines()[0]}" if failure else "not reached")
+    reason = f"not reached: {failure.splitlines()[0]}" if failure else "not reached"
+    stopped: Outcome = ("UNCHECKED", unserved or reason)
     checks = []
     for name, (what, threshold, how) in CHECKS.items():
         if name in wanted:
