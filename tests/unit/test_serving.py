@@ -126,9 +126,13 @@ def test_what_was_not_reached_is_unchecked(tmp_path: Path) -> None:
 
 def test_a_model_that_vllm_does_not_have_for_this_machine_is_unchecked_not_failed() -> None:
     """DeepSeek-V4.1 in vLLM 0.32: nvidia and amd, no CPU."""
-    message = "vLLM 0.32.0 has no cpu variant of DeepseekV41ForCausalLM: vllm.models.deepseek_v41 is there for nvidia alone"
+    message = (
+        "vLLM 0.32.0 has no cpu variant of DeepseekV41ForCausalLM: vllm.models.deepseek_v41 is there for nvidia alone"
+    )
     error = {"type": "NoVariant", "message": message, "traceback": []}
-    result = finished(ok=False, stage="load", error=error, layers=[], w4a4=None, prompts=[], windows=[], perplexity=None)
+    result = finished(
+        ok=False, stage="load", error=error, layers=[], w4a4=None, prompts=[], windows=[], perplexity=None
+    )
     checks = judged(result)
     assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
     assert {check.figure for check in checks.values()} == {message}

@@ -98,7 +98,9 @@ def test_tiles_of_one_row_are_found_by_their_scales_beside_any_declared_tile(
     higher must be the declared ones: an engine would apply those."""
     weight = torch.randn(300, 256, generator=torch.Generator().manual_seed(1))
     codes, scale = to_tiles(weight, torch.float8_e8m0fnu, side, width)
-    save_file({"layers.0.engram.embed.weight": codes, "layers.0.engram.embed.scale": scale}, tmp_path / "model.safetensors")
+    save_file(
+        {"layers.0.engram.embed.weight": codes, "layers.0.engram.embed.scale": scale}, tmp_path / "model.safetensors"
+    )
     quantization = {"quantization_config": {"quant_method": "fp8", "weight_block_size": declared}} if declared else {}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "x"} | quantization))
     source = Checkpoint.open(tmp_path)
