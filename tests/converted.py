@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.index import Checkpoint
 from calibration.convert.pipeline import Conversion, convert
-from calibration.engine.export import Exporter
+from calibration.runs.finish import finish_output
 from calibration.runs.journal import RunDirectory
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
@@ -42,7 +42,7 @@ def run(made: Recipe, on_progress: Any = None) -> Conversion:
         done = convert(made, plan, formats, output, directory, on_progress)
     finally:
         directory.close()
-    Exporter(plan, formats, made, output).finish(dump_recipe(made))
+    finish_output(plan, formats.checkpoint, output, dump_recipe(made))
     return done
 
 

@@ -12,7 +12,9 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.engine.export import Exporter
-from calibration.plan.plan import Plan, make_plan
+from calibration.plan.plan import Plan
+from calibration.plan.planner import make_plan
+from calibration.runs.finish import finish_output
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 
@@ -74,5 +76,5 @@ def export(source: Path, output: Path, made: Recipe | None = None) -> tuple[Plan
     for block in plan.block_numbers:
         exporter.block(block, calibrated(plan, formats, block))
     exporter.rest(calibrated(plan, formats, None))
-    exporter.finish(dump_recipe(made))
+    finish_output(plan, formats.checkpoint, output, dump_recipe(made))
     return plan, formats

@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 from calibration.checkpoint.files import is_directory
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.plan.plan import Plan, make_plan
+from calibration.plan.plan import Plan
+from calibration.plan.planner import make_plan
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside

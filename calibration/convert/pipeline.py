@@ -27,9 +27,9 @@ from calibration.checkpoint.index import changed_shards, shard_state
 from calibration.convert.layout import Job, ShardLayout
 from calibration.convert.work import Totals, Work
 from calibration.plan.plan import Plan
+from calibration.runs.fingerprint import require_unchanged
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import remove_unfinished, start_over
-from calibration.runs.resume import require_unchanged
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Recipe
 
@@ -79,7 +79,7 @@ def convert(
     """Writes every shard of `plan` into `output` and journals each in the opened run directory; shards whose digest
     matches the journal of the same plan, settings and source are left as they are.
 
-    Sidecars, config and index are `Exporter.finish`'s. Raises SourceError (NaN or Inf by tensor name, a source that
+    Sidecars, config and index are `finish_output`'s. Raises SourceError (NaN or Inf by tensor name, a source that
     changed since the run began or while it is read) and EnvironmentProblem (disk full, not writable).
     """
     started = time.monotonic()

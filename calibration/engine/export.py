@@ -1,9 +1,7 @@
-"""A finished block -> output shards; then the rest of the plan, the index, the config and the sidecar files."""
+"""A finished block -> output shards; then the shards outside the blocks."""
 
 from __future__ import annotations
 
-import functools
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,20 +9,15 @@ import torch
 
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite, is_positive
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, TORCH
-from calibration.checkpoint.side_files import side_files
-from calibration.checkpoint.writer import write_json, write_safely, write_shard, write_text
+from calibration.checkpoint.index import TORCH
+from calibration.checkpoint.writer import write_shard
 from calibration.engine.exact import ExactWeights
 from calibration.plan.plan import Plan, PlannedShard, Step
-from calibration.plan.quantization_config import output_config
 from calibration.plan.schemes import FP8_BLOCK
 from calibration.runs.ranks import Ranks
 from calibration.runs.sharing import shares
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Recipe
-
-#: The model card, which is the output's own.
-CARD_NAME = "README.md"
 
 
 class Exporter:
@@ -52,22 +45,6 @@ class Exporter:
     def rest(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         """Writes the shards outside the blocks (embedding, head, MTP, ...), as `block` does."""
         return self._shards(None, modules)
-
-    def finish(self, recipe_text: str) -> list[str]:
-        """Writes side files, recipe.yaml and config.json, and the index last: from then on the checkpoint loads. Returns the
-        files that it wrote, relative to the output."""
-        source = self.formats.checkpoint
-        copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
-        for path, name in copied:
-            write_safely(self.output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
-        write_text(self.output / "recipe.yaml", recipe_text)
-        write_json(self.output / CONFIG_NAME, output_config(self.plan, source.config))
-        index = {
-            "metadata": {"total_size": self.plan.output_bytes},
-            "weight_map": dict(sorted(self.plan.weight_map.items())),
-        }
-        write_json(self.output / INDEX_NAME, index)
-        return [*(name for _, name in copied), "recipe.yaml", CONFIG_NAME, INDEX_NAME]
 
     def _shards(self, block: int | None, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         shards = [shard for shard in self.plan.shards if shard.block == block]

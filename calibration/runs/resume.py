@@ -1,4 +1,4 @@
-"""What a run may go on from: its fingerprint, the blocks that are finished on disk, the activations between them.
+"""What a run may resume from: the blocks that are finished on disk and the activations between them.
 
 A block is finished when its journal line is there and every shard that the line names has the digest it names. The
 line is written last: first the shards, then the activations that enter the next block, then the line.
@@ -6,35 +6,24 @@ line is written last: first the shards, then the activations that enter the next
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint, changed_shards
-from calibration.checkpoint.side_files import TOKENIZER_FILES
+from calibration.checkpoint.index import Checkpoint, changed_shards
 from calibration.checkpoint.writer import file_digest
 from calibration.plan.plan import Plan
+from calibration.runs.fingerprint import require_same, require_unchanged
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import start_over
 from calibration.runs.ranks import Ranks
-from recipes.errors import EnvironmentProblem, SourceError
 from recipes.places import own_scratch
-from recipes.schema import Recipe
-
-#: Packages whose arithmetic or file format the output depends on, this one included.
-PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "nvfp4-workflows")
-#: What in a recipe changes nothing in what the calibrate stage computes.
-_WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"}}
-_SAMPLE_BYTES = 1 << 16
 
 
 def is_boundary(directory: Path, files: Mapping[str, str], run: RunDirectory, output: Path) -> bool:
@@ -88,63 +77,6 @@ class Resume:
     def starting_point(self, first: int) -> int:
         """The block whose input activations are at hand nearest before block `first`, 0 being the text itself."""
         return max((number for number in self.boundaries if number <= first), default=0)
-
-
-def versions() -> dict[str, str]:
-    """The version of each of PACKAGES."""
-    found = dict.fromkeys(PACKAGES, "not installed")
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def fingerprint(recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str) -> dict[str, Any]:
-    """All that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write equal
-    files. `device` names the arithmetic (processor capability or accelerator); a run may go on with another one, but not to
-    the same bytes (calibration.runs.row_invariance). The number of ranks is no part of it: what several ranks may calibrate gives
-    the same bytes with any number."""
-    settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    try:
-        tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
-        files = _source_digest(source)
-    except OSError as error:
-        raise SourceError(f"{error.filename}: cannot be read: {error.strerror}; is the source whole?") from None
-    return {
-        **{f"recipe {key}": value for key, value in sorted(_flat(settings))},
-        "data": data_digest,
-        "tokenizer": tokenizer,
-        "source files": files,
-        "plan": plan.digest,
-        **{f"version of {package}": number for package, number in versions().items()},
-        "device": device,
-    }
-
-
-def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Path, finished: int) -> None:
-    """Raises EnvironmentProblem that names every key whose value changed since the run began, old -> new."""
-    changed = [key for key in {**recorded, **now} if recorded.get(key) != now.get(key)]
-    if not changed:
-        return
-    lines = [f"  {key}: {_shown(recorded.get(key))} -> {_shown(now.get(key))}" for key in changed]
-    raise EnvironmentProblem(
-        f"{where}: this run began with other settings, and its {finished} finished blocks would not fit what would be "
-        "calculated now. Changed since:\n" + "\n".join(lines) + "\nRemedy: set it back and run the same command again, "
-        "or pass --restart, which begins anew and discards the finished blocks"
-    )
-
-
-def require_unchanged(changed: Sequence[str], shards: int, where: Path) -> None:
-    """Raises SourceError if shards of the source, named as `changed_shards` does, changed since the run in `where` began:
-    what is finished may be of other bytes than what would be read now."""
-    if changed:
-        raise SourceError(
-            f"{where}: the source changed since this run began ({len(changed)} of {shards} shards: {'; '.join(changed[:3])}"
-            + (" ..." if len(changed) > 3 else "")
-            + "), and what is finished may not fit it. Remedy: bring the old files back with their times (rsync -a, cp -p); or, "
-            "if you know that the bytes are the same, set the old time again (touch -d @SECONDS.NANOSECONDS SHARD); or pass "
-            "--restart, which discards what is finished"
-        )
 
 
 def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: Path) -> Resume:
@@ -274,38 +206,3 @@ def different(directory: Path, digests: Mapping[str, str]) -> set[str]:
 def intact(directory: Path, digests: Mapping[str, str]) -> bool:
     """Whether every file is there with its digest."""
     return not different(directory, digests)
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}.{key}" if prefix else key)]
-    return [(prefix, value)]
-
-
-def _source_digest(source: Checkpoint) -> str:
-    """Names, sizes and a sample of the bytes of every shard, and the config: reading all of it would take hours."""
-    digest = hashlib.sha256()
-    for name in (CONFIG_NAME, INDEX_NAME, *source.shards):
-        path = source.directory / name
-        if not path.is_file():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{name} {size}\n".encode())
-        with path.open("rb") as file:
-            file.seek(max(0, (size - _SAMPLE_BYTES) // 2) if name in source.shards else 0)
-            digest.update(file.read(_SAMPLE_BYTES if name in source.shards else size))
-    return digest.hexdigest()
-
-
-def _digest_of(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(set(paths)):
-        digest.update(f"{path.name} {file_digest(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    if len(text) == 64 and all(letter in "0123456789abcdef" for letter in text):
-        return text[:12]
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -25,7 +25,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.convert.layout import Job
 from calibration.convert.pipeline import convert
 from calibration.convert.work import Totals, Work
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
 from calibration.runs.journal import RunDirectory
 from recipes.schema import Recipe
 

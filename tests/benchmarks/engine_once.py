@@ -34,7 +34,7 @@ from calibration.data.batches import load_batches, load_tokenizer
 from calibration.engine.oneshot import quiet
 from calibration.families.family import family_of
 from calibration.model.tracing import repaired_tracing
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
 from calibration.runs.memory import PeakMemory, anonymous_memory
 from recipes.loader import load_recipe
 from recipes.schema import Recipe

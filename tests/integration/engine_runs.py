@@ -27,7 +27,7 @@ from calibration.data.padding import without_padding
 from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.walk import BlockResult, CalibrationSummary, Callbacks
 from calibration.model.source_model import SourceModel, build_skeleton
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
 from calibration.runs.row_invariance import try_products
 from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe

@@ -19,7 +19,8 @@ from calibration.checkpoint.header import parse_header, read_header
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.engine.export import Exporter
 from calibration.forecast.cost import attention, block_costs, hidden_width
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
+from calibration.runs.finish import finish_output
 from calibration.runs.journal import RunDirectory
 from calibration.runs.resume import read_resume
 from recipes.errors import WorkflowError
@@ -246,7 +247,7 @@ class Quantization(Kind):
         for block in plan.block_numbers:
             exporter.block(block, calibrated(plan, formats, block))
         exporter.rest({})
-        exporter.finish(dump_recipe(made))
+        finish_output(plan, formats.checkpoint, exporter.output, dump_recipe(made))
         self.output, self.plan, self.source, self.recipe = self.directory / "out", plan, formats.checkpoint, made
         self.config = json.loads((self.output / CONFIG_NAME).read_text())
         for model_type in ("llama", "mixtral", "qwen3_moe", "deepseek_v4"):  # imports what their checks need

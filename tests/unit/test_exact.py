@@ -12,6 +12,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.engine.exact import ExactWeights
 from calibration.engine.export import Exporter
+from calibration.runs.finish import finish_output
 from recipes.errors import SourceError
 from tests.exported import calibrated, plan_of, recipe
 from tests.faults.editing import value
@@ -32,7 +33,7 @@ def written(source: Path, output: Path, **sections: Any) -> tuple[Exporter, Form
     for block in plan.block_numbers:
         exporter.block(block, calibrated(plan, formats, block))
     exporter.rest({})
-    exporter.finish("source: x\n")
+    finish_output(plan, formats.checkpoint, output, "source: x\n")
     return exporter, formats, Formats(Checkpoint.open(output))
 
 

@@ -18,9 +18,10 @@ import pytest
 from calibration.checkpoint.index import Checkpoint, shard_state
 from calibration.checkpoint.writer import file_digest
 from calibration.plan.plan import Plan
+from calibration.runs.fingerprint import fingerprint, require_same
 from calibration.runs.journal import RunDirectory
 from calibration.runs.ranks import Ranks
-from calibration.runs.resume import Boundary, Resume, activations_directory, fingerprint, open_resume, require_same
+from calibration.runs.resume import Boundary, Resume, activations_directory, open_resume
 from recipes.errors import EnvironmentProblem, Interrupted, SourceError
 from recipes.schema import Recipe
 from tests import exported

@@ -20,7 +20,7 @@ from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.writer import file_digest
 from calibration.families.family import FAMILIES, family_of
 from calibration.families.promised import PROMISES, expected_tensors
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
 from recipes.errors import SourceError
 from tests.exported import export, plan_of, recipe
 from tests.faults.editing import config, drop, rename, values

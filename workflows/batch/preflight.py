@@ -13,7 +13,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.side_files import side_files
 from calibration.checkpoint.writer import write_text
 from calibration.forecast.cost import scratch_bytes
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
 from calibration.runs.disk import Need, space_problems
 from calibration.runs.output import overwrite_problems
 from calibration.runs.resume import activations_directory

@@ -23,10 +23,11 @@ from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.model.source_model import build_skeleton
 from calibration.plan.plan import Plan
+from calibration.runs.fingerprint import fingerprint
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import remove_unfinished
 from calibration.runs.ranks import Ranks
-from calibration.runs.resume import Boundary, Resume, activations_directory, fingerprint, open_resume
+from calibration.runs.resume import Boundary, Resume, activations_directory, open_resume
 from calibration.runs.row_invariance import Products, try_products
 from calibration.runs.sharing import require_batches, require_equal
 from recipes.errors import RecipeError

@@ -9,7 +9,7 @@ import yaml
 
 from calibration.checkpoint.index import Checkpoint
 from calibration.plan.plan import Plan
-from calibration.runs.resume import versions
+from calibration.runs.fingerprint import versions
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from verify.checks import Check

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from calibration.checkpoint.formats import Formats
-from calibration.engine.export import Exporter
-from calibration.plan.plan import make_plan
+from calibration.plan.planner import make_plan
+from calibration.runs.finish import finish_output
 from calibration.runs.journal import RunDirectory
 from recipes.errors import WorkflowError
 from recipes.loader import dump_recipe
@@ -48,7 +48,7 @@ def _plain(recipe: Recipe, source: Formats, copy: Path) -> SourceToServe:
         plan = make_plan(source.checkpoint, source, plain)
         directory.open()
         convert(plain, plan, source, copy, directory)
-        Exporter(plan, source, plain, copy).finish(dump_recipe(plain))
+        finish_output(plan, source.checkpoint, copy, dump_recipe(plain))
     except WorkflowError as error:
         return SourceToServe(None, f"no plain copy of the source: {error.problems[0]}")
     finally:

@@ -12,13 +12,14 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint, changed_shards
 from calibration.checkpoint.side_files import SideFiles, side_files
 from calibration.checkpoint.writer import write_json, write_text
-from calibration.engine.export import CARD_NAME, Exporter
 from calibration.forecast.cost import boundary_bytes, hidden_width
-from calibration.plan.plan import Plan, make_plan
+from calibration.plan.plan import Plan
+from calibration.plan.planner import make_plan
+from calibration.runs.fingerprint import versions
+from calibration.runs.finish import CARD_NAME, finish_output
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import start_over
 from calibration.runs.ranks import Ranks
-from calibration.runs.resume import versions
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
@@ -235,7 +236,7 @@ def export(run: Run) -> None:
             f"{run.output}: {len(missing)} of {len(run.plan.shards)} shards of this plan are not there (first: {missing[0]}); "
             "run the calibrate stage first (--from calibrate)"
         )
-    files = Exporter(run.plan, run.formats, run.recipe, run.output).finish(dump_recipe(run.recipe))
+    files = finish_output(run.plan, run.formats.checkpoint, run.output, dump_recipe(run.recipe))
     _write_card(run)
     run.directory.record("exported", plan=run.plan.digest, files=[*files, CARD_NAME])
     run.reporter.say(f"output: {run.output} ({run.plan.output_bytes:,} bytes in {len(run.plan.shards)} shards)")

@@ -1,0 +1,357 @@
+"""Makes the plan from headers, the recipe and the family's grammar; no tensor is read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from calibration.checkpoint.formats import Formats, StoredFormat, module_of
+from calibration.checkpoint.header import OutputTensor
+from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.families.family import NOT_LINEAR, ROUTED, Place, family_of
+from calibration.plan.matching import Matcher
+from calibration.plan.plan import Plan, PlannedShard, Step
+from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
+from calibration.plan.source_check import contradictions, is_carried, is_left_out
+from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
+from recipes.fields import KEPT_FP8
+from recipes.schema import Recipe
+
+#: Stored formats that the output never keeps: what no target matches is written plain, with a warning.
+_NOT_KEPT = frozenset({"fp8_tensor", "fp8_channel", "int4"})
+_SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
+    """Makes the plan. Raises RecipeError, all problems at once: a target or ignore entry that matches nothing, a
+    module in two groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only
+    in part, an unsupported scheme, a stored format that cannot be kept. Raises SourceError for tensors that the source's
+    own config.json does not promise (see `contradictions`)."""
+    return _Planner(checkpoint, formats, recipe).plan()
+
+
+class _Planner:
+    def __init__(self, checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> None:
+        self.checkpoint, self.formats, self.recipe = checkpoint, formats, recipe
+        self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+        self._undone_unasked: dict[str, list[str]] = defaultdict(list)
+        self.weights = {
+            module_of(name): name
+            for name in checkpoint.tensors
+            if name.endswith((".weight", ".weight_packed")) and name not in formats.companions
+        }
+        self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
+
+    def plan(self) -> Plan:
+        misnamed, differing = contradictions(self.formats, self.family)
+        if misnamed:  # no target can be right
+            raise SourceError([*misnamed, *differing])
+        plain = self.recipe.method == "plain"
+        groups: dict[str, Scheme] = {}
+        if not plain:
+            config_groups = self.recipe.quantization_modifier.config_groups
+            groups = {name: SCHEMES[group.preset] for name, group in config_groups.items()}
+        assigned = {} if plain else self._assign(groups)
+        self._check_whole_groups(assigned)
+        steps = self._steps(assigned, groups)
+        self._check_fused_tiles(steps, groups)
+        if self.problems:
+            raise RecipeError(collapsed([*self.problems, *differing]))
+        if differing:
+            raise SourceError(differing)
+        parameters = self.formats.parameters
+        plan = Plan(
+            family=self.family,
+            steps=steps,
+            shards=tuple(self._shards(steps)),
+            groups=groups,
+            fused=tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp)),
+            warnings=(),
+            parameters=parameters,
+            input_global_scale=self.recipe.export.input_global_scale,
+        )
+        self._warn(plan)
+        object.__setattr__(plan, "warnings", tuple(collapsed(self.warnings)))
+        return plan
+
+    def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
+        """Module -> config group, after ignore."""
+        modifier = self.recipe.quantization_modifier
+        matcher = Matcher(self.places, self.problems, self.warnings)
+        ignored: set[str] = set()
+        for entry in modifier.ignore:
+            ignored.update(matcher.ignored(entry))
+        assigned: dict[str, str] = {}
+        for name, scheme in groups.items():
+            for target in modifier.config_groups[name].targets:
+                hits = matcher.targeted(f"config_groups.{name}.targets", target)
+                left = {m: why for m in hits if m not in ignored and (why := self._why_left_out(m, target, scheme))}
+                self._note_left_out(target, left)
+                wanted = [m for m in hits if m not in ignored and m not in left]
+                if hits and not wanted:
+                    self.problems.append(
+                        f"config_groups.{name}.targets: {target!r} matches {len(hits)} modules and none of them can be "
+                        f"quantized, for example {hits[0]} ({self.places[hits[0]].part})"
+                    )
+                for module in wanted:
+                    shape_problem = scheme.problem(self.formats.of(self.weights[module]).shape)
+                    if shape_problem:
+                        self.problems.append(
+                            f"config_groups.{name}: {self.weights[module]}: {scheme.name} {shape_problem}; "
+                            "add the module to ignore"
+                        )
+                    elif assigned.setdefault(module, name) != name:
+                        self.problems.append(
+                            f"config_groups: {module} is a target of both {assigned[module]} and {name}; "
+                            "narrow one of the regexes"
+                        )
+        return assigned
+
+    def _why_left_out(self, module: str, target: str, scheme: Scheme) -> str | None:
+        """Why a module that a target names stays as it is, or None if it is quantized."""
+        place, stored = self.places[module], self.formats.of(self.weights[module])
+        if place.mtp:
+            return "MTP modules are copied byte for byte"
+        if never := next((why for pattern, why in self.family.never_quantized if re.search(pattern, module)), None):
+            return never
+        if place.part in NOT_LINEAR or len(stored.shape) != 2:
+            return f"it is not a linear layer ({place.part})"
+        if re.search(self.family.not_observed, module) and not _keeps_tiles(scheme, stored):
+            return "transformers does not run it as one matrix product, no observer would see its input"
+        # A name or a regex asks for the module; `Linear` asks for what can be quantized.
+        return scheme.problem(stored.shape) if target == "Linear" else None
+
+    def _note_left_out(self, target: str, left: dict[str, str]) -> None:
+        """A warning for each pattern of names; of `Linear` one in all."""
+        patterns: dict[str, list[str]] = defaultdict(list)
+        for module, reason in left.items():
+            if (pattern := without_numbers(module)) not in patterns[reason]:
+                patterns[reason].append(pattern)
+        if target == "Linear":
+            notes = [f"{_some(names)} ({reason})" for reason, names in patterns.items()]
+            warnings = [f"target 'Linear' leaves out {'; '.join(notes)}"] if notes else []
+        else:
+            warnings = [
+                f"target {target!r} also matches {name}: stays as it is, {reason}"
+                for reason, names in patterns.items()
+                for name in names
+            ]
+        self.warnings += [warning for warning in warnings if warning not in self.warnings]
+
+    def _check_whole_groups(self, assigned: dict[str, str]) -> None:
+        experts: dict[int, list[str]] = defaultdict(list)
+        for module, place in self.places.items():
+            if place.part == ROUTED and place.block is not None:
+                experts[place.block].append(module)
+        wholes: Iterable[tuple[str, Iterable[str]]] = [
+            *(("projections that are served as one matrix", group) for group in self.family.fused(
+                m for m in self.weights if not self.places[m].mtp)),
+            *((f"routed experts of block {block}", modules) for block, modules in experts.items()),
+        ]  # fmt: skip
+        for what, whole in wholes:
+            by_group = defaultdict(list)
+            kinds = set()
+            for module in whole:
+                by_group[assigned.get(module)].append(module)
+                kinds.add(self.formats.of(self.weights[module]).kind)
+            if len(kinds) > 1 and "modelopt_nvfp4" in kinds and None not in by_group and what.startswith("projections"):
+                self.problems.append(
+                    f"config_groups: {what} must be stored alike to be respelled: {_some(sorted(by_group.popitem()[1]))}; "
+                    "write BF16 with method: plain and quantize that"
+                )
+                continue
+            if len(by_group) > 1:
+                shares = "; ".join(
+                    f"{group or 'not quantized'}: {_some(modules)}"
+                    for group, modules in sorted(by_group.items(), key=str)
+                )
+                self.problems.append(
+                    f"config_groups: {what} must be quantized alike or not at all: {shares}; widen or narrow the targets"
+                )
+
+    def _check_fused_tiles(self, steps: dict[str, Step], groups: dict[str, Scheme]) -> None:
+        """FP8 tiles that vLLM refuses to load: of projections that it fuses, all but the last (of routed experts all) must be
+        whole tiles high (vllm 0.32, quantization/utils/fp8_utils.py, validate_fp8_block_shape and its MoE twin)."""
+        tiled = {step.module for step in steps.values() if step.group and groups[step.group] is FP8_BLOCK}
+        side = FP8_BLOCK.weights["block_structure"][0]
+        for fused in self.family.fused(module for module in self.weights if module in tiled):
+            whole = fused if self.places[fused[0]].part == ROUTED else fused[:-1]
+            for module in whole:
+                rows = self.formats.of(self.weights[module]).shape[0]
+                if rows % side:
+                    self.problems.append(
+                        f"{self.weights[module]}: stays in FP8 tiles and is served as one matrix with "
+                        f"{', '.join(other for other in fused if other != module)}: vLLM refuses it, output_partition_size = "
+                        f"{rows} is not divisible by block_n = {side}; set export.kept: plain, or quantize them otherwise"
+                    )
+
+    def _steps(self, assigned: dict[str, str], groups: dict[str, Scheme]) -> dict[str, Step]:
+        scheme_names: dict[str, list[str]] = defaultdict(list)
+        steps: dict[str, Step] = {}
+        for name in self.checkpoint.tensors:
+            if name not in self.formats.companions:
+                steps.update(self._step(name, assigned, groups, scheme_names))
+        return {name: steps[name] for name in self.checkpoint.tensors if name in steps}
+
+    def _step(
+        self, name: str, assigned: dict[str, str], groups: dict[str, Scheme], kinds: dict[str, list[str]]
+    ) -> dict[str, Step]:
+        """The steps of one tensor and its scale companions."""
+        stored = self.formats.of(name)
+        module, place = module_of(name), self.family.place(name)
+        if is_left_out(name):
+            return _consumed([name], "rotary table: every loader computes it")
+        if is_carried(name):
+            return self._copied(name, "scale of the KV cache")
+        if self.recipe.method == "plain":
+            return self._copied(name, place.part) if stored.kind == "plain" else self._undone(name, place.part)
+        group = assigned.get(module) if self.weights.get(module) == name else None
+        respells = stored.kind == "modelopt_nvfp4" and self.recipe.method == "convert"
+        if stored.kind in ("nvfp4", "modelopt_nvfp4") and not place.mtp and not respells:
+            if stored.kind not in kinds:
+                remedy = ", or have method: convert respell it" if stored.kind == "modelopt_nvfp4" else ""
+                self.problems.append(
+                    f"{self.checkpoint.path(name)}: {name}: the source is already quantized ({stored.label}); "
+                    f"start from the original checkpoint{remedy}"
+                )
+            kinds[stored.kind].append(name)
+        if group is None or place.mtp:
+            return self._kept(name, place, groups)
+        scheme = groups[group]
+        if _keeps_tiles(scheme, stored):
+            return self._keep_tiles(
+                name, group, "FP8 tiles of the source are FP8_BLOCK already: codes kept, scale respelled"
+            )
+        if respells and scheme is not FP8_BLOCK:
+            return self._respelled(name, group, scheme)
+        outputs = tuple(OutputTensor(*output) for output in scheme.outputs(module, stored.shape))
+        steps = {name: Step(name, "quantize", outputs, f"target of {group} ({scheme.name})", group)}
+        return steps | _consumed(list(stored.companions.values()), f"used up by {name}")
+
+    def _kept(self, name: str, place: Place, groups: dict[str, Scheme]) -> dict[str, Step]:
+        stored = self.formats.of(name)
+        if place.mtp:
+            reason = "MTP is copied byte for byte"
+        elif stored.kind == "plain":
+            reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
+        elif self.recipe.export.kept == "plain":
+            return self._undone(name, place.part)
+        elif stored.kind in _NOT_KEPT:
+            self._undone_unasked[stored.label].append(name)
+            return self._undone(name, place.part)
+        elif _keeps_tiles(FP8_BLOCK, stored):
+            groups.setdefault(KEPT_FP8, FP8_BLOCK)
+            return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
+        else:
+            self.problems.append(
+                f"{self.checkpoint.path(name)}: {name} is stored as {stored.label} and is no target; compressed-tensors "
+                "checkpoints cannot keep that form: quantize it or set export.kept: plain"
+            )
+            return {}
+        return self._copied(name, reason)
+
+    def _copied(self, name: str, reason: str) -> dict[str, Step]:
+        """A tensor and its scale companions, byte for byte."""
+        copies: dict[str, Step] = {}
+        for source in (name, *self.formats.of(name).companions.values()):
+            header = self.checkpoint.tensors[source]
+            copies[source] = Step(source, "copy", (OutputTensor(source, header.dtype, header.shape),), reason)
+        return copies
+
+    def _undone(self, name: str, part: str) -> dict[str, Step]:
+        """A weight in the recipe's plain dtype under its plain name; its scale companions are used up."""
+        stored, dtype = self.formats.of(name), _SAFETENSORS_DTYPE[self.recipe.export.plain_dtype]
+        output = OutputTensor(f"{module_of(name)}.weight", dtype, stored.shape)
+        consumed = _consumed(list(stored.companions.values()), f"used up by {name}")
+        return {name: Step(name, "cast", (output,), f"{part}: {stored.label} undone")} | consumed
+
+    def _keep_tiles(self, name: str, group: str, reason: str) -> dict[str, Step]:
+        header, stored = self.checkpoint.tensors[name], self.formats.of(name)
+        scale = stored.companions["tile_scale"]
+        grid = self.checkpoint.tensors[scale].shape
+        weight_scale = OutputTensor(f"{module_of(name)}.weight_scale", "F32", grid)
+        return {
+            name: Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), reason, group),
+            scale: Step(scale, "cast", (weight_scale,), f"tile scale of {name}, exact in F32"),
+        }
+
+    def _respelled(self, name: str, group: str, scheme: Scheme) -> dict[str, Step]:
+        """modelopt's NVFP4 under compressed-tensors' names: packed bytes and group scales as they are, global scales
+        inverted."""
+        stored, reason = self.formats.of(name), f"target of {group} ({scheme.name}): NVFP4 already, respelled"
+        companions = dict(stored.companions)
+        if scheme.input_scale and "input_scale" not in companions:
+            self.problems.append(
+                f"{self.checkpoint.path(name)}: {name} has no input_scale, {scheme.name} of {group} needs one; use NVFP4A16"
+            )
+            return {}
+        packed, group_scale, global_scale, *input_scale = (
+            OutputTensor(*output) for output in scheme.outputs(module_of(name), stored.shape)
+        )
+        scale, double = companions.pop("group_scale"), companions.pop("global_scale")
+        steps = {
+            name: Step(name, "copy", (packed,), reason, group),
+            scale: Step(scale, "copy", (group_scale,), f"group scales of {name}"),
+            double: Step(double, "invert", (global_scale,), f"1 / global scale of {name}"),
+        }
+        if input_scale:
+            inputs = companions.pop("input_scale")
+            steps[inputs] = Step(inputs, "invert", tuple(input_scale), f"1 / input scale of {name}")
+        return steps | _consumed(list(companions.values()), f"used up by {name}")
+
+    def _shards(self, steps: dict[str, Step]) -> list[PlannedShard]:
+        """Shards in the order: outside the blocks, block by block, MTP; split where max_shard_size is passed."""
+        bins: dict[tuple[int, int], list[str]] = defaultdict(list)
+        for name in steps:
+            place = self.family.place(name)
+            bins[(2, 0) if place.mtp else (0, 0) if place.block is None else (1, place.block)].append(name)
+        limit = self.recipe.export.max_shard_size
+        pieces: list[tuple[int | None, list[str]]] = []
+        for (kind, number), names in sorted(bins.items()):
+            size = limit + 1
+            for name in names:
+                nbytes = sum(output.nbytes for output in steps[name].outputs)
+                if size + nbytes > limit:
+                    pieces.append((number if kind == 1 else None, []))
+                    size = 0
+                pieces[-1][1].append(name)
+                size += nbytes
+        kept = [piece for piece in pieces if any(steps[name].outputs for name in piece[1])]
+        return [
+            PlannedShard(f"model-{i:05d}-of-{len(kept):05d}.safetensors", block, tuple(names))
+            for i, (block, names) in enumerate(kept, 1)
+        ]
+
+    def _warn(self, plan: Plan) -> None:
+        sources = [s for step in plan.quantized.values() for s in
+                   (step.source, *self.formats.of(step.source).companions.values())]  # fmt: skip
+        before = sum(self.checkpoint.tensors[name].nbytes for name in sources)
+        after = sum(output.nbytes for step in plan.quantized.values() for output in step.outputs)
+        for label, names in self._undone_unasked.items():
+            self.warnings.append(
+                f"{len(names)} weights stored as {label} are no targets and are written in "
+                f"{self.recipe.export.plain_dtype} ({names[0]}): the output cannot keep that form beside NVFP4"
+            )
+        left_out = sum(map(is_left_out, plan.steps))
+        if left_out:
+            self.warnings.append(f"{left_out} rotary tables of the source are left out: every loader computes them")
+        if plan.quantized and after >= before:
+            self.warnings.append(
+                f"no disk is saved: the quantized modules take {after:,} bytes in the output and {before:,} in the source"
+            )
+
+
+def _keeps_tiles(scheme: Scheme, stored: StoredFormat) -> bool:
+    """Whether the stored FP8 tiles are what the scheme asks for, so that codes can stay."""
+    return scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == (128, 128)
+
+
+def _consumed(companions: list[str], reason: str) -> dict[str, Step]:
+    return {companion: Step(companion, "consume", (), reason) for companion in companions}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
