@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from calibration.checkpoint import native
 from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import Checkpoint
 from tests.benchmarks import fp8_source
 from tests.benchmarks.convert_once import pipeline
@@ -65,10 +66,11 @@ def digest(output: Path) -> str:
 def check_bytes(source: Path, output: Path) -> None:
     """One expert against compressed-tensors, and the whole output against the torch fallback."""
     formats = Formats(Checkpoint.open(source))
-    shard = sorted(output.glob("*.safetensors"))[0]
+    shards = sorted(output.glob("*.safetensors"))
+    expert = "layers.0.ffn.experts.3"
+    shard = next(shard for shard in shards if f"{expert}.w1.weight_packed" in read_header(shard))
     with safe_open(shard, framework="pt") as file:
-        for leaf in ("w1", "w2", "w3"):
-            name = f"layers.0.ffn.experts.3.{leaf}"
+        for name in (f"{expert}.w1", f"{expert}.w2", f"{expert}.w3"):
             weight = formats.read(f"{name}.weight", torch.float32)
             packed, scales, _ = of_compressed_tensors(weight, file.get_tensor(f"{name}.weight_global_scale"))
             assert torch.equal(file.get_tensor(f"{name}.weight_packed"), packed), name

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -29,7 +30,8 @@ from calibration.plan.planner import make_plan
 from calibration.runs.journal import RunDirectory
 from recipes.schema import Recipe
 
-TARGET = r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"
+EXPERTS = r"^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"
+TARGET = f"re:{EXPERTS}"
 
 
 def pipeline(source: Path, output: Path) -> None:
@@ -64,7 +66,7 @@ def original(source: Path, output: Path) -> None:
         written: dict[str, torch.Tensor] = {}
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if not name.endswith(".weight"):
+                if not re.search(EXPERTS, name.removesuffix(".weight")):
                     continue
                 weight = file.get_tensor(name).to(torch.float32)
                 scale = file.get_tensor(name.replace(".weight", ".weight_scale_inv"))
@@ -92,7 +94,7 @@ def model_free_ptq(source: Path, output: Path) -> None:
     from llmcompressor import model_free_ptq as convert_model_free
 
     convert_model_free(
-        str(source), str(output), scheme="NVFP4A16", ignore=[], max_workers=2,
+        str(source), str(output), scheme="NVFP4A16", ignore=[f"re:^(?!{EXPERTS[1:]})"], max_workers=2,
         converter=FP8BlockDequantizer(targets=[TARGET]),
     )  # fmt: skip
 

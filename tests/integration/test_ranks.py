@@ -21,6 +21,7 @@ from tests.integration.rank_runs import block_begun, end_ranks, go, messages, me
 from tests.integration.test_resume import TARGETS, Attempt, Case, same
 from tests.integration.test_resume_errors import INTERRUPTED, KILLED, SOURCE, kill_behind, poison, slow_blocks
 from tests.models import deepseek_v4, standard
+from tests.uneven import ASKED
 
 RECIPE, ENVIRONMENT = 2, 4
 DEEPSEEK = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
@@ -249,7 +250,8 @@ def test_what_ranks_cannot_share_is_refused_before_anything_starts(
 
 
 def torchrun(attempt: Attempt) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "workflows.run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
+    command += ["tests.uneven", "workflows.run"] if os.environ.get(ASKED) else ["workflows.run"]
     with attempt.log.open("ab") as log:
         return subprocess.Popen([*command, str(attempt.recipe)], stdout=log, stderr=log, env=os.environ)
 

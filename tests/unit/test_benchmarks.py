@@ -1,0 +1,40 @@
+"""The benchmarks run: nobody sees them break until a figure is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from calibration.checkpoint import native
+from tests.benchmarks import convert_once, convert_stages, fp8_source
+from tests.benchmarks.convert_benchmark import check_bytes, digest
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("benchmarks")
+    return fp8_source.write(directory / "source", blocks=1, experts=6, hidden=256, intermediate=128)
+
+
+def test_conversions_take_the_source_of_the_benchmarks(source: Path, tmp_path: Path) -> None:
+    convert_once.pipeline(source, tmp_path / "output")
+    check_bytes(source, tmp_path / "output")
+    convert_once.original(source, tmp_path / "original")
+
+
+def test_stages_are_those_of_the_whole_conversion(source: Path, tmp_path: Path) -> None:
+    """Under every variant of the kernels the same bytes, and no stage that the table does not know how to place."""
+    digests, results = set(), {}
+    for level in native.levels():
+        results[level] = [convert_stages.once(level, source, tmp_path / level)]
+        digests.add(digest(tmp_path / level))
+    assert len(digests) == 1
+    for (once,) in results.values():
+        called = {name for name in once["stages"] if not name.startswith("C: ")}
+        assert called <= {*convert_stages.STAGES, convert_stages.REST}
+        assert {"read (preadv, past the page cache)", "CRC-32 (zlib)", "write (pwrite, past the page cache)"} <= called
+    if "avx2" in results:
+        assert {"C: fp8_maxima", "C: fp8_amax", "C: fp8_quantize"} <= results["avx2"][0]["stages"].keys()
+    lines = convert_stages.table(results, 0.001)
+    assert lines[0].count("|") == len(results) + 2 and any(line.startswith("| **all**") for line in lines)
