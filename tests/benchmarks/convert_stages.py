@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from compressed_tensors.utils import patch_attr
 
-from calibration import convert_work
 from calibration.checkpoint import direct, kernels, native
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import RANGE
+from calibration.convert import work
 from tests.benchmarks import fp8_source
 from tests.benchmarks.convert_benchmark import forget
 from tests.benchmarks.convert_once import pipeline
@@ -42,11 +42,11 @@ from tests.benchmarks.convert_once import pipeline
 #: Stage -> the functions it consists of (owner, name); the C functions are stages of their own.
 STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "read (preadv, past the page cache)": ((direct.DirectReader, "read"),),
-    "scales of tiles (to float32, checked)": ((convert_work.Work, "_stripe"), (kernels, "check_scales")),
+    "scales of tiles (to float32, checked)": ((work.Work, "_stripe"), (kernels, "check_scales")),
     "maxima, outside C": ((kernels, "amax"),),
     "dequantize, by torch": ((kernels, "_values"),),
     "quantize and pack, outside C": ((kernels, "quantize"),),
-    "constants, and what is left of a job": ((convert_work.Work, "do"),),
+    "constants, and what is left of a job": ((work.Work, "do"),),
     "CRC-32 (zlib)": ((zlib, "crc32"),),
     "reserve the file (fallocate)": ((direct.DirectWriter, "__init__"),),
     "write (pwrite, past the page cache)": ((direct.DirectWriter, "append"),),
