@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from calibration.checkpoint import native, nvfp4
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, NVIDIA
 from calibration.checkpoint.foreign import REMEDY, foreign_formats
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import TORCH, Checkpoint
@@ -159,10 +160,9 @@ class Formats:
             return self._four_bits(where, header)
         if name.endswith(".weight_packed") and header.dtype == "U8":
             shape = (header.shape[0], header.shape[1] * 2)
-            companions = self._companions(
-                where, module_of(name), {"group_scale": "weight_scale", "global_scale": "weight_global_scale"}
-            )
-            return StoredFormat("nvfp4", shape, companions | self._found(name, {"input_scale": "input_global_scale"}))
+            companions = self._companions(where, module_of(name), COMPRESSED_TENSORS.companions)
+            found = self._found(name, {"input_scale": COMPRESSED_TENSORS.input_scale})
+            return StoredFormat("nvfp4", shape, companions | found)
         if name.endswith(".weight_packed") and header.dtype == "I32":
             return self._int4(where, header)
         return StoredFormat("plain", header.shape)
@@ -205,9 +205,8 @@ class Formats:
     def _four_bits(self, where: str, header: TensorHeader) -> StoredFormat:
         """A weight of bytes that each hold two E2M1 codes."""
         tensors, (rows, columns) = self.checkpoint.tensors, (header.shape[0], header.shape[1] * 2)
-        found = self._found(header.name, {
-            "mxfp4": "scale", "group_scale": "weight_scale", "global_scale": "weight_scale_2", "input_scale": "input_scale",
-        })  # fmt: skip
+        leaves = {"mxfp4": "scale", **NVIDIA.companions, "input_scale": NVIDIA.input_scale}
+        found = self._found(header.name, leaves)
         mxfp4 = tensors.get(found.pop("mxfp4", ""))
         if mxfp4 is not None and mxfp4.dtype == "F8_E8M0":
             if mxfp4.shape != (rows, columns // MXFP4_GROUP) or columns % MXFP4_GROUP:

@@ -1,4 +1,4 @@
-"""modelopt's global scales as compressed-tensors spells them: 1 / x in float32, one for all that a serving engine fuses."""
+"""Global scales of one dialect as the other spells them: 1 / x in float32, one for all that a serving engine fuses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from calibration.checkpoint.dialect import DIALECTS, inverse, returns
 from calibration.checkpoint.formats import Formats
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, collapsed
@@ -14,13 +15,14 @@ from recipes.errors import SourceError, collapsed
 @dataclass(frozen=True)
 class Inverted:
     """`values` maps a source scale to its float32 reciprocal. `inexact` counts the reciprocals that float32 rounds, `worst`
-    is the largest relative change of a scale by that; `widened` counts input scales that took the larger one of theirs
-    that share one."""
+    is the largest relative change of a scale by that; `one_way` names the source scales that their reciprocal does not give
+    back bit for bit; `widened` counts input scales that took the larger one of theirs that share one."""
 
     values: dict[str, np.float32] = field(default_factory=dict)
     inexact: int = 0
     worst: float = 0.0
     widened: int = 0
+    one_way: tuple[str, ...] = ()
 
 
 def invert_scales(plan: Plan, formats: Formats) -> Inverted:
@@ -31,14 +33,13 @@ def invert_scales(plan: Plan, formats: Formats) -> Inverted:
     inputs: dict[str, tuple[str, float]] = {}
     for step in (step for step in plan.steps.values() if step.action == "invert"):
         value = float(formats.checkpoint.read(step.source))
-        with np.errstate(over="ignore"):
-            fits = value > 0 and np.isfinite(value) and np.isfinite(np.float32(1) / np.float32(value))
-        if not fits:
+        if not (value > 0 and np.isfinite(value) and np.isfinite(inverse(value))):
             problems.append(
                 f"{formats.checkpoint.path(step.source)}: {step.source}: {value} is not a finite positive scale"
             )
         module, _, leaf = step.outputs[0].name.rpartition(".")
-        (inputs if leaf == "input_global_scale" else weights)[module] = (step.source, value)
+        of_inputs = leaf in {dialect.input_scale for dialect in DIALECTS.values()}
+        (inputs if of_inputs else weights)[module] = (step.source, value)
     for group in plan.fused:
         scales = {weights[module][0]: weights[module][1] for module in group if module in weights}
         if len(set(scales.values())) > 1:
@@ -55,10 +56,11 @@ def invert_scales(plan: Plan, formats: Formats) -> Inverted:
         largest = max((inputs[module][1] for module in sharing), default=0.0)
         widened += sum(inputs[module][1] != largest for module in sharing)
         inputs |= {module: (inputs[module][0], largest) for module in sharing}
-    values, inexact, worst = dict[str, np.float32](), 0, 0.0
+    values, inexact, worst, one_way = dict[str, np.float32](), 0, 0.0, list[str]()
     for source, value in (*weights.values(), *inputs.values()):
-        values[source] = np.float32(1) / np.float32(value)
+        values[source] = inverse(value)
         # The product of two float32 is exact in float64.
         change = abs(1 / (float(values[source]) * value) - 1)
         inexact, worst = inexact + (change > 0), max(worst, change)
-    return Inverted(values, inexact, worst, widened)
+        one_way += [] if returns(value) else [source]
+    return Inverted(values, inexact, worst, widened, tuple(one_way))

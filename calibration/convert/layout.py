@@ -142,7 +142,7 @@ class ShardLayout:
                 yield from self._copies(step)
             elif step.action == "cast":
                 yield [self._whole(step, output)]
-            elif step.action == "invert" or output.shape == (1,):
+            elif step.action == "invert" or output.shape in ((1,), ()):  # a global scale of either dialect
                 yield [Piece("constant", step, 0, 1, output.nbytes, output=output)]
             else:
                 yield [self._kept_back(step)]

@@ -61,11 +61,12 @@ class Conversion:
     #: MXFP4 modules whose values are kept exactly, and those that were quantized again.
     lossless: int
     requantized: int
-    #: modelopt's scales that became compressed-tensors' (see `Inverted`).
+    #: modelopt's scales that became compressed-tensors', or the other way (see `Inverted`).
     inverted: int
     inexact: int
     worst: float
     widened: int
+    one_way: tuple[str, ...]
 
 
 def convert(
@@ -102,9 +103,9 @@ def convert(
         consumed=actions.count("consume"), lossless=sum(fact["lossless"] for fact in latest.values()),
         requantized=sum(fact["requantized"] for fact in latest.values()),
         inverted=actions.count("invert"), inexact=line.work.inverted.inexact, worst=line.work.inverted.worst,
-        widened=line.work.inverted.widened,
+        widened=line.work.inverted.widened, one_way=line.work.inverted.one_way,
     )  # fmt: skip
-    directory.record("converted", plan=plan.digest, **asdict(done))
+    directory.record("converted", plan=plan.digest, **asdict(done) | {"one_way": len(done.one_way)})
     return done
 
 

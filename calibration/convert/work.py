@@ -230,7 +230,9 @@ class Work:
         if stored.kind != "plain":
             codes = codes.reshape(piece.end - piece.begin, -1)
         scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}
-        dtype = torch.float32 if step.outputs[0].dtype == "F32" else self.dtype
+        # Tile scales are respelled in either of these, everything else is undone.
+        scale = step.outputs[0].dtype in ("F32", "F8_E8M0")
+        dtype = TORCH[step.outputs[0].dtype] if scale else self.dtype
         moved = {role: scale.to(native.device()) for role, scale in scales.items()}
         value = dequantize(stored, codes.to(native.device()), moved, dtype).contiguous()
         if not is_finite(value):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, DialectName
 from calibration.checkpoint.formats import module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.families.family import ROUTED, Family
@@ -56,7 +57,10 @@ class Plan:
     fused: tuple[tuple[str, ...], ...]
     warnings: tuple[str, ...]
     parameters: int
+    #: shared or per_expert, as the recipe says, or as_stored: no two scales are made equal.
     input_global_scale: str
+    #: The spelling of the output's NVFP4 weights and of its `quantization_config`.
+    dialect: DialectName = "compressed_tensors"
 
     @cached_property
     def quantized(self) -> dict[str, Step]:
@@ -97,19 +101,22 @@ class Plan:
     def shared_input_scales(self) -> list[tuple[str, ...]]:
         """Groups of modules whose input global scale must be equal: gate/up and the other fused projections, and,
         unless the recipe says per_expert, w1/w3 and w2 across all routed experts of a block."""
+        if self.input_global_scale == "as_stored":
+            return []
+        leaf = f".{DIALECTS[self.dialect].input_scale}"
         calibrated = [
             module_of(output.name)
             for step in self.steps.values()
             for output in step.outputs
-            if step.action in ("quantize", "invert") and output.name.endswith(".input_global_scale")
+            if step.action in ("quantize", "invert") and output.name.endswith(leaf)
         ]
         groups: dict[tuple[str, ...], list[str]] = defaultdict(list)
         fused_with = {module: group[0] for group in self.fused for module in group}
         for module in calibrated:
             place = self.family.place(module)
             if place.part == ROUTED and self.input_global_scale == "shared":
-                leaf = fused_with.get(module, module).rpartition(".")[2]
-                groups[(str(place.block), leaf)].append(module)
+                projection = fused_with.get(module, module).rpartition(".")[2]
+                groups[(str(place.block), projection)].append(module)
             elif module in fused_with:
                 groups[(fused_with[module],)].append(module)
         return [tuple(group) for group in groups.values() if len(group) > 1]
@@ -124,4 +131,6 @@ class Plan:
             "groups": {name: scheme.name for name, scheme in self.groups.items()},
             "input_global_scale": self.input_global_scale,
         }
+        if self.dialect != COMPRESSED_TENSORS.name:  # the digests of plans before there were two dialects stay
+            body["dialect"] = self.dialect
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -6,12 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS
 from calibration.checkpoint.formats import Formats, StoredFormat, module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import NOT_LINEAR, ROUTED, Place, family_of
 from calibration.plan.matching import Matcher
 from calibration.plan.plan import Plan, PlannedShard, Step
+from calibration.plan.respelling import respelled_steps
 from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
 from calibration.plan.source_check import contradictions, is_carried, is_left_out
 from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
@@ -281,26 +283,12 @@ class _Planner:
     def _respelled(self, name: str, group: str, scheme: Scheme) -> dict[str, Step]:
         """modelopt's NVFP4 under compressed-tensors' names: packed bytes and group scales as they are, global scales
         inverted."""
-        stored, reason = self.formats.of(name), f"target of {group} ({scheme.name}): NVFP4 already, respelled"
-        companions = dict(stored.companions)
-        if scheme.input_scale and "input_scale" not in companions:
+        if scheme.input_scale and "input_scale" not in self.formats.of(name).companions:
             self.problems.append(
                 f"{self.checkpoint.path(name)}: {name} has no input_scale, {scheme.name} of {group} needs one; use NVFP4A16"
             )
             return {}
-        packed, group_scale, global_scale, *input_scale = (
-            OutputTensor(*output) for output in scheme.outputs(module_of(name), stored.shape)
-        )
-        scale, double = companions.pop("group_scale"), companions.pop("global_scale")
-        steps = {
-            name: Step(name, "copy", (packed,), reason, group),
-            scale: Step(scale, "copy", (group_scale,), f"group scales of {name}"),
-            double: Step(double, "invert", (global_scale,), f"1 / global scale of {name}"),
-        }
-        if input_scale:
-            inputs = companions.pop("input_scale")
-            steps[inputs] = Step(inputs, "invert", tuple(input_scale), f"1 / input scale of {name}")
-        return steps | _consumed(list(companions.values()), f"used up by {name}")
+        return respelled_steps(self.formats, name, group, scheme, COMPRESSED_TENSORS)
 
     def _shards(self, steps: dict[str, Step]) -> list[PlannedShard]:
         """Shards in the order: outside the blocks, block by block, MTP; split where max_shard_size is passed."""

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, Dialect
 from calibration.checkpoint.nvfp4 import GROUP
 from recipes.schemes import ARGUMENTS, FORMATS
 
@@ -36,18 +37,19 @@ class Scheme:
             return f"needs K to be a multiple of {GROUP}, K is {shape[1]}"
         return None
 
-    def outputs(self, module: str, shape: tuple[int, ...]) -> Outputs:
-        """(name, safetensors dtype, shape) of every tensor that a `[M, K]` weight becomes."""
+    def outputs(self, module: str, shape: tuple[int, ...], dialect: Dialect = COMPRESSED_TENSORS) -> Outputs:
+        """(name, safetensors dtype, shape) of every tensor that a `[M, K]` weight becomes; of NVFP4 in this order: packed
+        codes, group scales, global scale, input scale."""
         rows, columns = shape
         if self.name == "FP8_BLOCK":
             grid = (math.ceil(rows / _TILES[0]), math.ceil(columns / _TILES[1]))
             return ((f"{module}.weight", "F8_E4M3", shape), (f"{module}.weight_scale", "F32", grid))
         outputs: Outputs = (
-            (f"{module}.weight_packed", "U8", (rows, columns // 2)),
-            (f"{module}.weight_scale", "F8_E4M3", (rows, columns // GROUP)),
-            (f"{module}.weight_global_scale", "F32", (1,)),
+            (f"{module}.{dialect.packed}", "U8", (rows, columns // 2)),
+            (f"{module}.{dialect.group_scale}", "F8_E4M3", (rows, columns // GROUP)),
+            (f"{module}.{dialect.global_scale}", "F32", dialect.scalar),
         )
-        return (*outputs, (f"{module}.input_global_scale", "F32", (1,))) if self.input_scale else outputs
+        return (*outputs, (f"{module}.{dialect.input_scale}", "F32", dialect.scalar)) if self.input_scale else outputs
 
 
 def _scheme(name: str, input_scale: bool) -> Scheme:

@@ -16,6 +16,7 @@ Runs inside vLLM's interpreter: imports the standard library, torch and vLLM onl
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ def register(dtype: str) -> list[str]:
     if not current_platform.is_cpu():
         return []
     _replace_metadata_kernels()
+    _keep_input_scale_names()
     replaced = ["DeepSeek-V4 metadata kernels (triton has no CPU build here): torch"]
     if dtype == "float32" or not hasattr(torch.ops._C, NATIVE_KERNEL):
         cpu_router._sqrtsoftplus_bias_topk = route
@@ -46,6 +48,22 @@ def register(dtype: str) -> list[str]:
             " torch instead of bfloat16 and FP8 kernels"
         )
     return replaced
+
+
+def _keep_input_scale_names() -> None:
+    """vLLM 0.32's CPU model renames `.input_scale` to `.input_scale_2`, which no layer has, and so cannot load NVFP4 experts in
+    modelopt's spelling; its CUDA model does not rename."""
+    from vllm.models.deepseek_v4.cpu import model
+
+    make_mapper = model._make_deepseek_v4_weights_mapper
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        mapper = make_mapper(*args, **kwargs)
+        suffixes = {old: new for old, new in mapper.orig_to_new_suffix.items() if old != ".input_scale"}
+        return dataclasses.replace(mapper, orig_to_new_suffix=suffixes)
+
+    model._make_deepseek_v4_weights_mapper = without
+    model.DeepseekV4ForCausalLM.hf_to_vllm_mapper = without("fp4")
 
 
 # ---- metadata -------------------------------------------------------------------------------------------------------

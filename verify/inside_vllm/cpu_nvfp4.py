@@ -24,7 +24,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization import fp8, modelopt, register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w4a4_nvfp4 as nvfp4_moe,
@@ -179,7 +179,32 @@ class CpuExperts:
         return x
 
 
-class CompressedTensorsCpuNvFp4MoEMethod(CpuExperts, nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod):  # type: ignore[misc]
+class CpuNvFp4Experts(CpuExperts):
+    """What NVFP4 routed experts share in both dialects: `input_divisors` gives those of gate/up and down as loaded, `[E]`
+    each, `input_scales` is one of MOE_INPUT_SCALES."""
+
+    use_a16: bool
+    input_scales: str
+
+    def input_divisors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of w13 and w2."""
+        raise NotImplementedError
+
+    def use_input_scales(self, layer: Any, mode: str) -> None:
+        """Take the input divisors `[E]` of `mode` from now on; the loaded ones stay as they are."""
+        w13_input, w2_input = self.input_divisors(layer)
+        if mode == "collapsed":
+            w13_input = w13_input.min().expand_as(w13_input)
+            w2_input = w2_input.min().expand_as(w2_input)
+        layer.w13_input_divisor, layer.w2_input_divisor = w13_input.clone(), w2_input.clone()
+
+    def quantize_input(self, layer: Any, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """Quantized with the expert's divisor and back, unless the experts are weight-only."""
+        divisor = getattr(layer, f"{projection}_input_divisor")
+        return x if self.use_a16 else ref_nvfp4_quant_dequant(x, divisor[expert], GROUP)
+
+
+class CompressedTensorsCpuNvFp4MoEMethod(CpuNvFp4Experts, nvfp4_moe.CompressedTensorsW4A4Nvfp4MoEMethod):  # type: ignore[misc]
     """NVFP4 routed experts on the CPU.
 
     The prefix "CompressedTensors" in the class name is needed: vLLM's expert weight loader looks for it.
@@ -216,22 +241,43 @@ class CompressedTensorsCpuNvFp4MoEMethod(CpuExperts, nvfp4_moe.CompressedTensors
         )
         self.use_input_scales(layer, self.input_scales)
 
-    def use_input_scales(self, layer: Any, mode: str) -> None:
-        """Take the input divisors `[E]` of `mode` from now on; the loaded ones stay as they are."""
-        w13_input = layer.w13_input_global_scale.data.amin(dim=1)
-        w2_input = layer.w2_input_global_scale.data
-        if mode == "collapsed":
-            w13_input = w13_input.min().expand_as(w13_input)
-            w2_input = w2_input.min().expand_as(w2_input)
-        layer.w13_input_divisor, layer.w2_input_divisor = w13_input.clone(), w2_input.clone()
+    def input_divisors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smaller divisor of gate and up, and down's."""
+        return layer.w13_input_global_scale.data.amin(dim=1), layer.w2_input_global_scale.data
 
-    def quantize_input(self, layer: Any, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """Quantized with the expert's divisor and back, unless the experts are weight-only."""
-        return (
-            x
-            if self.use_a16
-            else ref_nvfp4_quant_dequant(x, getattr(layer, f"{projection}_input_divisor")[expert], GROUP)
+
+class ModelOptCpuNvFp4MoEMethod(CpuNvFp4Experts, modelopt.ModelOptNvFp4FusedMoE):  # type: ignore[misc]
+    """NVFP4 routed experts in modelopt's spelling, which DeepSeek-V4 has under `moe_quant_algo` too.
+
+    The "ModelOpt" in the class name is needed: vLLM's expert weight loader looks for it.
+    """
+
+    default_input_scales = MOE_INPUT_SCALES[0]
+
+    def __init__(self, quant_config: Any, moe_config: Any) -> None:
+        """Skips the parent's choice of a GPU backend; everything the parent's `create_weights` needs is set."""
+        FusedMoEMethodBase.__init__(self, moe_config)
+        self.quant_config = quant_config
+        self.use_a16 = quant_config.quant_method == "W4A16_NVFP4"
+        self.use_global_sf = False
+        self.input_scales = self.default_input_scales
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Dequantize once, `w13 [E, 2I, D]` and `w2 [E, D, I]`; as vLLM, with the gate projection's weight scale for gate
+        and up. Scales multiply here, and their inverses are the input divisors."""
+        dtype = accumulator(layer.params_dtype)
+        layer.w13_dense = dequantize_to_dtype(
+            layer.w13_weight.data, layer.w13_weight_scale.data, layer.w13_weight_scale_2[:, 0], dtype, GROUP, False
         )
+        layer.w2_dense = dequantize_to_dtype(
+            layer.w2_weight.data, layer.w2_weight_scale.data, layer.w2_weight_scale_2, dtype, GROUP, False
+        )
+        if not self.use_a16:
+            self.use_input_scales(layer, self.input_scales)
+
+    def input_divisors(self, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The inverse of the larger scale of gate and up, and of down's."""
+        return 1.0 / layer.w13_input_scale.data.amax(dim=1), 1.0 / layer.w2_input_scale.data
 
 
 class CompressedTensorsCpuFp8MoEMethod(CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):  # type: ignore[misc]
@@ -258,7 +304,7 @@ def use_input_scales(model: torch.nn.Module, mode: str) -> None:
     """Switch every layer of NVFP4 experts in `model` to a mode of MOE_INPUT_SCALES."""
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        if isinstance(method, CompressedTensorsCpuNvFp4MoEMethod):
+        if isinstance(method, CpuNvFp4Experts):
             method.use_input_scales(module, mode)
 
 
@@ -295,6 +341,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
 
     nvfp4_linear.init_nvfp4_linear_kernel = kernel
     _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).append(CpuFp8BlockLinearKernel)
+    _register_modelopt(moe_input_scales)
 
     @register_quantization_config("compressed-tensors")
     class CompressedTensorsCpuConfig(CompressedTensorsConfig):  # type: ignore[misc]
@@ -324,3 +371,14 @@ def register(moe_input_scales: str = "stored") -> list[str]:
         f"NVFP4 routed experts: the same, one expert at a time, input global scales {moe_input_scales}",
         "block-FP8 layers and experts in float32 and where there is no AMX: weights only, like vLLM's AMX kernel, torch",
     ]
+
+
+def _register_modelopt(moe_input_scales: str) -> None:
+    """The same for NVIDIA's dialect: modelopt's own configs, and DeepSeek-V4's FP8 config with NVFP4 experts."""
+    ModelOptCpuNvFp4MoEMethod.default_input_scales = moe_input_scales
+    modelopt.ModelOptNvFp4FusedMoE = ModelOptCpuNvFp4MoEMethod
+    modelopt.ModelOptNvFp4Config.FusedMoEMethodCls = ModelOptCpuNvFp4MoEMethod
+    # Their kernels have no float32; the emulations do, as vLLM's compressed-tensors config says of its own.
+    dtypes = [torch.bfloat16, torch.half, torch.float8_e4m3fn, torch.float32]
+    for config in (fp8.Fp8Config, modelopt.ModelOptNvFp4Config):
+        config.get_supported_act_dtypes = staticmethod(lambda *_: dtypes)

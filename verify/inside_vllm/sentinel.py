@@ -10,6 +10,9 @@ from typing import Any
 NOT_LOADED = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point")
 """Parameters vLLM creates for every attention and fills itself when a checkpoint has none."""
 MAX_REPORTED = 50
+DIVISOR = "input_global_scale"
+INPUT_SCALES = tuple(f"{projection}_{leaf}" for projection in ("w13", "w2") for leaf in (DIVISOR, "input_scale"))
+"""Input scales of NVFP4 experts: divisors in compressed-tensors' spelling, factors in modelopt's."""
 
 
 def watch_loading(load: dict[str, Any]) -> None:
@@ -60,6 +63,7 @@ def watch_loading(load: dict[str, Any]) -> None:
 def input_scales(model: Any) -> dict[str, int] | None:
     """How many layers of W4A4 experts there are, how many experts, and in how many layers all experts hold one input
     global scale for gate/up and one for down, as loaded and before any kernel changes them; None without such layers.
+    FP8 experts have an `input_scale` too, which is no NVFP4's.
 
     vLLM uses the smaller of an expert's gate and up; FlashInfer and vLLM's emulation one per layer, CUTLASS each
     expert's own (compressed_tensors_moe_w4a4_nvfp4.py, vLLM 0.32).
@@ -68,8 +72,9 @@ def input_scales(model: Any) -> dict[str, int] | None:
     experts = 0
     for name, parameter in model.named_parameters():
         layer, _, last = name.rpartition(".")
-        if last in ("w13_input_global_scale", "w2_input_global_scale") and not unused_input_scale(model, name):
-            used = parameter.data.reshape(parameter.shape[0], -1).amin(dim=1)
+        if last in INPUT_SCALES and not unused_input_scale(model, name):
+            scales = parameter.data.reshape(parameter.shape[0], -1)
+            used = scales.amin(dim=1) if last.endswith(DIVISOR) else scales.amax(dim=1)
             found.setdefault(layer, []).append(bool((used == used[0]).all()))
             experts += len(used) if last.startswith("w2") else 0
     if not found:
@@ -80,7 +85,7 @@ def input_scales(model: Any) -> dict[str, int] | None:
 def unused_input_scale(model: Any, name: str) -> bool:
     """Whether the parameter is an input scale of weight-only experts: vLLM allocates it, no checkpoint has it."""
     method = getattr(model.get_submodule(name.rpartition(".")[0]), "quant_method", None)
-    return name.endswith("input_global_scale") and bool(getattr(method, "use_a16", False))
+    return name.rpartition(".")[2] in INPUT_SCALES and bool(getattr(method, "use_a16", False))
 
 
 def unwritten(name: str, data: Any) -> dict[str, Any] | None:

@@ -1,0 +1,161 @@
+"""config.json and hf_quant_config.json of an output in NVIDIA's dialect, and what that dialect cannot say.
+
+DeepSeek-V4 keeps `quant_method: fp8` and adds `moe_quant_algo: NVFP4`, as NVIDIA's own checkpoints do
+(Model-Optimizer, examples/deepseek/deepseek_v4/quantize_to_nvfp4.py) and as vLLM (0.32, models/deepseek_v4*/quant_config.py,
+DeepseekV4FP8Config) and SGLang (HybridFp8NvFp4Config) read them: routed experts are NVFP4 but for those that `ignore` names,
+every other linear layer is FP8 in tiles with E8M0 scales but for those that `ignored_layers` names. Other families have
+modelopt's own form: one algorithm, and the modules that it leaves out.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from calibration.checkpoint.formats import module_of
+from calibration.checkpoint.header import OutputTensor
+from calibration.checkpoint.nvfp4 import GROUP
+from calibration.families.family import NOT_LINEAR, ROUTED, ROUTER
+from calibration.plan.plan import Plan, Step
+from calibration.plan.schemes import FP8_BLOCK, NVFP4
+
+HF_QUANT_CONFIG = "hf_quant_config.json"
+#: Families whose other linear layers are FP8 under `quant_method: fp8`.
+FP8_FAMILIES = frozenset({"deepseek_v4"})
+#: vLLM 0.32 takes the file for modelopt's by this name alone; the version says who wrote it.
+_PRODUCER = {"name": "modelopt", "version": "nvfp4-workflows"}
+_FOUR_BITS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
+#: What NVIDIA's DeepSeek-V4 leaves out of NVFP4, in the words of their files.
+_NOT_EXPERTS = ("*.attn.*", "*.ffn.shared_experts.*", "head")
+_DRAFT = "mtp.*"
+_PLAIN = frozenset({"BF16", "F16", "F32"})
+
+
+def nvidia_problems(plan: Plan) -> list[str]:
+    """What the output of `plan`, which is in NVIDIA's dialect, holds that no config of that dialect describes."""
+    steps = [step for step in plan.steps.values() if step.group is not None and step.action != "consume"]
+    if plan.family.name in FP8_FAMILIES:
+        return [problem for step in steps if (problem := _hybrid_problem(plan, step)) is not None]
+    schemes = {plan.groups[str(step.group)].name for step in steps}
+    if FP8_BLOCK.name in schemes:
+        some = next(step.module for step in steps if plan.groups[str(step.group)] is FP8_BLOCK)
+        return [
+            f"{some}: FP8 tiles beside NVFP4 have no form here in NVIDIA's dialect of {plan.family.name}; write them plain "
+            "(export.kept: plain), or keep compressed_tensors"
+        ]
+    if len(schemes) > 1:
+        return [f"{' and '.join(sorted(schemes))} in one checkpoint have no form here in NVIDIA's dialect; choose one"]
+    return []
+
+
+def _hybrid_problem(plan: Plan, step: Step) -> str | None:
+    scheme, name = plan.groups[str(step.group)], plan.family.name
+    if scheme is FP8_BLOCK:
+        scale = _scale_of(plan, step)
+        if step.action == "copy" and scale is not None and scale.dtype == "F8_E8M0":
+            return None
+        return (
+            f"{step.module}: its FP8 tiles have scales that are no powers of two, or are made here; under NVIDIA's dialect of "
+            f"{name} an engine reads every tile scale as a power of two: keep compressed_tensors, or write it plain"
+        )
+    if plan.family.place(step.source).part != ROUTED:
+        return (
+            f"{step.module}: NVIDIA's dialect of {name} has NVFP4 in routed experts alone; an engine would read this one as "
+            "FP8: leave it out of the targets, or keep compressed_tensors"
+        )
+    if scheme is not NVFP4:
+        return (
+            f"{step.module}: {scheme.name} has no input scale, which an engine reads under NVIDIA's dialect of {name}"
+        )
+    return None
+
+
+def _scale_of(plan: Plan, step: Step) -> OutputTensor | None:
+    names = (f"{step.module}.scale", f"{step.module}.weight_scale")
+    return next((plan.outputs[name] for name in names if name in plan.outputs), None)
+
+
+def nvidia_config(plan: Plan, source_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and hf_quant_config.json of the output of `plan`; every other field of config.json is the source's."""
+    config = {key: value for key, value in source_config.items() if key != "quantization_config"}
+    if plan.family.name in FP8_FAMILIES:
+        config["expert_dtype"] = "fp4"  # with any other value vLLM does not look at moe_quant_algo
+        described, beside = _hybrid(plan)
+    else:
+        described, beside = _modelopt(plan)
+    return config | {"quantization_config": described}, {"producer": dict(_PRODUCER), "quantization": beside}
+
+
+def _hybrid(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    experts, ignored = dict[str, None](), list[str]()
+    for module in _modules(plan, "nvfp4"):
+        experts[re.split(plan.family.expert, module)[0] + ".experts"] = None
+    draft_is_nvfp4 = any(plan.family.place(name).mtp and name.endswith(".weight_scale_2") for name in plan.outputs)
+    excluded = [*_NOT_EXPERTS, *([] if draft_is_nvfp4 else [_DRAFT])]
+    for module in _plain_modules(plan):
+        place = plan.family.place(f"{module}.weight")
+        entry = re.split(plan.family.expert, module)[0] + ".experts" if place.part == ROUTED else module
+        if entry not in ignored:
+            ignored.append(entry)
+    shared = {
+        "quant_algo": "MIXED_PRECISION",
+        "kv_cache_quant_algo": None,
+        "group_size": GROUP,
+        "quantized_layers": {name: {"quant_algo": "NVFP4", "group_size": GROUP} for name in experts},
+    }
+    described = {
+        "activation_scheme": "dynamic",
+        "config_groups": _groups(weight_only=False),
+        "fmt": "e4m3",
+        "ignore": excluded,
+        **({"ignored_layers": ignored} if ignored else {}),
+        "moe_quant_algo": "NVFP4",
+        "producer": dict(_PRODUCER),
+        "quant_method": "fp8",
+        "scale_fmt": "ue8m0",
+        "weight_block_size": list(FP8_BLOCK.weights["block_structure"]),
+        **shared,
+    }
+    return described, shared | {"exclude_modules": excluded}
+
+
+def _modelopt(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+    weight_only = any(scheme.name == "NVFP4A16" and plan.modules(name) for name, scheme in plan.groups.items())
+    algorithm = "W4A16_NVFP4" if weight_only else "NVFP4"
+    excluded = _plain_modules(plan)
+    described = {
+        "config_groups": _groups(weight_only),
+        "ignore": excluded,
+        "producer": dict(_PRODUCER),
+        "quant_algo": algorithm,
+        "quant_method": "modelopt",
+    }
+    beside = {
+        "quant_algo": algorithm, "kv_cache_quant_algo": None, "group_size": GROUP, "exclude_modules": excluded,
+    }  # fmt: skip
+    return described, beside
+
+
+def _groups(weight_only: bool) -> dict[str, Any]:
+    inputs = None if weight_only else dict(_FOUR_BITS)
+    return {"group_0": {"input_activations": inputs, "weights": dict(_FOUR_BITS), "targets": ["Linear"]}}
+
+
+def _modules(plan: Plan, kind: str) -> list[str]:
+    return [
+        module for name, scheme in plan.groups.items() if scheme.name.lower() == kind for module in plan.modules(name)
+    ]
+
+
+def _plain_modules(plan: Plan) -> list[str]:
+    """The modules of the output that an engine would quantize and that are stored plain; the draft head is not among them."""
+    found = []
+    for output in plan.outputs.values():
+        module, place = module_of(output.name), plan.family.place(output.name)
+        linear = place.part not in NOT_LINEAR or place.part == ROUTER
+        built_plain = any(re.search(pattern, module) for pattern, _ in plan.family.never_quantized)
+        if plan.family.name in FP8_FAMILIES:  # vLLM builds router and head without a quantization
+            built_plain |= place.part in (ROUTER, "head")
+        if output.name.endswith(".weight") and output.dtype in _PLAIN and len(output.shape) == 2 and linear:
+            found += [] if built_plain or place.mtp else [module]
+    return found

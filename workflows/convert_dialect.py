@@ -1,0 +1,152 @@
+"""`python -m workflows.convert_dialect SOURCE OUTPUT --to nvidia|compressed_tensors`: a finished NVFP4 checkpoint in the other
+dialect.
+
+Packed codes, group scales, FP8 codes and everything plain keep their bytes; global scales become their inverse. The same
+command again resumes after a kill. Exit codes as in workflows.run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+from pathlib import Path
+
+from calibration.checkpoint.dialect import DIALECTS, NVIDIA, Dialect
+from calibration.checkpoint.files import is_file
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.side_files import side_files
+from calibration.checkpoint.writer import write_json, write_safely
+from calibration.convert.pipeline import Conversion, convert
+from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
+from calibration.plan.plan import Plan
+from calibration.plan.quantization_config import output_config
+from calibration.plan.respelling import make_respelling, require_exact_scales
+from calibration.runs.journal import RunDirectory
+from calibration.runs.output import entries, overwrite_problems, start_over
+from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, WorkflowError, collapsed
+from recipes.places import place_problems
+from recipes.schema import Recipe
+from recipes.streams import exit_with, printed
+
+#: What describes a finished checkpoint and travels with it, beside its side files. Its recipe made the other spelling.
+_OWN_FILES = ("README.md",)
+#: One-way scales whose names are printed; the run directory has all.
+_SHOWN = 5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workflows.convert_dialect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", type=Path, help="a finished NVFP4 checkpoint; it is only read")
+    parser.add_argument("output", type=Path, help="directory of the new checkpoint")
+    parser.add_argument("--to", choices=tuple(DIALECTS), required=True, help="the dialect to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output")
+    options = parser.parse_args(arguments)
+    try:
+        respell(options.source, options.output, DIALECTS[options.to], options.overwrite)
+    except KeyboardInterrupt:
+        return _told(Interrupted("interrupted: what is finished stays; run the same command again to resume"))
+    except WorkflowError as error:
+        return _told(error)
+    return printed()
+
+
+def _told(error: WorkflowError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Conversion:
+    """Writes the checkpoint in `source` into `output` in the dialect `to` and prints what was done. Raises WorkflowError, and
+    before anything is written whatever the headers and the scales tell."""
+    problems = place_problems(source, output, None)
+    if problems:
+        raise RecipeError(problems)
+    formats = Formats(Checkpoint.open(source))
+    plan = make_respelling(formats, to)
+    require_exact_scales(plan, formats)
+    side_files(source)  # one that cannot be read is reported before the hours of copying
+    directory = RunDirectory(output)
+    _require_free(directory, output, plan, overwrite)
+    directory.open()
+    try:
+        if overwrite:
+            start_over(directory, output, "replaced")
+        (output / INDEX_NAME).unlink(missing_ok=True)  # nothing may take shards of two dialects for a checkpoint
+        recipe = Recipe.model_validate(
+            {"source": {"checkpoint": str(source)}, "output": str(output), "method": "plain"}
+        )
+        done = convert(recipe, plan, formats, output, directory)
+        write_json(directory.path / "one_way.json", list(done.one_way))
+        directory.record("exported", plan=plan.digest, files=_finish(plan, formats, output))
+    finally:
+        directory.close()
+    _report(plan, done, output, directory)
+    return done
+
+
+def _require_free(directory: RunDirectory, output: Path, plan: Plan, overwrite: bool) -> None:
+    """Raises EnvironmentProblem if the output holds something that this command may not replace."""
+    if overwrite:
+        problems = overwrite_problems(directory, output)
+    else:
+        begun = directory.facts("started")
+        own = bool(begun) and begun[-1]["plan"] == plan.digest
+        there = entries(output)
+        problems = (
+            [f"{output}: is not empty (first: {there[0]}): name another output, or pass --overwrite to replace it"]
+            if there and not own
+            else []
+        )
+    if problems:
+        raise EnvironmentProblem(problems)
+
+
+def _finish(plan: Plan, formats: Formats, output: Path) -> list[str]:
+    """Writes side files and configs, and the index last: from then on the checkpoint loads. Returns the names."""
+    source = formats.checkpoint
+    copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
+    copied += [(source.directory / name, name) for name in _OWN_FILES if is_file(source.directory / name)]
+    for path, name in copied:
+        write_safely(output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
+    written = [name for _, name in copied]
+    if plan.dialect == NVIDIA.name:
+        config, beside = nvidia_config(plan, source.config)
+        write_json(output / HF_QUANT_CONFIG, beside)
+        written.append(HF_QUANT_CONFIG)
+    else:
+        config = output_config(plan, source.config)
+    write_json(output / CONFIG_NAME, config)
+    index = {"metadata": {"total_size": plan.output_bytes}, "weight_map": dict(sorted(plan.weight_map.items()))}
+    write_json(output / INDEX_NAME, index)
+    return [*written, CONFIG_NAME, INDEX_NAME]
+
+
+def _report(plan: Plan, done: Conversion, output: Path, directory: RunDirectory) -> None:
+    for warning in plan.warnings:
+        print(f"warning: {warning}")
+    print(
+        f"{output}: {plan.dialect}, {plan.output_bytes:,} bytes in {done.shards} shards ({done.resumed} finished before), "
+        f"{done.seconds:.1f} s; {done.copied} tensors byte for byte, {done.cast} tile scales in another dtype with their "
+        f"values, {done.inverted} global scales inverted"
+    )
+    if done.one_way:
+        shown = collapsed(done.one_way)
+        more = f" and {len(shown) - _SHOWN} more kinds" if len(shown) > _SHOWN else ""
+        print(
+            f"{len(done.one_way)} of {done.inverted} inverses do not give their scale back bit for bit in float32 (one unit in "
+            f"the last place off on the way back): {', '.join(shown[:_SHOWN])}{more}; all in {directory.path / 'one_way.json'}"
+        )
+    else:
+        print(f"all {done.inverted} inverses give their scale back bit for bit")
+
+
+if __name__ == "__main__":
+    exit_with(main)
