@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 from calibration.checkpoint.dialect import DIALECTS, NVIDIA, Dialect
-from calibration.checkpoint.files import is_file
+from calibration.checkpoint.files import is_file, write_json, write_safely
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import side_files
-from calibration.checkpoint.writer import write_json, write_safely
 from calibration.convert.pipeline import Conversion, convert
 from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
 from calibration.plan.plan import Plan

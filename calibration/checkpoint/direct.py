@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from calibration.checkpoint.header import fsync_directory
-from calibration.checkpoint.writer import PARTIAL, explain
+from calibration.checkpoint.files import PARTIAL, explain, fsync_directory
 from recipes.errors import EnvironmentProblem, SourceError
 
 PAGE = 4096

@@ -1,22 +1,31 @@
-"""Reading files that came from elsewhere: a config, an index, a tokenizer's JSON, a run directory's notes.
+"""Files: those of strangers are read within bounds, our own are written so that no broken one ever bears its final name.
 
 A file of a checkpoint is a stranger's: it may be a FIFO that never answers, a device without an end, of any size, nested
 a hundred thousand deep, or no text at all. Every reader here opens without waiting, reads regular files alone, bounds
 what it takes, and says what is wrong in a SourceError; nothing else leaves these functions.
+
+A file of our own is written beside its place, fsynced and renamed: a kill or a full disk leaves the old one or none.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic_core import from_json
 
 from recipes import files
-from recipes.errors import SourceError
+from recipes.errors import EnvironmentProblem, SourceError
 
+#: Ends the name of a file that is being written.
+PARTIAL = ".partial"
 #: Bytes of a text or JSON file. The largest honest ones: the index of a 1.6 T model in NVFP4 with its experts apart
 #: takes about 40 MB, a tokenizer.json of 262,144 tokens about 35 MB.
 MAX_BYTES = 256 << 20
@@ -95,6 +104,14 @@ def read_json_object(path: Path, *, max_bytes: int = MAX_BYTES, constants: bool 
     return value
 
 
+def read_json_or_none(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file, NaN and Infinity allowed; None if there is no such file or it holds something else."""
+    try:
+        return read_json_object(path, constants=True)
+    except SourceError:
+        return None
+
+
 def parse_json(raw: bytes, where: str, *, constants: bool = False) -> Any:
     """The value of JSON bytes (UTF-8); `where` begins the message. pydantic's parser bounds the depth (200) and the digits
     of a number (4,300) and names line and column. Raises SourceError."""
@@ -104,6 +121,76 @@ def parse_json(raw: bytes, where: str, *, constants: bool = False) -> Any:
         return from_json(raw.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=constants)
     except ValueError as error:
         raise SourceError(f"{where}: is not valid JSON: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file (UTF-8). A lone surrogate, which a name of other bytes than UTF-8 has in Python, is spelled."""
+    write_safely(path, lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")), len(text))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON as transformers writes a config: two spaces, a newline at the end."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_safely(path: Path, write: Callable[[Path], object], nbytes: int) -> None:
+    """Calls `write` with `<path>.partial`, which is not there, fsyncs it and renames it to `path`.
+
+    Raises EnvironmentProblem naming the file, the bytes wanted and the bytes free; the partial file is removed.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # a link there would have its target overwritten
+        write(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+        fsync_directory(path.parent)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from error
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a regular file, hex. Raises OSError."""
+    with files.open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def explain(path: Path, error: Exception, nbytes: int, full: bool) -> str:
+    """What went wrong while `path` was written, in one sentence with its remedy; `full`: the disk is."""
+    if not full:
+        return f"{path}: cannot be written: {error}; check the path and the permissions"
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    disk = os.statvfs(place)
+    if free_inodes(place) == 0:
+        return (
+            f"{path}: no inode is left for one more file on the file system of {place} ({disk.f_bavail * disk.f_frsize:,} "
+            "bytes are free); remove some files there and run the same command again (files already finished stay)"
+        )
+    return (
+        f"{path}: the disk is full: {nbytes:,} bytes wanted, {disk.f_bavail * disk.f_frsize:,} free; free some space and "
+        "run the same command again (files already finished stay)"
+    )
+
+
+def free_inodes(place: Path) -> int | None:
+    """How many more files the file system of an existing directory takes; None if it does not count them (btrfs)."""
+    disk = os.statvfs(place)
+    return disk.f_favail if disk.f_files else None
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes renames inside `directory` durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _mode(path: Path, wanted: Any) -> bool:

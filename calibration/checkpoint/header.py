@@ -187,18 +187,3 @@ def _layout_problems(path: Path, tensors: list[TensorHeader], data_begin: int, s
         kind = "truncated" if position > size else "longer than its header says"
         problems.append(f"{path}: {kind}: the header ends at byte {position}, the file at {size}")
     return problems
-
-
-def free_inodes(place: Path) -> int | None:
-    """How many more files the file system of an existing directory takes; None if it does not count them (btrfs)."""
-    disk = os.statvfs(place)
-    return disk.f_favail if disk.f_files else None
-
-
-def fsync_directory(directory: Path) -> None:
-    """Makes renames inside `directory` durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,8 +16,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from llmcompressor.pipelines.cache import IntermediatesCache, IntermediateValue
 
-from calibration.checkpoint.header import fsync_directory
-from calibration.checkpoint.writer import PARTIAL
+from calibration.checkpoint.files import PARTIAL, fsync_directory
 from calibration.runs.resume import Boundary, batch_file
 from recipes.errors import EnvironmentProblem
 

@@ -25,10 +25,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, check_finite, dequantize, logical_name
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import without_choices
-from calibration.checkpoint.writer import write_json, write_safely
 from calibration.families.family import Family, family_of
 from calibration.model.weight_buffer import Ahead, Room
 from calibration.plan.source_check import is_carried, is_left_out

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibration.checkpoint.header import free_inodes, fsync_directory
-from calibration.checkpoint.writer import PARTIAL
+from calibration.checkpoint.files import PARTIAL, free_inodes, fsync_directory
 from recipes.errors import EnvironmentProblem
 
 _CHUNK = 1 << 22

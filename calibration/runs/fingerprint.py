@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import TOKENIZER_FILES
-from calibration.checkpoint.writer import file_digest
 from calibration.plan.plan import Plan
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Recipe

@@ -6,9 +6,9 @@ import functools
 import shutil
 from pathlib import Path
 
+from calibration.checkpoint.files import write_json, write_safely, write_text
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import side_files
-from calibration.checkpoint.writer import write_json, write_safely, write_text
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from calibration.checkpoint.files import no_link, read_json_object
-from calibration.checkpoint.header import fsync_directory
+from calibration.checkpoint.files import fsync_directory, no_link, read_json_object
 from calibration.runs.lines import read_events, read_journal
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.places import run_directory

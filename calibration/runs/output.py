@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import is_file, read_json_object
+from calibration.checkpoint.files import PARTIAL, is_file, read_json_object
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from calibration.checkpoint.writer import PARTIAL
 from calibration.runs.journal import RunDirectory
 from recipes.errors import EnvironmentProblem, SourceError
 

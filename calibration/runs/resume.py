@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import Checkpoint, changed_shards
-from calibration.checkpoint.writer import file_digest
 from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import require_same, require_unchanged
 from calibration.runs.journal import RunDirectory

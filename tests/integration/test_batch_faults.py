@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from calibration.checkpoint.files import read_json_or_none
 from tests.integration.batch_runs import (
     QWEN,
     V4,
@@ -33,7 +34,6 @@ from tests.integration.batch_runs import (
     write_sources,
 )
 from tests.reference.engine import VLLM_PYTHON
-from verify.serving.engine import read_json
 from workflows.batch.state import BatchDirectory
 from workflows.batch.summary import summarize
 
@@ -127,7 +127,7 @@ def kill_engine(output: Path) -> None:
     request = str((logs / "serving-request.json").resolve()).encode()
 
     def engine() -> int:
-        if (read_json(logs / "serving-result.json") or {}).get("stage") not in ("forward", "generate"):
+        if (read_json_or_none(logs / "serving-result.json") or {}).get("stage") not in ("forward", "generate"):
             return 0
         for process in Path("/proc").iterdir():
             try:

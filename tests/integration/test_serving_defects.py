@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from calibration.checkpoint.files import read_json_or_none
 from tests.models import standard
 from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
 from tests.reference.resident import run_resident
 from tests.reference.rtn import load, write_nvfp4
 from verify.serving import serving
-from verify.serving.engine import Run, read_json, run_process
+from verify.serving.engine import Run, run_process
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
 SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"
@@ -134,7 +135,7 @@ def _kill_worker(result: Path, sent: signal.Signals) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         time.sleep(0.05)
-        if (read_json(result) or {}).get("stage") != "import":
+        if (read_json_or_none(result) or {}).get("stage") != "import":
             continue
         for entry in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):

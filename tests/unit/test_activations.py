@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calibration.checkpoint.writer import file_digest
+from calibration.checkpoint.files import file_digest
 from calibration.engine.activations import ActivationCache
 from calibration.runs.resume import Boundary
 from recipes.errors import EnvironmentProblem

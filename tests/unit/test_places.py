@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from calibration.checkpoint.direct import DirectWriter
+from calibration.checkpoint.files import write_text
 from calibration.checkpoint.index import INDEX_NAME
-from calibration.checkpoint.writer import write_text
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import overwrite_problems, remove_unfinished, start_over
 from recipes.errors import EnvironmentProblem, RecipeError

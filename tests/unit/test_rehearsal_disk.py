@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from calibration.checkpoint.writer import write_safely
+from calibration.checkpoint.files import write_safely
 from calibration.forecast.cost import boundary_bytes, scratch_bytes
 from calibration.runs.disk import Need, existing, probe_write, space_problems
 from calibration.runs.memory import anonymous_memory, available_memory

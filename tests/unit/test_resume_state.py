@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import Checkpoint, shard_state
-from calibration.checkpoint.writer import file_digest
 from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import fingerprint, require_same
 from calibration.runs.journal import RunDirectory

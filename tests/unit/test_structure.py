@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from calibration.checkpoint.direct import Buffer, digest
+from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from calibration.checkpoint.writer import file_digest
 from calibration.families.family import FAMILIES, family_of
 from calibration.families.promised import PROMISES, expected_tensors
 from calibration.plan.planner import make_plan

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import read_json_object, read_text
+from calibration.checkpoint.files import read_json_or_none, read_text
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Serving
 
@@ -85,7 +85,7 @@ def run_engine(
         exit_code, timed_out = (run or run_process)(command, log, options.timeout)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         raise EnvironmentProblem(f"{options.python}: no such interpreter (verify.serving.python); {REMEDY}") from None
-    result = read_json(result_path) or {"ok": False, "stage": "request", "error": None}
+    result = read_json_or_none(result_path) or {"ok": False, "stage": "request", "error": None}
     error = result.get("error") or {}
     if result.get("stage") == "import" and error.get("type") in ("ImportError", "ModuleNotFoundError"):
         raise EnvironmentProblem(
@@ -140,14 +140,6 @@ def failure(result: dict[str, Any]) -> str | None:
     else:
         first = f"exit code {code} in stage {stage}"
     return "\n".join([first, *_tail(Path(str(result.get("log")))), f"log: {result.get('log')}"])
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, None where there is none."""
-    try:
-        return read_json_object(path, constants=True)
-    except SourceError:
-        return None
 
 
 def _tail(log: Path) -> list[str]:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import read_json_or_none
 from calibration.checkpoint.formats import Formats
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.places import is_inside
 from recipes.schema import Serving
 from verify.checks import Check
-from verify.serving.engine import Run, check_environment, read_json, run_engine
+from verify.serving.engine import Run, check_environment, run_engine
 from verify.serving.verdicts import judge
 
 PROMPT_ROOM = 512
@@ -139,7 +140,7 @@ def verify_serving(
     experiment: what no recipe can ask.
     Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
     """
-    config = read_json(checkpoint / "config.json") or {}
+    config = read_json_or_none(checkpoint / "config.json") or {}
     experiment = experiment or Experiment()
     own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
     length = options.max_model_len or _length(options, config)
@@ -186,7 +187,7 @@ def _serve_source(
     """Runs the source on the tokens that `ours` ran on. Adds `source_text` to the prompts of `ours`."""
     if source.directory is None or not ours.get("ok"):
         return {"ok": False, "why": source.why or "the checkpoint itself was not served to the end"}
-    config = read_json(source.directory / "config.json") or {}
+    config = read_json_or_none(source.directory / "config.json") or {}
     request = request | {
         "checkpoint": str(source.directory.resolve()),
         "prompts": [{key: p[key] for key in ("kind", "text", "token_ids")} for p in ours["prompts"]],

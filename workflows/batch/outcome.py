@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import read_json_or_none
 from recipes.errors import EnvironmentProblem, Interrupted, VerificationFailed
-from verify.serving.engine import read_json
 from workflows.batch.state import Entry, standing
 
 #: How an attempt can end. `transient` is tried again after a while, `space` when the disk has room again, `stopped` by
@@ -111,7 +111,7 @@ def one_line(text: str) -> str:
 
 def _verification(entry: Entry, error: dict[str, Any], reason: str) -> Outcome:
     """A FAIL is final, unless the engine itself was killed: then nothing was said about the checkpoint."""
-    engine = (read_json(entry.run.path / "serving.json") or {}).get("exit_code")
+    engine = (read_json_or_none(entry.run.path / "serving.json") or {}).get("exit_code")
     if isinstance(engine, int) and engine < 0:
         return Outcome("transient", f"vLLM {killed_by(-engine)}")
     problems = error.get("problems") or [reason]

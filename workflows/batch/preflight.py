@@ -8,10 +8,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from calibration.checkpoint.files import write_text
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.side_files import side_files
-from calibration.checkpoint.writer import write_text
 from calibration.forecast.cost import scratch_bytes
 from calibration.plan.planner import make_plan
 from calibration.runs.disk import Need, space_problems

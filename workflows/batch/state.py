@@ -24,8 +24,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from calibration.checkpoint.files import no_link, read_json_object
-from calibration.checkpoint.writer import write_json
+from calibration.checkpoint.files import no_link, read_json_object, write_json
 from calibration.runs.journal import RunDirectory, append_line, process_began
 from calibration.runs.lines import read_attempts
 from recipes.errors import EnvironmentProblem, SourceError

@@ -14,10 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibration.checkpoint.files import no_link
-from calibration.checkpoint.writer import write_json, write_text
+from calibration.checkpoint.files import no_link, read_json_or_none, write_json, write_text
 from verify.report.tables import LEVELS
-from verify.serving.engine import read_json
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
 from workflows.batch.preflight import ends
@@ -108,7 +106,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None)
     state, reason = _state(entry, attempts, status, job, gone)
     verified = entry.run.facts("verified") if entry.output else []
     verdicts = {level: verified[-1].get(level, "UNCHECKED") for level in LEVELS} if verified else {}
-    serving = (verified and read_json(entry.run.path / "serving.json")) or {}
+    serving = (verified and read_json_or_none(entry.run.path / "serving.json")) or {}
     ended = [attempt for attempt in attempts if attempt["fact"] == "ended"]
     seconds = sum(attempt.get("seconds") or 0.0 for attempt in ended)
     begun = sum(attempt["fact"] == "begun" for attempt in attempts)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.writer import write_json
+from calibration.checkpoint.files import write_json
 from calibration.runs.ranks import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
 from recipes.loader import load_recipe

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from calibration.checkpoint.writer import write_json
+from calibration.checkpoint.files import write_json
 from calibration.forecast.cost import boundary_bytes, hidden_width, scratch_bytes
 from calibration.runs.disk import Need, probe_write, space_problems
 from calibration.runs.memory import available_memory

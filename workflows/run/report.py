@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import read_text
-from calibration.checkpoint.writer import write_text
+from calibration.checkpoint.files import read_json_or_none, read_text, write_text
 from calibration.runs.journal import RunDirectory
 from recipes.errors import SourceError
 from verify.checks import Check
 from verify.levels import samples_of
-from verify.serving.engine import read_json
 from workflows.run.status import read_status, render_status
 
 NAME = "report.html"
@@ -56,20 +54,22 @@ def write_report(output: Path) -> Path:
     begun = next((f["time"] for f in reversed(facts) if f.get("fact") in ("fingerprint", "started")), 0.0)
     events = [event for event in directory.events() if event["time"] >= begun - 60 and event["event"] != "load"]
     blocks = {int(e["block"]) - 1: e for e in events if e["event"] == "block" and e["time"] >= begun}
-    fidelity = read_json(directory.path / "fidelity.json") or {}
+    fidelity = read_json_or_none(directory.path / "fidelity.json") or {}
     figures = fidelity_figures(fidelity) if fidelity else _errors_so_far(blocks)
     running, error = status["state"] == "running", status["last_error"]
     # What is told as an age would be read as of the moment of reading.
     state = [line for line in render_status(status) if not line.startswith(("run directory", "last event"))]
     report = Report(
         title=output.name,
-        checks=[Check(**check) for check in (read_json(directory.path / "verify.json") or {}).get("checks", ())],
+        checks=[
+            Check(**check) for check in (read_json_or_none(directory.path / "verify.json") or {}).get("checks", ())
+        ],
         state=state,
         running=running,
         error=error is not None,
         figures=figures + _block_figures(blocks),
         fidelity=fidelity,
-        samples=samples_of(read_json(directory.path / "serving.json")),
+        samples=samples_of(read_json_or_none(directory.path / "serving.json")),
         facts=_facts(directory, facts, events),
         recipe=_text(directory.path / "recipe.yaml"),
     )
@@ -122,7 +122,7 @@ def _block_figures(blocks: dict[int, dict[str, Any]]) -> list[Any]:
 
 
 def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[dict[str, Any]]) -> dict[str, str]:
-    described = read_json(directory.path / "plan.json") or {}
+    described = read_json_or_none(directory.path / "plan.json") or {}
     source, plan = described.get("checkpoint", {}), described.get("plan", {})
     rows: dict[str, str] = {}
     if source and plan:

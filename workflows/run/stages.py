@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import read_json_or_none, write_json, write_text
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint, changed_shards
 from calibration.checkpoint.side_files import SideFiles, side_files
-from calibration.checkpoint.writer import write_json, write_text
 from calibration.forecast.cost import boundary_bytes, hidden_width
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
@@ -26,7 +26,6 @@ from recipes.schema import Recipe
 from verify.checks import Check
 from verify.levels import samples_of, verify_levels
 from verify.report.tables import to_json
-from verify.serving.engine import read_json
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
@@ -298,4 +297,4 @@ def _write_card(run: Run) -> None:
 
 def read_samples(run: Run) -> list[dict[str, Any]]:
     """The generated samples of the last serving verification, for the summary."""
-    return run.samples or samples_of(read_json(run.directory.path / "serving.json"))
+    return run.samples or samples_of(read_json_or_none(run.directory.path / "serving.json"))

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.files import read_json_or_none
 from calibration.runs.journal import RunDirectory
-from verify.serving.engine import read_json
 from workflows.progress import clock
 from workflows.run.prediction import FILE, render
 
@@ -82,7 +82,7 @@ def render_status(status: dict[str, Any]) -> list[str]:
 
 def _estimate(path: Path) -> dict[str, Any] | None:
     """The prediction of the last rehearsal; with the facts beside it once the run is at its end."""
-    found = read_json(path)
+    found = read_json_or_none(path)
     try:
         render(found or {"stages": {}})
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # of another version, or damaged
