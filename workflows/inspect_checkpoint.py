@@ -17,7 +17,8 @@ from rich.table import Table
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
-from calibration.families.family import ROUTED, SHARED, family_of
+from calibration.families.family import ROUTED, SHARED
+from calibration.families.registry import family_of
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
 from calibration.plan.source_check import contradictions

@@ -21,7 +21,7 @@ from calibration.data.encoder import MIN_TOKENS, Encoder
 from calibration.data.padding import batches_of_one_length
 from calibration.data.rows import known_columns
 from calibration.data.table import first_line, load_table
-from calibration.families.family import family_of
+from calibration.families.registry import ENCODINGS, family_of
 from recipes.errors import SourceError
 from recipes.schema import Calibration
 
@@ -136,9 +136,12 @@ def load_batches(
         *(["windows over joined rows"] if bundled else ["windows of whole files"] if table.books else []),
         *encoder.notes,
     ]
-    chat = encoder.chat.name if encoder.chat is not None else ""
-    if chat == "deepseek_v4" and (source_directory / "encoding" / "encoding_dsv4.py").is_file():
-        notes.append("encoding/encoding_dsv4.py of the checkpoint not executed, rendered by this project")
+    shipped = [e.shipped for e in ENCODINGS if encoder.chat is not None and encoder.chat.name == e.name]
+    notes += [
+        f"{file} of the checkpoint not executed, rendered by this project"
+        for file in shipped
+        if (source_directory / file).is_file()
+    ]
     lengths, size = [len(sample) for sample in samples], options.batch_size
     return CalibrationData(
         batches=DataLoader(_Samples(samples), batch_sampler=batches_of_one_length(lengths, size), collate_fn=_collate),

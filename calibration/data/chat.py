@@ -1,13 +1,15 @@
-"""Messages -> the text of a conversation: the tokenizer's chat template, DeepSeek-V4's encoding, or a transcript."""
+"""Messages -> the text of a conversation: the tokenizer's chat template, a family's own encoding, or a transcript."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from calibration.families import deepseek_v4_encoding
+from calibration.families.encoding import Encoding
+from calibration.families.registry import ENCODINGS
 from recipes.errors import RecipeError
 from recipes.schema import Calibration
 
@@ -17,17 +19,24 @@ _PROBE = "a text to be found"
 
 
 class Chat:
-    """One way to write a conversation. `name` is what a recipe and the description call it.
+    """One way to write a conversation. `name` is what a recipe and the description call it, `takes_parts` whether it takes
+    content as a list of text parts (None: to be tried out).
 
     A chat template is a stranger's program: transformers runs it in jinja2's immutable sandbox, without files and
     attributes, but with all the time and memory that there is. Whoever renders must bound those (calibration.data.bounded).
     """
 
-    def __init__(self, name: str, write: Callable[[Messages, Tools | None], str], takes_tools: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        write: Callable[[Messages, Tools | None], str],
+        takes_tools: bool = False,
+        takes_parts: bool | None = False,
+    ) -> None:
         self.name = name
         self.takes_tools = takes_tools
         self._write = write
-        self._takes_parts: bool | None = None if name == "template" else name == "deepseek_v4"
+        self._takes_parts = takes_parts
 
     def render(self, messages: Messages, tools: Tools | None = None) -> str:
         """The conversation as text. Content is text or a list of text parts; parts are joined by a newline, as vLLM
@@ -60,26 +69,32 @@ def choose_chat(options: Calibration, tokenizer: PreTrainedTokenizerBase) -> Cha
     """The chat format that the recipe names or the tokenizer has; None for `auto` and a tokenizer that has none.
     Raises RecipeError for one that the recipe names and the tokenizer lacks."""
     template = bool(tokenizer.chat_template)
-    missing = sorted(deepseek_v4_encoding.SPECIAL_TOKENS - set(tokenizer.get_vocab()))
     if options.chat == "template" and not template:
         raise RecipeError(
             "calibration.chat: template: the tokenizer has no chat template; set calibration.chat: auto, or put the "
             "model's chat_template.jinja beside its tokenizer"
-        )
-    if options.chat == "deepseek_v4" and missing:
-        raise RecipeError(
-            f"calibration.chat: deepseek_v4: the tokenizer lacks the tokens {', '.join(missing)}; "
-            "set calibration.chat: auto"
         )
     if options.chat == "template" or (options.chat == "auto" and template):
 
         def apply(messages: Messages, tools: Tools | None) -> str:
             return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
 
-        return Chat("template", apply, takes_tools=True)
-    if not missing:
-        return Chat("deepseek_v4", lambda messages, _: deepseek_v4_encoding.render(messages), takes_tools=False)
+        return Chat("template", apply, takes_tools=True, takes_parts=None)
+    vocabulary = set(tokenizer.get_vocab())
+    for encoding in ENCODINGS:
+        missing = sorted(encoding.special_tokens - vocabulary)
+        if missing and options.chat == encoding.name:
+            raise RecipeError(
+                f"calibration.chat: {encoding.name}: the tokenizer lacks the tokens {', '.join(missing)}; "
+                "set calibration.chat: auto"
+            )
+        if not missing and options.chat in ("auto", encoding.name):
+            return Chat(encoding.name, partial(_encoded, encoding), takes_parts=True)
     return None
+
+
+def _encoded(encoding: Encoding, messages: Messages, _: Tools | None) -> str:
+    return encoding.render(messages)
 
 
 def transcript() -> Chat:
@@ -88,4 +103,4 @@ def transcript() -> Chat:
     def write(messages: Messages, _: Tools | None) -> str:
         return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"
 
-    return Chat("plain", write, takes_tools=False)
+    return Chat("plain", write)

@@ -22,6 +22,7 @@ from calibration.data.rows import (
     unknown_roles,
 )
 from calibration.data.table import Table
+from calibration.families.registry import ENCODINGS
 from recipes.errors import RecipeError, SourceError
 from recipes.schema import Calibration
 
@@ -45,9 +46,9 @@ class Encoder:
             self.chat = choose_chat(options, tokenizer) or (transcript() if bundled else None)
         if self.chat is None and (self.columns.messages or options.format == "messages"):
             raise RecipeError(
-                f"{table.place} holds messages, and the tokenizer has neither a chat template nor DeepSeek-V4's special "
-                "tokens; put the model's chat_template.jinja beside its tokenizer, or name a text column with "
-                "calibration.format: text"
+                f"{table.place} holds messages, and the tokenizer has neither a chat template nor "
+                f"{' nor '.join(encoding.title for encoding in ENCODINGS)}'s special tokens; put the model's "
+                "chat_template.jinja beside its tokenizer, or name a text column with calibration.format: text"
             )
 
         self._encode = Bounded(partial(_encode, tokenizer, self.chat))

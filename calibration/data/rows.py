@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibration.data.table import Table
-from calibration.families.deepseek_v4_encoding import ROLES
+from calibration.families.encoding import ROLES
 from recipes.errors import SourceError, first_of
 from recipes.schema import Calibration
 

@@ -17,6 +17,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from calibration.families.encoding import ROLES, Encoding
+
 BEGIN = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 USER = "<\uff5cUser\uff5c>"
@@ -24,7 +26,6 @@ ASSISTANT = "<\uff5cAssistant\uff5c>"
 THINK = "<think>"
 END_THINK = "</think>"
 SPECIAL_TOKENS = frozenset({BEGIN, END, USER, ASSISTANT, THINK, END_THINK})
-ROLES = frozenset({"system", "developer", "user", "tool", "assistant"})
 
 DSML = "\uff5cDSML\uff5c"
 """Opens the tags of tool calls."""
@@ -133,3 +134,6 @@ def _invoke(call: Mapping[str, Any]) -> str:
         kind = "true" if isinstance(value, str) else "false"
         lines.append(f'<{DSML}parameter name="{key}" string="{kind}">{text}</{DSML}parameter>')
     return f'<{DSML}invoke name="{function["name"]}">\n' + "\n".join(lines) + f"\n</{DSML}invoke>"
+
+
+ENCODING = Encoding("deepseek_v4", "DeepSeek-V4", SPECIAL_TOKENS, render, shipped="encoding/encoding_dsv4.py")

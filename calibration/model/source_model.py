@@ -29,7 +29,8 @@ from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, check_finite, dequantize, logical_name
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import without_choices
-from calibration.families.family import Family, family_of
+from calibration.families.family import Family
+from calibration.families.registry import family_of
 from calibration.model.weight_buffer import Ahead, Room
 from calibration.plan.source_check import is_carried, is_left_out
 from recipes.errors import SourceError

@@ -10,7 +10,8 @@ from calibration.checkpoint.dialect import COMPRESSED_TENSORS
 from calibration.checkpoint.formats import Formats, StoredFormat, module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
-from calibration.families.family import NOT_LINEAR, ROUTED, Place, family_of
+from calibration.families.family import NOT_LINEAR, ROUTED, Place
+from calibration.families.registry import family_of
 from calibration.plan.matching import Matcher
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.respelling import respelled_steps

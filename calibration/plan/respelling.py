@@ -14,7 +14,8 @@ from calibration.checkpoint.dialect import DIALECTS, NVIDIA, Dialect
 from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME
-from calibration.families.family import Place, family_of
+from calibration.families.family import Place
+from calibration.families.registry import family_of
 from calibration.plan.draft_head import draft_head_doubts
 from calibration.plan.nvidia_config import FP8_FAMILIES, nvidia_config, nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step

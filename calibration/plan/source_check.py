@@ -13,7 +13,8 @@ from collections import defaultdict
 from calibration.checkpoint.foreign import undeclared
 from calibration.checkpoint.formats import FLOATS, Formats, logical_name
 from calibration.families.family import Family
-from calibration.families.promised import CARRIED, LEFT_OUT, Wanted, expected_tensors
+from calibration.families.promised import CARRIED, LEFT_OUT, Wanted
+from calibration.families.registry import expected_tensors
 
 _SHOWN = 3
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 
-from calibration.families.family import ROUTED, SHARED, family_of
+from calibration.families.family import ROUTED, SHARED
+from calibration.families.registry import family_of
 from calibration.forecast.cost import BF16, BlockCost, attention, boundary_bytes, hidden_width, products
 from tests.models.deepseek_v4 import Sizes, config, entries, specs
 from tests.models.headers_only import FlashSizes, ProSizes

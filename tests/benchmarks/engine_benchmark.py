@@ -30,7 +30,8 @@ import yaml
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.family import Family, family_of
+from calibration.families.family import Family
+from calibration.families.registry import family_of
 from calibration.runs.row_invariance import try_products
 from tests.benchmarks.convert_benchmark import forget
 from tests.models import deepseek_v4, standard

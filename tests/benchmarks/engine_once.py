@@ -32,7 +32,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.data.batches import load_batches, load_tokenizer
 from calibration.engine.oneshot import quiet
-from calibration.families.family import family_of
+from calibration.families.registry import family_of
 from calibration.model.tracing import repaired_tracing
 from calibration.plan.planner import make_plan
 from calibration.runs.memory import PeakMemory, anonymous_memory

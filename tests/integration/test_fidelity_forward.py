@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.family import family_of
+from calibration.families.registry import family_of
 from recipes.schema import Calibration, Fidelity
 from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard

@@ -18,7 +18,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.data.batches import load_batches, load_tokenizer
 from calibration.engine.oneshot import quiet
 from calibration.engine.walk import Walk
-from calibration.families.family import family_of
+from calibration.families.registry import family_of
 from calibration.forecast.cost import BlockCost, attention, boundary_bytes, hidden_width, products
 from calibration.forecast.rehearsal import kinds, rehearse_blocks
 from calibration.model import tracing

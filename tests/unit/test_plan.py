@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.family import family_of
+from calibration.families.registry import family_of
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 from recipes.errors import RecipeError, SourceError, collapsed

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from calibration.families.family import FAMILIES, family_of
-from calibration.families.promised import PROMISES, expected_tensors
+from calibration.families import registry
+from calibration.families.registry import FAMILIES, expected_tensors, family_of
 from calibration.plan.planner import make_plan
 from recipes.errors import SourceError
 from tests.exported import export, plan_of, recipe
@@ -121,17 +121,27 @@ def test_values_are_found_wherever_the_tensor_lies(tmp_path: Path, monkeypatch: 
     assert by_id(verify_structure(tmp_path))["finite"].verdict == "PASS"
 
 
-def test_every_supported_model_type_has_promised_tensors_of_its_own() -> None:
-    assert set(PROMISES) == {model_type for family in FAMILIES for model_type in family.model_types}
+def test_every_model_type_is_of_one_family_and_has_a_tiny_model() -> None:
+    known = [model_type for family in FAMILIES for model_type in family.model_types]
+    assert sorted(known) == sorted({*get_args(standard.Family), "deepseek_v4"})
 
 
-def test_a_model_type_without_promised_tensors_is_unchecked(good: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", get_args(standard.Family))
+def test_a_config_promises_the_tensors_of_its_hub_checkpoint(family: standard.Family) -> None:
+    config = standard.config(family)
+    promised, problems = expected_tensors(config)
+    assert problems == []
+    needed = {name: want.shape for name, want in promised.items() if not want.optional}
+    assert needed == {spec.name: spec.shape for spec in standard.specs(family)}
+
+
+def test_a_model_type_of_no_family_is_unchecked(good: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not measured by the tensors of another family."""
-    monkeypatch.delitem(PROMISES, "deepseek_v4")
+    monkeypatch.setattr(registry, "FAMILIES", FAMILIES[1:])
     tensors = by_id(verify_structure(good[0]))["tensors"]
     assert tensors.verdict == "UNCHECKED"
     assert "model_type 'deepseek_v4' is not known here" in tensors.figure
-    with pytest.raises(SourceError, match="model_type 'deepseek_v4': the tensors that it promises are not known here"):
+    with pytest.raises(SourceError, match="model_type 'deepseek_v4' has no grammar here; supported: llama"):
         make_plan(good[2].checkpoint, good[2], recipe(good[2].checkpoint.directory, Path("out")))
 
 

@@ -18,7 +18,8 @@ import torch
 
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.family import Family, Place, family_of
+from calibration.families.family import Family, Place
+from calibration.families.registry import family_of
 from calibration.plan.plan import Plan
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity

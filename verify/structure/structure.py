@@ -17,8 +17,9 @@ from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
 from calibration.checkpoint.permissions import requests
-from calibration.families.family import Family, family_of
-from calibration.families.promised import ADDED, PROMISES, Wanted, expected_tensors, mtp_blocks
+from calibration.families.family import Family
+from calibration.families.promised import ADDED, Wanted, mtp_blocks
+from calibration.families.registry import expected_tensors, family_of
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
@@ -34,7 +35,7 @@ from verify.structure.values import value_checks
 _UNKNOWN = Family("unknown", (), r"layers\.(\d+)\.", (
     ("norm", r"norm\w*\.weight$"), ("routed expert", r"\.experts\.\d+\."), ("router", r"\.(gate|router)\.weight$"),
     ("embedding", r"embed\w*\.weight$"), ("head", r"head\.weight$"),
-), (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")))  # fmt: skip
+), (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")), lambda _: iter(()))  # fmt: skip
 
 
 def verify_structure(
@@ -58,15 +59,11 @@ def verify_structure(
         _requests(output, source),
         verdict("structure.total_size", "index total_size equals the bytes", _total_size(output), [], "headers and index"),
     ]  # fmt: skip
-    try:
-        family = family_of(output.config)
-    except WorkflowError:
-        family = _UNKNOWN
     stored, orphans = stored_tensors(output)
     try:
-        wanted, lacking = expected_tensors(output.config)
+        family, (wanted, lacking) = family_of(output.config), expected_tensors(output.config)
     except SourceError:
-        wanted, lacking = {}, []
+        family, wanted, lacking = _UNKNOWN, {}, []
     resolution = Resolution(family, output.config, stored)
     checks += [
         _tensors(output, family, plan, source, wanted, stored, orphans),
@@ -114,11 +111,8 @@ def _tensors(
     how = f"headers against {' and '.join(name for name, given in known.items() if given)}"
     if not any(known.values()):
         model_type = output.config.get("model_type")
-        why = (
-            "config.json is not whole"
-            if str(model_type) in PROMISES
-            else f"model_type {model_type!r} is not known here"
-        )
+        unknown = family is _UNKNOWN
+        why = f"model_type {model_type!r} is not known here" if unknown else "config.json is not whole"
         return unchecked(id, what, f"{why}: the expected tensors cannot be derived; give the source")
     missing_mtp = not any(re.search(family.mtp, name) for name in stored)
     derived = {n: w for n, w in wanted.items() if not (missing_mtp and re.search(family.mtp, n))}

@@ -1,0 +1,34 @@
+"""The families that are known here. A model type that is none of theirs raises: another family's grammar or promised
+tensors say nothing about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from calibration.families import huggingface
+from calibration.families.deepseek_v4 import DEEPSEEK_V4
+from calibration.families.family import Family
+from calibration.families.promised import ConfigReader, Wanted
+from recipes.errors import SourceError
+
+FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, *huggingface.FAMILIES)
+#: The chat formats that a recipe may name and a tokenizer may have the special tokens of.
+ENCODINGS = tuple(dict.fromkeys(family.encoding for family in FAMILIES if family.encoding is not None))
+
+
+def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
+    """The family of a checkpoint by its `model_type`. Raises SourceError for one that was never checked here."""
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
+    raise SourceError(f"{where}: model_type {model_type!r} has no grammar here; supported: {known}")
+
+
+def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, Wanted], list[str]]:
+    """Every logical tensor of a checkpoint with this config, and what the config itself lacks or has wrong. Without a whole
+    config the tensors are empty: nothing can be derived from it. Raises SourceError for a model_type of no family here."""
+    reader = ConfigReader(config)
+    tensors = dict(family_of(config).promised(reader))
+    return ({}, reader.problems) if reader.problems else (tensors, [])
