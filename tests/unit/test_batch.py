@@ -26,11 +26,12 @@ from tests.models import standard
 from workflows.batch import preflight as batch_plan
 from workflows.batch.__main__ import _until, main
 from workflows.batch.attempt import Slot
-from workflows.batch.hooks import Hooks, expect, leave
+from workflows.batch.hooks import Hooks
 from workflows.batch.outcome import Outcome, judge
 from workflows.batch.preflight import Wanted, ends, preflight, wanted_runs
 from workflows.batch.queue import Queue, Rules, Waiting, parse_slots
 from workflows.batch.state import BatchDirectory, Entry, standing
+from workflows.batch.submission import remove_outstanding, set_outstanding
 from workflows.batch.summary import summarize, write_summary
 from workflows.progress import Reporter
 
@@ -481,12 +482,18 @@ def test_a_log_on_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
 
 
 def test_the_last_run_of_a_cluster_ends_the_batch_once(tmp_path: Path) -> None:
-    expect(tmp_path, ["a", "b"], [])
-    assert [leave(tmp_path, name) for name in ("b", "b", "a", "a", "c")] == [False, False, True, False, False]
-    expect(tmp_path, ["a", "b"], [])
-    leave(tmp_path, "b")  # ended between the look at the queue and the next submission
-    expect(tmp_path, ["c"], ["a", "b"])
-    assert [leave(tmp_path, name) for name in ("c", "a")] == [False, True]
+    set_outstanding(tmp_path, ["a", "b"], [])
+    assert [remove_outstanding(tmp_path, name) for name in ("b", "b", "a", "a", "c")] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    set_outstanding(tmp_path, ["a", "b"], [])
+    remove_outstanding(tmp_path, "b")  # ended between the look at the queue and the next submission
+    set_outstanding(tmp_path, ["c"], ["a", "b"])
+    assert [remove_outstanding(tmp_path, name) for name in ("c", "a")] == [False, True]
 
 
 def test_the_preflight_reckons_activations_as_the_rehearsal_does(

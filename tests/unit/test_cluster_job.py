@@ -12,7 +12,8 @@ import submitit
 
 from recipes.matrix import Resources
 from workflows.batch.attempt import torchrun
-from workflows.batch.cluster.job import _Signals, _why_given_up, fruitless, seconds_left
+from workflows.batch.cluster.job import _explain_limits, count_jobs_without_progress
+from workflows.batch.cluster.signals import Signals, seconds_left
 from workflows.batch.state import BatchDirectory, Entry
 from workflows.batch.summary import _state
 
@@ -42,15 +43,15 @@ def test_time_left_as_squeue_writes_it(text: str, seconds: float | None) -> None
     ],
 )
 def test_jobs_in_a_row_that_finished_nothing(attempts: list[dict[str, Any]], count: int) -> None:
-    assert fruitless(attempts) == count
+    assert count_jobs_without_progress(attempts) == count
 
 
 def test_the_reason_for_giving_up_names_the_limit_and_the_remedy() -> None:
     entry = Entry("a", "a.yaml", "a.yaml", "/nowhere/output")
-    reason = _why_given_up([SUBMITTED, requeued("time"), requeued("time")], entry, Resources(hours=12))
+    reason = _explain_limits([SUBMITTED, requeued("time"), requeued("time")], entry, Resources(hours=12))
     assert "2 jobs in a row" in reason and "limit 12:00:00" in reason and "--resource hours=24" in reason
     lost = [SUBMITTED, requeued("loss", reason="killed by SIGKILL")]
-    assert _why_given_up(lost, entry, Resources()) == "killed by SIGKILL (1 jobs in a row finished nothing)"
+    assert _explain_limits(lost, entry, Resources()) == "killed by SIGKILL (1 jobs in a row finished nothing)"
 
 
 @pytest.mark.parametrize(
@@ -105,11 +106,11 @@ def test_a_job_takes_a_lost_terminal_for_its_end(tmp_path: Path) -> None:
     numbers = (signal.SIGTERM, signal.SIGHUP, signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"])
     before = [signal.getsignal(number) for number in numbers]
     try:
-        signals = _Signals(BatchDirectory(tmp_path / "b.run"), environment, 60)  # type: ignore[arg-type]
-        assert not signals.stop_asked_for()
+        signals = Signals(BatchDirectory(tmp_path / "b.run"), environment, 60)  # type: ignore[arg-type]
+        assert not signals.should_stop()
         signal.raise_signal(signal.SIGHUP)
         signals._terminated = (signals._terminated or 0) - 10  # past the echo of a SIGTERM
-        assert signals.stop_asked_for()
+        assert signals.should_stop()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -20,9 +20,10 @@ from recipes.errors import EnvironmentProblem
 from recipes.places import own_scratch
 from tests.models import standard
 from workflows.batch import attempt as batch_child
+from workflows.batch import executors
 from workflows.batch.attempt import Child, Slot, _mark
-from workflows.batch.hooks import expect
 from workflows.batch.state import BatchDirectory, Entry
+from workflows.batch.submission import set_outstanding
 from workflows.batch.summary import write_summary
 
 NAMES = ("lock", "journal.jsonl", "events.jsonl", "logs", "activations", "plain-source", "skeleton", "report.html")
@@ -64,7 +65,7 @@ def test_a_batch_directory_writes_through_no_link(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="cannot be written"):
         batch.open()
     batch.save([])
-    for write in (lambda: expect(batch.path, ["a"], []), lambda: write_summary(batch)):
+    for write in (lambda: set_outstanding(batch.path, ["a"], []), lambda: write_summary(batch)):
         with pytest.raises(OSError, match="symbolic links"):
             write()
     batch.record("a", "queued")
@@ -132,14 +133,13 @@ def test_a_process_that_an_attempts_file_names_is_only_ended_if_the_batch_starte
 
 
 def test_jobs_are_only_given_to_a_directory_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = pytest.importorskip("workflows.batch.cluster.submit")
     batch = BatchDirectory(tmp_path / "b.run")
     (batch.path / "jobs").mkdir(parents=True)
-    cluster._require_private(batch)
+    executors._require_private(batch)
     (batch.path / "jobs").chmod(0o777)
     with pytest.raises(EnvironmentProblem, match=r"jobs: belongs to another user, is writable by everybody"):
-        cluster._require_private(batch)
+        executors._require_private(batch)
     (batch.path / "jobs").chmod(0o755)
-    monkeypatch.setattr(cluster, "os", SimpleNamespace(geteuid=lambda: os.geteuid() + 1))
+    monkeypatch.setattr(executors, "os", SimpleNamespace(geteuid=lambda: os.geteuid() + 1))
     with pytest.raises(EnvironmentProblem, match=r"b\.run: belongs to another user"):
-        cluster._require_private(batch)
+        executors._require_private(batch)

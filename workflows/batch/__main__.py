@@ -1,10 +1,10 @@
 """`python -m workflows.batch RECIPE... [--matrix FILE]`: many recipes one after the other, unattended.
 
-The same command again skips what is done and verified and goes on with the rest. summary.html in the batch's directory
-is rewritten behind every block.
+The same command again skips what is done and verified and resumes the rest. summary.html in the batch's directory is
+rewritten after every block.
 
 Exit codes: 0 every run is done; 2, 3, 4 the preflight found problems (recipe, source, environment), nothing was started;
-6 at least one run failed, the others are done; 130 stopped (Ctrl-C, SIGTERM, --until), the same command goes on.
+6 at least one run failed, the others are done; 130 stopped (Ctrl-C, SIGTERM, --until): run the same command to resume.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import ModuleType
-from typing import Literal
 
 from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
-from recipes.matrix import Matrix, load_matrix, parse_resources
+from recipes.matrix import load_matrix, parse_resources
 from recipes.streams import exit_with, printed
 from verify.report.tables import OutputConsole
 from workflows.batch.attempt import Slot
+from workflows.batch.executors import EXECUTORS, Executor, Jobs, find_jobs, make_executor, read_outcomes, submit_batch
 from workflows.batch.hooks import Hooks
 from workflows.batch.outcome import Outcome
-from workflows.batch.preflight import Preflight, ends, preflight, require_no_source, wanted_runs
+from workflows.batch.preflight import Preflight, Wanted, ends, preflight, require_no_source, wanted_runs
 from workflows.batch.queue import Queue, Rules, parse_slots
 from workflows.batch.state import BatchDirectory, standing
-from workflows.batch.summary import print_summary, summarize, write_summary
+from workflows.batch.submission import Submission
+from workflows.batch.summary import print_summary, rewrite_summary, summarize, write_summary
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter, clock, size
 
@@ -43,11 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             batch = BatchDirectory(_directory(options), options.dry_run)
             if options.status:
-                _show(batch, options.json, summarize(batch, _jobs(batch), _jobs(batch, "gone")))
+                jobs = _find_submitted(batch)
+                _show(batch, options.json, summarize(batch, jobs.under_way, jobs.ended))
                 return printed()
             _work(options, batch, reporter, interrupts)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
+            raise Interrupted("interrupted: what is finished is kept; run the same command to resume") from None
     except WorkflowError as error:
         reporter.say(f"error: {error}", "error")
         return error.exit_code
@@ -57,19 +60,32 @@ def main(arguments: list[str] | None = None) -> int:
     return printed() if options.json else 0
 
 
+@dataclass
+class _Session:
+    """One call of the command: what it was asked for and what it works with."""
+
+    options: argparse.Namespace
+    batch: BatchDirectory
+    wanted: Sequence[Wanted]
+    slots: Sequence[Slot]
+    rules: Rules
+    hooks: Hooks
+    reporter: Reporter
+    interrupts: Interrupts
+
+
 def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter, interrupts: Interrupts) -> None:
     slots = parse_slots(options.gpus)
     rules = Rules(options.tries, options.backoff, _until(options.until), options.space_patience * 60, options.overwrite)
-    matrices = [(path, load_matrix(path)) for path in options.matrix]
-    wanted = wanted_runs(options.recipes, matrices, options.set)
+    wanted = wanted_runs(options.recipes, [(path, load_matrix(path)) for path in options.matrix], options.set)
     require_no_source(wanted, {"--directory": batch.path, "--mlflow": options.mlflow})
     hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
+    session = _Session(options, batch, wanted, slots, rules, hooks, reporter, interrupts)
+    executor = None if options.executor is None else make_executor(options.executor)
     batch.open()
-    under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
-    if under_way and options.executor is None:
-        raise EnvironmentProblem(
-            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
-        )
+    under_way = _jobs_under_way(batch)
+    if executor is None:
+        _require_no_jobs(under_way)
     found = preflight(wanted, batch, len(slots), options.overwrite, reporter.say, under_way)
     if not options.keep_going:
         found.require_sound()
@@ -78,89 +94,83 @@ def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter
     _say_plan(found, len(slots), reporter)
     if options.dry_run:
         return
-    if options.executor is not None:
-        _submit(options, batch, found, slots, rules, matrices, reporter, interrupts)
-        return
-    under_way = _jobs(batch) if (batch.path / "batch.json").exists() else {}
-    if under_way:
-        raise EnvironmentProblem(
-            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
-        )
-    batch.save(found.entries, slots=len(slots))
+    if executor is None:
+        _run_here(session, found)
+    else:
+        _submit(session, found, executor)
 
-    def rewrite() -> None:
-        try:
-            write_summary(batch)
-        except (WorkflowError, OSError) as error:  # a full disk must not end the batch
-            reporter.say(f"summary: not written: {error}", "warning")
 
+def _run_here(session: _Session, found: Preflight) -> None:
+    """Works through the runs in this process's queue."""
+    batch, hooks, say = session.batch, session.hooks, session.reporter.say
+    _require_no_jobs(_jobs_under_way(batch))  # the preflight may have taken minutes
+    batch.save(found.entries, slots=len(session.slots))
     queue = Queue(
-        batch, found.entries, slots, rules, reporter.say,
-        should_stop=lambda: interrupts.requested,
-        changed=rewrite,
+        batch, found.entries, session.slots, session.rules, say,
+        should_stop=lambda: session.interrupts.requested,
+        changed=lambda: rewrite_summary(batch, say),
         failed=lambda entry, reason: hooks.notify("failure", entry.name, reason),
     )  # fmt: skip
     try:
-        with interrupts.deferring():
+        with session.interrupts.deferring():
             queue.work()
     finally:
         summary = summarize(batch)
-        _show(batch, options.json, summary)
+        _show(batch, session.options.json, summary)
         hooks.track(summary)
         hooks.notify("end")
     _judge(queue.outcomes, queue.stopping)
 
 
-def _submit(
-    options: argparse.Namespace, batch: BatchDirectory, found: Preflight, slots: list[Slot], rules: Rules,
-    matrices: list[tuple[Path, Matrix]], reporter: Reporter, interrupts: Interrupts,
-) -> None:  # fmt: skip
-    cluster = _cluster()
-    hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
-    resources = {}
-    for wanted, entry in zip(wanted_runs(options.recipes, matrices, options.set), found.entries, strict=True):
-        resources[entry.name] = parse_resources(options.resource, wanted.resources)
-    batch.save(found.entries, slots=len(slots))
+def _submit(session: _Session, found: Preflight, executor: Executor) -> None:
+    """Gives the runs to the executor that `--executor` names."""
+    options, batch = session.options, session.batch
+    resources = {
+        entry.name: parse_resources(options.resource, wanted.resources)
+        for wanted, entry in zip(session.wanted, found.entries, strict=True)
+    }
+    batch.save(found.entries, slots=len(session.slots))
     batch.release()
+    work = Submission(
+        options.executor, batch, found.entries, resources, session.rules, session.slots, session.hooks,
+        should_stop=lambda: session.interrupts.requested,
+    )  # fmt: skip
     try:
-        with interrupts.deferring():
-            cluster.submit(
-                batch, found.entries, options.executor, resources, rules, slots, hooks, reporter.say,
-                lambda: interrupts.requested,
-            )  # fmt: skip
+        with session.interrupts.deferring():
+            submit_batch(executor, work)
     except KeyboardInterrupt:
-        cluster.stop_at_once(batch)
+        executor.stop(batch)
         raise
     finally:
-        _show(batch, options.json, write_summary(batch, cluster.queued(batch, found.entries)))
-    if options.executor == "local":
-        _judge(cluster.outcomes(batch, found.entries), "stopped")
+        _show(batch, options.json, write_summary(batch, find_jobs(batch, found.entries).under_way))
+    if executor.waits:
+        _judge(read_outcomes(batch, found.entries), "stopped")
 
 
-def _jobs(batch: BatchDirectory, which: Literal["queued", "gone"] = "queued") -> dict[str, str]:
-    """Run -> state of its job, where the batch has been given to a cluster."""
+def _find_submitted(batch: BatchDirectory) -> Jobs:
+    """The jobs of a batch; none if none of its runs was ever submitted."""
     entries, _ = batch.load()
     if not any(attempt["fact"] == "submitted" for entry in entries for attempt in batch.attempts(entry.name)):
-        return {}
-    found: dict[str, str] = getattr(_cluster(), which)(batch, entries)
-    return found
+        return Jobs()
+    return find_jobs(batch, entries)
 
 
-def _cluster() -> ModuleType:
-    try:
-        from workflows.batch.cluster import submit as cluster
-    except ImportError:
+def _jobs_under_way(batch: BatchDirectory) -> Mapping[str, str]:
+    return _find_submitted(batch).under_way if (batch.path / "batch.json").exists() else {}
+
+
+def _require_no_jobs(under_way: Mapping[str, str]) -> None:
+    if under_way:
         raise EnvironmentProblem(
-            "--executor: submitit is not installed here; pip install 'nvfp4-workflows[slurm]', or leave --executor out"
-        ) from None
-    return cluster
+            [f"{name}: {job}; wait for it, or end it with scancel" for name, job in under_way.items()]
+        )
 
 
 def _judge(outcomes: dict[str, Outcome], why: str) -> None:
     bad = [f"{name}: {outcome.reason}" for name, outcome in outcomes.items() if outcome.kind == "failed"]
     left = [name for name, outcome in outcomes.items() if outcome.kind == "stopped"]
     if left:
-        raise Interrupted([f"{why}: {len(left)} runs are left; the same command goes on", *bad])
+        raise Interrupted([f"{why}: {len(left)} runs are left; run the same command to resume", *bad])
     if bad:
         raise BatchFailed([f"{len(bad)} of {len(outcomes)} runs failed", *bad])
 
@@ -238,11 +248,11 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--keep-going",
         action="store_true",
-        help="where the preflight finds problems, start the sound runs all the same",
+        help="if the preflight finds problems, start the runs that have none",
     )
     add("--overwrite", action="store_true", help="replace what other recipes left in the outputs")
-    add("--dry-run", action="store_true", help="the preflight alone; start nothing")
-    add("--executor", choices=("local", "slurm"), help="give the runs to submitit; slurm returns behind the submission")
+    add("--dry-run", action="store_true", help="run the preflight only; start nothing")
+    add("--executor", choices=tuple(EXECUTORS), help="give the runs to submitit; slurm returns after the submission")
     add(
         "--resource",
         action="append",
@@ -250,7 +260,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="what a job asks of the cluster, e.g. hours=8",
     )
-    add("--status", action="store_true", help="tell where the batch is; start nothing")
+    add("--status", action="store_true", help="show the state of every run; start nothing")
     add("--notify", metavar="CMD", help="run this on every failure and at the end (BATCH_EVENT, BATCH_SUMMARY)")
     add("--mlflow", type=Path, metavar="DIR", help="also write the results to an MLflow file store (extra: tracking)")
     add("--log-level", choices=("debug", "info", "warning", "error"), default="info")

@@ -34,22 +34,27 @@ class Slot:
         return "" if self.gpus is None else "GPU " + ",".join(map(str, self.gpus))
 
 
+@dataclass(eq=False)
 class Child:
-    """A process of `workflows.run`, in a session of its own: a Ctrl-C of the terminal does not reach it, and it goes on
-    when the batch is killed."""
+    """A process of `workflows.run`, in a session of its own: a Ctrl-C of the terminal does not reach it, and it survives
+    the batch. `began`: seconds since the epoch; `log_from`: where its lines begin in `log`."""
 
-    def __init__(
-        self, batch: BatchDirectory, entry: Entry, pid: int, began: float, log_from: int, slot: Slot, log: Path
-    ) -> None:
-        self.batch, self.entry, self.pid, self.began, self.log_from, self.slot = (
-            batch, entry, pid, began, log_from, slot,
-        )  # fmt: skip
-        self.asked_to_stop = False
-        self.before = entry.progress()
-        self.log = log
-        self.peak_rss: int | None = None
-        self.cpu_seconds: float | None = None
-        self._adopted: dict[str, Any] | None = None
+    batch: BatchDirectory
+    entry: Entry
+    slot: Slot
+    pid: int
+    began: float
+    log: Path
+    log_from: int
+    #: The line `begun` of an attempt that another process started.
+    adopted: dict[str, Any] | None = None
+    asked_to_stop: bool = False
+    peak_rss: int | None = None
+    cpu_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        #: `Entry.progress` at the start.
+        self.before = self.entry.progress()
 
     @classmethod
     def start(
@@ -82,20 +87,18 @@ class Child:
                 entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
                 log_from=log_from, slot=str(slot), options=options,
             )  # fmt: skip
-        return cls(batch, entry, process.pid, began, log_from, slot, log)
+        return cls(batch, entry, slot, process.pid, began, log, log_from)
 
     @classmethod
     def adopt(cls, batch: BatchDirectory, entry: Entry, attempt: dict[str, Any], slot: Slot) -> Child:
-        """Watches an attempt that a killed batch left behind."""
+        """Watches an attempt whose batch was killed."""
         pid, began, log_from = int(attempt["pid"]), float(attempt["time"]), int(attempt["log_from"])
-        child = cls(batch, entry, pid, began, log_from, slot, batch.runs(entry.name) / "log.txt")
-        child._adopted = attempt
-        return child
+        return cls(batch, entry, slot, pid, began, batch.runs(entry.name) / "log.txt", log_from, attempt)
 
     def poll(self) -> tuple[bool, int | None]:
         """(has it ended, exit code as `judge` takes it)."""
-        if self._adopted is not None:
-            return not alive(self._adopted), None
+        if self.adopted is not None:
+            return not alive(self.adopted), None
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
         if pid == 0:
             return False, None
@@ -119,7 +122,7 @@ class Child:
 
     def _signal(self, pid: int, number: signal.Signals) -> None:
         """Not to a process that an attempts.jsonl names and that no attempt of this batch started."""
-        if self._adopted is None or pid in _marked(_mark(self.batch, self.entry)):
+        if self.adopted is None or pid in _marked(_mark(self.batch, self.entry)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from calibration.checkpoint.files import no_link
 from recipes.errors import EnvironmentProblem, RecipeError
 
 _HOOK_SECONDS = 60
@@ -71,40 +68,6 @@ class Hooks:
                     mlflow.set_tags({key: row[key] or "" for key in ("state", "verdict", "reason")})
         except Exception as error:  # a tracker's own trouble, of any kind, must not cost a night's batch its end
             self.say(f"--mlflow {self.store}: {type(error).__name__}: {error}", "warning")
-
-
-def expect(batch: Path, pending: Sequence[str], under_way: Iterable[str]) -> None:
-    """Notes which runs a cluster has still to bring to an end: those `pending`, and of those `under_way` the ones that
-    have not left since they were noted."""
-    with _expected(batch) as file:
-        known = set(_names(file))
-        _replace(file, [*(name for name in under_way if name in known), *pending])
-
-
-def leave(batch: Path, name: str) -> bool:
-    """Takes a run off that note; whether it was the last one. True once, whoever asks."""
-    with _expected(batch) as file:
-        before = _names(file)
-        after = [other for other in before if other != name]
-        _replace(file, after)
-    return name in before and not after
-
-
-def _names(file: IO[str]) -> list[str]:
-    file.seek(0)
-    return file.read().splitlines()
-
-
-def _replace(file: IO[str], names: Sequence[str]) -> None:
-    file.truncate(0)
-    file.write("\n".join(names))
-
-
-@contextmanager
-def _expected(batch: Path) -> Iterator[IO[str]]:
-    with open(batch / "expected", "a+", opener=no_link) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
 
 
 def _import_mlflow() -> Any:

@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.checkpoint.files import no_link, read_json_or_none, write_json, write_text
+from recipes.errors import WorkflowError
 from verify.report.tables import LEVELS
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
@@ -78,6 +79,14 @@ def write_summary(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) 
         )  # fmt: skip
         write_text(batch.path / "summary.html", page)
     return found
+
+
+def rewrite_summary(batch: BatchDirectory, say: Callable[[str, str], None]) -> None:
+    """`write_summary` for a batch at work: a full disk is reported, as `say(text, level)`, and does not end the batch."""
+    try:
+        write_summary(batch)
+    except (WorkflowError, OSError) as error:
+        say(f"summary: not written: {error}", "warning")
 
 
 def print_summary(found: dict[str, Any], console: Console) -> None:
