@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from calibration.runs.journal import RunDirectory, process_began
-from verify.checks import Check
-from verify.report.tables import to_json
+from verify.checks import Check, to_json
 from workflows.batch.state import BatchDirectory, Entry
 from workflows.batch.summary import STATES
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from compressed_tensors.utils import patch_attr
 
-from calibration.model.tracing import BF16_STEP
+from calibration.model.parity import BF16_STEP
 
 ASKED = "UNEVEN_PRODUCTS"
 #: How far input global scales may be apart where only the last bits of products differ: what enters a down projection is

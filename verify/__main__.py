@@ -26,10 +26,10 @@ from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside
 from recipes.schema import Fidelity, Serving
 from recipes.streams import exit_with, printed
-from verify.checks import Check, verdict
+from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.levels import print_samples, verify_levels
 from verify.report.page import Report
-from verify.report.tables import LEVELS, OutputConsole, failed, print_checks, to_json
+from verify.report.tables import OutputConsole, print_checks
 from verify.serving.serving import check_serving
 
 

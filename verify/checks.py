@@ -1,14 +1,17 @@
-"""One check of a checkpoint: what was checked, how, and what came out."""
+"""One check of a checkpoint: what was checked, how, and what came out; and what many checks say together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from recipes.errors import collapsed
 
 Verdict = Literal["PASS", "FAIL", "WARN", "UNCHECKED"]
+LEVELS = ("structure", "fidelity", "serving")
+#: The verdicts, worst first.
+SEVERITY: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,33 @@ def verdict(
 def unchecked(id: str, what: str, why: str) -> Check:
     """A check that was not made, and why."""
     return Check(id, "UNCHECKED", what, why, "", "not run")
+
+
+def level_verdicts(checks: Sequence[Check]) -> dict[str, Verdict]:
+    """Level -> FAIL if a check of it failed, UNCHECKED if none was made or a check of it stayed unchecked, WARN, PASS.
+    A level is the part of a check's id before the first dot."""
+    return {level: _worst(c.verdict for c in checks if c.id.split(".")[0] == level) for level in LEVELS}
+
+
+def overall(checks: Sequence[Check]) -> Verdict:
+    """The worst verdict of all levels: a level without a check makes it UNCHECKED, unless another says FAIL."""
+    return _worst(level_verdicts(checks).values())
+
+
+def _worst(found: Iterable[Verdict]) -> Verdict:
+    have = set(found)
+    return next((verdict for verdict in SEVERITY if verdict in have), "UNCHECKED")
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """The checks that say FAIL."""
+    return [check for check in checks if check.verdict == "FAIL"]
+
+
+def to_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """`{"verdict": overall, "verdicts": {level: verdict}, "checks": [...]}`."""
+    return {
+        "verdict": overall(checks),
+        "verdicts": level_verdicts(checks),
+        "checks": [asdict(check) for check in checks],
+    }

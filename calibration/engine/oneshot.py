@@ -32,8 +32,9 @@ from torch.utils.data import DataLoader
 
 from calibration.engine.attachment import BlockQuantizationModifier
 from calibration.engine.exact import ExactWeights
+from calibration.engine.pipeline import PIPELINE, current
 from calibration.engine.results import CalibrationSummary, Callbacks
-from calibration.engine.walk import PIPELINE, CalibrationRun
+from calibration.engine.walk import CalibrationRun
 from calibration.model.source_model import SourceModel
 from calibration.plan.plan import Plan
 from calibration.runs.ranks import Ranks
@@ -99,7 +100,7 @@ def calibrate(
         # a token on one rank and none on another: each rank runs it as if there were no other.
         stack.enter_context(as_single_threaded())
         stack.enter_context(create_session())
-        stack.enter_context(run.current())
+        stack.enter_context(current(run))
         if not verbose:
             stack.enter_context(quiet(callbacks.on_progress))
         if not accelerator.is_available():

@@ -1,4 +1,4 @@
-"""llm-compressor's sequential pipeline over weights that stream from the source: one block in memory at a time.
+"""The way of all batches through the blocks, whose weights stream from the source: one block in memory at a time.
 
 Modelled on llmcompressor/pipelines/sequential/pipeline.py (0.14.0.1). It differs where weights come from the source
 instead of an offloaded model, where the second pass is left out (round to nearest never edits a weight, so the first
@@ -8,11 +8,8 @@ forward, every observer must have seen something, every scale must be finite and
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,56 +21,30 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
-from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization, observe, update_qparams
 from llmcompressor.observers import ACTIVATION_OBS, Observer
-from llmcompressor.pipelines.registry import CalibrationPipeline
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
-from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
 from torch import nn
-from torch.utils.data import DataLoader
 
 from calibration.checkpoint.formats import is_finite
-from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
-from calibration.engine.attachment import BlockQuantizationModifier, link_fused
+from calibration.engine.attachment import BlockQuantizationModifier
 from calibration.engine.experts import ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
 from calibration.engine.guards import (
     first_non_finite,
-    require_mappings_inside_blocks,
     require_scales,
     require_statistics,
 )
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.model import tracing
+from calibration.model.parity import BlockCall, hidden_of, own_block_calls, require_parity
 from calibration.model.source_model import SourceModel
-from calibration.model.tracing import (
-    BlockCall,
-    called_modules,
-    hidden_of,
-    own_block_calls,
-    parity_samples,
-    require_parity,
-)
+from calibration.model.tracing import called_modules
 from calibration.runs.memory import PeakMemory
 from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Boundary, Resume
 from calibration.runs.sharing import summed, widen
 from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
-
-PIPELINE = "streaming_sequential"
-
-_current: ContextVar[CalibrationRun] = ContextVar("calibration run")
-
-
-@CalibrationPipeline.register(PIPELINE)
-class StreamingSequentialPipeline(CalibrationPipeline):  # type: ignore[misc]
-    """Registered with llm-compressor; `oneshot(pipeline=PIPELINE)` runs the current CalibrationRun."""
-
-    @staticmethod
-    def __call__(model: nn.Module, dataloader: DataLoader[Any], dataset_args: Any) -> None:
-        """Called by oneshot with its model, the batches and its DatasetArguments."""
-        _current.get().execute(dataloader, dataset_args.tracing_ignore)
 
 
 @dataclass
@@ -100,54 +71,8 @@ class CalibrationRun:
     #: Whether the modifiers have been accepted and the forward passes have begun.
     calibrating: bool = False
 
-    @contextmanager
-    def current(self) -> Iterator[None]:
-        """The pipeline that llm-compressor calls inside works on this run."""
-        token = _current.set(self)
-        try:
-            yield
-        finally:
-            _current.reset(token)
-
-    def execute(self, dataloader: DataLoader[Any], tracing_ignore: list[str]) -> None:
-        """Calibrates every block. Raises ParityError, SourceError (non-finite values), WorkflowError (scales)."""
-        started, model = time.monotonic(), self.source.model
-        with ExitStack() as stack:
-            scratch, lasting = (self.resume.activations, True) if self.resume else (self.scratch, False)
-            cache = ActivationCache(self.source.device, scratch, self.max_host_memory, lasting)
-            stack.enter_context(cache)
-            stack.enter_context(self.memory)
-            stack.callback(self.source.stop_reading)
-            batches = 0
-            for number, batch in enumerate(without_padding(dataloader)):
-                batches += 1
-                if self.ranks.owns(number):
-                    cache.add(batch, number)
-            if not len(cache):
-                raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
-            samples = parity_samples(cache)
-            self._tell("trace", blocks=len(self.source.blocks), batches=batches)
-            subgraphs = self.trace(samples[0], tracing_ignore)
-            stack.enter_context(self.experts.installed())
-            LifecycleCallbacks.calibration_start()
-            require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, self.source)
-            link_fused([model.get_submodule(name) for name in group] for group in self.fused)
-            gc.collect()  # tracing leaves cycles of graphs behind
-            self.calibrating = True
-            stack.enter_context(calibration_forward_context(model))
-            stack.enter_context(DisableQuantization(model))
-            session = active_session()
-            session.state.loss_masks, session.state.sequential_prefetch = None, False
-            modifiers = session.lifecycle.recipe.modifiers
-            edits = not all(isinstance(modifier, QuantizationModifier) for modifier in modifiers)
-            blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
-            Walk(self, cache, subgraphs, samples, edits, blockwise).walk()
-            LifecycleCallbacks.calibration_end()
-            self.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
-        self.summary.blocks, self.summary.batches = len(self.source.blocks), batches
-        self.summary.seconds = time.monotonic() - started
-
-    def _tell(self, event: str, **facts: Any) -> None:
+    def tell(self, event: str, **facts: Any) -> None:
+        """Reports an event of the calibration with its facts."""
         self.callbacks.on_progress({"event": event, **facts})
 
     def trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
@@ -202,7 +127,7 @@ class Walk:
             if saved is not None:
                 if index == route[0][0]:
                     self._look_before_the_blocks()
-                run._tell("resume", block=self.numbers[index], directory=str(saved.directory))
+                run.tell("resume", block=self.numbers[index], directory=str(saved.directory))
                 self.cache.restore(saved)
             self.step(index, following)
 
@@ -238,7 +163,7 @@ class Walk:
         known = run.resume is not None and number in run.resume.finished and not self.edits
         for modifier in self.blockwise if not known else ():
             modifier.attach(roots)
-        run._tell("load", block=number, name=name)
+        run.tell("load", block=number, name=name)
         source.load(roots)
         if following is not None and source.reads_ahead:
             source.prefetch(self.roots(following))
@@ -320,7 +245,7 @@ class Walk:
             return
         if self.run.resume is None or result.block not in self.run.resume.finished:
             self.run.summary.take(result.block, result.facts())
-        self.run._tell(
+        self.run.tell(
             "block", block=result.block, blocks=result.blocks, name=result.name, modules=len(result.modules),
             seconds=round(result.seconds, 3), peak_rss=result.peak_rss, parity=result.parity,
             tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
@@ -393,7 +318,7 @@ class Walk:
             outputs = subgraph.forward(self.run.source.model, **inputs)
             if handle is not None:
                 handle.remove()
-            self.run._tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
+            self.run.tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
             yield batch, outputs, passed.pop() if passed else None
 
     def keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:

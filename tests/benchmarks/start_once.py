@@ -20,7 +20,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.engine import walk as sequential
 from calibration.engine.oneshot import calibrate
 from calibration.engine.results import Callbacks
-from calibration.model.source_model import build_skeleton
+from calibration.model.skeleton import build_skeleton
 from calibration.plan.planner import make_plan
 from recipes.loader import load_recipe
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan

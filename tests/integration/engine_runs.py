@@ -26,7 +26,8 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.data.padding import without_padding
 from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.walk import BlockResult, CalibrationSummary, Callbacks
-from calibration.model.source_model import SourceModel, build_skeleton
+from calibration.model.skeleton import build_skeleton
+from calibration.model.source_model import SourceModel
 from calibration.plan.planner import make_plan
 from calibration.runs.row_invariance import try_products
 from recipes.modifiers import TAKES_EDITS

@@ -14,7 +14,7 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from calibration.data.padding import without_padding
 from calibration.engine.walk import BlockResult
 from calibration.model import tracing
-from calibration.model.tracing import BF16_STEP, ParityError
+from calibration.model.parity import BF16_STEP, ParityError, require_parity
 from tests.integration.engine_runs import STANDARD, Run, batches, even_products, ours, recipe, skeleton, stock_model
 
 
@@ -83,7 +83,7 @@ def test_a_block_that_computes_something_else_is_named(monkeypatch: pytest.Monke
 def test_parity_covers_odd_batches() -> None:
     """One sample per shape of batch is compared: a row of the padded batch is the second shape."""
     source, compared = skeleton("llama"), list[torch.Size]()
-    require = tracing.require_parity
+    require = require_parity
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "calibration.engine.walk.require_parity",

@@ -15,7 +15,8 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.data.batches import embedding_rows
 from calibration.engine.experts import ExpertCalibration
 from calibration.engine.stacked_experts import Stack
-from calibration.model.source_model import SourceModel, build_skeleton
+from calibration.model.skeleton import build_skeleton
+from calibration.model.source_model import SourceModel
 from recipes.errors import SourceError
 from tests.integration.engine_runs import (
     STANDARD,

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.model.source_model import build_skeleton
+from calibration.model.skeleton import build_skeleton
 from calibration.plan.planner import make_plan
 from recipes.loader import load_recipe
 from tests.models.headers_only import MODELS, ProSizes, stored_tensors, takes_holes, write

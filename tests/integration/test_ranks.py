@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from calibration.runs import ranks as ranks_module
+from calibration.runs import torchrun as torchrun_module
 from tests.integration.interrupted_runs import KillAt, finish, interrupt
 from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
 from tests.integration.test_resume import TARGETS, Attempt, Case, same
@@ -206,7 +206,7 @@ def test_first_signal_finishes_the_block_on_all_ranks_the_second_does_not(case: 
 
 
 def impatient() -> None:
-    ranks_module.BEAT, ranks_module.SILENCE = 0.5, 3.0
+    torchrun_module.BEAT, torchrun_module.SILENCE = 0.5, 3.0
 
 
 def sleepy() -> None:

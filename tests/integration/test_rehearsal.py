@@ -22,7 +22,8 @@ from calibration.families.registry import family_of
 from calibration.forecast.cost import BlockCost, attention, boundary_bytes, hidden_width, products
 from calibration.forecast.rehearsal import kinds, rehearse_blocks
 from calibration.model import tracing
-from calibration.model.source_model import build_skeleton
+from calibration.model.parity import ParityError
+from calibration.model.skeleton import build_skeleton
 from calibration.runs.journal import RunDirectory
 from recipes.schema import Calibration
 from tests.integration.interrupted_runs import finish
@@ -186,7 +187,7 @@ def rehearse(directory: Path, source: Path, **options: Any) -> Any:
 def test_a_trace_that_is_not_the_model_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llm-compressor's own tracer loses the causal mask of Qwen3-MoE."""
     monkeypatch.setattr(tracing, "ConfigKeepingTracer", SequentialTracer)
-    with pytest.raises(tracing.ParityError, match="block 0: traced output differs"):
+    with pytest.raises(ParityError, match="block 0: traced output differs"):
         rehearse(tmp_path, standard.write(tmp_path / "source", "qwen3_moe"))
 
 

@@ -18,7 +18,7 @@ from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.source_config import MOST_EXPERTS, SourceConfig, check_config
 from calibration.forecast.cost import attention, hidden_width
 from recipes.errors import SourceError
-from verify.report.tables import level_verdicts
+from verify.checks import level_verdicts
 from verify.serving.serving import kv_cache_bytes
 from verify.structure.structure import verify_structure
 from verify.structure.tokenizer import tokenizer_check

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from calibration.checkpoint.index import Checkpoint
-from calibration.model.source_model import _clean_config
+from calibration.model.skeleton import _clean_config
 from calibration.runs.journal import RunDirectory, process_began
 from calibration.runs.resume import is_boundary
 from recipes.errors import EnvironmentProblem

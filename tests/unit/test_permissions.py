@@ -15,7 +15,7 @@ import yaml
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.permissions import refuse_outside, requests, without_choices
 from calibration.data.batches import load_tokenizer
-from calibration.model.source_model import build_skeleton
+from calibration.model.skeleton import build_skeleton
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.loader import dump_recipe
 from recipes.schema import Fidelity, Serving

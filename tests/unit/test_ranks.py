@@ -13,10 +13,11 @@ from torch.distributed import HashStore
 
 from calibration.engine.oneshot import require_divisible
 from calibration.plan.plan import Plan
-from calibration.runs import ranks
-from calibration.runs.ranks import Ranks, connect
+from calibration.runs import torchrun
+from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Boundary, batch_file
 from calibration.runs.sharing import require_batches, shares
+from calibration.runs.torchrun import connect
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe
 from tests import exported
@@ -138,9 +139,9 @@ def test_ranks_that_nobody_started_do_not_wait_for_each_other(monkeypatch: pytes
 
 
 def test_a_rank_that_dies_before_the_ranks_have_met_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "SILENCE", 0.2)
+    monkeypatch.setattr(torchrun, "SILENCE", 0.2)
     with pytest.raises(EnvironmentProblem, match="introduction: rank 1 of 2 did not come within 0 s"):
-        ranks._Connected(HashStore(), 0, 2)
+        torchrun._Connected(HashStore(), 0, 2)
 
 
 def test_an_end_that_python_can_only_drop_is_not_reported() -> None:
@@ -155,7 +156,7 @@ def test_an_end_that_python_can_only_drop_is_not_reported() -> None:
             raise self.error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "unraisablehook", partial(ranks._report_unraisable, lambda c: told.append(c.exc_type)))
-        Finalized(ranks.Stopped)
+        patch.setattr(sys, "unraisablehook", partial(torchrun._report_unraisable, lambda c: told.append(c.exc_type)))
+        Finalized(torchrun.Stopped)
         Finalized(ValueError)
     assert told == [ValueError]

@@ -27,9 +27,8 @@ from tests.faults.editing import config, drop, rename, values
 from tests.models import deepseek_v4, standard
 from tests.models.tokenizer import write_json
 from tests.unit.test_convert import run
-from verify.checks import Check
+from verify.checks import Check, level_verdicts
 from verify.fidelity.fidelity import verify_fidelity
-from verify.report.tables import level_verdicts
 from verify.structure import stream
 from verify.structure.served_config import config_check
 from verify.structure.structure import verify_structure

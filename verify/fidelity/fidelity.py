@@ -6,9 +6,7 @@ Needs no plan: output and source spell modules alike, so that it works on any co
 from __future__ import annotations
 
 import os
-import statistics
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,23 +21,16 @@ from calibration.families.registry import family_of
 from calibration.plan.plan import Plan
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
-from verify.checks import Check, Verdict
+from verify.checks import Check
 from verify.fidelity.forward import verify_forward
 from verify.fidelity.input_scales import input_scale_check
 from verify.fidelity.rescaled import Rescaled, rescaled_blocks
-from verify.fidelity.weights import Measured, Stored, measure, scale_ratio
+from verify.fidelity.verdicts import HOW, Pairs, block_errors, coverage_check, kept_checks, weight_checks
+from verify.fidelity.weights import Measured, Stored, measure
 
 COLUMNS = ("module", "part", "block", "expert", "projection", "relative_error", "sqnr_db", "cosine", "saturated",
            "zero_groups")  # fmt: skip
-#: A global scale may be off the source's largest magnitude by these factors: an MSE observer clips up to a fifth of the
-#: range, and the power of two of a lossless MXFP4 scale lies up to 12 x below 2688 / amax.
-_SCALE_RATIOS = (1 / 16, 1.5)
-#: An outlier is this many robust standard deviations above the median of its peers, and this many times the median.
-_DEVIATIONS, _TIMES = 10.0, 1.5
-#: Spread of the peers that is taken for granted, as a share of their median: equal peers have none of their own.
-_SPREAD = 0.02
 _Progress = Callable[[int, int], None]
-_HOW = "output and source dequantized, one weight at a time"
 
 
 @dataclass(frozen=True)
@@ -49,16 +40,6 @@ class FidelityReport:
 
     checks: list[Check]
     data: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """What to compare: `quantized` (module, source tensor, output tensor), `kept` (source tensor, output tensor) that
-    must be equal in value, and `problems`: tensors that have no counterpart."""
-
-    quantized: list[tuple[str, str, str]]
-    kept: list[tuple[str, str]]
-    problems: list[str]
 
 
 def verify_fidelity(
@@ -88,15 +69,15 @@ def measure_fidelity(
         # A plan of ours rescales nothing.
         rescaled = rescaled_blocks(output, source, family, pairs.quantized, differing) if plan is None else set()
         measured = measure_weights(output, source, pairs, family, rescaled, progress)
-        checks = [_coverage(pairs), *_kept(pairs, differing, family, rescaled)]
+        checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, rescaled)]
     except WorkflowError as problem:
-        check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", _HOW)
+        check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", HOW)
         return FidelityReport([check], _data({}, {}, str(source.checkpoint.directory)))
     places = {module: family.place(module) for module in measured}
     if measured:
         checks = weight_checks(measured, places, family, options) + checks
     elif not any(source.of(name).kind != "plain" for name, _ in pairs.kept):
-        checks.insert(0, Check("fidelity.weights", "UNCHECKED", what, "nothing is quantized", "", _HOW))
+        checks.insert(0, Check("fidelity.weights", "UNCHECKED", what, "nothing is quantized", "", HOW))
     return FidelityReport(checks, _data(measured, places, str(source.checkpoint.directory)))
 
 
@@ -186,158 +167,6 @@ def measure_weights(
     return measured
 
 
-def weight_checks(
-    measured: dict[str, Measured], places: dict[str, Place], family: Family, options: Fidelity
-) -> list[Check]:
-    """The checks of quantized weights, each on its worst module."""
-    nvfp4 = {module: m for module, m in measured.items() if m.global_scale is not None}
-    fp8 = {module: m for module, m in measured.items() if m.global_scale is None}
-    checks = []
-    for id, some, limit in (("weights", nvfp4, options.worst_error), ("fp8_weights", fp8, options.worst_error_fp8)):
-        if some:
-            checks.append(_worst(id, "no quantized weight is far from the source's", some, lambda m: m.relative_error,
-                                 at_most=limit))  # fmt: skip
-    checks += [
-        _worst("cosine", "every quantized weight points where the source's does", measured, lambda m: m.cosine,
-               at_least=options.min_cosine),
-        _block_sqnr(measured, places, options.min_sqnr),
-        _worst("saturation", "few codes at the largest magnitude", measured, lambda m: m.saturated,
-               at_most=options.max_saturated, percent=True),
-        _worst("zero_groups", "few groups became zero that are not zero in the source", measured,
-               lambda m: m.lost_groups, at_most=options.max_zero_groups, percent=True),
-        _worst("group_scales", "no group is scaled up or down against the source", measured, _group_gain,
-               at_most=options.max_group_gain),
-    ]  # fmt: skip
-    if nvfp4:
-        checks.append(_global_scales(nvfp4, family))
-        checks += _rounding(nvfp4)
-    return [*checks, _outliers(measured, places)]
-
-
-def _group_gain(m: Measured) -> float:
-    """By values where codes are the nearest to the source's, else by scales: error feedback (GPTQ) takes its scales from
-    the source's weights too, but may move the values of a group anywhere."""
-    low, high = (m.scale_low, m.scale_high) if m.off_nearest else (m.gain_low, m.gain_high)
-    return max(high, 1 / low if low > 0 else float("inf"))
-
-
-def _worst(
-    id: str, what: str, measured: dict[str, Measured], figure: Callable[[Measured], float], *,
-    at_most: float | None = None, at_least: float | None = None, percent: bool = False,
-) -> Check:  # fmt: skip
-    values = {module: figure(m) for module, m in measured.items()}
-    sign, limit, relation = (1, at_most, "<=") if at_most is not None else (-1, at_least, ">=")
-    assert limit is not None
-    # NaN is the worst of all, and no comparison with it is true.
-    worst = max(values, key=lambda module: (values[module] != values[module], sign * values[module]))
-    verdict: Verdict = "PASS" if sign * values[worst] <= sign * limit else "FAIL"
-
-    def spell(value: float) -> str:
-        return f"{value:.2%}" if percent else f"{value:.4f}"
-
-    bad = sum(not sign * value <= sign * limit for value in values.values())
-    more = f", {bad} beyond the threshold" if bad > 1 else ""
-    text = (
-        f"worst {spell(values[worst])} ({worst}), median {spell(statistics.median(values.values()))} of {len(values)}"
-    )
-    return Check(f"fidelity.{id}", verdict, what, text + more, f"{relation} {spell(limit)}", _HOW)
-
-
-def _block_sqnr(measured: dict[str, Measured], places: dict[str, Place], limit: float) -> Check:
-    errors = block_errors(measured, places)
-    sqnr = {block: -20 * torch.log10(torch.tensor(max(error, 1e-30))).item() for block, error in errors.items()}
-    worst = min(sqnr, key=lambda block: (sqnr[block] == sqnr[block], sqnr[block]))
-    where = "outside the blocks" if worst is None else f"block {worst}"
-    verdict: Verdict = "PASS" if sqnr[worst] >= limit else "FAIL"
-    return Check("fidelity.sqnr", verdict, "signal to quantization noise of each block's weights together",
-                 f"worst {sqnr[worst]:.1f} dB ({where}), median {statistics.median(sqnr.values()):.1f} dB",
-                 f">= {limit:g} dB", _HOW)  # fmt: skip
-
-
-def block_errors(measured: dict[str, Measured], places: dict[str, Place]) -> dict[int | None, float]:
-    """Block -> relative error of all its quantized weights together."""
-    sums: dict[int | None, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for module, m in measured.items():
-        pair = sums[places[module].block]
-        pair[0] += (m.relative_error * m.source_norm) ** 2
-        pair[1] += m.source_norm**2
-    return {block: (error / max(norm, 1e-300)) ** 0.5 for block, (error, norm) in sums.items()}
-
-
-def _global_scales(measured: dict[str, Measured], family: Family) -> Check:
-    fused = {module: group for group in family.fused(measured) for module in group}
-    ratios = {}
-    for module, m in measured.items():
-        amax = max(measured[other].amax for other in fused.get(module, (module,)))
-        assert m.global_scale is not None
-        if amax:  # any scale will do for a weight of zeros
-            ratios[module] = scale_ratio(m.global_scale, amax)
-    low, high = _SCALE_RATIOS
-    bad = [f"{module} {ratio:.4g}" for module, ratio in ratios.items() if not low <= ratio <= high]
-    spread = f"{min(ratios.values()):.3f} to {max(ratios.values()):.3f}" if ratios else "every weight is zero"
-    figure = _some(bad) if bad else spread
-    return Check("fidelity.global_scales", "FAIL" if bad else "PASS",
-                 "weight global scales are 2688 / amax of the source's fused weights", figure,
-                 f"global scale * amax / 2688 in {low:g} to {high:g}", _HOW)  # fmt: skip
-
-
-def _rounding(measured: dict[str, Measured]) -> list[Check]:
-    """No check where most modules are off by design: error feedback (GPTQ) rounds elsewhere than to the nearest."""
-    shares = {module: m.off_nearest or 0.0 for module, m in measured.items()}
-    if statistics.median(shares.values()) > 0:
-        return []
-    bad = [f"{module} {share:.2g}" for module, share in shares.items() if share > 0]
-    return [Check("fidelity.rounding", "FAIL" if bad else "PASS",
-                  "round to nearest: each code is the nearest to the source's value under its scales",
-                  f"share of other codes: {_some(bad)}" if bad else f"all codes of {len(shares)} weights",
-                  "no other code (ties of BF16 excepted)", _HOW)]  # fmt: skip
-
-
-def _outliers(measured: dict[str, Measured], places: dict[str, Place]) -> Check:
-    # By part too: routed experts of an MXFP4 source lose less than the FP8 shared experts beside them.
-    peers: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for module in measured:
-        peers[places[module].part, module.rpartition(".")[2]].append(module)
-    ranked = []
-    for group in peers.values():
-        for figure in ("relative_error", "group_error"):
-            values: dict[str, float] = {module: getattr(measured[module], figure) for module in group}
-            if figure == "group_error" and statistics.median(measured[m].off_nearest or 0.0 for m in group) > 0:
-                continue  # error feedback moves single groups as it likes
-            middle = statistics.median(values.values())
-            deviation = 1.4826 * statistics.median(abs(v - middle) for v in values.values()) + _SPREAD * middle
-            for module, value in values.items():
-                if value > _TIMES * middle and value - middle > _DEVIATIONS * deviation:
-                    ranked.append((value / max(middle, 1e-30), f"{module} {figure} {value:.4f} (median {middle:.4f})"))
-    ranked.sort(reverse=True)
-    return Check("fidelity.outliers", "WARN" if ranked else "PASS", "no module is far worse than its peers",
-                 _some([text for _, text in ranked]) if ranked else "none",
-                 f"<= {_DEVIATIONS:g} robust deviations above the median of the same part and projection",
-                 _HOW)  # fmt: skip
-
-
-def _coverage(pairs: Pairs) -> Check:
-    count = len(pairs.quantized) + len(pairs.kept)
-    return Check("fidelity.coverage", "FAIL" if pairs.problems else "PASS",
-                 "output and source hold the same weights, by name and logical shape",
-                 _some(pairs.problems) if pairs.problems else f"{count} tensors", "no difference",
-                 "headers of both")  # fmt: skip
-
-
-def _kept(pairs: Pairs, differing: list[str], family: Family, rescaled: Collection[int]) -> list[Check]:
-    norms = [name for name in differing if family.place(name).part == "norm" and family.place(name).block in rescaled]
-    bad = [name for name in differing if name not in norms]
-    check = Check("fidelity.kept", "FAIL" if bad else "PASS",
-                  "what is not quantized has the source's values: copies, casts, kept FP8",
-                  _some(bad) if bad else f"{len(pairs.kept) - len(differing)} tensors equal", "no difference",
-                  "values compared")  # fmt: skip
-    if not norms:
-        return [check]
-    figure = f"{len(norms)} norms changed, in {len(rescaled)} blocks; weights there are compared up to the factors"
-    what = "norms and weights share factors per row and column (AWQ, SmoothQuant): see block_cosine"
-    return [check, Check("fidelity.rescaled", "WARN", what, figure, "none", "factors by least squares")]
-
-
 def _same(output: Formats, name: str, source: Formats, original: str) -> bool:
     """Equal codes and, whatever their dtype, equal scales; a cast equals the source's value in its dtype."""
     stored, before = output.checkpoint.read(name), source.of(original)
@@ -392,8 +221,3 @@ def _data(measured: dict[str, Measured], places: dict[str, Place], source: str) 
 def _rounded(value: float) -> float | None:
     """Four significant digits; JSON has no NaN and no infinity."""
     return float(f"{value:.4g}") if abs(value) < float("inf") else None
-
-
-def _some(problems: Iterable[str], most: int = 5) -> str:
-    listed = list(problems)
-    return "; ".join(listed[:most]) + (f"; and {len(listed) - most} more" if len(listed) > most else "")

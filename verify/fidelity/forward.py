@@ -27,8 +27,8 @@ from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
 
 if TYPE_CHECKING:
+    from calibration.model.parity import BlockCall
     from calibration.model.source_model import SourceModel
-    from calibration.model.tracing import BlockCall
 
 #: Tokens of one sample at most: several short texts say more about a block than one long one.
 _SAMPLE = 128
@@ -111,8 +111,8 @@ def measure_blocks(
     # llm-compressor logs to stdout, which belongs to --json.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
-    from calibration.model.source_model import build_skeleton
-    from calibration.model.tracing import own_block_calls
+    from calibration.model.parity import own_block_calls
+    from calibration.model.skeleton import build_skeleton
 
     length = min(_SAMPLE, text.max_seq_length, tokens)
     samples = min(-(-tokens // length), text.num_samples)

@@ -12,9 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from recipes.errors import printable
-from verify.checks import Check
+from verify.checks import SEVERITY, Check, level_verdicts, overall
 from verify.report.plots import Figure
-from verify.report.tables import SEVERITY, level_verdicts, overall
 
 #: Seconds after which a page that is opened while its run goes on loads itself again.
 REFRESH = 60

@@ -1,11 +1,10 @@
-"""Verdicts of many checks: per level, overall, as a table for people, JSON for machines and Markdown for the card."""
+"""Checks and their verdicts as a table for people and as Markdown for the card."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,11 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.errors import printable
-from verify.checks import Check, Verdict
+from verify.checks import Check, level_verdicts, overall
 
-LEVELS = ("structure", "fidelity", "serving")
-#: The verdicts, worst first.
-SEVERITY: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
 _STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
 
 
@@ -44,36 +40,6 @@ class OutputConsole(PlainConsole):
         """Called by rich inside the handler of the error."""
         self.quiet = True
         raise BrokenPipeError
-
-
-def level_verdicts(checks: Sequence[Check]) -> dict[str, Verdict]:
-    """Level -> FAIL if a check of it failed, UNCHECKED if none was made or a check of it stayed unchecked, WARN, PASS.
-    A level is the part of a check's id before the first dot."""
-    return {level: _worst(c.verdict for c in checks if c.id.split(".")[0] == level) for level in LEVELS}
-
-
-def overall(checks: Sequence[Check]) -> Verdict:
-    """The worst verdict of all levels: a level without a check makes it UNCHECKED, unless another says FAIL."""
-    return _worst(level_verdicts(checks).values())
-
-
-def _worst(found: Iterable[Verdict]) -> Verdict:
-    have = set(found)
-    return next((verdict for verdict in SEVERITY if verdict in have), "UNCHECKED")
-
-
-def failed(checks: Sequence[Check]) -> list[Check]:
-    """The checks that say FAIL."""
-    return [check for check in checks if check.verdict == "FAIL"]
-
-
-def to_json(checks: Sequence[Check]) -> dict[str, Any]:
-    """`{"verdict": overall, "verdicts": {level: verdict}, "checks": [...]}`."""
-    return {
-        "verdict": overall(checks),
-        "verdicts": level_verdicts(checks),
-        "checks": [asdict(check) for check in checks],
-    }
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:

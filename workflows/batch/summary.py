@@ -16,7 +16,7 @@ from rich.text import Text
 
 from calibration.checkpoint.files import no_link, read_json_or_none, write_json, write_text
 from recipes.errors import WorkflowError
-from verify.report.tables import LEVELS
+from verify.checks import LEVELS
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
 from workflows.batch.preflight import ends

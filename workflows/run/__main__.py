@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoint.files import write_json
-from calibration.runs.ranks import connect
+from calibration.runs.torchrun import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
 from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
-from verify.checks import Check
+from verify.checks import Check, failed, level_verdicts
 from verify.levels import print_samples
-from verify.report.tables import OutputConsole, failed, level_verdicts, print_checks
+from verify.report.tables import OutputConsole, print_checks
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter

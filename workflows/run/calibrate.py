@@ -21,7 +21,7 @@ from calibration.data.batches import embedding_rows, load_batches, load_tokenize
 from calibration.engine.export import Exporter
 from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
-from calibration.model.source_model import build_skeleton
+from calibration.model.skeleton import build_skeleton
 from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import fingerprint
 from calibration.runs.journal import RunDirectory

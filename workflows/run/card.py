@@ -12,8 +12,8 @@ from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import versions
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
-from verify.checks import Check
-from verify.report.tables import level_verdicts, markdown, markdown_text
+from verify.checks import Check, level_verdicts
+from verify.report.tables import markdown, markdown_text
 
 
 def model_card(

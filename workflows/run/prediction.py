@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: Processor seconds per quantized module before the first forward pass: empty model, observers, trace. Measured on the
 #: headers of V4-Pro (docs/cost-model.md), 49.0 s for 70,455 modules.
 _START = 0.0007
-#: Batches per block that are run twice, to compare with the model's own forward (calibration.model.tracing).
+#: Batches per block that are run twice, to compare with the model's own forward (calibration.model.parity).
 _PARITY = 2
 #: Passes over the hidden states of a block beside its products: norms, residuals, rotary positions.
 _NORMS = 8

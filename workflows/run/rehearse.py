@@ -129,7 +129,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
     from calibration.engine.oneshot import build_modifiers, quiet
     from calibration.forecast.rehearsal import rehearse_blocks
-    from calibration.model.source_model import build_skeleton
+    from calibration.model.skeleton import build_skeleton
 
     recipe, source, prepared = run.recipe, run.source, run.prepared
     options = recipe.calibration

@@ -23,9 +23,8 @@ from calibration.runs.ranks import Ranks
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
-from verify.checks import Check
+from verify.checks import Check, to_json
 from verify.levels import samples_of, verify_levels
-from verify.report.tables import to_json
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter

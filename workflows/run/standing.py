@@ -16,8 +16,7 @@ from calibration.runs.output import entries
 from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 from recipes.loader import load_recipe, recipe_digest
 from recipes.schema import Recipe, Verify
-from verify.checks import Check
-from verify.report.tables import SEVERITY, to_json
+from verify.checks import SEVERITY, Check, to_json
 
 _FAILED = "verification failed"
 

@@ -1,0 +1,88 @@
+"""llm-compressor's view of this engine: the pipeline that its registry knows, which walks one CalibrationRun."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from llmcompressor.core import LifecycleCallbacks, active_session
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.pipelines.registry import CalibrationPipeline
+from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from torch import nn
+from torch.utils.data import DataLoader
+
+from calibration.data.padding import without_padding
+from calibration.engine.activations import ActivationCache
+from calibration.engine.attachment import BlockQuantizationModifier, link_fused
+from calibration.engine.guards import require_mappings_inside_blocks
+from calibration.engine.walk import CalibrationRun, Walk
+from calibration.model.parity import parity_samples
+from recipes.errors import RecipeError
+
+PIPELINE = "streaming_sequential"
+
+_current: ContextVar[CalibrationRun] = ContextVar("calibration run")
+
+
+@CalibrationPipeline.register(PIPELINE)
+class StreamingSequentialPipeline(CalibrationPipeline):  # type: ignore[misc]
+    """Registered with llm-compressor; `oneshot(pipeline=PIPELINE)` executes the run that `current` names."""
+
+    @staticmethod
+    def __call__(model: nn.Module, dataloader: DataLoader[Any], dataset_args: Any) -> None:
+        """Called by oneshot with its model, the batches and its DatasetArguments."""
+        _execute(_current.get(), dataloader, dataset_args.tracing_ignore)
+
+
+@contextmanager
+def current(run: CalibrationRun) -> Iterator[None]:
+    """The pipeline that llm-compressor calls inside works on `run`."""
+    token = _current.set(run)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: list[str]) -> None:
+    """Calibrates every block. Raises ParityError, SourceError (non-finite values), WorkflowError (scales)."""
+    started, model = time.monotonic(), run.source.model
+    with ExitStack() as stack:
+        scratch, lasting = (run.resume.activations, True) if run.resume else (run.scratch, False)
+        cache = ActivationCache(run.source.device, scratch, run.max_host_memory, lasting)
+        stack.enter_context(cache)
+        stack.enter_context(run.memory)
+        stack.callback(run.source.stop_reading)
+        batches = 0
+        for number, batch in enumerate(without_padding(dataloader)):
+            batches += 1
+            if run.ranks.owns(number):
+                cache.add(batch, number)
+        if not len(cache):
+            raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
+        samples = parity_samples(cache)
+        run.tell("trace", blocks=len(run.source.blocks), batches=batches)
+        subgraphs = run.trace(samples[0], tracing_ignore)
+        stack.enter_context(run.experts.installed())
+        LifecycleCallbacks.calibration_start()
+        require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, run.source)
+        link_fused([model.get_submodule(name) for name in group] for group in run.fused)
+        gc.collect()  # tracing leaves cycles of graphs behind
+        run.calibrating = True
+        stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(DisableQuantization(model))
+        session = active_session()
+        session.state.loss_masks, session.state.sequential_prefetch = None, False
+        modifiers = session.lifecycle.recipe.modifiers
+        edits = not all(isinstance(modifier, QuantizationModifier) for modifier in modifiers)
+        blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
+        Walk(run, cache, subgraphs, samples, edits, blockwise).walk()
+        LifecycleCallbacks.calibration_end()
+        run.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
+    run.summary.blocks, run.summary.batches = len(run.source.blocks), batches
+    run.summary.seconds = time.monotonic() - started

@@ -1,0 +1,291 @@
+"""The ranks of one run as torchrun starts them: how they meet, hear of a failure and end together.
+
+Ranks meet at torchrun's store, waiting in Python, where a signal can end the wait: a rank that fails tells the store,
+and a thread of every rank looks there, and after the other processes, twice a second. Collectives of gloo or nccl,
+which nothing can end, follow a meeting at once and move data that is ready.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from calibration.runs.journal import process_began
+from calibration.runs.ranks import PATIENCE, Ended, Failure, Ranks
+from recipes.errors import EnvironmentProblem, Interrupted, WorkflowError
+
+T = TypeVar("T")
+
+#: Seconds between two looks for failures, and between two signs of life.
+LOOK, BEAT = 0.5, 5.0
+#: Seconds without a sign of life after which a rank of another host counts as lost. A rank that computes gives signs.
+SILENCE = 300.0
+#: Seconds that one transfer of tensors may take, rank 0's writing of a shard not included.
+TRANSFER = 3600.0
+#: Seconds to end in good order after a failure; torchrun kills what is left after 30.
+GRACE = 20.0
+
+
+class Stopped(KeyboardInterrupt):
+    """Another rank has failed; `Ranks.agree` knows how."""
+
+
+class Process(NamedTuple):
+    """Where a rank runs; `began` tells it from a later process with the same number."""
+
+    host: str
+    pid: int
+    began: str | None
+
+
+def connect() -> Ranks:
+    """The ranks that torchrun started, or the only one. Raises EnvironmentProblem where they do not meet."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks()
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=SILENCE)))
+        return _Connected(store, rank, size)
+    except (ValueError, RuntimeError) as error:
+        raise EnvironmentProblem(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} and the ranks cannot meet at MASTER_ADDR:MASTER_PORT: {error}; "
+            "start them with torchrun, or unset WORLD_SIZE"
+        ) from None
+
+
+class _Connected(Ranks):
+    """A rank among others. `store` is torchrun's; see the module's docstring for what goes through it."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._store: Any = PrefixStore("workflows", store)
+        self._meetings, self._lost, self._leaving, self._channel = 0, set[int](), False, False
+        self._beats = {other: (b"", time.monotonic()) for other in range(size) if other != rank}
+        self._beaten = 0.0
+        pid = os.getpid()
+        self.processes = list[Process]()
+        # Nobody gives signs of life yet: one that dies now is not seen to be gone, only missed.
+        self.processes = self.exchange("introduction", Process(socket.gethostname(), pid, process_began(pid)), SILENCE)
+        self._visible = {
+            other for other in self._beats
+            if self.processes[other].host == self.processes[rank].host and self._lives(other)
+        }  # fmt: skip
+        signal.signal(signal.SIGUSR1, self._interrupt)
+        sys.unraisablehook = partial(_report_unraisable, sys.unraisablehook)
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="other ranks", daemon=True)
+        self._watcher.start()
+
+    @property
+    def speaks(self) -> bool:
+        return self.rank == min(set(range(self.size)) - self._lost)
+
+    @property
+    def local(self) -> int:
+        return sum(process.host == self.processes[self.rank].host for process in self.processes)
+
+    @property
+    def device(self) -> torch.device | None:
+        accelerator = torch.accelerator.current_accelerator()
+        # With its number: threads that read ahead have a current device of their own.
+        return None if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+    def start(self) -> None:
+        device = self.device
+        if device is not None:
+            count = torch.accelerator.device_count()
+            if device.index >= count:
+                raise EnvironmentProblem(
+                    f"local rank {device.index} on {socket.gethostname()}: only {count} {device.type} devices there; "
+                    f"give torchrun --nproc-per-node {count}"
+                )
+            torch.accelerator.set_device_index(device.index)
+        self.exchange("start", None)
+        backend = "gloo"
+        if device is not None:
+            backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
+        # A connection of its own: while the group waits for a rank, the watcher must be able to look.
+        with self._channel_errors():
+            dist.init_process_group(
+                backend, store=PrefixStore("channel", self._store.clone()), rank=self.rank, world_size=self.size,
+                timeout=timedelta(seconds=TRANSFER),
+            )  # fmt: skip
+        self._channel = True
+
+    def stop(self) -> None:
+        self.exchange("stop", None)
+        if self._channel:
+            dist.destroy_process_group()
+        self._channel = False
+
+    def exchange(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
+        self._meetings += 1
+        keys = [f"meeting {self._meetings} {rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], pickle.dumps((what, value)))
+        pause, began_waiting = 0.001, time.monotonic()
+        while not self._store.check(keys):
+            if time.monotonic() - began_waiting > patience:
+                late = [self._name(rank) for rank, key in enumerate(keys) if not self._store.check([key])]
+                raise EnvironmentProblem(f"{what}: {', '.join(late)} did not come within {patience:.0f} s")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.02)
+        told = [pickle.loads(self._store.get(key)) for key in keys]
+        if self._meetings > 2:  # all have come here, so all have read what was told two meetings before
+            self._store.delete_key(f"meeting {self._meetings - 2} {self.rank}")
+        strange = [name for name, _ in told if name != what]
+        if strange:
+            raise RuntimeError(f"rank {self.rank} came for {what!r}, another one for {strange[0]!r}: a defect here")
+        return [value for _, value in told]
+
+    def least(self, tensor: torch.Tensor) -> None:
+        with self._channel_errors():
+            dist.all_reduce(tensor, dist.ReduceOp.MIN)
+
+    def send(self, tensor: torch.Tensor) -> None:
+        with self._channel_errors():
+            dist.send(tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device or "cpu"), 0)
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        raw = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        with self._channel_errors():
+            dist.recv(raw, source)
+        return raw.view(dtype).reshape(tuple(shape))
+
+    def failing(self) -> bool:
+        return self._look() is not None
+
+    def agree(self, error: WorkflowError) -> WorkflowError:
+        self._leaving = True
+        problems = list(error.problems)
+        if self.rank and not isinstance(error, Interrupted):
+            problems[0] = f"{self._name(self.rank)}: {problems[0]}"
+        self.failure = self.failure or self._look() or self._tell(Failure(self.rank, error.exit_code, problems))
+        return Ended(self.failure)
+
+    def leave(self) -> None:
+        self._leaving, until = True, time.monotonic() + 2 * GRACE
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with suppress(RuntimeError):
+            self._store.set(f"left {self.rank}", b"1")
+            while self.failure is not None and time.monotonic() < until:
+                if all(self._store.check([f"left {other}"]) or self._gone(other) for other in self._beats):
+                    break
+                time.sleep(0.02)
+        self._done.set()
+        self._watcher.join()
+        if self._channel and self.failure is not None and self.device is not None:
+            os._exit(self.failure.exit_code)  # a broken group of nccl may wait for the lost rank when it is taken down
+
+    def _name(self, rank: int) -> str:
+        process = self.processes[rank] if self.processes else None
+        return f"rank {rank} of {self.size}" + (f" on {process.host} (pid {process.pid})" if process else "")
+
+    def _tell(self, failure: Failure) -> Failure:
+        """Publishes a failure; returns the one that was published first."""
+        with suppress(RuntimeError):
+            told = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
+            failure = Failure(**json.loads(told))
+        return failure
+
+    def _watch(self) -> None:
+        found_at = None
+        while not self._done.wait(LOOK):
+            self.failure = self.failure or self._look()
+            if self.failure is None or self._leaving:
+                continue
+            found_at = found_at or time.monotonic()
+            if time.monotonic() - found_at > GRACE:  # the main thread is caught in a collective that will not end
+                if self.speaks:
+                    os.write(2, ("error: " + "\n".join(self.failure.problems) + "\n").encode())
+                os._exit(self.failure.exit_code)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        if self.failure is not None and not self._leaving:
+            raise Stopped
+
+    def _look(self) -> Failure | None:
+        """A failure that was told, or a rank that is gone without having told one."""
+        try:
+            failure = self._told()
+            if failure is None:
+                self._give_sign()
+                gone = next((other for other in self._beats if self._gone(other)), None)
+                # One that failed has told so before it went.
+                failure = self._told() or (None if gone is None else self._tell(self._loss(gone)))
+        except RuntimeError:  # the store is gone, and with it torchrun
+            local = {other for other in self._visible if self._lives(other)}
+            self._lost |= self._beats.keys() - local
+            gone = min(self._lost, default=0)
+            failure = self._loss(gone) if gone in self._visible - local else self._loss(None)
+        if failure is not None and failure.lost:
+            self._lost.add(failure.rank)
+        return failure
+
+    def _told(self) -> Failure | None:
+        if not self._store.check(["failure"]):
+            return None
+        return Failure(**json.loads(self._store.get("failure")))
+
+    def _give_sign(self) -> None:
+        now = time.monotonic()
+        if now - self._beaten < BEAT:
+            return
+        self._beaten = now
+        self._store.set(f"beat {self.rank}", str(now))
+        for other, (last, _) in self._beats.items():
+            beat = self._store.get(f"beat {other}") if self._store.check([f"beat {other}"]) else b""
+            if beat != last:
+                self._beats[other] = beat, now
+
+    def _gone(self, other: int) -> bool:
+        dead = other in self._visible and not self._lives(other)
+        silent = time.monotonic() - self._beats[other][1] > SILENCE
+        return (dead or silent) and not self._store.check([f"left {other}"])
+
+    def _lives(self, other: int) -> bool:
+        return process_began(self.processes[other].pid) == self.processes[other].began is not None
+
+    def _loss(self, rank: int | None) -> Failure:
+        rest = "all ranks have stopped; what is finished stays, the same command goes on from there"
+        if rank is None:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            what = f"torchrun's store at {where} no longer answers: torchrun or its host has ended"
+        elif rank in self._visible and not self._lives(rank):
+            what = f"{self._name(rank)} is gone without a word: killed, or out of memory"
+        else:
+            what = f"{self._name(rank)} has given no sign of life for {SILENCE:.0f} s"
+        return Failure(rank or 0, EnvironmentProblem.exit_code, [f"{what}; {rest}"], lost=rank is not None)
+
+    @contextmanager
+    def _channel_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # The connection to a rank that ended breaks before anybody has noticed: the watcher will, and says more.
+            time.sleep(4 * LOOK)
+            raise EnvironmentProblem(f"{self._name(self.rank)}: the connection to the others broke: {error}") from None
+
+
+def _report_unraisable(report: Callable[[Any], Any], caught: Any) -> None:
+    """Stopped may be raised where Python can only drop it (a finalizer, a weak reference's callback): it comes again."""
+    if caught.exc_type is not Stopped:
+        report(caught)
