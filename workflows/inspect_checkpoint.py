@@ -65,7 +65,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
         ),
         "routers": parts[("router", False)],
         "norms": parts[("norm", False)],
-        "mtp_blocks": len({name.split(".")[1] for name, place in places.items() if place.mtp}),
+        "mtp_blocks": len(family.mtp_blocks(checkpoint.tensors)),
         "stored_formats": dict(Counter(formats.of(n).label for n in checkpoint.tensors if n not in formats.companions)),
         "parts": dict(part_bytes.most_common()),
         "problems": [*misnamed, *differing],

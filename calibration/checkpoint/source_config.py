@@ -16,6 +16,8 @@ from recipes.errors import SourceError, first_of
 
 #: Blocks times routed experts of a block; a 1.6 T model has about 25,000. What is expected is made from this number.
 MOST_EXPERTS = 100_000
+#: Fields that say how many routed experts a block has; families differ in which one they write.
+EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 #: Problems that one message lists.
 _MOST_PROBLEMS = 20
 
@@ -101,6 +103,11 @@ class SourceConfig(_Part):
     compression_config: Quantization | None = None
 
 
+def routed_experts(config: dict[str, Any]) -> int | None:
+    """Routed experts of a block, None if the config says nothing of them."""
+    return max((value for key in EXPERT_COUNTS if isinstance(value := config.get(key), int)), default=None)
+
+
 def check_config(config: dict[str, Any], where: Path) -> None:
     """Raises SourceError with every field of `config` that is of a wrong type or size; `where` is its file."""
     problems = list[str]()
@@ -112,7 +119,7 @@ def check_config(config: dict[str, Any], where: Path) -> None:
             for detail in error.errors(include_url=False)
         ]
     else:
-        experts = max(found.n_routed_experts or 0, found.num_experts or 0, found.num_local_experts or 0)
+        experts = routed_experts(config) or 0
         if experts * (found.num_hidden_layers or 0) > MOST_EXPERTS:
             problems.append(
                 f"{where}: num_hidden_layers: {found.num_hidden_layers} blocks of {experts} experts are more than "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from calibration.families.deepseek_v4_encoding import ENCODING
-from calibration.families.family import EXPERT_LEAVES, Family
+from calibration.families.family import EXPERT_LEAVES, ROUTER, Family, FP8Dialect
 from calibration.families.promised import ConfigReader, Wanted, linear, mtp_blocks, norm
 
 #: Scales of a block's hyper-connection: of what it reads, of what it writes, of how its streams mix.
@@ -91,7 +91,7 @@ DEEPSEEK_V4 = Family(
     name="deepseek_v4",
     model_types=("deepseek_v4",),
     block=r"^layers\.(\d+)\.",
-    mtp=r"^mtp\.",
+    mtp=r"^mtp\.(\d+)?",
     parts=(
         ("mHC", r"(^|\.)hc_\w+$"),
         ("norm", r"(^|[._])[eh]?norm(\.weight)?$"),
@@ -149,5 +149,8 @@ DEEPSEEK_V4 = Family(
     ),
     # With "fp4" or no value vLLM renames every `.weight_scale` outside the experts and then misses it.
     serving_config=(("expert_dtype", "nvfp4"),),
+    fp8_dialect=FP8Dialect(
+        ("*.attn.*", "*.ffn.shared_experts.*", "head"), draft="mtp.*", built_plain=frozenset({ROUTER, "head"})
+    ),
     encoding=ENCODING,
 )

@@ -35,6 +35,17 @@ class Place:
     mtp: bool
 
 
+@dataclass(frozen=True, slots=True)
+class FP8Dialect:
+    """NVIDIA's dialect of a family that keeps `quant_method: fp8`: its routed experts are NVFP4, its other linear layers
+    FP8 in tiles with E8M0 scales. `not_nvfp4` and `draft` name, in the words of NVIDIA's own files, what stays FP8 and the
+    draft head; `built_plain` are the parts that the engine builds without a quantization."""
+
+    not_nvfp4: tuple[str, ...]
+    draft: str
+    built_plain: frozenset[str]
+
+
 @dataclass(frozen=True)
 class Family:
     """One family. Patterns are searched in source names; the first part that fits wins."""
@@ -47,7 +58,8 @@ class Family:
     #: Yields the tensors that a config.json of this family promises.
     promised: Promise
     renames: tuple[tuple[str, str], ...] = ()
-    mtp: str = r"(?!)"
+    #: Matches the tensors of MTP blocks; its group, if it took part, is the block's number.
+    mtp: str = r"(?!)()"
     expert: str = r"\.experts\.(\d+)\."
     #: Linear layers that must stay as they are, each pattern with its reason.
     never_quantized: tuple[tuple[str, str], ...] = ()
@@ -61,6 +73,8 @@ class Family:
     serving_quantizes: tuple[str, ...] = ()
     #: Fields of config.json that the serving engine needs changed once routed experts are NVFP4.
     serving_config: tuple[tuple[str, Any], ...] = ()
+    #: None if modelopt's own form describes it.
+    fp8_dialect: FP8Dialect | None = None
     #: The chat format of its own, if its tokenizers bring no template.
     encoding: Encoding | None = None
 
@@ -71,6 +85,11 @@ class Family:
         expert = re.search(self.expert, tensor + ".")
         part = next((part for part, pattern in self.parts if re.search(pattern, tensor)), "other")
         return Place(int(block[1]) if block else None, part, int(expert[1]) if expert else None, mtp)
+
+    def mtp_blocks(self, tensors: Iterable[str]) -> set[str]:
+        """The numbers of the MTP blocks that these source tensors are of."""
+        found = (re.search(self.mtp, tensor) for tensor in tensors)
+        return {match[1] for match in found if match is not None and match[1] is not None}
 
     def model_name(self, name: str) -> str | None:
         """The name in transformers' module tree with linearized experts (llm-compressor's LinearExperts2D) of a source

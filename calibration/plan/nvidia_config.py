@@ -15,26 +15,21 @@ from typing import Any
 from calibration.checkpoint.formats import module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.nvfp4 import GROUP
-from calibration.families.family import NOT_LINEAR, ROUTED, ROUTER
+from calibration.families.family import NOT_LINEAR, ROUTED, ROUTER, FP8Dialect
 from calibration.plan.plan import Plan, Step
 from calibration.plan.schemes import FP8_BLOCK, NVFP4
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-#: Families whose other linear layers are FP8 under `quant_method: fp8`.
-FP8_FAMILIES = frozenset({"deepseek_v4"})
 #: vLLM 0.32 takes the file for modelopt's by this name alone; the version says who wrote it.
 _PRODUCER = {"name": "modelopt", "version": "nvfp4-workflows"}
 _FOUR_BITS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
-#: What NVIDIA's DeepSeek-V4 leaves out of NVFP4, in the words of their files.
-_NOT_EXPERTS = ("*.attn.*", "*.ffn.shared_experts.*", "head")
-_DRAFT = "mtp.*"
 _PLAIN = frozenset({"BF16", "F16", "F32"})
 
 
 def nvidia_problems(plan: Plan) -> list[str]:
     """What the output of `plan`, which is in NVIDIA's dialect, holds that no config of that dialect describes."""
     steps = [step for step in plan.steps.values() if step.group is not None and step.action != "consume"]
-    if plan.family.name in FP8_FAMILIES:
+    if plan.family.fp8_dialect is not None:
         return [problem for step in steps if (problem := _hybrid_problem(plan, step)) is not None]
     schemes = {plan.groups[str(step.group)].name for step in steps}
     if FP8_BLOCK.name in schemes:
@@ -78,20 +73,20 @@ def _scale_of(plan: Plan, step: Step) -> OutputTensor | None:
 def nvidia_config(plan: Plan, source_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and hf_quant_config.json of the output of `plan`; every other field of config.json is the source's."""
     config = {key: value for key, value in source_config.items() if key != "quantization_config"}
-    if plan.family.name in FP8_FAMILIES:
+    if plan.family.fp8_dialect is not None:
         config["expert_dtype"] = "fp4"  # with any other value vLLM does not look at moe_quant_algo
-        described, beside = _hybrid(plan)
+        described, beside = _hybrid(plan, plan.family.fp8_dialect)
     else:
         described, beside = _modelopt(plan)
     return config | {"quantization_config": described}, {"producer": dict(_PRODUCER), "quantization": beside}
 
 
-def _hybrid(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
+def _hybrid(plan: Plan, words: FP8Dialect) -> tuple[dict[str, Any], dict[str, Any]]:
     experts, ignored = dict[str, None](), list[str]()
     for module in _modules(plan, "nvfp4"):
         experts[re.split(plan.family.expert, module)[0] + ".experts"] = None
     draft_is_nvfp4 = any(plan.family.place(name).mtp and name.endswith(".weight_scale_2") for name in plan.outputs)
-    excluded = [*_NOT_EXPERTS, *([] if draft_is_nvfp4 else [_DRAFT])]
+    excluded = [*words.not_nvfp4, *([] if draft_is_nvfp4 else [words.draft])]
     for module in _plain_modules(plan):
         place = plan.family.place(f"{module}.weight")
         entry = re.split(plan.family.expert, module)[0] + ".experts" if place.part == ROUTED else module
@@ -154,8 +149,8 @@ def _plain_modules(plan: Plan) -> list[str]:
         module, place = module_of(output.name), plan.family.place(output.name)
         linear = place.part not in NOT_LINEAR or place.part == ROUTER
         built_plain = any(re.search(pattern, module) for pattern, _ in plan.family.never_quantized)
-        if plan.family.name in FP8_FAMILIES:  # vLLM builds router and head without a quantization
-            built_plain |= place.part in (ROUTER, "head")
+        if plan.family.fp8_dialect is not None:
+            built_plain |= place.part in plan.family.fp8_dialect.built_plain
         if output.name.endswith(".weight") and output.dtype in _PLAIN and len(output.shape) == 2 and linear:
             found += [] if built_plain or place.mtp else [module]
     return found

@@ -17,7 +17,7 @@ from calibration.checkpoint.index import CONFIG_NAME
 from calibration.families.family import Place
 from calibration.families.registry import family_of
 from calibration.plan.draft_head import draft_head_doubts
-from calibration.plan.nvidia_config import FP8_FAMILIES, nvidia_config, nvidia_problems
+from calibration.plan.nvidia_config import nvidia_config, nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.schemes import FP8_BLOCK, NVFP4, NVFP4A16, Scheme
 from calibration.plan.source_check import contradictions
@@ -147,7 +147,7 @@ class _Respelling:
     def _tiles(self, name: str, place: Place) -> dict[str, Step]:
         """FP8 tiles under the scale's other name; its values stay, or `require_exact_scales` refuses them."""
         header, scale = self.checkpoint.tensors[name], self.formats.of(name).companions["tile_scale"]
-        to_e8m0 = self.to is NVIDIA and self.family.name in FP8_FAMILIES
+        to_e8m0 = self.to is NVIDIA and self.family.fp8_dialect is not None
         leaf, dtype = ("scale", "F8_E8M0") if to_e8m0 else ("weight_scale", "F32")
         stored = self.checkpoint.tensors[scale]
         output = OutputTensor(f"{module_of(name)}.{leaf}", dtype, stored.shape)

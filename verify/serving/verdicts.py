@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from calibration.checkpoint.source_config import routed_experts
 from recipes.schema import Serving
 from verify.checks import Check, Verdict
 from verify.serving import engine
 from verify.serving.samples import complaint
 
-_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
 #: id -> (what it proves, threshold, how).
 CHECKS = {
     "load": (
@@ -75,7 +75,7 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
     wanted = [name for name in CHECKS if name not in ("w4a4", "input_scales", "perplexity", "source")]
     if _asks_for_w4a4(config):
         wanted.append("w4a4")
-        if result.get("input_scales") or (not result.get("layers") and any(config.get(key) for key in _EXPERTS)):
+        if result.get("input_scales") or (not result.get("layers") and routed_experts(config)):
             wanted.append("input_scales")
     if options.require.max_perplexity is not None:
         wanted.append("perplexity")

@@ -35,7 +35,7 @@ from verify.structure.values import value_checks
 _UNKNOWN = Family("unknown", (), r"layers\.(\d+)\.", (
     ("norm", r"norm\w*\.weight$"), ("routed expert", r"\.experts\.\d+\."), ("router", r"\.(gate|router)\.weight$"),
     ("embedding", r"embed\w*\.weight$"), ("head", r"head\.weight$"),
-), (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")), lambda _: iter(()))  # fmt: skip
+), (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")), lambda _: iter(()), mtp=r"^mtp\.(\d+)?")  # fmt: skip
 
 
 def verify_structure(
@@ -161,7 +161,7 @@ def _source_problems(output: Checkpoint, source: Checkpoint, stored: dict[str, S
 def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None) -> Check:
     id, what = "structure.mtp", "MTP blocks are there where they should be"
     promised = mtp_blocks(output.config)
-    found = {match[0] for name in output.tensors if (match := re.match(r"mtp\.\d+", name))}
+    found = family.mtp_blocks(output.tensors)
     had = source is not None and any(family.place(name).mtp for name in source.tensors)
     figure = f"{len(found)} found, config.json promises {promised}"
     if found or not promised:

@@ -13,6 +13,7 @@ from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
+from calibration.checkpoint.source_config import routed_experts
 from calibration.families.family import ROUTED, ROUTER, Family
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
@@ -153,9 +154,9 @@ def value_checks(
         *_shared(family, plan, output, values),
         _empty(output, family, plan, source, values),
     ]  # fmt: skip
-    experts = output.config.get("n_routed_experts")
+    experts = routed_experts(output.config)
     tables = {name: largest for name, largest in values.tables.items() if family.place(name).part == ROUTER}
-    if tables and isinstance(experts, int):
+    if tables and experts is not None:
         strange = [
             f"{name}: names expert {n}, there are {experts}" for name, n in sorted(tables.items()) if n >= experts
         ]
