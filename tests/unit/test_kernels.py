@@ -260,6 +260,19 @@ def test_pack_with_given_scales_is_the_same_at_every_level(level: None, dtype: t
     assert torch.equal(nvfp4.pack(weight.t().contiguous().t(), scale, glob)[0], wanted)
 
 
+def test_every_16_bit_float_and_every_tie(level: None) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        patterns = torch.arange(2**16).to(torch.int16)[
+            torch.randperm(2**16, generator=torch.Generator().manual_seed(0))
+        ]
+        weight = patterns.view(dtype).where(patterns.view(dtype).isfinite(), 0).reshape(-1, 64)
+        assert_same(plain_stripe(weight), weight)
+        ties = torch.arange(-28, 28).repeat(64).reshape(-1, 64).to(dtype) / 4
+        scale, glob = torch.ones(len(ties), 4).to(torch.float8_e4m3fn), torch.ones(1)
+        values = ct_quantize(ties.float(), scale.float(), None, QuantizationArgs(**NVFP4A16.weights), global_scale=glob)
+        assert torch.equal(nvfp4.pack(ties, scale, glob)[0], pack_fp4_to_uint8(values))
+
+
 def test_the_cuda_path_divides_exactly_where_cuda_would_multiply_by_a_reciprocal() -> None:
     # Found by search: the last bit of largest / 6 decides the scale's code.
     scale = np.float32(648.07177734375)
