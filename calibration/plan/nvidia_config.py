@@ -20,6 +20,8 @@ from calibration.plan.plan import Plan, Step
 from calibration.plan.schemes import FP8_BLOCK, NVFP4
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
+#: Fields of config.json that a family with an `fp8_dialect` needs: with another value vLLM does not look at moe_quant_algo.
+HYBRID_FIELDS: dict[str, Any] = {"expert_dtype": "fp4"}
 #: vLLM 0.32 takes the file for modelopt's by this name alone; the version says who wrote it.
 _PRODUCER = {"name": "modelopt", "version": "nvfp4-workflows"}
 _FOUR_BITS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
@@ -74,11 +76,25 @@ def nvidia_config(plan: Plan, source_config: dict[str, Any]) -> tuple[dict[str, 
     """config.json and hf_quant_config.json of the output of `plan`; every other field of config.json is the source's."""
     config = {key: value for key, value in source_config.items() if key != "quantization_config"}
     if plan.family.fp8_dialect is not None:
-        config["expert_dtype"] = "fp4"  # with any other value vLLM does not look at moe_quant_algo
+        config |= HYBRID_FIELDS
         described, beside = _hybrid(plan, plan.family.fp8_dialect)
     else:
         described, beside = _modelopt(plan)
     return config | {"quantization_config": described}, {"producer": dict(_PRODUCER), "quantization": beside}
+
+
+def agrees(beside: object, described: dict[str, Any]) -> bool:
+    """Whether a hf_quant_config.json says what the `quantization_config` of config.json says; what it leaves open is no
+    disagreement."""
+    said = beside.get("quantization") if isinstance(beside, dict) else None
+    if not isinstance(said, dict):
+        return False
+    names = {"quant_algo": "quant_algo", "group_size": "group_size", "exclude_modules": "ignore",
+             "quantized_layers": "quantized_layers"}  # fmt: skip
+    return all(
+        said.get(theirs) is None or ours not in described or said[theirs] == described[ours]
+        for theirs, ours in names.items()
+    )
 
 
 def _hybrid(plan: Plan, words: FP8Dialect) -> tuple[dict[str, Any], dict[str, Any]]:

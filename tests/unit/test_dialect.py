@@ -12,9 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.dialect import inverse, returns
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from tests.converted import LINEAR, converting, digests, run, tensors
 from tests.models import deepseek_v4, standard
+from verify.fidelity.fidelity import verify_fidelity
+from verify.structure.structure import verify_structure
 from workflows import convert_dialect
 
 ROUTED = [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"]
@@ -40,25 +43,35 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture(scope="module")
+def spelled(made: dict[str, Path]) -> dict[str, Path]:
+    """Base -> the same checkpoint in NVIDIA's dialect."""
+    found = {base: output.parent / "nvidia" for base, output in made.items()}
+    for base, output in found.items():
+        assert respell(made[base], output, "nvidia") == 0
+    return found
+
+
 def respell(source: Path, output: Path, to: str, *further: str) -> int:
     return convert_dialect.main([str(source), str(output), "--to", to, *further])
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_there_and_back_gives_the_same_bytes(made: dict[str, Path], tmp_path: Path, base: str) -> None:
-    assert respell(made[base], tmp_path / "nvidia", "nvidia") == 0
-    assert respell(tmp_path / "nvidia", tmp_path / "back", "compressed_tensors") == 0
-    ours, theirs, back = (tensors(path) for path in (made[base], tmp_path / "nvidia", tmp_path / "back"))
+def test_there_and_back_gives_the_same_bytes(
+    made: dict[str, Path], spelled: dict[str, Path], tmp_path: Path, base: str
+) -> None:
+    assert respell(spelled[base], tmp_path / "back", "compressed_tensors") == 0
+    ours, theirs, back = (tensors(path) for path in (made[base], spelled[base], tmp_path / "back"))
     assert ours.keys() == back.keys()
-    one_way = json.loads((tmp_path / "nvidia.run" / "one_way.json").read_text())
+    one_way = json.loads((spelled[base].with_name("nvidia.run") / "one_way.json").read_text())
     for name, tensor in ours.items():
         module, _, leaf = name.rpartition(".")
-        spelled = {
+        theirs_leaf = {
             "weight_packed": "weight", "weight_global_scale": "weight_scale_2", "input_global_scale": "input_scale",
         }.get(leaf, leaf)  # fmt: skip
         if leaf == "weight_scale" and f"{module}.weight_packed" not in ours:
-            spelled, tensor = "scale", tensor.to(torch.float8_e8m0fnu)
-        found = theirs.pop(f"{module}.{spelled}" if module else name)
+            theirs_leaf, tensor = "scale", tensor.to(torch.float8_e8m0fnu)
+        found = theirs.pop(f"{module}.{theirs_leaf}" if module else name)
         if leaf.endswith("global_scale"):
             assert found.shape == () and found.dtype == torch.float32
             assert float(found) == float(inverse(float(tensor)))
@@ -74,21 +87,20 @@ def test_there_and_back_gives_the_same_bytes(made: dict[str, Path], tmp_path: Pa
     assert sorted(map(str, groups[0].values())) == sorted(map(str, groups[1].values()))
 
 
-def test_nvidia_deepseek_v4_holds_the_source_s_own_bytes(made: dict[str, Path], tmp_path: Path) -> None:
+def test_nvidia_deepseek_v4_holds_the_source_s_own_bytes(made: dict[str, Path], spelled: dict[str, Path]) -> None:
     """All that is not routed experts: FP8 with E8M0 scales, and the draft head in FP8 and MXFP4."""
-    assert respell(made["deepseek_v4"], tmp_path / "out", "nvidia") == 0
-    source, output = (Checkpoint.open(path) for path in (made["deepseek_v4"].parent / "source", tmp_path / "out"))
+    source = Checkpoint.open(made["deepseek_v4"].parent / "source")
+    output = Checkpoint.open(spelled["deepseek_v4"])
     kept = [name for name in source.tensors if not name.startswith("layers") or ".ffn.experts." not in name]
     assert len(kept) > 100
     assert all(source.read_bytes(name) == output.read_bytes(name) for name in kept)
 
 
-def test_configs_are_those_that_engines_read(made: dict[str, Path], tmp_path: Path) -> None:
+def test_configs_are_those_that_engines_read(spelled: dict[str, Path]) -> None:
     found = {}
     for base in BASES:
-        assert respell(made[base], tmp_path / base, "nvidia") == 0
-        config = json.loads((tmp_path / base / "config.json").read_text())
-        beside = json.loads((tmp_path / base / "hf_quant_config.json").read_text())
+        config = json.loads((spelled[base] / "config.json").read_text())
+        beside = json.loads((spelled[base] / "hf_quant_config.json").read_text())
         found[base] = (config, config["quantization_config"], beside["quantization"])
         assert beside["producer"]["name"] == "modelopt"
         assert beside["quantization"]["exclude_modules"] == config["quantization_config"]["ignore"]
@@ -234,3 +246,125 @@ def test_the_same_command_resumes_to_the_same_bytes_and_only_overwrite_replaces_
     assert digests(output) == whole
     assert respell(made["llama"], output, "nvidia", "--overwrite") == 0
     assert Checkpoint.open(output).config["model_type"] == "llama"
+
+
+def _verdicts(directory: Path, source: Path | None = None) -> dict[str, str]:
+    """The checks that say neither PASS nor, without a source, what only that could tell."""
+    checks = verify_structure(directory, None, Checkpoint.open(source) if source else None)
+    return {c.id: f"{c.verdict}: {c.figure}" for c in checks if c.verdict not in ("PASS", "UNCHECKED")}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_verify_finds_in_one_dialect_what_it_finds_in_the_other(
+    made: dict[str, Path], spelled: dict[str, Path], base: str
+) -> None:
+    output, source = spelled[base], made[base].parent / "source"
+    assert _verdicts(output) == _verdicts(made[base]) == {}
+    # Told of a source alone, every other config is a doubt.
+    assert _verdicts(output, source).keys() == _verdicts(made[base], source).keys() <= {"structure.config"}
+    ours, theirs = (verify_fidelity(path, None, Formats(Checkpoint.open(source))) for path in (made[base], output))
+    assert [(c.id, c.verdict, c.figure) for c in ours] == [(c.id, c.verdict, c.figure) for c in theirs]
+    assert len(ours) > 5
+
+
+def _said(change: Any) -> Any:
+    """A change of the quantization_config of config.json, or with it of the file beside it."""
+
+    def apply(directory: Path) -> None:
+        path = directory / "config.json"
+        config = json.loads(path.read_text())
+        change(config["quantization_config"])
+        path.write_text(json.dumps(config))
+
+    return apply
+
+
+def _stored(change: Any) -> Any:
+    return lambda directory: _edit(directory, change)
+
+
+def _of_first(change: Any, leaf: str) -> Any:
+    """A change of the first routed expert's tensor of a leaf; None removes it."""
+
+    def apply(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = f"layers.0.ffn.experts.0.w1.{leaf}"
+        if name in found:
+            changed = change(found.pop(name))
+            found |= {} if changed is None else {name: changed}
+        return found
+
+    return apply
+
+
+def _compressed_tensors_config(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    theirs = json.loads((directory.parent / "theirs.json").read_text())
+    config["quantization_config"] = theirs["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "hf_quant_config.json").unlink()
+
+
+def _back_to_packed(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    module = "layers.1.ffn.experts.3.w2"
+    names = {f"{module}.weight": f"{module}.weight_packed", f"{module}.weight_scale_2": f"{module}.weight_global_scale",
+             f"{module}.input_scale": f"{module}.input_global_scale"}  # fmt: skip
+    return {names.get(name, name): tensor for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "check", "figure"),
+    [
+        (_stored(_back_to_packed), "structure.dialect", "experts.3.w2.weight_packed: is spelled in the dialect compressed"),
+        (_compressed_tensors_config, "structure.dialect", "layers.0.ffn.experts.0.w1.weight: is spelled in the dialect nvidia"),
+        (_stored(_of_first(lambda t: None, "input_scale")), "structure.companions", "w1.input_scale: missing"),
+        (_stored(_of_first(lambda t: None, "weight_scale_2")), "structure.companions", "match neither MXFP4 nor NVFP4"),
+        (_stored(_of_first(lambda t: 1 / t, "weight_scale_2")), "structure.scales", "is it inverted?"),
+        (_stored(_of_first(lambda t: 2 * t, "weight_scale_2")), "structure.fused", "weight_scale_2: "),
+        (_stored(_of_first(lambda t: -t, "weight_scale_2")), "structure.scales", "with a sign"),
+        (_stored(_of_first(lambda t: t * float("nan"), "input_scale")), "structure.finite", "input_scale: 1 of 1"),
+        (
+            _stored(lambda found: {n: t.float() if n == "layers.0.attn.wq_b.scale" else t for n, t in found.items()}),
+            "structure.companions", "layers.0.attn.wq_b.scale: F32, needs F8_E8M0",
+        ),
+        (_said(lambda said: said.update(moe_quant_algo="MXFP4")), "structure.targets", "moe_quant_algo is 'MXFP4'"),
+        (_said(lambda said: said.pop("weight_block_size")), "structure.targets", "weight_block_size is None"),
+        (_said(lambda said: said["ignore"].append("layers.0.*")), "structure.targets", "layers.0.ffn.experts.0.w1"),
+        (_said(lambda said: said["ignore"].append("layers.0.*")), "structure.files", "describes another quantization"),
+        (
+            _said(lambda said: said.update(ignored_layers=["layers.0.attn.wq_a"])),
+            "structure.targets", "ignore names only a part of what is served as one matrix",
+        ),
+        (
+            _said(lambda said: said.update(ignored_layers=["layers.2.ffn.experts"])),
+            "structure.targets", "layers.2.ffn.experts.0.w1: stored quantized, ignore names it",
+        ),
+        (_said(lambda said: said.update(quant_method="modelopt")), "structure.targets", "MIXED_PRECISION is not resolved here"),
+    ],
+)  # fmt: skip
+def test_faults_of_nvidia_s_dialect_are_found(
+    made: dict[str, Path], spelled: dict[str, Path], tmp_path: Path, spoil: Any, check: str, figure: str
+) -> None:
+    output = _copy(spelled["deepseek_v4"], tmp_path / "out")
+    (tmp_path / "theirs.json").write_bytes((made["deepseek_v4"] / "config.json").read_bytes())
+    spoil(output)
+    assert figure in _verdicts(output).get(check, "PASS"), _verdicts(output)
+
+
+def test_modules_that_a_modelopt_list_leaves_out_are_those_that_vllm_leaves_out(
+    spelled: dict[str, Path], tmp_path: Path
+) -> None:
+    _copy(spelled["qwen3_moe"], tmp_path / "out")
+    listed = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+
+    def with_ignore(entries: list[str]) -> dict[str, str]:
+        _said(lambda said: said.update(ignore=entries))(tmp_path / "out")
+        (tmp_path / "out" / "hf_quant_config.json").unlink(missing_ok=True)
+        return _verdicts(tmp_path / "out")
+
+    assert with_ignore(listed) == {}
+    # The same modules in modelopt's words: shell patterns and parts of names.
+    assert with_ignore(["lm_head", "*mlp.gate"]) == {}
+    assert "lm_head: stored as BF16, NVFP4 says" in with_ignore(["*mlp.gate"])["structure.targets"]
+    assert "mlp.gate: stored as BF16" in with_ignore(["lm_head"])["structure.targets"]
+    assert "stored quantized, ignore names it" in with_ignore([*listed, "model.layers.1*"])["structure.targets"]
+    assert "experts.0.down_proj: stored quantized" in with_ignore([*listed, "*.experts"])["structure.targets"]

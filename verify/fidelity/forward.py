@@ -22,6 +22,7 @@ from calibration.checkpoint import nvfp4
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
+from calibration.checkpoint.view import as_compressed_tensors
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
@@ -122,7 +123,7 @@ def measure_blocks(
     batches = list(data.batches)
     with TemporaryDirectory(prefix="verify-forward-") as work, torch.no_grad():
         original = build_skeleton(source, Path(work), trust_remote_code)
-        output = Formats(Checkpoint.open(directory))
+        output = Formats(as_compressed_tensors(Checkpoint.open(directory)))
         emulated = _of_output(original, output)
         outside = original.outside_blocks()
         original.load(outside)

@@ -9,9 +9,11 @@ from typing import Any
 
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.family import Family
+from calibration.plan.nvidia_config import HYBRID_FIELDS
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 from verify.checks import Check, verdict
+from verify.structure.nvidia import is_nvidia
 
 _KEY = "quantization_config"
 #: Fields that say who wrote the file or how a training loop runs: no serving engine's output depends on them.
@@ -22,6 +24,12 @@ _RESPELLED = frozenset({"config_groups", "format", "ignore", "version", "global_
 _FIELDS = _RESPELLED | {
     "kv_cache_scheme", "quant_method", "quantization_status", "sparsity_config", "transform_config",
 }  # fmt: skip
+#: Those of NVIDIA's dialect (Model-Optimizer 0.47; the FP8 ones are the source's own).
+_NVIDIA_FIELDS = frozenset({
+    "activation_scheme", "config_groups", "expert_dtype", "fmt", "group_size", "ignore", "ignored_layers",
+    "kv_cache_quant_algo", "kv_cache_scheme", "moe_quant_algo", "modules_to_not_convert", "producer", "quant_algo",
+    "quant_method", "quantized_layers", "scale_fmt", "weight_block_size",
+})  # fmt: skip
 #: Two names of one field.
 _TWINS = (("dtype", "torch_dtype"), ("num_experts", "num_local_experts"))
 _MISSING = object()
@@ -75,7 +83,9 @@ def config_check(
     if isinstance(found, dict):
         more, doubts, unknown = _additions(found, output.tensors)
         problems += more
-    strange = [f"{_KEY}.{key}: compressed-tensors has no such field" for key in unknown]
+    nvidia = is_nvidia(found)
+    whose = "NVIDIA's dialect" if nvidia else "compressed-tensors"
+    strange = [f"{_KEY}.{key}: {whose} has no such field" for key in unknown]
     if source is None:
         what = "config.json says what serving needs, and nothing that the tensors do not bear out"
         return verdict(id, what, problems, doubts + strange, "config.json", "every field of use is there")
@@ -84,7 +94,7 @@ def config_check(
     doubts += [f"{key}: {_short(config.get(key))}, the source's in other words" for key in respelled]
     for key in different:
         text = f"{key}: {_short(config.get(key))}, planned {_short(wanted.get(key))}"
-        served = dict(family.serving_config)
+        served = dict(family.serving_config) if not nvidia else HYBRID_FIELDS
         if key == _KEY and (_KEY in wanted if plan is not None else found is None or isinstance(found, dict)):
             # Which modules it means is judged by structure.targets; other writers spell it otherwise.
             doubts.append(text)
@@ -190,7 +200,7 @@ def _additions(
         problems.append(f"sparsity_config: {_short(sparsity)}: no weight here is sparse, and vLLM refuses it")
     if quantization.get("quantization_status") not in (None, "compressed"):
         problems.append(f"quantization_status is {quantization['quantization_status']!r}, the weights are compressed")
-    return problems, doubts, sorted(quantization.keys() - _FIELDS)
+    return problems, doubts, sorted(quantization.keys() - (_NVIDIA_FIELDS if is_nvidia(quantization) else _FIELDS))
 
 
 def _transforms(config: Any) -> Iterator[tuple[str, set[str]]]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from calibration.checkpoint.files import is_file, read_json
 from calibration.checkpoint.index import Checkpoint
+from calibration.plan.nvidia_config import HF_QUANT_CONFIG, agrees
 from recipes.errors import SourceError
 from verify.checks import Check, verdict
+from verify.structure.nvidia import is_nvidia
 
 #: Files that are executed, or unpickled, by whoever loads them.
 _RUNS = re.compile(
@@ -65,6 +67,8 @@ def _quantization(output: Checkpoint) -> list[str]:
         except SourceError:
             said = None
         inner = said.get("quantization_config") if isinstance(said, dict) else None
+        if isinstance(planned, dict) and path.name == HF_QUANT_CONFIG and is_nvidia(planned) and agrees(said, planned):
+            continue
         if planned is None or planned not in (said, inner):
             problems.append(f"{path.name}: describes another quantization than config.json; some readers prefer it")
     return problems

@@ -7,6 +7,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, NVIDIA, Dialect
 from calibration.checkpoint.formats import FLOATS
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
@@ -27,6 +28,13 @@ class Stored:
     shape: Shape
     header: TensorHeader
     low_bit: bool
+    #: The dialect of an NVFP4 weight.
+    dialect: Dialect | None = None
+
+    @property
+    def nvfp4(self) -> bool:
+        """Whether it is stored as NVFP4."""
+        return self.dialect is not None
 
 
 def stored_tensors(output: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
@@ -44,7 +52,9 @@ def stored_tensors(output: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
         per_element = 8 if header.dtype == "I32" else 2  # values of four bits
         shape = (header.shape[0], header.shape[1] * per_element) if packed and len(header.shape) == 2 else header.shape
         low_bit = packed or header.dtype in ("F8_E4M3", "F8_E5M2")
-        stored[f"{module}.weight" if leaf == "weight_packed" else name] = Stored(shape, header, low_bit)
+        modelopt = packed and f"{module}.{NVIDIA.global_scale}" in names
+        dialect = COMPRESSED_TENSORS if leaf == COMPRESSED_TENSORS.packed else NVIDIA if modelopt else None
+        stored[f"{module}.weight" if leaf == "weight_packed" else name] = Stored(shape, header, low_bit, dialect)
     return stored, orphans
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA, Dialect
 from calibration.checkpoint.files import read_json_object
 from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
@@ -23,11 +24,12 @@ from calibration.families.registry import expected_tensors, family_of
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
+from verify.structure.nvidia import is_nvidia, read_nvidia
 from verify.structure.served_config import config_check
 from verify.structure.side_files import files_check
 from verify.structure.stored import COMPANIONS, Stored, compare, stored_tensors
 from verify.structure.stream import Progress
-from verify.structure.targets import Resolution
+from verify.structure.targets import Resolution, read_quantization
 from verify.structure.tokenizer import tokenizer_check
 from verify.structure.values import value_checks
 
@@ -64,9 +66,12 @@ def verify_structure(
         family, (wanted, lacking) = family_of(output.config), expected_tensors(output.config)
     except SourceError:
         family, wanted, lacking = _UNKNOWN, {}, []
-    resolution = Resolution(family, output.config, stored)
+    nvidia = is_nvidia(output.config.get("quantization_config"))
+    quantization = read_nvidia(output.config, family) if nvidia else read_quantization(output.config)
+    resolution = Resolution(family, quantization, stored)
     checks += [
         _tensors(output, family, plan, source, wanted, stored, orphans),
+        _dialect(NVIDIA if nvidia else COMPRESSED_TENSORS, family, stored),
         _mtp(output, family, source),
         verdict("structure.companions", "every low-bit weight has its scales, of right dtype and shape",
                 _companions(output, stored, resolution), [], "headers against quantization_config"),
@@ -158,6 +163,15 @@ def _source_problems(output: Checkpoint, source: Checkpoint, stored: dict[str, S
     return problems
 
 
+def _dialect(declared: Dialect, family: Family, stored: dict[str, Stored]) -> Check:
+    """One spelling throughout, that of config.json: an engine looks for the names of one. The draft head is not judged."""
+    spelled = {n: found.dialect for n, found in stored.items() if found.dialect and not family.place(n).mtp}
+    other = [n for n, dialect in spelled.items() if dialect is not declared]
+    problems = [f"{stored[n].header.name}: is spelled in the dialect {spelled[n].name}" for n in other]
+    return verdict("structure.dialect", f"NVFP4 weights are spelled as config.json says, in {declared.name}", problems, [],
+                   "headers against quantization_config", f"{len(spelled)} weights")  # fmt: skip
+
+
 def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None) -> Check:
     id, what = "structure.mtp", "MTP blocks are there where they should be"
     promised = mtp_blocks(output.config)
@@ -174,25 +188,29 @@ def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None) -> Check
 
 def _companions(output: Checkpoint, stored: dict[str, Stored], resolution: Resolution) -> list[str]:
     problems, tensors, native = list[str](), output.tensors, set[str]()
+    nvidia = is_nvidia(output.config.get("quantization_config"))
     for name, found in stored.items():
         header, module = found.header, module_of(name)
         if not found.low_bit:
             continue
         group = resolution.group(module)
-        if header.name.endswith(".weight_packed"):
+        if found.dialect is not None:
             if len(header.shape) != 2 or header.dtype != "U8":
                 problems.append(f"{header.name}: {header.dtype} {list(header.shape)}, NVFP4 is U8 [M, K/2]")
                 continue
-            rows, columns = found.shape
-            needed = {"weight_scale": ("F8_E4M3", (rows, columns // GROUP)), "weight_global_scale": ("F32", (1,))}
+            dialect, (rows, columns) = found.dialect, found.shape
+            needed = {dialect.group_scale: ("F8_E4M3", (rows, columns // GROUP)), dialect.global_scale: ("F32", (1,))}
             if group is None or group.input_scale:
-                needed["input_global_scale"] = ("F32", (1,))
-            elif f"{module}.input_global_scale" in tensors:
-                problems.append(f"{module}.input_global_scale: {group.name} says that inputs are not quantized")
-            if f"{module}.weight" in tensors:
+                needed[dialect.input_scale] = ("F32", (1,))
+            elif f"{module}.{dialect.input_scale}" in tensors:
+                problems.append(f"{module}.{dialect.input_scale}: {group.name} says that inputs are not quantized")
+            if {f"{module}.{d.packed}" for d in DIALECTS.values()} <= tensors.keys():
                 problems.append(f"{module}: both weight and weight_packed")
         elif group is not None and header.dtype == "F8_E4M3" and len(found.shape) == 2:
-            needed = {"weight_scale": ("", _fp8_scale(group.weights, found.shape))}
+            leaf, dtype = ("weight_scale", "") if not nvidia else ("scale", "F8_E8M0")
+            if nvidia and f"{module}.weight_scale_inv" in tensors:
+                leaf = "weight_scale_inv"
+            needed = {leaf: (dtype, _fp8_scale(group.weights, found.shape))}
         else:
             native.update((name, *(f"{module}.{leaf}" for leaf in COMPANIONS if f"{module}.{leaf}" in tensors)))
             continue

@@ -32,6 +32,8 @@ class Group:
     weights: dict[str, Any]
     inputs: dict[str, Any] | None
     format: str | None
+    #: Whether it is one of vLLM's own, so that no module need be in it.
+    implied: bool = False
 
     @property
     def nvfp4(self) -> bool:
@@ -100,6 +102,8 @@ class Quantization:
     ignore: Names = field(default_factory=lambda: Names((), "ignore", [], TimeLimit()))
     problems: list[str] = field(default_factory=list)
     present: bool = False
+    #: What of it is not understood here, so that nothing can be compared.
+    unresolved: str = ""
 
     def group(self, module: str, names: tuple[str, ...], linear: bool) -> Group | None:
         """The group of a module: the first that names it, else the one of `Linear` where the module is a `linear` of
@@ -172,8 +176,8 @@ class Resolution:
     """What vLLM makes of every module of a checkpoint. `names` maps a source module with a 2-D weight, MTP left out, to
     vLLM's names of it."""
 
-    def __init__(self, family: Family, config: dict[str, Any], stored: dict[str, Stored]) -> None:
-        self.family, self.quantization = family, read_quantization(config)
+    def __init__(self, family: Family, quantization: Quantization, stored: dict[str, Stored]) -> None:
+        self.family, self.quantization = family, quantization
         self.modules = {
             module_of(name): found for name, found in stored.items()
             if name.endswith(".weight") and len(found.shape) == 2 and not family.place(name).mtp
@@ -198,6 +202,8 @@ class Resolution:
         """Problems: a module whose stored form is not what vLLM expects of it, a group that names nothing, a fused
         group ignored in part. Doubts: entries that name nothing, routed experts named in one of vLLM's two spellings."""
         quantization, problems, doubts = self.quantization, list[str](), list[str]()
+        if quantization.unresolved:
+            return quantization.problems, [quantization.unresolved]
         if not quantization.present:
             low_bit = [module for module, found in self.modules.items() if found.low_bit]
             return [f"{m}: stored quantized, config.json has no quantization_config" for m in low_bit], []
@@ -212,12 +218,11 @@ class Resolution:
                 problems.append(f"{module}: stored as {found.header.dtype}, {group.name} says that it is quantized")
             else:
                 used.add(group.name)
-                packed = found.header.name.endswith(".weight_packed")
-                if packed != group.nvfp4:
-                    form = "NVFP4" if packed else found.header.dtype
+                if found.nvfp4 != group.nvfp4:
+                    form = "NVFP4" if found.nvfp4 else found.header.dtype
                     problems.append(f"{module}: stored as {form}, {group.name} says {group.label}")
         for group in quantization.groups:
-            if group.name not in used:
+            if group.name not in used and not group.implied:
                 problems.append(f"{group.name}: its targets name nothing that is stored quantized")
             doubts += [
                 f"{group.name}: target {t!r} names nothing" for t in group.targets.idle(self.names) if t != "Linear"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
 
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
 from calibration.checkpoint.direct import Bytes
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.header import TensorHeader
@@ -71,7 +73,7 @@ class Values(Judge):
             # Read as unsigned, a negative entry is a very large one.
             entries = self._aligned(data, _TABLES[header.dtype])
             self.tables[header.name] = max(self.tables.get(header.name, 0), int(entries.max()) if len(entries) else 0)
-        elif header.name.endswith(".weight_packed") and not header.nbytes % (GROUP // 2):
+        elif _is_packed(header) and not header.nbytes % (GROUP // 2):
             words = self._aligned(data, "<u8")
             np.bitwise_and(words, 0x7777777777777777, out=words)
             empty = len(words) - int(np.count_nonzero(words))
@@ -123,6 +125,13 @@ class Values(Judge):
             self.differing |= other.differing
             self.compared |= other.compared
         return self
+
+
+def _is_packed(header: TensorHeader) -> bool:
+    """Whether a tensor is the codes of an NVFP4 weight, of either dialect; MXFP4's are I8."""
+    return header.name.endswith(f".{COMPRESSED_TENSORS.packed}") or (
+        header.dtype == "U8" and header.name.endswith(f".{NVIDIA.packed}")
+    )
 
 
 def _number(dtype: str, data: Bytes) -> float:
@@ -231,12 +240,16 @@ def _scales(output: Checkpoint, values: Values) -> Check:
     for name, value in sorted(values.single.items()):
         if not value > 0 or not np.isfinite(value):
             continue
-        largest = RANGE / value
-        for suffix, (low, high), where in (
-            (".weight_global_scale", _LARGEST_WEIGHT, problems), (".input_global_scale", _LARGEST_INPUT, doubts),
-        ):  # fmt: skip
-            if name.endswith(suffix) and not low <= largest <= high:
-                where.append(f"{name}: {value:g} admits values up to {largest:.3g}; is it inverted?")
+        leaf = name.rpartition(".")[2]
+        for dialect in DIALECTS.values():
+            largest = RANGE / value if dialect is COMPRESSED_TENSORS else RANGE * value
+            for scale, (low, high), where in (
+                (dialect.global_scale, _LARGEST_WEIGHT, problems), (dialect.input_scale, _LARGEST_INPUT, doubts),
+            ):  # fmt: skip
+                # FP8 weights have an input_scale too, which means something else.
+                ours = f"{module_of(name)}.{dialect.global_scale}" in tensors
+                if leaf == scale and ours and not low <= largest <= high:
+                    where.append(f"{name}: {value:g} admits values up to {largest:.3g}; is it inverted?")
     share = values.subnormal / max(values.group_scales, 1)
     if share > _SUBNORMAL_SHARE:
         doubts.append(f"{share:.2%} of all group scales are subnormal: too small for E4M3")
@@ -246,7 +259,8 @@ def _scales(output: Checkpoint, values: Values) -> Check:
 
 def _lost(output: Checkpoint, name: str) -> int:
     """How many zero scales stand over weights that are not all zero; all of them where that cannot be told."""
-    packed = output.tensors.get(f"{module_of(name)}.weight_packed")
+    spelled = (f"{module_of(name)}.{dialect.packed}" for dialect in DIALECTS.values())
+    packed = next((output.tensors[n] for n in spelled if n in output.tensors and _is_packed(output.tensors[n])), None)
     zero = np.frombuffer(output.read_bytes(name), np.uint8)
     if packed is None or output.tensors[name].dtype != "F8_E4M3" or packed.nbytes != len(zero) * (GROUP // 2):
         return max(output.tensors[name].numel, 1)
@@ -255,33 +269,37 @@ def _lost(output: Checkpoint, name: str) -> int:
 
 
 def _shared(family: Family, plan: Plan | None, output: Checkpoint, values: Values) -> list[Check]:
-    quantized = [module_of(name) for name in output.tensors if name.endswith(".weight_packed")]
+    quantized = [module_of(name) for name, header in output.tensors.items() if _is_packed(header)]
     fused = family.fused(module for module in quantized if not family.place(module).mtp)
     checks = [
         verdict("structure.fused", "fused projections share their weight global scale",
-                _unequal(fused, values.single, "weight_global_scale"), [], _HOW, f"{len(fused)} groups"),
+                _unequal(fused, values.single, "global_scale"), [], _HOW, f"{len(fused)} groups"),
     ]  # fmt: skip
     promised = plan.shared_input_scales() if plan is not None else fused
-    problems = _unequal(promised, values.single, "input_global_scale")
+    problems = _unequal(promised, values.single, "input_scale")
     experts: dict[tuple[int | None, str], list[str]] = defaultdict(list)
     for module in quantized:
         place = family.place(module)
         if place.part == ROUTED and not place.mtp:
             experts[(place.block, module.rpartition(".")[2])].append(module)
-    doubts = [] if problems else _unequal((tuple(e) for e in experts.values()), values.single, "input_global_scale")
+    doubts = [] if problems else _unequal((tuple(e) for e in experts.values()), values.single, "input_scale")
     doubts = [f"{doubt}: some of vLLM's kernels use one for all experts of a block" for doubt in doubts]
     return [*checks, verdict("structure.input_scales", "input global scales shared as promised", problems, doubts, _HOW,
                              f"{len(promised)} groups")]  # fmt: skip
 
 
-def _unequal(groups: Iterable[tuple[str, ...]], single: dict[str, float], suffix: str) -> list[str]:
-    problems = []
+def _unequal(
+    groups: Iterable[tuple[str, ...]], single: dict[str, float], role: Literal["global_scale", "input_scale"]
+) -> list[str]:
+    """Groups of modules whose scales of a role differ, in whichever dialect."""
+    problems, leaves = [], [getattr(dialect, role) for dialect in DIALECTS.values()]
     for group in groups:
-        found = {module: single[f"{module}.{suffix}"] for module in group if f"{module}.{suffix}" in single}
-        if len(set(found.values())) > 1:
-            usual = Counter(found.values()).most_common(1)[0][0]
-            odd = next(module for module, value in found.items() if value != usual)
-            problems.append(f"{odd}.{suffix}: {found[odd]:g}, its group has {usual:g}")
+        found = {f"{module}.{leaf}": single.get(f"{module}.{leaf}") for module in group for leaf in leaves}
+        known = {name: value for name, value in found.items() if value is not None}
+        if len(set(known.values())) > 1:
+            usual = Counter(known.values()).most_common(1)[0][0]
+            odd = next(name for name, value in known.items() if value != usual)
+            problems.append(f"{odd}: {known[odd]:g}, its group has {usual:g}")
     return problems
 
 

@@ -1,0 +1,43 @@
+"""A checkpoint in NVIDIA's dialect read as if it were spelled as compressed-tensors does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, NVIDIA, inverse
+from calibration.checkpoint.header import TensorHeader
+from calibration.checkpoint.index import Checkpoint
+
+
+class _Respelled(Checkpoint):
+    """`inverted` names the tensors whose float32 is the inverse of the stored one."""
+
+    def __init__(self, stored: Checkpoint, tensors: dict[str, TensorHeader], inverted: frozenset[str]) -> None:
+        super().__init__(stored.directory, stored.config, tensors, stored.shards, stored.state)
+        self.inverted = inverted
+
+    def _fill(self, name: str, target: memoryview) -> None:
+        super()._fill(name, target)
+        if name in self.inverted:
+            target[:] = memoryview(inverse(np.frombuffer(target, np.float32)[0]).tobytes())
+
+
+def as_compressed_tensors(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with the NVFP4 weights of NVIDIA's dialect under compressed-tensors' names, and their global scales inverted
+    when they are read; itself where it has none. Files, config and every other tensor are what they are."""
+    tensors, inverted = dict[str, TensorHeader](), set[str]()
+    for name, header in checkpoint.tensors.items():
+        module, _, leaf = name.rpartition(".")
+        spelled = name
+        if f"{module}.{NVIDIA.global_scale}" in checkpoint.tensors:
+            role = next((r for r in ("packed", "global_scale", "input_scale") if getattr(NVIDIA, r) == leaf), None)
+            if role is not None:
+                spelled = f"{module}.{getattr(COMPRESSED_TENSORS, role)}"
+                header = replace(header, name=spelled)
+            if role in ("global_scale", "input_scale") and header.dtype == "F32" and header.numel == 1:
+                header = replace(header, shape=COMPRESSED_TENSORS.scalar)
+                inverted.add(spelled)
+        tensors[spelled] = header
+    return _Respelled(checkpoint, tensors, frozenset(inverted)) if inverted else checkpoint
