@@ -155,7 +155,7 @@ class Serving(Section):
 
 
 class Fidelity(Section):
-    """Thresholds of the comparison with the source; docs/lab-notes.md says what good checkpoints measure."""
+    """Thresholds of the comparison with the source; docs/verification.md says what good checkpoints measure."""
 
     worst_error: float = Field(default=0.3, gt=0, allow_inf_nan=False)
     """Largest relative error of an NVFP4 weight: norm of the difference by norm of the source's weight."""

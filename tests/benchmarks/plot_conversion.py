@@ -1,4 +1,4 @@
-"""Draws docs/conversion-cost.svg from the table of `convert_benchmark` in docs/lab-notes.md.
+"""Draws docs/conversion-cost.svg from the table of `convert_benchmark` in docs/measurements.md.
 
 `python -m tests.benchmarks.plot_conversion` in any environment with matplotlib, from the project's root.
 """
@@ -15,7 +15,7 @@ ROW = re.compile(r"^\| ([\d.]+) \| (pipeline|input and output alone) \| \d+ \| [
 
 def main() -> None:
     points: dict[str, list[tuple[float, float]]] = {}
-    for gigabytes, method, cpu in ROW.findall(Path("docs/lab-notes.md").read_text()):
+    for gigabytes, method, cpu in ROW.findall(Path("docs/measurements.md").read_text()):
         points.setdefault(method, []).append((float(gigabytes), float(cpu)))
     figure, axes = plt.subplots(figsize=(6, 4))
     for method, measured in points.items():
