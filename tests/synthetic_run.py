@@ -91,7 +91,7 @@ def batch(directory: BatchDirectory, root: Path) -> list[Entry]:
     record["running"]("begun", **{key: value for key, value in begun.items() if key != "fact"})
     write(Path(entries["running"].output), finished=30, verified=False)
     record["retrying"]("ended", outcome="transient", reason="killed by SIGKILL (out of memory?)", **over)
-    record["stopped"]("ended", outcome="stopped", reason="stopped behind a finished block", **over)
+    record["stopped"]("ended", outcome="stopped", reason="stopped after a finished block", **over)
     reason = "block 7 (model.layers.7), batch 0: the hidden states are not finite; is the source damaged? " * 2
     record["failed"]("gave_up", reason=reason)
     done = entries["done"]

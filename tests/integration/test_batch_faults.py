@@ -79,7 +79,7 @@ def test_a_disk_fills_in_the_middle_and_space_comes_back(sources: dict[str, Path
     shards = {
         path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (disk / "qwen/output").glob("*.safetensors")
     }
-    wait_for(lambda: "goes on in" in log.read_text(), "the end of the first attempt")
+    wait_for(lambda: "next attempt in" in log.read_text(), "the end of the first attempt")
     assert "No space left" in log.read_text() or "the disk is full" in log.read_text()
     time.sleep(3)
     assert process.is_alive() and len(facts(batch, "qwen", "begun")) == 1

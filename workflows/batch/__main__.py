@@ -25,7 +25,7 @@ from workflows.batch.attempt import Slot
 from workflows.batch.executors import EXECUTORS, Executor, Jobs, find_jobs, make_executor, read_outcomes, submit_batch
 from workflows.batch.hooks import Hooks
 from workflows.batch.outcome import Outcome
-from workflows.batch.preflight import Preflight, Wanted, ends, preflight, require_no_source, wanted_runs
+from workflows.batch.preflight import Preflight, Wanted, predict_ends, preflight, require_no_source, wanted_runs
 from workflows.batch.queue import Queue, Rules, parse_slots
 from workflows.batch.state import BatchDirectory, standing
 from workflows.batch.submission import Submission
@@ -130,7 +130,7 @@ def _submit(session: _Session, found: Preflight, executor: Executor) -> None:
         for wanted, entry in zip(session.wanted, found.entries, strict=True)
     }
     batch.save(found.entries, slots=len(session.slots))
-    batch.release()
+    batch.release_claims()
     work = Submission(
         options.executor, batch, found.entries, resources, session.rules, session.slots, session.hooks,
         should_stop=lambda: session.interrupts.requested,
@@ -179,7 +179,7 @@ def _say_plan(found: Preflight, slots: int, reporter: Reporter) -> None:
     sound = [entry for entry in found.entries if not entry.problems and standing(entry).kind != "done"]
     total = sum(entry.output_bytes for entry in sound)
     reporter.say(f"preflight: {len(sound)} of {len(found.entries)} runs are to be done, outputs {size(total)}")
-    for name, seconds in ends(sound, slots):
+    for name, seconds in predict_ends(sound, slots):
         when = "time unknown" if seconds is None else f"ends in {clock(seconds)} or later"
         reporter.say(f"  {name}: {when}")
 
@@ -202,7 +202,7 @@ def _directory(options: argparse.Namespace) -> Path:
 
 
 def _until(text: str | None) -> float | None:
-    """The next time that this machine's clock says `HH:MM`, in seconds since the epoch."""
+    """The next time that this machine's clock shows `HH:MM`, in seconds since the epoch. Raises RecipeError."""
     if text is None:
         return None
     try:
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every recipe")
     add("--directory", help="the batch's own directory (default: batch-<first file>.run in the current directory)")
     add("--gpus", metavar="0-3,4-7", help="one slot per entry; a run has its slot's GPUs for itself")
-    add("--until", metavar="HH:MM", help="at this time let every run finish its block, and stop")
+    add("--until", metavar="HH:MM", help="stop at this time, after every run has finished its block")
     add(
         "--tries",
         type=int,
@@ -258,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="what a job asks of the cluster, e.g. hours=8",
+        help="what a job requests from the cluster, such as hours=8",
     )
     add("--status", action="store_true", help="show the state of every run; start nothing")
     add("--notify", metavar="CMD", help="run this on every failure and at the end (BATCH_EVENT, BATCH_SUMMARY)")

@@ -1,4 +1,4 @@
-"""One attempt at a run: its process, its log, how it is asked to stop, and what it leaves behind."""
+"""One attempt at a run: its process, its log, its signals, and the processes that outlive it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PROJECT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Slot:
-    """GPUs that one run at a time has for itself, by their numbers; None: whatever the machine has."""
+    """GPUs that one run at a time has for itself, by their numbers; None: all that the machine has."""
 
     gpus: tuple[int, ...] | None = None
 
@@ -61,11 +61,11 @@ class Child:
         cls, batch: BatchDirectory, entry: Entry, slot: Slot, overwrite: bool, launcher: Sequence[str] = (),
         first_node: bool = True,
     ) -> Child:  # fmt: skip
-        """Starts the next attempt; `launcher` stands before `-m workflows.run` (torchrun's own arguments). The process of a
-        further node is no attempt of its own, and has a log of its own: what two hosts append to one file can be lost."""
+        """Starts the next attempt; `launcher`: the arguments before `-m workflows.run` (torchrun's). The process of a further
+        node is part of the first node's attempt, but has a log of its own: what two hosts append to one file can be lost."""
         log = batch.runs(entry.name) / ("log.txt" if first_node else f"log.{socket.gethostname()}.txt")
         found = standing(entry)
-        if not shared_out(entry):
+        if not has_work_for_ranks(entry):
             launcher = ()
         options = ["--from", "verify"] if found.kind == "verify" else []
         if found.kind == "foreign" and overwrite:
@@ -81,7 +81,7 @@ class Child:
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True, preexec_fn=_prepare_torchrun if launcher else _prepare,
             )  # fmt: skip
-        process.returncode = 0  # `poll` waits for it with wait4; Popen's destructor shall not
+        process.returncode = 0  # `poll` waits for it with wait4; Popen's destructor must not
         if first_node:
             batch.record(
                 entry.name, "begun", pid=process.pid, began=process_began(process.pid), host=socket.gethostname(),
@@ -96,7 +96,7 @@ class Child:
         return cls(batch, entry, slot, pid, began, batch.runs(entry.name) / "log.txt", log_from, attempt)
 
     def poll(self) -> tuple[bool, int | None]:
-        """(has it ended, exit code as `judge` takes it)."""
+        """(whether it has ended, exit code as `judge_attempt` takes it)."""
         if self.adopted is not None:
             return not alive(self.adopted), None
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
@@ -107,8 +107,8 @@ class Child:
         return True, os.waitstatus_to_exitcode(status)
 
     def ask_to_stop(self, once: bool = False) -> None:
-        """SIGTERM, which finishes the block under way; a second one stops at once. `once`: only where the run has not said
-        that it was asked already, by a signal to all processes of a cluster's job. Under torchrun the workers get it."""
+        """Sends SIGTERM: the run finishes its block; a second one stops it at once. `once`: sends nothing if the log says that
+        the run was asked already, by a signal to all processes of a cluster's job. Under torchrun the workers get it."""
         self.asked_to_stop = True
         if once and NOTICE in _since(self.log, self.log_from):
             return
@@ -116,36 +116,36 @@ class Child:
             self._signal(pid, signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to all that the attempt started."""
+        """Sends SIGKILL to every process that the attempt started."""
         for pid in (self.pid, *_marked(_mark(self.batch, self.entry))):
             self._signal(pid, signal.SIGKILL)
 
     def _signal(self, pid: int, number: signal.Signals) -> None:
-        """Not to a process that an attempts.jsonl names and that no attempt of this batch started."""
+        """Sends nothing to a process that attempts.jsonl names but no attempt of this batch started."""
         if self.adopted is None or pid in _marked(_mark(self.batch, self.entry)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    def sweep(self) -> None:
-        """Kills what a dead attempt left running (vLLM has a session of its own, and would keep its memory)."""
+    def kill_orphans(self) -> None:
+        """Kills the processes that outlive their attempt (vLLM has a session of its own, and would keep its memory)."""
         for pid in _marked(_mark(self.batch, self.entry)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def shared_out(entry: Entry) -> bool:
-    """Whether the next attempt is work for several processes: calibration alone is."""
+def has_work_for_ranks(entry: Entry) -> bool:
+    """Whether several processes can share the next attempt: only calibration can be shared."""
     return entry.method == "calibrate" and standing(entry).kind not in ("verify", "done")
 
 
 def child_path() -> str:
-    """PYTHONPATH with this project in front: a run is of the same code as its batch, whatever is installed."""
+    """PYTHONPATH with this project in front: a run uses the code of its batch, whatever is installed."""
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join([str(_PROJECT), *(path for path in inherited if path and path != str(_PROJECT))])
 
 
 def resident_peak(pid: int) -> int | None:
-    """Largest resident size so far of a living process, in bytes."""
+    """Largest resident size so far of a living process, in bytes; None if it is gone."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -154,15 +154,15 @@ def resident_peak(pid: int) -> int | None:
 
 
 def torchrun(gpus: int, nodes: Sequence[str] = (), rank: int = 0, job: str = "") -> list[str]:
-    """What stands before `-m workflows.run` for one process per GPU; none for a single process. With several `nodes` (the
-    names of all hosts) the agents of all of them meet at the first, at a port made from the number of the job, and rank 0
-    is there; a node without GPUs has one process."""
+    """The arguments before `-m workflows.run` for one process per GPU; none for a single process. With several `nodes` (the
+    names of all hosts) their agents meet at the first one, which has rank 0, at a port derived from the job's number; a
+    node without GPUs has one process."""
     if max(gpus, 1) * max(len(nodes), 1) <= 1:
         return []
     ranks = ["-m", "torch.distributed.run", f"--nproc-per-node={max(gpus, 1)}", "--signals-to-handle=SIGQUIT"]
     if len(nodes) <= 1:
         return [*ranks, "--standalone"]
-    # torchrun's c10d backend would take no notice of the nodes' order.
+    # torchrun's c10d backend would ignore the nodes' order.
     return [
         *ranks, f"--nnodes={len(nodes)}", f"--node-rank={rank}", "--rdzv-backend=static", f"--rdzv-id={job}",
         f"--master-addr={nodes[0]}", f"--master-port={29400 + int(job) % 3000}",
@@ -170,14 +170,14 @@ def torchrun(gpus: int, nodes: Sequence[str] = (), rank: int = 0, job: str = "")
 
 
 def _prepare_torchrun() -> None:
-    """torchrun's agent would kill its workers 30 seconds behind a SIGTERM; they handle it themselves."""
+    """torchrun's agent would kill its workers 30 seconds after a SIGTERM; they handle it themselves."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _prepare()
 
 
 def _prepare() -> None:
-    """Slurm may send submitit's signal to every process of a job: only submitit's own shall act on it. Where memory ends,
-    the kernel shall kill a run before the batch."""
+    """Slurm may send submitit's signal to every process of a job: only submitit's own must act on it. If memory runs out,
+    the kernel must kill a run before the batch."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("500")
@@ -204,10 +204,10 @@ def _marked(mark: str) -> list[int]:
 
 
 def _workers(pid: int) -> list[int]:
-    """The children of a torchrun process; none where `pid` is no torchrun."""
+    """The children of a torchrun process; none if `pid` is no torchrun."""
     with contextlib.suppress(OSError):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         if b"torch.distributed.run" in command:
-            told = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-            return [int(word) for word in told.split()]
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+            return [int(child) for child in children.split()]
     return []

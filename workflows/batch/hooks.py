@@ -1,4 +1,4 @@
-"""What a batch tells the outside: a command of the user's own, and an MLflow file store."""
+"""What a batch reports to: a command of the user, and an MLflow file store."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _METRICS = ("size", "bits_per_parameter", "seconds", "peak_memory", "perplexity"
 
 
 class Hooks:
-    """Calls `--notify CMD` and writes to `--mlflow DIR`; a failure of either is said and never ends a batch."""
+    """Calls `--notify CMD` and writes to `--mlflow DIR`. A failure of either is reported, as `say(text, level)`, and never ends
+    a batch."""
 
     def __init__(self, batch: Path, notify: str | None, mlflow: Path | None, say: Callable[[str, str], None]) -> None:
-        """Raises RecipeError for a command that cannot be split, EnvironmentProblem where mlflow is not installed."""
+        """Raises RecipeError for a command that cannot be split, EnvironmentProblem if mlflow is not installed."""
         self.batch, self.say, self.given, self.store = batch, say, notify, mlflow
         try:
             self.command = shlex.split(notify) if notify else []
@@ -52,10 +53,10 @@ class Hooks:
             self.say(f"--notify: {self.command[0]} ended with {done.returncode}: {last}", "warning")
 
     def track(self, found: Mapping[str, Any]) -> None:
-        """One MLflow run per run of the batch: parameters, the metrics that are known, and its state as a tag."""
+        """Writes one MLflow run per run of the summary `found`: parameters, known metrics, and its state as a tag."""
         if self.store is None:
             return
-        # MLflow 3.17 wants a database; its file store is the one that needs nothing beside mlflow-skinny.
+        # MLflow 3.17 asks for a database; its file store is the one that needs only mlflow-skinny.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         mlflow = _import_mlflow()
         try:
@@ -66,7 +67,7 @@ class Hooks:
                     mlflow.log_params({key: row[key] for key in ("output", "source_size", "parameters")})
                     mlflow.log_metrics({key: row[key] for key in _METRICS if row[key] is not None})
                     mlflow.set_tags({key: row[key] or "" for key in ("state", "verdict", "reason")})
-        except Exception as error:  # a tracker's own trouble, of any kind, must not cost a night's batch its end
+        except Exception as error:  # no failure of a tracker, of whatever kind, may end a night's batch
             self.say(f"--mlflow {self.store}: {type(error).__name__}: {error}", "warning")
 
 

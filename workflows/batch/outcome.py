@@ -15,26 +15,26 @@ from calibration.checkpoint.files import read_json_or_none
 from recipes.errors import EnvironmentProblem, Interrupted, VerificationFailed
 from workflows.batch.state import Entry, standing
 
-#: How an attempt can end. `transient` is tried again after a while, `space` when the disk has room again, `stopped` by
-#: the next call of the batch, `failed` when somebody has changed something.
+#: How an attempt can end. `transient` is tried again after a while, `space` when the disk has space again, `stopped` by
+#: the next call of the batch, `failed` after somebody has changed something.
 OUTCOMES = ("done", "transient", "space", "stopped", "failed")
 
 _FULL = (os.strerror(errno.ENOSPC), "free some space", "no inode is left", " inodes free, the run needs ")
-#: Of exit code 4, what passes by itself: somebody else's run, ranks that were killed (`calibration.runs.ranks`), no memory for
-#: a mapping.
+#: Problems of exit code 4 that pass by themselves: another run, ranks that were killed (`calibration.runs.torchrun`), no
+#: memory for a mapping.
 _PASSES = ("another process works on this output", "is gone without a word", "no sign of life", "torchrun's store at",
            os.strerror(errno.ENOMEM))  # fmt: skip
-#: The last but one: the dynamic loader's words, which are others where a mount forbids execution.
+#: `failed to map segment` is the dynamic loader's; it adds `Operation not permitted` if a mount forbids execution.
 _MEMORY = re.compile(
     r"OutOfMemoryError|MemoryError|CUDA out of memory|Cannot allocate memory|std::bad_alloc|"
     r"failed to map segment from shared object(?!: Operation not permitted)|can't start new thread"
 )
-#: torchrun ends with 1 whatever ended its workers, and says in its own words what it was.
+#: torchrun ends with 1 whatever ended its workers, and logs what it was.
 _WORKER_KILLED = re.compile(r"Signal (\d+) \((SIG\w+)\) received by PID|exitcode\s*:\s*-(\d+)")
-#: Python's exit code where its last lines could not be written.
+#: Python's exit code if its last lines could not be written.
 _FLUSH_FAILED = 120
-#: Below this the log of a run has no room.
-_LEAST_BYTES = 1 << 16
+#: With less free space than this, a run could not write why it failed.
+_LOG_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 16
 _REASON_LENGTH = 300
 
@@ -47,11 +47,13 @@ class Outcome:
     reason: str = ""
 
 
-def judge(entry: Entry, code: int | None, began: float, log: Path, log_from: int, asked_to_stop: bool) -> Outcome:
-    """What became of an attempt.
+def judge_attempt(
+    entry: Entry, code: int | None, began: float, log: Path, log_from: int, asked_to_stop: bool
+) -> Outcome:
+    """Why an attempt ended.
 
-    code: the exit code, negative for a signal, None where nobody saw it (an orphan of a killed batch). began: seconds
-    since the epoch. log_from: where this attempt's lines begin in `log`.
+    code: the exit code, negative for a signal, None if nobody saw it (an orphan of a killed batch). began: seconds since
+    the epoch. log_from: where this attempt's lines begin in `log`. asked_to_stop: whether the batch asked for the end.
     """
     error = _error_event(entry, began)
     tail = _tail(log, log_from)
@@ -63,13 +65,13 @@ def judge(entry: Entry, code: int | None, began: float, log: Path, log_from: int
         code = int(known)
     reason = one_line((error.get("problems") or [""])[0] or _last_words(tail))
     if code is None:
-        told = one_line((error.get("problems") or ["ended while no batch was watching"])[0])
-        return Outcome("stopped" if asked_to_stop else "transient", told)
+        seen = one_line((error.get("problems") or ["ended while no batch was watching"])[0])
+        return Outcome("stopped" if asked_to_stop else "transient", seen)
     if code < 0:
         return Outcome("transient", killed_by(-code))
     if code == Interrupted.exit_code:
         if asked_to_stop:
-            return Outcome("stopped", "stopped behind a finished block")
+            return Outcome("stopped", "stopped after a finished block")
         return Outcome("transient", "stopped by a signal from outside")
     if code == VerificationFailed.exit_code:
         return _verification(entry, error, reason)
@@ -104,13 +106,13 @@ def killed_by(number: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """The first line with something in it, cut to a length that a table can show."""
+    """The first line that is not blank, cut to a length that a table can show."""
     first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return first if len(first) <= _REASON_LENGTH else first[: _REASON_LENGTH - 3] + "..."
 
 
 def _verification(entry: Entry, error: dict[str, Any], reason: str) -> Outcome:
-    """A FAIL is final, unless the engine itself was killed: then nothing was said about the checkpoint."""
+    """A FAIL is final, unless the engine itself was killed: then nothing is known about the checkpoint."""
     engine = (read_json_or_none(entry.run.path / "serving.json") or {}).get("exit_code")
     if isinstance(engine, int) and engine < 0:
         return Outcome("transient", f"vLLM {killed_by(-engine)}")
@@ -124,8 +126,8 @@ def _error_event(entry: Entry, began: float) -> dict[str, Any]:
 
 
 def _is_full(tail: str, place: Path) -> bool:
-    """Whether a crash was that of a full disk: it says so, or it could not, for the log's own disk is full."""
-    return _FULL[0] in tail or shutil.disk_usage(place).free < _LEAST_BYTES
+    """Whether a full disk caused a crash: the log says so, or its own disk is too full to say so."""
+    return _FULL[0] in tail or shutil.disk_usage(place).free < _LOG_BYTES
 
 
 def _tail(log: Path, begin: int) -> str:
@@ -141,8 +143,8 @@ def _tail(log: Path, begin: int) -> str:
 def _last_words(tail: str) -> str:
     """The last `error:` line of a log, else its last line."""
     lines = [line for line in tail.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error: ")]
-    return told[-1].removeprefix("error: ") if told else lines[-1] if lines else ""
+    errors = [line for line in lines if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else lines[-1] if lines else ""
 
 
 def _line_around(text: str, position: int) -> str:

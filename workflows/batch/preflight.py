@@ -1,4 +1,4 @@
-"""The preflight of a batch: every recipe, source, output and disk is looked at before the first run begins."""
+"""The preflight of a batch: checks every recipe, source, output and disk before the first run starts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from workflows.source import require_apart, resolve_source
 
 @dataclass(frozen=True)
 class Wanted:
-    """A run that the command line asks for: a recipe file and its overrides, under a name of its own."""
+    """A run that the command line asks for: a recipe file and its overrides, under a unique name."""
 
     name: str
     recipe: Path
@@ -49,7 +49,7 @@ class Wanted:
 
 @dataclass
 class Preflight:
-    """What the preflight found: the runs in their order, and problems of the batch as a whole; exit code with each."""
+    """What the preflight found: the runs in their order, and every problem with its exit code."""
 
     entries: list[Entry] = field(default_factory=list)
     problems: list[tuple[int, str]] = field(default_factory=list)
@@ -65,8 +65,8 @@ class Preflight:
 def wanted_runs(
     recipes: Sequence[Path], matrices: Sequence[tuple[Path, Matrix]], overrides: Sequence[str]
 ) -> list[Wanted]:
-    """The runs of a command line in their order: the recipes, then each matrix. Names are the recipes' file names, with
-    the directory before it where two are alike. Raises RecipeError where a base recipe cannot be read, or names clash."""
+    """The runs of a command line in their order: the recipes, then each matrix. A run is named after its recipe file, with the
+    directory in front if two files have one name. Raises RecipeError if a base recipe cannot be read, or names clash."""
     stems = Counter(path.stem for path in recipes)
     found = [
         Wanted(
@@ -91,7 +91,7 @@ def wanted_runs(
 
 def require_no_source(wanted: Sequence[Wanted], places: Mapping[str, Path | None]) -> None:
     """Raises RecipeError if one of the `places` that the batch itself writes to, by the option that names it, lies in the
-    source of a run. What is wrong with a recipe is the preflight's to say."""
+    source of a run. The preflight reports what is wrong with a recipe."""
     problems = []
     for run in wanted:
         with suppress(WorkflowError):
@@ -109,9 +109,9 @@ def preflight(
     wanted: Sequence[Wanted], batch: BatchDirectory, slots: int, overwrite: bool, say: Callable[[str], None],
     under_way: Collection[str] = (),
 ) -> Preflight:  # fmt: skip
-    """Looks at everything that can be known before the first run; freezes the recipes into the batch's directory and
-    claims the outputs. Opens a source once, however many runs read it. The outputs of runs that a cluster has `under_way` are
-    theirs. Problems are collected, none is raised."""
+    """Checks everything that can be known before the first run; freezes the recipes into the batch's directory and claims the
+    outputs, except those of runs that a cluster has `under_way`. Opens a source once, however many runs read it. Collects
+    all problems and raises none."""
     result = Preflight()
     loaded: dict[str, Recipe] = {}
     problems: dict[str, list[tuple[int, str]]] = defaultdict(list)
@@ -120,9 +120,9 @@ def preflight(
             loaded[run.name] = load_recipe(run.recipe, run.overrides, run.output)
         except WorkflowError as error:
             problems[run.name] += [(error.exit_code, text) for text in error.problems]
-    planned = _plan(loaded, problems, say)
-    _outputs_apart(loaded, problems)
-    _serving_engines(loaded, problems)
+    planned = _plan_runs(loaded, problems, say)
+    _require_separate_outputs(loaded, problems)
+    _check_serving_engines(loaded, problems)
     for run in wanted:
         recipe = loaded.get(run.name)
         frozen = batch.frozen(run.name)
@@ -131,19 +131,21 @@ def preflight(
             write_text(frozen, dump_recipe(recipe))
         entry = replace(entry, given=run.given, recipe=str(frozen.absolute()))
         if run.name in planned and run.name not in under_way:
-            problems[run.name] += [(EnvironmentProblem.exit_code, text) for text in _output(entry, batch, overwrite)]
+            problems[run.name] += [
+                (EnvironmentProblem.exit_code, text) for text in _claim_output(entry, batch, overwrite)
+            ]
         if problems[run.name]:
             texts = (text.removeprefix(f"{run.name}: ") for _, text in problems[run.name])
             entry = replace(entry, problems=list(dict.fromkeys(texts)))
         result.entries.append(entry)
         result.problems += problems[run.name]
-    result.problems += [(EnvironmentProblem.exit_code, text) for text in _disks(result.entries, slots)]
+    result.problems += [(EnvironmentProblem.exit_code, text) for text in _space_problems(result.entries, slots)]
     return result
 
 
-def ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float | None]]:
-    """(name, seconds from now) in the order in which the runs will end, each taking the first slot that is free; None
-    from the first run on whose time is not known."""
+def predict_ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float | None]]:
+    """(name, seconds from now) in the order in which the runs will end, each taking the first free slot; None from the first
+    run whose time is unknown."""
     free = [0.0] * slots
     found: list[tuple[str, float | None]] = []
     known = True
@@ -158,8 +160,8 @@ def ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float | None]]
     return sorted(found, key=lambda pair: float("inf") if pair[1] is None else pair[1])
 
 
-def needs(entry: Entry) -> tuple[Need, Need]:
-    """What a run will still put on disk: the rest of its output, and its activations."""
+def space_needs(entry: Entry) -> tuple[Need, Need]:
+    """The disk space that a run still needs: for the rest of its output, and for its activations."""
     scratch = activations_directory(Path(entry.scratch) if entry.scratch else None, entry.run.path, Path(entry.output))
     computed = standing(entry).kind in ("done", "verify")
     rest, files = (0, 0) if computed else (entry.activation_bytes, entry.activation_files)
@@ -170,7 +172,7 @@ def needs(entry: Entry) -> tuple[Need, Need]:
     )
 
 
-def _plan(
+def _plan_runs(
     loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]], say: Callable[[str], None]
 ) -> dict[str, Entry]:
     by_source: dict[tuple[str, str | None], list[str]] = defaultdict(list)
@@ -240,7 +242,7 @@ def _seconds(run: Run) -> float:
     return float(sum(stage["seconds"] for stage in told["stages"].values()))
 
 
-def _outputs_apart(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
+def _require_separate_outputs(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
     where = {name: Path(recipe.output).resolve() for name, recipe in loaded.items()}
     for name, output in where.items():
         for other, theirs in where.items():
@@ -250,7 +252,7 @@ def _outputs_apart(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int
                 problems[name].append((RecipeError.exit_code, text))
 
 
-def _serving_engines(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
+def _check_serving_engines(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
     users: dict[str, list[str]] = defaultdict(list)
     for name, recipe in loaded.items():
         if recipe.verify.serving is not None:
@@ -263,8 +265,8 @@ def _serving_engines(loaded: dict[str, Recipe], problems: dict[str, list[tuple[i
                 problems[name] += [(error.exit_code, text) for text in error.problems]
 
 
-def _output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
-    """What stands against writing to the output; claims it otherwise."""
+def _claim_output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
+    """Why the output cannot be written to; claims it if it can."""
     holder = entry.run.holder()
     if holder is not None and orphan(batch.attempts(entry.name)) is None and not entry.run.free():
         return [f"{entry.output}: another process works on it ({holder}); wait for it, or name another output"]
@@ -280,15 +282,15 @@ def _output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[str]:
     return [taken] if taken else []
 
 
-def _disks(entries: Sequence[Entry], slots: int) -> list[str]:
-    """All runs' outputs, and the activations of those that may run at the same time, against each file system."""
+def _space_problems(entries: Sequence[Entry], slots: int) -> list[str]:
+    """Compares the outputs of all runs, and the activations of those that may run at the same time, with each file system."""
     open_runs = [
         entry
         for entry in entries
         if not entry.problems and entry.plan_digest and standing(entry).kind not in ("done", "verify")
     ]
     at_once = sorted(open_runs, key=lambda entry: entry.activation_bytes, reverse=True)[:slots]
-    outputs, activations = [needs(entry)[0] for entry in open_runs], [needs(entry)[1] for entry in at_once]
+    outputs, activations = [space_needs(entry)[0] for entry in open_runs], [space_needs(entry)[1] for entry in at_once]
     return space_problems([*outputs, *activations])
 
 

@@ -9,40 +9,40 @@ from dataclasses import dataclass, field
 from calibration.runs.disk import Need, space_problems
 from recipes.errors import RecipeError
 from workflows.batch.attempt import Child, Slot, torchrun
-from workflows.batch.outcome import Outcome, judge
-from workflows.batch.preflight import needs
+from workflows.batch.outcome import Outcome, judge_attempt
+from workflows.batch.preflight import space_needs
 from workflows.batch.state import BatchDirectory, Entry, orphan, standing
 
 _TICK_SECONDS = 0.2
 _LONGEST_BACKOFF = 900.0
-#: From the second Ctrl-C to SIGKILL, where nothing else is said.
+#: From the second Ctrl-C to SIGKILL, unless the queue is given another time.
 _PATIENCE_SECONDS = 30.0
-#: Beside its output and its activations a run writes lines and pages; also with nothing left to compute.
-_ROOM = 1 << 20
+#: Beside its output and its activations a run writes logs and reports, even if nothing is left to compute.
+_REPORT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How a queue behaves. `tries`: attempts in a row that finish nothing; seconds for the rest; `until` since the
-    epoch; `space_patience`: how long a full disk is waited for."""
+    """How a queue behaves. `tries`: attempts in a row that finish nothing before a run is given up; `backoff`: seconds before
+    the second attempt; `until`: seconds since the epoch; `space_patience`: seconds to wait for space on a full disk."""
 
     tries: int = 3
     backoff: float = 30.0
     until: float | None = None
     space_patience: float = 3600.0
     overwrite: bool = False
-    #: Whether an attempt that could be tried again ends the queue instead: a cluster starts it on fresh nodes.
+    #: Whether a run that could be tried again is stopped instead: the cluster starts it on other nodes.
     once: bool = False
 
 
 @dataclass
 class Waiting:
-    """A run that is not under way."""
+    """A run that waits for a slot, a time or disk space."""
 
     entry: Entry
     not_before: float = 0.0
     failures: int = 0
-    #: Since when it has been waiting for disk space.
+    #: Since when it has waited for disk space, in seconds since the epoch.
     starved_since: float | None = None
 
 
@@ -50,10 +50,9 @@ class Waiting:
 class Queue:
     """Works on `entries` in their order until all are done, failed or stopped.
 
-    launcher: what stands before `-m workflows.run` for a slot (torchrun's arguments), none for one process.
-    should_stop: asked all the time; true lets every run finish its block. changed: called whenever a run has begun,
-    ended or finished a block. failed: called with each run that failed for good. patience: seconds from stopping at once
-    to SIGKILL.
+    launcher: slot -> the arguments before `-m workflows.run` (torchrun's), none for one process. should_stop: polled; true
+    lets every run finish its block. changed: called whenever a run starts, ends or finishes a block. failed: called with
+    each run that is given up and the reason. patience: seconds from stopping at once to SIGKILL.
     """
 
     batch: BatchDirectory
@@ -74,8 +73,9 @@ class Queue:
     _signature: tuple[tuple[int, int], ...] = ()
 
     def work(self) -> None:
-        """Runs to the end. On KeyboardInterrupt (the second Ctrl-C) every run is stopped at once, and it is raised."""
-        self._sort_out()
+        """Returns after the last run has ended. KeyboardInterrupt (the second Ctrl-C) stops every run at once and is raised
+        again."""
+        self._take_stock()
         self.changed()
         try:
             while self.running or (self.waiting and not self.stopping):
@@ -99,8 +99,8 @@ class Queue:
                 if not child.asked_to_stop:
                     child.ask_to_stop(once=True)
 
-    def _sort_out(self) -> None:
-        """Leaves out what is done, takes over what a killed batch left running, queues the others."""
+    def _take_stock(self) -> None:
+        """Skips the runs that are done, watches those that a killed batch left running, queues the others."""
         free = list(self.slots)
         for entry in self.entries:
             attempts = self.batch.attempts(entry.name)
@@ -119,26 +119,26 @@ class Queue:
             else:
                 self.batch.record(entry.name, "queued")
                 self.waiting.append(Waiting(entry))
-        self._signature = self._look()
+        self._signature = self._journal_sizes()
 
     def _tick(self) -> None:
         for child in list(self.running):
             ended, code = child.poll()
             if ended:
                 self.running.remove(child)
-                self._ended(child, code)
+                self._record_end(child, code)
         if self.should_stop():
-            self.stop("stop asked for")
+            self.stop("stop requested")
         elif self.rules.until is not None and time.time() >= self.rules.until:
-            self.stop("the hour of --until has come")
+            self.stop(f"reached --until ({time.strftime('%H:%M', time.localtime(self.rules.until))})")
         if not self.stopping:
-            self._fill()
-        signature = self._look()
+            self._start_ready_runs()
+        signature = self._journal_sizes()
         if signature != self._signature:
             self._signature = signature
             self.changed()
 
-    def _fill(self) -> None:
+    def _start_ready_runs(self) -> None:
         taken = [child.slot for child in self.running]
         for slot in self.slots:
             if slot in taken:
@@ -161,8 +161,8 @@ class Queue:
             return False
         if waiting.starved_since is None:
             return True
-        wanted = [*needs(waiting.entry), Need("log and reports", self.batch.path, _ROOM)]
-        missing = space_problems([*wanted, Need("journal and reports", waiting.entry.run.path, _ROOM)])
+        wanted = [*space_needs(waiting.entry), Need("log and reports", self.batch.path, _REPORT_BYTES)]
+        missing = space_problems([*wanted, Need("journal and reports", waiting.entry.run.path, _REPORT_BYTES)])
         if missing and now - waiting.starved_since > self.rules.space_patience:
             self.waiting.remove(waiting)
             self._fail(
@@ -170,11 +170,11 @@ class Queue:
             )
         return not missing
 
-    def _ended(self, child: Child, code: int | None) -> None:
+    def _record_end(self, child: Child, code: int | None) -> None:
         entry = child.entry
         waiting = self.attempted.pop(entry.name, Waiting(entry))
-        child.sweep()
-        outcome = judge(entry, code, child.began, child.log, child.log_from, child.asked_to_stop)
+        child.kill_orphans()
+        outcome = judge_attempt(entry, code, child.began, child.log, child.log_from, child.asked_to_stop)
         if outcome.kind in ("transient", "space") and (self.stopping or self.rules.once):
             outcome = Outcome("stopped", outcome.reason)
         progressed = entry.progress() > child.before
@@ -183,7 +183,7 @@ class Queue:
             cpu_seconds=child.cpu_seconds, seconds=round(time.time() - child.began, 1), progressed=progressed,
         )  # fmt: skip
         if outcome.kind in ("transient", "space"):
-            self._again(waiting, outcome, progressed)
+            self._retry_later(waiting, outcome, progressed)
         elif outcome.kind == "failed":
             self._fail(entry, outcome.reason)
         elif outcome.kind == "done":
@@ -191,10 +191,10 @@ class Queue:
             self.say(f"{entry.name}: done", "info")
         else:
             self.outcomes[entry.name] = outcome
-            self.say(f"{entry.name}: {outcome.reason}; the next call goes on", "warning")
+            self.say(f"{entry.name}: {outcome.reason}; run the same command to resume", "warning")
         self.changed()
 
-    def _again(self, waiting: Waiting, outcome: Outcome, progressed: bool) -> None:
+    def _retry_later(self, waiting: Waiting, outcome: Outcome, progressed: bool) -> None:
         waiting.failures = 1 if progressed else waiting.failures + 1
         if waiting.failures >= self.rules.tries:
             self._fail(waiting.entry, f"{outcome.reason} ({waiting.failures} attempts in a row finished nothing)")
@@ -208,7 +208,7 @@ class Queue:
         self.waiting.append(waiting)
         order = [entry.name for entry in self.entries]
         self.waiting.sort(key=lambda other: order.index(other.entry.name))
-        self.say(f"{waiting.entry.name}: {outcome.reason}; goes on in {delay:.0f} s", "warning")
+        self.say(f"{waiting.entry.name}: {outcome.reason}; next attempt in {delay:.0f} s", "warning")
 
     def _fail(self, entry: Entry, reason: str) -> None:
         self.outcomes[entry.name] = Outcome("failed", reason)
@@ -217,7 +217,7 @@ class Queue:
         self.changed()
         self.failed(entry, reason)
 
-    def _look(self) -> tuple[tuple[int, int], ...]:
+    def _journal_sizes(self) -> tuple[tuple[int, int], ...]:
         """Changes whenever a running run has finished a block."""
         found = []
         for child in self.running:
@@ -239,7 +239,7 @@ class Queue:
                 ended, code = child.poll()
                 if ended:
                     self.running.remove(child)
-                    self._ended(child, code)
+                    self._record_end(child, code)
             time.sleep(_TICK_SECONDS)
         for child in self.running:
             child.kill()
@@ -248,8 +248,8 @@ class Queue:
 
 
 def parse_slots(text: str | None) -> list[Slot]:
-    """`0-3,4-7` -> two slots of four GPUs; `0,1` -> two of one; None -> one slot with whatever the machine has.
-    Raises RecipeError."""
+    """`0-3,4-7` -> two slots of four GPUs; `0,1` -> two of one; None -> one slot with all that the machine has. Raises
+    RecipeError."""
     if text is None:
         return [Slot()]
     slots, seen = [], set[int]()
@@ -259,7 +259,7 @@ def parse_slots(text: str | None) -> list[Slot]:
             raise RecipeError(f"--gpus {text}: {part!r} must be a GPU number or a range such as 0-3")
         gpus = tuple(range(int(first), int(last or first) + 1))
         if seen & set(gpus):
-            raise RecipeError(f"--gpus {text}: GPU {min(seen & set(gpus))} stands in two slots; each may stand in one")
+            raise RecipeError(f"--gpus {text}: GPU {min(seen & set(gpus))} is in two slots; name each GPU once")
         seen |= set(gpus)
         slots.append(Slot(gpus))
     return slots

@@ -1,9 +1,10 @@
-"""What a batch is and how far it is, on disk alone: its directory, its runs, their attempts, their outputs.
+"""The directory of a batch: its runs, their attempts, their outputs. What it says is all that a batch remembers.
 
 <batch>/batch.json             the runs as the preflight found them
 <batch>/lock                   held while a batch process works
 <batch>/runs/<name>/           recipe.yaml (frozen), log.txt, attempts.jsonl
-<batch>/summary.json .html     see `batch_summary`
+<batch>/summary.json .html     see `summary`
+<batch>/expected               the runs that an executor has still to end, see `submission`
 <batch>/jobs/                  submitit's own files, with --executor
 """
 
@@ -32,14 +33,14 @@ from recipes.loader import load_recipe
 from workflows.run.standing import Standing
 from workflows.run.standing import standing as standing_of
 
-#: Facts of a run's journal that mean that it came further. Not `verified`: an engine that is killed leaves it each time.
+#: Facts of a run's journal that mean progress. Not `verified`: an engine that is killed leaves one each time.
 _PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a batch as the preflight found it. Bytes and files are the plan's; `problems` keep the run from being started;
-    `seconds` is predicted, None where it is not."""
+    """One run of a batch as the preflight found it. `given`: as the user spelled it; `recipe`: the frozen copy. Bytes and files
+    are the plan's; a run with `problems` is not started; `seconds` is predicted, None if it is not."""
 
     name: str
     given: str
@@ -65,14 +66,14 @@ class Entry:
         return RunDirectory(Path(self.output))
 
     def progress(self) -> int:
-        """Grows whenever the run has finished something for the first time."""
+        """A count that grows whenever the run finishes something for the first time."""
         facts = [fact for fact in self.run.facts() if fact.get("fact") in _PROGRESS]
         return len({(fact["fact"], fact.get("block"), str(fact.get("shards"))) for fact in facts})
 
 
 class BatchDirectory:
-    """The directory of a batch. `open` takes its lock and, with `claim`, the outputs of its runs. A `dry` one looks whether
-    these could be taken and creates nothing beside a temporary directory."""
+    """The directory of a batch. `open` takes its lock, `claim` that of an output. If `dry`, both only check whether the lock
+    could be taken, and nothing is created but a temporary directory."""
 
     def __init__(self, path: Path, dry: bool = False) -> None:
         self.path = path
@@ -80,7 +81,7 @@ class BatchDirectory:
         self._temporary = TemporaryDirectory(prefix="batch-") if dry else None
 
     def open(self) -> None:
-        """Creates the directory and takes its lock. Raises EnvironmentProblem where another batch process has it."""
+        """Creates the directory and takes its lock. Raises EnvironmentProblem if another batch process has it."""
         try:
             if self._temporary is None:
                 (self.path / "runs").mkdir(parents=True, exist_ok=True)
@@ -106,16 +107,16 @@ class BatchDirectory:
         )
 
     def close(self) -> None:
-        """Gives back every lock."""
-        self._give_back(0)
+        """Releases every lock."""
+        self._release_locks(0)
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    def release(self) -> None:
-        """Gives back the claims alone: the jobs of a cluster take them."""
-        self._give_back(1)
+    def release_claims(self) -> None:
+        """Releases the claims only: the jobs of a cluster take them."""
+        self._release_locks(1)
 
-    def _give_back(self, keep: int) -> None:
+    def _release_locks(self, keep: int) -> None:
         for file in self._locks[keep:]:
             with contextlib.suppress(OSError):
                 file.truncate(0)
@@ -131,7 +132,7 @@ class BatchDirectory:
         return (self.runs(name) if self._temporary is None else Path(self._temporary.name) / name) / "recipe.yaml"
 
     def record(self, name: str, fact: str, /, **facts: Any) -> None:
-        """Appends a line to the attempts of a run; a full disk loses it, and the run's own journal still tells."""
+        """Appends a line to the attempts of a run. A full disk loses it; the run's own journal then says what happened."""
         line = {"time": round(time.time(), 3), "fact": fact, **facts}
         with contextlib.suppress(OSError):
             append_line(self.runs(name) / "attempts.jsonl", line, durable=True)
@@ -145,14 +146,14 @@ class BatchDirectory:
         write_json(self.path / "batch.json", {**facts, "runs": [asdict(entry) for entry in entries]})
 
     def load(self) -> tuple[list[Entry], dict[str, Any]]:
-        """The runs and the other facts of batch.json. Raises EnvironmentProblem where there is none."""
+        """The runs and the other facts of batch.json. Raises EnvironmentProblem if there is none or it is damaged."""
         try:
-            told = read_json_object(self.path / "batch.json")
+            facts = read_json_object(self.path / "batch.json")
         except SourceError:
-            raise EnvironmentProblem(f"{self.path}: no batch has begun there; name its --directory") from None
+            raise EnvironmentProblem(f"{self.path}: no batch was started there; name its --directory") from None
         where, remedy = self.path / "batch.json", "the file is damaged or of another version: name another --directory"
         try:
-            entries = TypeAdapter(list[Entry]).validate_json(json.dumps(told.pop("runs", None)), strict=True)
+            entries = TypeAdapter(list[Entry]).validate_json(json.dumps(facts.pop("runs", None)), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, ("runs", *first["loc"])))
@@ -162,10 +163,10 @@ class BatchDirectory:
                 raise EnvironmentProblem(f"{where}: runs: {entry.name!r:.80} is no name of a run; {remedy}")
             if "\0" in entry.output or (entry.output and not Path(entry.output).name):
                 raise EnvironmentProblem(f"{where}: runs: {entry.output!r:.80} is no output; {remedy}")
-        return entries, told
+        return entries, facts
 
     def _take(self, path: Path) -> str | None:
-        """`_lock`; of a dry batch, that of a file which is there already."""
+        """Locks a file, or says who has it. In a dry batch only files that exist are locked."""
         if self._temporary is None or path.exists():
             return self._lock(path)
         there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -179,9 +180,9 @@ class BatchDirectory:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            told = file.read().strip()
+            holder = file.read().strip()
             file.close()
-            return told or "unknown"
+            return holder or "unknown"
         file.truncate(0)
         file.write(f"{self.path.absolute()}, pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -205,5 +206,5 @@ def alive(attempt: dict[str, Any]) -> bool:
 
 
 def orphan(attempts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The attempt that goes on although the batch that began it is gone."""
+    """The last attempt if its process lives: only one whose batch is gone still does when a batch starts."""
     return attempts[-1] if attempts and alive(attempts[-1]) else None

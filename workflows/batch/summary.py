@@ -1,4 +1,4 @@
-"""The summary of a batch, made from what lies on disk alone: rows for the terminal, summary.json and summary.html."""
+"""The summary of a batch, made from files alone: rows for the terminal, summary.json and summary.html."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from recipes.errors import WorkflowError
 from verify.checks import LEVELS
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
-from workflows.batch.preflight import ends
+from workflows.batch.preflight import predict_ends
 from workflows.batch.state import BatchDirectory, Entry, alive, standing
 from workflows.progress import clock, size
 from workflows.run.status import read_status
 
-#: States in the order in which somebody must look at them.
+#: The states of a run, the most urgent first.
 STATES = ("failed", "running", "retrying", "stopped", "waiting", "done")
+#: Seconds after which the page loads itself again.
 REFRESH = 60
 #: GPUs or jobs of a batch at most; batch.json may be damaged.
 MOST_SLOTS = 10_000
@@ -40,18 +41,18 @@ _STYLE = {
 
 
 def summarize(
-    batch: BatchDirectory, jobs: Mapping[str, str] | None = None, gone: Mapping[str, str] | None = None
+    batch: BatchDirectory, jobs: Mapping[str, str] | None = None, ended: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The whole batch as JSON: `counts` per state and `runs`, see `_row`. jobs: run -> state of its cluster job; gone: run
-    -> how its job ended, of jobs that the cluster has no longer."""
+    """The whole batch as JSON: `counts` per state and `runs`, see `_row`. jobs: run -> state of its cluster job; ended: run ->
+    how its last job ended, if the cluster no longer has it."""
     entries, facts = batch.load()
     slots = facts.get("slots")
     slots = slots if isinstance(slots, int) and 0 < slots <= MOST_SLOTS else 1
-    rows = [_row(batch, entry, (jobs or {}).get(entry.name), (gone or {}).get(entry.name)) for entry in entries]
+    rows = [_row(batch, entry, (jobs or {}).get(entry.name), (ended or {}).get(entry.name)) for entry in entries]
     pending = [
         entry for entry, row in zip(entries, rows, strict=True) if row["state"] in ("running", "retrying", "waiting")
     ]
-    expected = dict(ends(pending, slots)) if all(entry.seconds is not None for entry in pending) else {}
+    expected = dict(predict_ends(pending, slots)) if all(entry.seconds is not None for entry in pending) else {}
     for row in rows:
         row["expected_end_seconds"] = expected.get(row["name"])
     return {
@@ -64,7 +65,7 @@ def summarize(
 
 def write_summary(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Writes summary.json and summary.html and returns the former. Several processes (the jobs of a cluster) may call it
-    at the same time. Raises EnvironmentProblem where the files cannot be written."""
+    at the same time. Raises EnvironmentProblem if the files cannot be written."""
     from verify.report.page import render  # jinja2: not before it is needed
 
     with open(batch.path / "summary.lock", "a", opener=no_link) as lock:
@@ -90,7 +91,7 @@ def rewrite_summary(batch: BatchDirectory, say: Callable[[str, str], None]) -> N
 
 
 def print_summary(found: dict[str, Any], console: Console) -> None:
-    """The table that one reads in a minute."""
+    """Prints one row per run, and the counts."""
     table = Table("run", "state", "verdict", "size", "bits", "time", "peak memory", "ppl", "KL", "what to know")
     for row in found["runs"]:
         shown = _shown(row)
@@ -103,8 +104,8 @@ def print_summary(found: dict[str, Any], console: Console) -> None:
     console.print(f"{counts}; {found['batch']}/summary.html", soft_wrap=True)
 
 
-def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None) -> dict[str, Any]:
-    """One run. Bytes, seconds, bits per parameter; None where nothing is known or was measured.
+def _row(batch: BatchDirectory, entry: Entry, job: str | None, job_end: str | None) -> dict[str, Any]:
+    """One run. Bytes, seconds, bits per parameter; None if nothing is known or was measured.
 
     `size` is that of the output's shards now; `peak_memory` the largest resident size of any of the run's processes, as
     the kernel counted it, over all attempts; `seconds` the wall time of all attempts; perplexity and KL as the serving
@@ -112,7 +113,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None)
     """
     attempts = batch.attempts(entry.name)
     status = read_status(Path(entry.output)) if entry.output else {}
-    state, reason = _state(entry, attempts, status, job, gone)
+    state, reason = _state(entry, attempts, status, job, job_end)
     verified = entry.run.facts("verified") if entry.output else []
     verdicts = {level: verified[-1].get(level, "UNCHECKED") for level in LEVELS} if verified else {}
     serving = (verified and read_json_or_none(entry.run.path / "serving.json")) or {}
@@ -152,7 +153,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None, gone: str | None)
 
 
 def _state(
-    entry: Entry, attempts: Sequence[dict[str, Any]], status: dict[str, Any], job: str | None, gone: str | None
+    entry: Entry, attempts: Sequence[dict[str, Any]], status: dict[str, Any], job: str | None, job_end: str | None
 ) -> tuple[str, str]:
     """(state, why in one line)."""
     if entry.problems:
@@ -162,20 +163,20 @@ def _state(
     if fact == "gave_up":
         return "failed", last["reason"]
     elsewhere = fact == "begun" and last["host"] != socket.gethostname()
-    # Of a process of another host only the cluster knows; without it, the run's own lock is what there is.
-    lives = not gone and (status.get("holder") if job is None else "pending" not in job)
+    # Only the cluster knows about a process of another host; without one, the run's own lock decides.
+    lives = not job_end and (status.get("holder") if job is None else "pending" not in job)
     if fact == "begun" and (alive(last) or (elsewhere and lives)):
         return "running", job or ""
     if standing(entry).kind == "done":
         return "done", ""
-    if gone and (last.get("outcome") != "stopped" or not gone.endswith(("completed", "by now"))):
-        return "stopped", f"{gone}; the same command goes on"
+    if job_end and (last.get("outcome") != "stopped" or not job_end.endswith(("completed", "by now"))):
+        return "stopped", f"{job_end}; run the same command to resume"
     if fact == "ended" and last["outcome"] in ("transient", "space"):
         return "retrying", last["reason"]
     if fact == "ended":
         return "stopped", last["reason"]
     if fact == "begun" and not (elsewhere and job):
-        return "stopped", "its process is gone; the same command goes on"
+        return "stopped", "its process is gone; run the same command to resume"
     return "waiting", "; ".join(filter(None, (job, f"requeued: {last['reason']}" if fact == "requeued" else "")))
 
 

@@ -16,7 +16,7 @@ from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from tests.unit.batch.batches import looked_at, recipe
 from workflows.batch import preflight as batch_plan
 from workflows.batch.__main__ import main
-from workflows.batch.preflight import Wanted, ends, preflight
+from workflows.batch.preflight import Wanted, predict_ends, preflight
 from workflows.batch.state import BatchDirectory, Entry
 
 
@@ -94,8 +94,8 @@ def test_a_checkpoint_that_no_run_made_is_not_touched(tmp_path: Path, source: Pa
 
 def test_runs_end_in_the_order_that_the_slots_allow() -> None:
     entries = [Entry(name, "", "", "", seconds=seconds) for name, seconds in (("long", 9.0), ("b", 2.0), ("c", 3.0))]
-    assert ends(entries, 2) == [("b", 2.0), ("c", 5.0), ("long", 9.0)]
-    assert ends([*entries, Entry("d", "", "", "")], 1) == [("long", 9.0), ("b", 11.0), ("c", 14.0), ("d", None)]
+    assert predict_ends(entries, 2) == [("b", 2.0), ("c", 5.0), ("long", 9.0)]
+    assert predict_ends([*entries, Entry("d", "", "", "")], 1) == [("long", 9.0), ("b", 11.0), ("c", 14.0), ("d", None)]
 
 
 def test_the_preflight_reckons_activations_as_the_rehearsal_does(

@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,11 @@ def queue_of(batch: BatchDirectory, entries: list[Entry], rules: Rules) -> Queue
     return Queue(batch, entries, [Slot()], rules, lambda text, level: None)
 
 
-def test_until_starts_nothing_behind_its_hour(tmp_path: Path, source: Path, batch: BatchDirectory) -> None:
-    queue = queue_of(batch, looked_at(batch, recipe(tmp_path, "a", source)).entries, Rules(until=time.time() - 1))
+def test_until_starts_nothing_after_its_hour(tmp_path: Path, source: Path, batch: BatchDirectory) -> None:
+    until = datetime(2025, 1, 31, 7, 5).timestamp()
+    queue = queue_of(batch, looked_at(batch, recipe(tmp_path, "a", source)).entries, Rules(until=until))
     queue.work()
-    assert queue.outcomes["a"] == Outcome("stopped", "the hour of --until has come")
+    assert queue.outcomes["a"] == Outcome("stopped", "reached --until (07:05)")
     assert [attempt["fact"] for attempt in batch.attempts("a")] == ["queued"]
 
 
@@ -36,10 +38,10 @@ def test_attempts_that_finish_nothing_are_bounded_and_come_later_each_time(
     delays = []
     for progressed in (False, True, False):
         queue.waiting.clear()
-        queue._again(waiting, killed, progressed)
+        queue._retry_later(waiting, killed, progressed)
         delays.append(round(waiting.not_before - time.time()))
     assert delays == [30, 30, 120] and not queue.outcomes
-    queue._again(waiting, killed, False)
+    queue._retry_later(waiting, killed, False)
     assert queue.outcomes["a"] == Outcome("failed", "killed (3 attempts in a row finished nothing)")
     assert batch.attempts("a")[-1]["fact"] == "gave_up"
 
@@ -50,7 +52,7 @@ def test_a_full_disk_is_waited_for(
     (entry,) = looked_at(batch, recipe(tmp_path, "a", source)).entries
     queue, waiting = queue_of(batch, [entry], Rules(backoff=0.0)), Waiting(entry)
     usage = shutil.disk_usage(tmp_path)
-    queue._again(waiting, Outcome("space", "the disk is full"), False)
+    queue._retry_later(waiting, Outcome("space", "the disk is full"), False)
     waiting.entry = replace(entry, activation_bytes=50_000_000)
     wanted = entry.output_bytes + 50_000_000 + 2 * (1 << 20)  # and room for lines and pages
     for free, ready in ((wanted - 1, False), (wanted, True)):

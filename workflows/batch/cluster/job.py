@@ -19,7 +19,7 @@ from submitit.helpers import Checkpointable
 from recipes.errors import printable
 from recipes.matrix import Resources
 from recipes.streams import guard_streams
-from workflows.batch.attempt import Child, Slot, shared_out, torchrun
+from workflows.batch.attempt import Child, Slot, has_work_for_ranks, torchrun
 from workflows.batch.cluster.signals import OutOfTime, Signals, killed_marker, may_requeue
 from workflows.batch.hooks import Hooks
 from workflows.batch.queue import Queue, Rules
@@ -187,7 +187,7 @@ def _run_further_node(batch: BatchDirectory, entry: Entry, slot: Slot, launcher:
     says to all ranks ends this one too. Raises RuntimeError, which ends the job's step on all nodes, if the agent ends and
     the first node does not notice."""
     followed = {"outcome": "followed", "reason": ""}
-    if not shared_out(entry):
+    if not has_work_for_ranks(entry):
         return followed
     known = len(batch.attempts(entry.name))
 
