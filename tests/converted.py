@@ -18,6 +18,7 @@ from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from tests.exported import EXPERTS, plan_of, recipe
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure.structure import verify_structure
 
 LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
@@ -60,7 +61,7 @@ def tensors(output: str | Path) -> dict[str, torch.Tensor]:
 
 def failing(made: Recipe) -> set[str]:
     plan, formats = plan_of(Path(made.source.checkpoint), made)
-    checks = verify_structure(Path(made.output), plan, formats.checkpoint)
+    checks = verify_structure(Path(made.output), Known(plan, formats))
     checks += verify_fidelity(Path(made.output), plan, formats)
     return {check.id for check in checks if check.verdict == "FAIL"}
 

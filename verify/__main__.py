@@ -27,7 +27,8 @@ from recipes.places import is_inside
 from recipes.schema import Fidelity, Serving
 from recipes.streams import exit_with, printed
 from verify.checks import LEVELS, Check, failed, to_json, verdict
-from verify.levels import print_samples, verify_levels
+from verify.known import Known
+from verify.levels import Settings, print_samples, verify_levels
 from verify.report.page import Report
 from verify.report.tables import OutputConsole, print_checks
 from verify.serving.serving import check_serving
@@ -138,11 +139,11 @@ def verify(
     if "serving" in wanted:
         check_serving(serving, checkpoint, *([source] if source is not None else []))
     with TemporaryDirectory(prefix="verify-") as temporary:
-        checks, result = verify_levels(
-            checkpoint, wanted, granted.logs or Path(temporary), plan=plan, source=formats, fidelity=fidelity, text=text,
-            serving=serving,
+        settings = Settings(
+            wanted, granted.logs or Path(temporary), fidelity, text, serving,
             trust_remote_code=granted.trust_remote_code or (named is not None and named.source.trust_remote_code),
         )  # fmt: skip
+        checks, result = verify_levels(checkpoint, Known(plan, formats), settings)
     return own + checks, result.get("samples", [])
 
 

@@ -2,68 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from calibration.checkpoint.formats import Formats
-from calibration.plan.plan import Plan
 from recipes.schema import Calibration, Fidelity, Serving
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_with_forward
+from verify.known import Known
 from verify.serving.serving import SourceToServe, source_as_stored, verify_serving
 from verify.structure.structure import verify_structure
 
 _FIDELITY = "no quantized weight is far from the source's"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How a checkpoint is verified: the `levels` to check, `logs` for the serving engine's files, the thresholds of
+    `fidelity`, the `text` that it runs through every block (the bundled set if None), the engine that serves (`serving`;
+    none if None), `source_to_serve` the source as the engine can load it (as it is stored if None), and whether the
+    checkpoint's own code may run."""
+
+    levels: Collection[str]
+    logs: Path
+    fidelity: Fidelity | None = None
+    text: Calibration | None = None
+    serving: Serving | None = None
+    source_to_serve: SourceToServe | None = None
+    trust_remote_code: bool = False
+
+
 def verify_levels(
     directory: Path,
-    levels: Collection[str],
-    log_dir: Path,
-    *,
-    plan: Plan | None = None,
-    source: Formats | None = None,
-    fidelity: Fidelity | None = None,
-    text: Calibration | None = None,
-    serving: Serving | None = None,
-    source_to_serve: SourceToServe | None = None,
-    trust_remote_code: bool = False,
-    digests: Mapping[str, str] | None = None,
+    known: Known,
+    settings: Settings,
     say: Callable[[str], None] = lambda text: None,
     on_fidelity: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Makes the checks of `levels` (structure, fidelity, serving) and returns them with the serving engine's result.
+    """Makes the checks of the levels and returns them with the serving engine's result.
 
-    source_to_serve: the source as the engine can load it; the source as stored when left out.
-    `digests` are the shards' as the run wrote them (see `verify_structure`). Fidelity needs a source and a whole
-    structure, else it is UNCHECKED; it runs `text` (the bundled set where there is none) through every block, and
-    `on_fidelity` gets its data (the content of fidelity.json). A broken checkpoint gives verdicts, not exceptions;
-    EnvironmentProblem is raised where there is no engine to ask.
+    Fidelity needs a source and a whole structure, else it is UNCHECKED; `on_fidelity` gets its data (the content of
+    fidelity.json). A broken checkpoint gives verdicts, not exceptions; EnvironmentProblem is raised if there is no
+    engine to ask.
     """
     checks: list[Check] = []
-    if "structure" in levels:
+    if "structure" in settings.levels:
         say("verify: structure")
-        checks += verify_structure(directory, plan, source.checkpoint if source else None, digests=digests)
-    if "fidelity" in levels:
+        checks += verify_structure(directory, known)
+    if "fidelity" in settings.levels:
         broken = any(check.verdict == "FAIL" for check in checks)
-        if source is None or broken:
+        if known.source is None or broken:
             why = "the structure is broken" if broken else "no source given"
             checks.append(Check("fidelity.weights", "UNCHECKED", _FIDELITY, why, "", "not run"))
         else:
             say("verify: fidelity")
-            report = verify_with_forward(directory, plan, source, fidelity, text, trust_remote_code)
+            report = verify_with_forward(
+                directory, known.plan, known.source, settings.fidelity, settings.text, settings.trust_remote_code
+            )
             checks += report.checks
             on_fidelity(report.data)
-    if "serving" not in levels or serving is None:
+    if "serving" not in settings.levels or settings.serving is None:
         return checks, {}
     say("verify: serving (vLLM loads the checkpoint in its own process)")
-    if source_to_serve is None and source is not None:
-        source_to_serve = source_as_stored(source, serving)
+    source = settings.source_to_serve
+    if source is None and known.source is not None:
+        source = source_as_stored(known.source, settings.serving)
     served, result = verify_serving(
-        directory, serving, log_dir, trust_remote_code=trust_remote_code, source=source_to_serve
+        directory, settings.serving, settings.logs, trust_remote_code=settings.trust_remote_code, source=source
     )
     return checks + served, result
 

@@ -25,6 +25,7 @@ from tests.benchmarks.convert_benchmark import forget
 from tests.benchmarks.convert_once import TARGET
 from tests.exported import plan_of
 from tests.unit.test_convert import run
+from verify.known import Known
 from verify.structure.stream import Judge, Piece, read_all
 from verify.structure.structure import verify_structure
 
@@ -59,9 +60,9 @@ def main() -> None:
     methods: dict[str, Callable[[], object]] = {
         "read": lambda: read_all(Checkpoint.open(output), Nothing, {}, None, {}),
         "structure": lambda: verify_structure(output),
-        "structure, plan": lambda: verify_structure(output, plan, formats.checkpoint),
-        "structure, plan, CRC-32": lambda: verify_structure(output, plan, formats.checkpoint, digests=crc),
-        "structure, plan, SHA-256": lambda: verify_structure(output, plan, formats.checkpoint, digests=sha),
+        "structure, plan": lambda: verify_structure(output, Known(plan, formats)),
+        "structure, plan, CRC-32": lambda: verify_structure(output, Known(plan, formats, crc)),
+        "structure, plan, SHA-256": lambda: verify_structure(output, Known(plan, formats, sha)),
     }
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     for _ in range(options.rounds):

@@ -29,6 +29,7 @@ from tests.faults.test_serving_faults import served
 from tests.reference.engine import VLLM_PYTHON
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure.structure import verify_structure
 
 _PEERS = {"vllm": VLLM_PYTHON, "transformers": sys.executable}
@@ -61,15 +62,17 @@ def lowest(fault: Fault, good: Good, directory: Path) -> tuple[str, list[str]]:
     """The lowest level at which a check says FAIL, and those checks. Digests, which see every change, come last, and
     serving is tried for the faults that promise it."""
 
-    source = good.source.checkpoint
     for level, check in (
         ("structure", lambda: verify_structure(directory)),
-        ("structure with source", lambda: verify_structure(directory, good.plan, source)),
+        ("structure with source", lambda: verify_structure(directory, Known(good.plan, good.source))),
         ("fidelity", lambda: verify_fidelity(directory, good.plan, good.source)),
         (
             ("serving", lambda: served(good, directory, directory.with_name("logs")))
             if fault.level == "serving"
-            else ("structure in a run", lambda: verify_structure(directory, good.plan, source, digests=good.digests))
+            else (
+                "structure in a run",
+                lambda: verify_structure(directory, Known(good.plan, good.source, good.digests)),
+            )
         ),
     ):
         found = failing(check())

@@ -14,6 +14,7 @@ from tests.faults.checkpoints import BASES, Good, make
 from tests.faults.faults import FAULTS, Fault
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure.structure import verify_structure
 
 ROOT = Path(__file__).parents[2]
@@ -30,8 +31,8 @@ def judged(fault: Fault, good: Good, directory: Path) -> list[Check]:
         return verify_fidelity(directory, good.plan, good.source)
     if fault.level == "structure":
         return verify_structure(directory)
-    digests = good.digests if fault.level == "structure in a run" else None
-    return verify_structure(directory, good.plan, good.source.checkpoint, digests=digests)
+    digests = good.digests if fault.level == "structure in a run" else {}
+    return verify_structure(directory, Known(good.plan, good.source, digests))
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.level != "serving"], ids=lambda fault: fault.name)
@@ -45,16 +46,16 @@ def test_the_fault_is_caught(good: Callable[[str], Good], tmp_path: Path, fault:
     ]
     if fault.level == "structure":
         # What the checkpoint alone betrays is not forgiven where the source is known.
-        checks = verify_structure(directory, base.plan, base.source.checkpoint)
+        checks = verify_structure(directory, Known(base.plan, base.source))
         assert "FAIL" in {check.verdict for check in checks}
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_unspoiled_checkpoints_pass(good: Callable[[str], Good], base: str) -> None:
-    known = good(base)
-    alone = verify_structure(known.directory)
-    whole = verify_structure(known.directory, known.plan, known.source.checkpoint, digests=known.digests)
-    fidelity = verify_fidelity(known.directory, known.plan, known.source)
+    made = good(base)
+    alone = verify_structure(made.directory)
+    whole = verify_structure(made.directory, Known(made.plan, made.source, made.digests))
+    fidelity = verify_fidelity(made.directory, made.plan, made.source)
     assert {check.verdict for check in [*alone, *whole, *fidelity]} <= {"PASS", "WARN", "UNCHECKED"}, [
         *alone,
         *whole,

@@ -16,6 +16,7 @@ from tests.exported import EXPERTS, export, plan_of, recipe
 from tests.models import deepseek_v4, standard
 from tests.unit.test_convert import run
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure.structure import verify_structure
 
 LINEAR = [r"re:.*layers\..*(_proj|\.w[123])$"]
@@ -95,7 +96,7 @@ GOOD: dict[str, Callable[[Path], Made]] = {
 def test_a_good_checkpoint_passes(tmp_path: Path, name: str) -> None:
     plan, source = GOOD[name](tmp_path)
     output = tmp_path / "output"
-    alone, whole = verify_structure(output), verify_structure(output, plan, source.checkpoint)
+    alone, whole = verify_structure(output), verify_structure(output, Known(plan, source))
     checks = [*alone, *whole, *verify_fidelity(output, plan, source)]
     assert not [check for check in checks if check.verdict == "FAIL"]
     assert [check.id for check in checks if check.verdict == "UNCHECKED"] == ["structure.copies"]

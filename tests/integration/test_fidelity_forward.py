@@ -27,6 +27,7 @@ from tests.reference import nvfp4 as reference
 from verify.fidelity.fidelity import verify_with_forward
 from verify.fidelity.forward import InputSeen, measure_blocks, quantize_input, quantize_input_fp8, verify_forward
 from verify.fidelity.input_scales import input_scale_check
+from verify.known import Known
 from verify.structure.structure import verify_structure
 
 LINEAR = r"re:^model\.layers\.\d+\..*(proj|w[123])$"
@@ -95,12 +96,12 @@ def judged(directory: Path, dtype: torch.dtype) -> dict[str, tuple[str, list[flo
     source, output = spelled(directory, dtype), directory / "output"
     plan, formats = export(source, output, recipe(source, output, LINEAR))
     found = {}
-    for known in (plan, None):
-        checks = verify_structure(output, known, formats.checkpoint)
-        checks += verify_with_forward(output, known, formats, Fidelity(tokens=64), TEXT).checks
+    for given in (plan, None):
+        checks = verify_structure(output, Known(given, formats))
+        checks += verify_with_forward(output, given, formats, Fidelity(tokens=64), TEXT).checks
         for check in checks:
             numbers = [float(n) for n in re.findall(r"(?<![\w.])\d+\.?\d*(?:e-?\d+)?", check.figure)]
-            found[f"{check.id}, {'plan' if known else 'no plan'}"] = (check.verdict, numbers)
+            found[f"{check.id}, {'plan' if given else 'no plan'}"] = (check.verdict, numbers)
     return found
 
 

@@ -27,6 +27,7 @@ from recipes.errors import WorkflowError
 from recipes.loader import dump_recipe, load_recipe
 from tests.exported import calibrated, plan_of, recipe
 from tests.mutations.mutate import mutated_bytes, mutated_json, mutated_lines
+from verify.known import Known
 from verify.serving.serving import kv_cache_bytes
 from verify.structure.structure import verify_structure
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
@@ -248,11 +249,11 @@ class Quantization(Kind):
             exporter.block(block, calibrated(plan, formats, block))
         exporter.rest({})
         finish_output(plan, formats.checkpoint, exporter.output, dump_recipe(made))
-        self.output, self.plan, self.source, self.recipe = self.directory / "out", plan, formats.checkpoint, made
+        self.output, self.plan, self.source, self.recipe = self.directory / "out", plan, formats, made
         self.config = json.loads((self.output / CONFIG_NAME).read_text())
         for model_type in ("llama", "mixtral", "qwen3_moe", "deepseek_v4"):  # imports what their checks need
             (self.output / CONFIG_NAME).write_text(json.dumps({**self.config, "model_type": model_type}))
-            verify_structure(self.output, self.plan, self.source)
+            verify_structure(self.output, Known(self.plan, self.source))
 
     def run(self, rng: random.Random) -> bool:
         whole = dict(self.config)
@@ -263,7 +264,7 @@ class Quantization(Kind):
             raw = mutated_json(whole, rng)
         (self.output / CONFIG_NAME).write_bytes(raw)
         against = rng.choice(((None, None), (None, self.source), (self.plan, self.source)))
-        checks = verify_structure(self.output, *against)
+        checks = verify_structure(self.output, Known(*against))
         if rng.random() < 0.2:
             _described(Checkpoint.open(self.output), self.recipe)
         return any(check.verdict == "FAIL" for check in checks)

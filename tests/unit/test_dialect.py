@@ -17,6 +17,7 @@ from calibration.checkpoint.index import Checkpoint
 from tests.converted import LINEAR, converting, digests, run, tensors
 from tests.models import deepseek_v4, standard
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure.structure import verify_structure
 from workflows import convert_dialect
 
@@ -250,7 +251,7 @@ def test_the_same_command_resumes_to_the_same_bytes_and_only_overwrite_replaces_
 
 def _verdicts(directory: Path, source: Path | None = None) -> dict[str, str]:
     """The checks that say neither PASS nor, without a source, what only that could tell."""
-    checks = verify_structure(directory, None, Checkpoint.open(source) if source else None)
+    checks = verify_structure(directory, Known(source=Formats(Checkpoint.open(source)) if source else None))
     return {c.id: f"{c.verdict}: {c.figure}" for c in checks if c.verdict not in ("PASS", "UNCHECKED")}
 
 

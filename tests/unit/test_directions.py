@@ -42,15 +42,19 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "verify/inside_vllm": (),
     "verify/checks": (),
-    "verify/structure": (*KNOWING, "verify/checks"),
+    "verify/known": KNOWING,
+    "verify/structure": (*KNOWING, "verify/checks", "verify/known"),
     "verify/fidelity": (*KNOWING, "verify/checks", "calibration/data", "calibration/model"),
     "verify/serving": (*KNOWING, "verify/checks"),
     "verify/report": ("verify/checks",),
-    "verify": (*KNOWING, "verify/checks", "verify/structure", "verify/fidelity", "verify/serving", "verify/report"),
+    "verify": (
+        *KNOWING, "verify/checks", "verify/known", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
+    ),
     "workflows": (*RUNNING, "calibration/convert", "verify/checks", "verify", "verify/report"),
     "workflows/run": (
         *RUNNING, "calibration/data", "calibration/model", "calibration/engine", "calibration/convert", "calibration/forecast",
-        "verify/checks", "verify", "verify/structure", "verify/fidelity", "verify/serving", "verify/report", "workflows",
+        "verify/checks", "verify/known", "verify", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
+        "workflows",
     ),
     "workflows/batch": (
         *RUNNING, "calibration/forecast", "verify/checks", "verify/serving", "verify/report", "workflows", "workflows/run",
@@ -92,9 +96,6 @@ PARAMETERS: dict[str, str] = {
     "calibration.engine.walk.Walk._work": "a block on its way becomes one value",
     "calibration.runs.resume.open_resume": "takes the Task",
     "calibration.runs.resume._opened": "takes the Task",
-    "verify.fidelity.verdicts._worst": "a limit becomes one value",
-    "verify.levels.verify_levels": "takes what is known as one value",
-    "verify.structure.structure._tensors": "takes what is known as one value",
 }  # fmt: skip
 
 

@@ -24,6 +24,8 @@ from tests.faults.editing import config, json_file, values
 from tests.models import standard
 from verify import __main__ as command
 from verify.checks import Check
+from verify.known import Known
+from verify.levels import Settings
 from verify.structure.structure import verify_structure
 
 LOOSE = {
@@ -58,8 +60,8 @@ def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the command line hands to the levels; the levels themselves are left out."""
     seen: dict[str, Any] = {}
 
-    def levels(directory: Path, levels: object, logs: Path, **options: Any) -> tuple[list[Check], dict[str, Any]]:
-        seen.update(options)
+    def levels(directory: Path, known: Known, settings: Settings) -> tuple[list[Check], dict[str, Any]]:
+        seen.update(vars(known) | vars(settings))
         return [], {}
 
     monkeypatch.setattr(command, "verify_levels", levels)

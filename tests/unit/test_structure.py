@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.files import file_digest
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.families import registry
 from calibration.families.registry import FAMILIES, expected_tensors, family_of
@@ -29,8 +30,10 @@ from tests.models.tokenizer import write_json
 from tests.unit.test_convert import run
 from verify.checks import Check, level_verdicts
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure import stream
 from verify.structure.served_config import config_check
+from verify.structure.stream import Progress
 from verify.structure.structure import verify_structure
 from verify.structure.tokenizer import tokenizer_check
 
@@ -48,8 +51,10 @@ def output(good: tuple, tmp_path: Path) -> Path:
     return Path(shutil.copytree(good[0], tmp_path / "output"))
 
 
-def check(good: tuple, directory: Path, **options: Any) -> list[Check]:
-    return verify_structure(directory, good[1], good[2].checkpoint, **options)
+def check(
+    good: tuple, directory: Path, digests: dict[str, str] | None = None, progress: Progress | None = None
+) -> list[Check]:
+    return verify_structure(directory, Known(good[1], good[2], digests or {}), progress)
 
 
 def by_id(checks: list[Check]) -> dict[str, Check]:
@@ -63,10 +68,10 @@ def test_a_good_output_passes_with_and_without_its_source(good: tuple) -> None:
 
 
 def test_a_source_without_a_plan_still_tells_what_is_lost(good: tuple, output: Path) -> None:
-    source = good[2].checkpoint
-    assert level_verdicts(verify_structure(output, source=source))["structure"] == "WARN"  # another quantization_config
+    known = Known(source=good[2])
+    assert level_verdicts(verify_structure(output, known))["structure"] == "WARN"  # another quantization_config
     drop(r"^mtp\.")(output)
-    found = by_id(verify_structure(output, source=source))
+    found = by_id(verify_structure(output, known))
     assert (found["mtp"].verdict, found["tensors"].verdict) == ("FAIL", "FAIL")
     assert by_id(verify_structure(output))["mtp"].verdict == "WARN"
 
@@ -237,7 +242,7 @@ def test_a_source_that_is_not_what_its_config_promises_does_not_excuse_the_outpu
     """vLLM cannot load names that the family does not have, whoever wrote them first."""
     source = standard.write(tmp_path / "source", "llama")
     rename(r"^model\.", "model.language_model.")(source)
-    found = by_id(verify_structure(source, source=Checkpoint.open(source)))["tensors"]
+    found = by_id(verify_structure(source, Known(source=Formats(Checkpoint.open(source)))))["tensors"]
     assert found.verdict == "FAIL" and "did it become model.language_model" in found.figure
 
 
@@ -248,10 +253,10 @@ def test_an_expert_of_zeros_is_no_fault_where_the_source_s_is(tmp_path: Path, kn
     made = recipe(source, output, r"re:.*mlp\.experts\.\d+\..*_proj$", "NVFP4A16", method="convert", calibration=None)
     run(made)
     plan, formats = plan_of(source, made)
-    given = None if known == "nothing" else formats.checkpoint
-    found = by_id(verify_structure(output, plan if known == "plan" else None, given))["zeros"]
+    given = Known(plan if known == "plan" else None, None if known == "nothing" else formats)
+    found = by_id(verify_structure(output, given))["zeros"]
     assert found.verdict == ("WARN" if known == "nothing" else "PASS"), found.figure
-    if given is not None:
+    if known != "nothing":
         assert not [
             c for c in verify_fidelity(output, plan if known == "plan" else None, formats) if c.verdict == "FAIL"
         ]

@@ -35,6 +35,15 @@ class Pairs:
     problems: list[str]
 
 
+@dataclass(frozen=True)
+class _Limit:
+    """The worst figure that passes: the largest one, or the smallest if `at_least`; `percent` says how it is shown."""
+
+    value: float
+    at_least: bool = False
+    percent: bool = False
+
+
 def weight_checks(
     measured: dict[str, Measured], places: dict[str, Place], family: Family, options: Fidelity
 ) -> list[Check]:
@@ -45,17 +54,17 @@ def weight_checks(
     for id, some, limit in (("weights", nvfp4, options.worst_error), ("fp8_weights", fp8, options.worst_error_fp8)):
         if some:
             checks.append(_worst(id, "no quantized weight is far from the source's", some, lambda m: m.relative_error,
-                                 at_most=limit))  # fmt: skip
+                                 _Limit(limit)))  # fmt: skip
     checks += [
         _worst("cosine", "every quantized weight points where the source's does", measured, lambda m: m.cosine,
-               at_least=options.min_cosine),
+               _Limit(options.min_cosine, at_least=True)),
         _block_sqnr(measured, places, options.min_sqnr),
         _worst("saturation", "few codes at the largest magnitude", measured, lambda m: m.saturated,
-               at_most=options.max_saturated, percent=True),
+               _Limit(options.max_saturated, percent=True)),
         _worst("zero_groups", "few groups became zero that are not zero in the source", measured,
-               lambda m: m.lost_groups, at_most=options.max_zero_groups, percent=True),
+               lambda m: m.lost_groups, _Limit(options.max_zero_groups, percent=True)),
         _worst("group_scales", "no group is scaled up or down against the source", measured, _group_gain,
-               at_most=options.max_group_gain),
+               _Limit(options.max_group_gain)),
     ]  # fmt: skip
     if nvfp4:
         checks.append(_global_scales(nvfp4, family))
@@ -71,25 +80,23 @@ def _group_gain(m: Measured) -> float:
 
 
 def _worst(
-    id: str, what: str, measured: dict[str, Measured], figure: Callable[[Measured], float], *,
-    at_most: float | None = None, at_least: float | None = None, percent: bool = False,
-) -> Check:  # fmt: skip
+    id: str, what: str, measured: dict[str, Measured], figure: Callable[[Measured], float], limit: _Limit
+) -> Check:
     values = {module: figure(m) for module, m in measured.items()}
-    sign, limit, relation = (1, at_most, "<=") if at_most is not None else (-1, at_least, ">=")
-    assert limit is not None
+    sign, relation = (-1, ">=") if limit.at_least else (1, "<=")
     # NaN is the worst of all, and no comparison with it is true.
     worst = max(values, key=lambda module: (values[module] != values[module], sign * values[module]))
-    verdict: Verdict = "PASS" if sign * values[worst] <= sign * limit else "FAIL"
+    verdict: Verdict = "PASS" if sign * values[worst] <= sign * limit.value else "FAIL"
 
     def spell(value: float) -> str:
-        return f"{value:.2%}" if percent else f"{value:.4f}"
+        return f"{value:.2%}" if limit.percent else f"{value:.4f}"
 
-    bad = sum(not sign * value <= sign * limit for value in values.values())
+    bad = sum(not sign * value <= sign * limit.value for value in values.values())
     more = f", {bad} beyond the threshold" if bad > 1 else ""
     text = (
         f"worst {spell(values[worst])} ({worst}), median {spell(statistics.median(values.values()))} of {len(values)}"
     )
-    return Check(f"fidelity.{id}", verdict, what, text + more, f"{relation} {spell(limit)}", HOW)
+    return Check(f"fidelity.{id}", verdict, what, text + more, f"{relation} {spell(limit.value)}", HOW)
 
 
 def _block_sqnr(measured: dict[str, Measured], places: dict[str, Place], limit: float) -> Check:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from calibration.families.registry import expected_tensors, family_of
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
+from verify.known import Known
 from verify.structure.nvidia import is_nvidia, read_nvidia
 from verify.structure.served_config import config_check
 from verify.structure.side_files import files_check
@@ -40,16 +40,12 @@ _UNKNOWN = Family("unknown", (), r"layers\.(\d+)\.", (
 ), (("gate_proj", "up_proj"), ("q_proj", "k_proj", "v_proj")), lambda _: iter(()), mtp=r"^mtp\.(\d+)?")  # fmt: skip
 
 
-def verify_structure(
-    directory: Path,
-    plan: Plan | None = None,
-    source: Checkpoint | None = None,
-    progress: Progress | None = None,
-    digests: Mapping[str, str] | None = None,
-) -> list[Check]:
-    """Checks the checkpoint in `directory`: against `plan` where there is one, and always against its own config. With
-    `source` copies, config and tokenizer are compared too. `digests` (shard -> sha256 hex or `crc32:<hex>:<bytes>`) are
-    those of the run that wrote it. `progress(done, total)` counts bytes read. Never raises for a broken checkpoint."""
+def verify_structure(directory: Path, known: Known | None = None, progress: Progress | None = None) -> list[Check]:
+    """Checks the checkpoint in `directory`: against the plan if one is `known`, and always against its own config. With a
+    source copies, config and tokenizer are compared too. `progress(done, total)` counts bytes read. Never raises for a
+    broken checkpoint."""
+    known = known or Known()
+    plan, source = known.plan, known.original
     what = "headers, index and shards fit together"
     try:
         output = Checkpoint.open(directory)
@@ -70,7 +66,7 @@ def verify_structure(
     quantization = read_nvidia(output.config, family) if nvidia else read_quantization(output.config)
     resolution = Resolution(family, quantization, stored)
     checks += [
-        _tensors(output, family, plan, source, wanted, stored, orphans),
+        _tensors(output, family, known, wanted, stored, orphans),
         _dialect(NVIDIA if nvidia else COMPRESSED_TENSORS, family, stored),
         _mtp(output, family, source),
         verdict("structure.companions", "every low-bit weight has its scales, of right dtype and shape",
@@ -82,7 +78,7 @@ def verify_structure(
         tokenizer_check(output.directory, output.config, source.directory if source else None),
         _bits(output, plan, stored, resolution),
     ]  # fmt: skip
-    return checks + value_checks(output, family, plan, source, digests or {}, progress)
+    return checks + value_checks(output, family, known, progress)
 
 
 def _requests(output: Checkpoint, source: Checkpoint | None) -> Check:
@@ -103,18 +99,19 @@ def _total_size(output: Checkpoint) -> list[str]:
 
 
 def _tensors(
-    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, wanted: dict[str, Wanted],
-    stored: dict[str, Stored], orphans: list[str],
+    output: Checkpoint, family: Family, known: Known, wanted: dict[str, Wanted], stored: dict[str, Stored],
+    orphans: list[str],
 ) -> Check:  # fmt: skip
+    plan, source = known.plan, known.original
     what = "every expected tensor, nothing else, right dtype and shape"
     id, figure = "structure.tensors", f"{len(output.tensors)} tensors"
-    known = {
+    against = {
         "the plan": plan is not None,
         "the source": plan is None and source is not None,
         "config.json": bool(wanted),
     }
-    how = f"headers against {' and '.join(name for name, given in known.items() if given)}"
-    if not any(known.values()):
+    how = f"headers against {' and '.join(name for name, given in against.items() if given)}"
+    if not any(against.values()):
         model_type = output.config.get("model_type")
         unknown = family is _UNKNOWN
         why = f"model_type {model_type!r} is not known here" if unknown else "config.json is not whole"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ from calibration.families.family import ROUTED, ROUTER, Family
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
+from verify.known import Known
 from verify.structure.stored import COMPANIONS
 from verify.structure.stream import JOB, Judge, Piece, Progress, read_all
 
@@ -142,13 +143,11 @@ def _number(dtype: str, data: Bytes) -> float:
     return float(np.frombuffer(raw, kinds[dtype])[0]) if dtype in kinds else float("nan")
 
 
-def value_checks(
-    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, digests: Mapping[str, str],
-    progress: Progress | None,
-) -> list[Check]:  # fmt: skip
+def value_checks(output: Checkpoint, family: Family, known: Known, progress: Progress | None) -> list[Check]:
     """The checks that need the values. A file that cannot be read to its end is a FAIL like any other."""
+    plan, source = known.plan, known.original
     same = _copies(output, plan, source) if source is not None else {}
-    wanted = {shard: digest for shard, digest in digests.items() if shard in output.shards}
+    wanted = {shard: digest for shard, digest in known.digests.items() if shard in output.shards}
     try:
         judges, found = read_all(output, Values, same, source if same else None, wanted, progress)
     except SourceError as error:
@@ -161,7 +160,7 @@ def value_checks(
         verdict("structure.finite", "no NaN and no Inf in any tensor", nonfinite, [], _HOW, f"{len(output.tensors)} tensors"),
         _scales(output, values),
         *_shared(family, plan, output, values),
-        _empty(output, family, plan, source, values),
+        _empty(output, family, known, values),
     ]  # fmt: skip
     experts = routed_experts(output.config)
     tables = {name: largest for name, largest in values.tables.items() if family.place(name).part == ROUTER}
@@ -192,7 +191,7 @@ def value_checks(
                 "structure.copies", what, problems, doubts, "bytes compared", f"{len(values.compared)} tensors equal"
             )
         )
-    if digests:
+    if known.digests:
         torn = [f"{s}: {found[s]}, written as {digest}" for s, digest in sorted(wanted.items()) if found[s] != digest]
         checks.append(verdict("structure.digests", "every shard is, bit for bit, what the run wrote", torn, [],
                               "digests of the run's journal", f"{len(wanted)} shards"))  # fmt: skip
@@ -303,9 +302,7 @@ def _unequal(
     return problems
 
 
-def _empty(
-    output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, values: Values
-) -> Check:  # fmt: skip
+def _empty(output: Checkpoint, family: Family, known: Known, values: Values) -> Check:
     """Weights that are zero as a whole: no fault where the source's are too (pruned or padded experts). Without a source
     that cannot be told of a routed expert, which is WARN; nothing else is zero in a model that works, which is FAIL."""
     whole = [
@@ -319,8 +316,8 @@ def _empty(
     ]  # fmt: skip
     share = values.empty_groups.total() / max(values.groups, 1)
     found = whole + zero
-    own = _zeros_of(source, plan, found) if found and source is not None else set()
-    unknown = [name for name in found if source is None and family.place(name).part == ROUTED]
+    own = _zeros_of(known.source, known.plan, found) if found and known.source is not None else set()
+    unknown = [name for name in found if known.source is None and family.place(name).part == ROUTED]
     doubts = [f"{name}: all zero; only the source tells whether it ought to be" for name in unknown]
     problems = [f"{name}: all zero" for name in found if name not in own and name not in unknown]
     accounted = sum(values.empty_groups[name] for name in own)
@@ -338,11 +335,11 @@ def _originals(plan: Plan | None, source: Checkpoint) -> dict[str, str]:
     return {logical_name(output.name): step.source for step in plan.steps.values() for output in step.outputs}
 
 
-def _zeros_of(source: Checkpoint, plan: Plan | None, names: list[str]) -> set[str]:
+def _zeros_of(source: Formats, plan: Plan | None, names: list[str]) -> set[str]:
     """Those of the output tensors whose source is all zero. A source that cannot be read has none: other checks tell."""
     try:
-        original, formats = _originals(plan, source), Formats(source)
+        original = _originals(plan, source.checkpoint)
         known = [name for name in names if logical_name(name) in original]
-        return {name for name in known if not bool(formats.read(original[logical_name(name)], torch.float32).any())}
+        return {name for name in known if not bool(source.read(original[logical_name(name)], torch.float32).any())}
     except WorkflowError:
         return set()

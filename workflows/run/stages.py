@@ -24,7 +24,8 @@ from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
 from verify.checks import Check, to_json
-from verify.levels import samples_of, verify_levels
+from verify.known import Known
+from verify.levels import Settings, samples_of, verify_levels
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
@@ -253,19 +254,20 @@ def verify(run: Run) -> None:
         "serving": options.serving is not None,
     }
     with source_to_serve(run.recipe, run.formats, run.directory.path) as served_source:
-        run.checks, result = verify_levels(
-            run.output,
+        settings = Settings(
             [level for level, wanted in asked.items() if wanted],
             run.directory.path / "logs",
-            plan=run.plan,
-            source=run.formats,
             fidelity=options.fidelity,
             text=run.recipe.calibration,
             serving=options.serving,
             source_to_serve=served_source,
             trust_remote_code=run.recipe.source.trust_remote_code,
-            digests=_written(run),
-            say=run.reporter.say,
+        )
+        run.checks, result = verify_levels(
+            run.output,
+            Known(run.plan, run.formats, _written(run)),
+            settings,
+            run.reporter.say,
             # Not write_json: one number a line would make 70,000 rows a million lines.
             on_fidelity=lambda data: write_text(run.directory.path / "fidelity.json", json.dumps(data)),
         )
