@@ -7,6 +7,7 @@ reads a further field adds it here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,8 +68,18 @@ class Quantization(_Part):
     config_groups: dict[str, ConfigGroup] | None = Field(None, max_length=10_000)
 
 
-class SourceConfig(_Part):
-    """The fields that are read. None is what an absent field is."""
+class VisionConfig(_Part):
+    """`vision_config` of a checkpoint that sees."""
+
+    num_hidden_layers: Blocks | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | None = None
+    patch_size: Count | None = None
+    downsample_ratio: Count | None = None
+
+
+class LanguageConfig(_Part):
+    """The fields that are read of a language model, in a config.json itself or nested there. None is what an absent field is."""
 
     model_type: Text | None = None
     num_hidden_layers: Blocks | None = None
@@ -99,6 +110,27 @@ class SourceConfig(_Part):
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
+    n_mtp_layers: Annotated[int, Field(le=1_000, ge=0)] | None = None
+    dspark_block_size: Count | None = None
+    dspark_markov_rank: Width | None = None
+    dspark_n_routed_experts: Count | None = None
+    dspark_target_layer_ids: Annotated[list[Width], Field(max_length=1_000, fail_fast=True)] | None = None
+    draft_vocab_size: Width | None = None
+    enable_confidence_head: bool | None = None
+    kv_source_layer_ids: Widths | None = None
+    index_source_layer_ids: Widths | None = None
+    engram_layer_ids: Widths | None = None
+    engram_num_embeddings: Widths | None = None
+    engram_max_ngram_size: Count | None = None
+    engram_n_heads: Count | None = None
+    engram_head_dim: Width | None = None
+
+
+class SourceConfig(LanguageConfig):
+    """The fields that are read of a config.json."""
+
+    text_config: LanguageConfig | None = None
+    vision_config: VisionConfig | None = None
     quantization_config: Quantization | None = None
     compression_config: Quantization | None = None
 
@@ -119,14 +151,21 @@ def check_config(config: dict[str, Any], where: Path) -> None:
             for detail in error.errors(include_url=False)
         ]
     else:
-        experts = routed_experts(config) or 0
-        if experts * (found.num_hidden_layers or 0) > MOST_EXPERTS:
-            problems.append(
-                f"{where}: num_hidden_layers: {found.num_hidden_layers} blocks of {experts} experts are more than "
-                f"{MOST_EXPERTS:,} experts in all"
-            )
+        parts = (("", found), *([("text_config.", found.text_config)] if found.text_config else ()))
+        problems = [f"{where}: {field}{problem}" for field, part in parts for problem in _too_many_experts(part)]
     if problems:
         raise SourceError([*first_of(problems, _MOST_PROBLEMS), f"{where}: remedy: copy or download config.json again"])
+
+
+def _too_many_experts(found: LanguageConfig) -> Iterator[str]:
+    experts = routed_experts(found.model_dump()) or 0
+    drafts = max(found.num_nextn_predict_layers or 0, found.n_mtp_layers or 0, len(found.dspark_target_layer_ids or ()))
+    for field, blocks, each in (
+        ("num_hidden_layers", found.num_hidden_layers or 0, experts),
+        ("num_nextn_predict_layers", drafts, found.dspark_n_routed_experts or experts),
+    ):
+        if each * blocks > MOST_EXPERTS:
+            yield f"{field}: {blocks} blocks of {each} experts are more than {MOST_EXPERTS:,} experts in all"
 
 
 def _field(location: tuple[int | str, ...]) -> str:

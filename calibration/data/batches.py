@@ -21,7 +21,7 @@ from calibration.data.encoder import MIN_TOKENS, Encoder
 from calibration.data.padding import batches_of_one_length
 from calibration.data.rows import known_columns
 from calibration.data.table import first_line, load_table
-from calibration.families.registry import ENCODINGS, family_of
+from calibration.families.registry import ENCODINGS, family_of, language_config
 from recipes.errors import SourceError
 from recipes.schema import Calibration
 
@@ -47,7 +47,7 @@ class CalibrationData:
 
 def embedding_rows(source: Checkpoint) -> dict[str, int]:
     """Rows of the source's embedding by where they are written: config.json, and the header of its tensor."""
-    rows = {"vocab_size in config.json": source.config.get("vocab_size")}
+    rows = {"vocab_size in config.json": language_config(source.config).get("vocab_size")}
     family = family_of(source.config, str(source.directory / CONFIG_NAME))
     for name, tensor in source.tensors.items():
         if len(tensor.shape) == 2 and family.place(name).part == "embedding" and name.endswith(".weight"):

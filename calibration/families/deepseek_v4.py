@@ -1,6 +1,9 @@
 """DeepSeek-V4: its grammar, the tensors that its config promises, its chat encoding.
 
-Names and shapes are those of the hub's headers (DeepSeek-V4-Flash and -Pro).
+Names and shapes are those of the hub's headers (DeepSeek-V4-Flash and -Pro). The draft head under `mtp.*` has one of two
+layouts. The first releases have MTP blocks. DeepSeek-V4-Flash-0731 and V4-Pro-0813 have DSpark: names by vllm 0.32
+(models/deepseek_v4/nvidia/dspark.py, `_remap_dspark_name`); counts by the index of Flash-0731 (1568, 1565 and 1572 tensors in
+its three blocks: vllm-project/vllm pull request 41834), and by the parameters of Pro-0813 that the hub counts.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from collections.abc import Iterator
 
 from calibration.families.deepseek_v4_encoding import ENCODING
 from calibration.families.family import EXPERT_LEAVES, ROUTER, Family, FP8Dialect
-from calibration.families.promised import ConfigReader, Wanted, linear, mtp_blocks, norm
+from calibration.families.promised import ConfigReader, Wanted, linear, norm
 
 #: Scales of a block's hyper-connection: of what it reads, of what it writes, of how its streams mix.
 _MHC_SCALES = 3
@@ -23,28 +26,50 @@ def _promised(c: ConfigReader) -> Iterator[tuple[str, Wanted]]:
     yield "embed.weight", Wanted((vocab, d), "plain")
     yield "head.weight", Wanted((vocab, d), "linear", c.flag("tie_word_embeddings"))
     yield norm("norm", d)
-    yield from _mhc("hc_head", mhc, 1, mhc * d)
+    yield from hyper_connection("hc_head", mhc, 1, mhc * d)
     for block in range(blocks):
         yield from _block(c, f"layers.{block}", ratios[block] if ratios else 0, block < hashed)
-    for number in range(mtp_blocks(c.values)):
+    if any(key in c.values for key in ("dspark_target_layer_ids", "dspark_markov_rank", "dspark_block_size")):
+        # num_nextn_predict_layers stays 1 beside three blocks: vLLM takes n_mtp_layers, SGLang one for each target layer.
+        count = c.number("n_mtp_layers", 0) or len(c.numbers("dspark_target_layer_ids", 1))
+        for number in range(count):
+            yield from _block(c, f"mtp.{number}", 0, False)
+        yield from hyper_connection(f"mtp.{count - 1}.hc_head", mhc, 1, mhc * d)
+        yield from dspark_ends(c, count, ("markov_w1", "markov_w2"))
+        return
+    for number in range(c.number("num_nextn_predict_layers", 0)):
         prefix = f"mtp.{number}"
         yield from _block(c, prefix, 0, False)
         yield from (norm(f"{prefix}.{name}", d) for name in ("enorm", "hnorm", "norm"))
         yield from linear(f"{prefix}.e_proj", d, d)
         yield from linear(f"{prefix}.h_proj", d, d)
-        yield from _mhc(f"{prefix}.hc_head", mhc, 1, mhc * d)
+        yield from hyper_connection(f"{prefix}.hc_head", mhc, 1, mhc * d)
 
 
-def _mhc(prefix: str, outputs: int, scales: int, width: int) -> Iterator[tuple[str, Wanted]]:
+def dspark_ends(c: ConfigReader, blocks: int, markov: tuple[str, str]) -> Iterator[tuple[str, Wanted]]:
+    """What a DSpark draft head has beside its blocks: the first takes the target's hidden states in, the last gives tokens.
+    `markov` are the leaves of the Markov head's two factors, [vocabulary, rank] each."""
+    d, vocab, rank = c.number("hidden_size"), c.number("vocab_size"), c.number("dspark_markov_rank")
+    last, (embed, head) = f"mtp.{blocks - 1}", markov
+    yield from linear("mtp.0.main_proj", d, d * len(c.numbers("dspark_target_layer_ids", 1)))
+    yield norm("mtp.0.main_norm", d)
+    yield norm(f"{last}.norm", d)
+    yield f"{last}.markov_head.{embed}.weight", Wanted((vocab, rank), "plain")
+    yield f"{last}.markov_head.{head}.weight", Wanted((c.number("draft_vocab_size", 0) or vocab, rank), "plain")
+    if c.values.get("enable_confidence_head") is not False:
+        yield f"{last}.confidence_head.proj.weight", Wanted((1, d + rank), "plain")
+
+
+def hyper_connection(prefix: str, outputs: int, scales: int, width: int) -> Iterator[tuple[str, Wanted]]:
     yield f"{prefix}_fn", Wanted((outputs, width), "float32")
     yield f"{prefix}_base", Wanted((outputs,), "float32")
     yield f"{prefix}_scale", Wanted((scales,), "float32")
 
 
-def _block(c: ConfigReader, prefix: str, ratio: int, hashed: bool) -> Iterator[tuple[str, Wanted]]:
+def block_frame(c: ConfigReader, prefix: str, experts: int) -> Iterator[tuple[str, Wanted]]:
+    """What every block has, whatever it compresses and however it routes: norms, attention, hyper-connections, experts."""
     d, heads, head_dim = c.number("hidden_size"), c.number("num_attention_heads"), c.number("head_dim")
-    rank = c.number("q_lora_rank")
-    groups, experts, width = c.number("o_groups"), c.number("n_routed_experts"), c.number("moe_intermediate_size")
+    rank, groups, width = c.number("q_lora_rank"), c.number("o_groups"), c.number("moe_intermediate_size")
     attn, ffn, mhc = f"{prefix}.attn", f"{prefix}.ffn", c.number("hc_mult")
     yield from (norm(f"{prefix}.{name}", d) for name in ("attn_norm", "ffn_norm"))
     yield f"{attn}.attn_sink", Wanted((heads,), "float32")
@@ -56,6 +81,21 @@ def _block(c: ConfigReader, prefix: str, ratio: int, hashed: bool) -> Iterator[t
     yield from linear(f"{attn}.wkv", head_dim, d)
     yield from linear(f"{attn}.wo_a", output_rank, heads * head_dim // max(groups, 1))
     yield from linear(f"{attn}.wo_b", d, output_rank)
+    for site in ("attn", "ffn"):
+        yield from hyper_connection(f"{prefix}.hc_{site}", (2 + mhc) * mhc, _MHC_SCALES, mhc * d)
+    yield f"{ffn}.gate.weight", Wanted((experts, d), "plain")
+    shared = c.number("n_shared_experts", 0)
+    mlps = [(f"{ffn}.experts.{expert}", width) for expert in range(experts)]
+    for mlp, size in [*mlps, *([(f"{ffn}.shared_experts", shared * width)] if shared else [])]:
+        yield from linear(f"{mlp}.w1", size, d)
+        yield from linear(f"{mlp}.w2", d, size)
+        yield from linear(f"{mlp}.w3", size, d)
+
+
+def _block(c: ConfigReader, prefix: str, ratio: int, hashed: bool) -> Iterator[tuple[str, Wanted]]:
+    d, head_dim, rank = c.number("hidden_size"), c.number("head_dim"), c.number("q_lora_rank")
+    experts, attn = c.number("n_routed_experts"), f"{prefix}.attn"
+    yield from block_frame(c, prefix, experts)
     if ratio:
         yield from _compressor(f"{attn}.compressor", ratio, head_dim, d)
     if ratio == 4:
@@ -63,19 +103,10 @@ def _block(c: ConfigReader, prefix: str, ratio: int, hashed: bool) -> Iterator[t
         yield from linear(f"{attn}.indexer.wq_b", index_heads * index_dim, rank)
         yield f"{attn}.indexer.weights_proj.weight", Wanted((index_heads, d), "plain")
         yield from _compressor(f"{attn}.indexer.compressor", ratio, index_dim, d)
-    for site in ("attn", "ffn"):
-        yield from _mhc(f"{prefix}.hc_{site}", (2 + mhc) * mhc, _MHC_SCALES, mhc * d)
-    yield f"{ffn}.gate.weight", Wanted((experts, d), "plain")
     if hashed:
-        yield f"{ffn}.gate.tid2eid", Wanted((c.number("vocab_size"), c.number("num_experts_per_tok")), "table")
+        yield f"{prefix}.ffn.gate.tid2eid", Wanted((c.number("vocab_size"), c.number("num_experts_per_tok")), "table")
     else:
-        yield f"{ffn}.gate.bias", Wanted((experts,), "float32")
-    shared = c.number("n_shared_experts", 0)
-    mlps = [(f"{ffn}.experts.{expert}", width) for expert in range(experts)]
-    for mlp, size in [*mlps, *([(f"{ffn}.shared_experts", shared * width)] if shared else [])]:
-        yield from linear(f"{mlp}.w1", size, d)
-        yield from linear(f"{mlp}.w2", d, size)
-        yield from linear(f"{mlp}.w3", size, d)
+        yield f"{prefix}.ffn.gate.bias", Wanted((experts,), "float32")
 
 
 def _compressor(prefix: str, ratio: int, head_dim: int, hidden: int) -> Iterator[tuple[str, Wanted]]:
@@ -95,7 +126,9 @@ DEEPSEEK_V4 = Family(
     parts=(
         ("mHC", r"(^|\.)hc_\w+$"),
         ("norm", r"(^|[._])[eh]?norm(\.weight)?$"),
-        ("MTP projection", r"^mtp\.\d+\.[eh]_proj(\.|$)"),
+        ("MTP projection", r"^mtp\.\d+\.([eh]|main)_proj(\.|$)"),
+        ("Markov head", r"\.markov_head\."),
+        ("confidence head", r"\.confidence_head\."),
         ("compressor position", r"\.ape$"),
         ("sink", r"\.attn_sink$"),
         ("indexer", r"\.attn\.indexer\."),

@@ -19,7 +19,9 @@ from calibration.families.promised import Promise
 ROUTED, SHARED, ROUTER = "routed expert", "shared expert", "router"
 
 #: Parts whose weights are not linear layers; `Linear` in a recipe never means them.
-NOT_LINEAR = frozenset({"embedding", "router", "norm", "mHC", "sink", "compressor position"})
+NOT_LINEAR = frozenset({
+    "embedding", "router", "norm", "mHC", "sink", "compressor position", "Engram table", "Markov head", "confidence head",
+})  # fmt: skip
 
 #: The projections of an expert on the hub, as DeepSeek and Mixtral have them, and in transformers.
 EXPERT_LEAVES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
@@ -75,6 +77,12 @@ class Family:
     serving_config: tuple[tuple[str, Any], ...] = ()
     #: None if modelopt's own form describes it.
     fp8_dialect: FP8Dialect | None = None
+    #: Parts that every engine reads in their stored form alone: copied byte for byte with their scales, whatever the method.
+    native_parts: tuple[str, ...] = ()
+    #: The field of config.json that holds the language model's fields, if they are nested.
+    language: str = ""
+    #: Why no forward pass can be made, and so no calibration, if that is so.
+    not_calibrated: str = ""
     #: The chat format of its own, if its tokenizers bring no template.
     encoding: Encoding | None = None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["linear", "plain", "float32", "table"]
+Kind = Literal["linear", "plain", "float32", "table", "fp8"]
 Shape = tuple[int, ...]
 #: Tensors that some writers add and that no config promises: scales of the KV cache, which vLLM reads in these spellings
 #: (model_loader/weight_utils.py, maybe_remap_kv_scale_name), and rotary tables of old exports, which every loader computes.
@@ -23,7 +23,7 @@ ADDED = ("k_scale", "v_scale", "q_scale", "kv_scale", "inv_freq")
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A logical tensor that the config promises. linear may be stored quantized, plain and float32 may not, table holds
-    integers. `optional`: may be left out (a tied head)."""
+    integers, fp8 is E4M3 with scales in every checkpoint. `optional`: may be left out (a tied head)."""
 
     shape: Shape
     kind: Kind = "linear"
@@ -31,10 +31,19 @@ class Wanted:
 
 
 class ConfigReader:
-    """Reads fields of a config. `problems` is what it missed or found of a wrong type, as messages."""
+    """Reads fields of a config. `problems` is what it missed or found of a wrong type, as messages. `within` is the field that
+    holds these, if they are nested."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], within: str = "") -> None:
         self.values, self.problems = values, list[str]()
+        self._where = f"config.json: {within}." if within else "config.json: "
+
+    def part(self, key: str) -> ConfigReader:
+        """A reader of the mapping in a field, an empty one if there is none; its problems are this one's."""
+        value = self.values.get(key)
+        reader = ConfigReader(value if isinstance(value, dict) else {}, key)
+        reader.problems = self.problems
+        return reader
 
     def number(self, key: str, default: int | None = None) -> int:
         """A whole number of at least 0; 0 and a problem if there is none and no default."""
@@ -42,7 +51,7 @@ class ConfigReader:
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             found = "is missing" if key not in self.values else f"is {value!r}"
-            self.problems.append(f"config.json: {key} {found}, a whole number is needed to serve this model")
+            self.problems.append(f"{self._where}{key} {found}, a whole number is needed to serve this model")
             return 0
         return value
 
@@ -51,7 +60,7 @@ class ConfigReader:
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) < least or not all(isinstance(n, int) for n in value):
             found = "is missing" if value is None else f"is {str(value)[:60]}"
-            self.problems.append(f"config.json: {key} {found}, a list of at least {least} whole numbers is needed")
+            self.problems.append(f"{self._where}{key} {found}, a list of at least {least} whole numbers is needed")
             return []
         return value
 
@@ -62,12 +71,6 @@ class ConfigReader:
 
 #: Yields the logical tensors, name by name, that a config promises; what it misses in the config it leaves to the reader.
 Promise = Callable[[ConfigReader], Iterator[tuple[str, Wanted]]]
-
-
-def mtp_blocks(config: dict[str, Any]) -> int:
-    """How many MTP blocks the config promises."""
-    value = config.get("num_nextn_predict_layers")
-    return value if isinstance(value, int) and value > 0 else 0
 
 
 def norm(name: str, width: int) -> tuple[str, Wanted]:

@@ -3,15 +3,17 @@ tensors say nothing about it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from calibration.families import huggingface
 from calibration.families.deepseek_v4 import DEEPSEEK_V4
+from calibration.families.deepseek_v41 import DEEPSEEK_V41
 from calibration.families.family import Family
 from calibration.families.promised import ConfigReader, Wanted
 from recipes.errors import SourceError
 
-FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, *huggingface.FAMILIES)
+FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, DEEPSEEK_V41, *huggingface.FAMILIES)
 #: The chat formats that a recipe may name and a tokenizer may have the special tokens of.
 ENCODINGS = tuple(dict.fromkeys(family.encoding for family in FAMILIES if family.encoding is not None))
 
@@ -26,9 +28,21 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     raise SourceError(f"{where}: model_type {model_type!r} has no grammar here; supported: {known}")
 
 
+def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the language model: those of config.json, and for a family that nests them (`Family.language`) the nested
+    ones before them. A family that is not known nests nothing."""
+    nested = next((family.language for family in FAMILIES if config.get("model_type") in family.model_types), "")
+    inner = config.get(nested)
+    return (
+        {**config, **{k: v for k, v in inner.items() if k != "model_type"}} if isinstance(inner, dict) else dict(config)
+    )
+
+
 def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, Wanted], list[str]]:
     """Every logical tensor of a checkpoint with this config, and what the config itself lacks or has wrong. Without a whole
     config the tensors are empty: nothing can be derived from it. Raises SourceError for a model_type of no family here."""
-    reader = ConfigReader(config)
-    tensors = dict(family_of(config).promised(reader))
-    return ({}, reader.problems) if reader.problems else (tensors, [])
+    family = family_of(config)
+    reader = ConfigReader(language_config(config), family.language)
+    tensors = dict(family.promised(reader))
+    # A field that every block needs is missed once for each.
+    return ({}, list(dict.fromkeys(reader.problems))) if reader.problems else (tensors, [])

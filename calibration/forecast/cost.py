@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from calibration.checkpoint.formats import Formats
 from calibration.families.family import NOT_LINEAR, ROUTED, Family
+from calibration.families.registry import language_config
 from calibration.plan.plan import Plan
 
 #: Bytes per value of activations and of dequantized weights: BF16.
@@ -93,7 +94,7 @@ def products(
             routed.setdefault(place.block, Counter())[size] += 1
         else:
             layers.setdefault(place.block, Counter())[Product(shape[0], shape[1])] += 1
-    chosen = int(config.get("num_experts_per_tok") or 1)
+    chosen = int(language_config(config).get("num_experts_per_tok") or 1)
     for block, sizes in routed.items():
         experts = sum(count for (_, _, gate), count in sizes.items() if not gate)
         share = min(chosen / max(experts, 1), 1.0)
@@ -109,6 +110,7 @@ def products(
 
 def attention(config: Mapping[str, Any]) -> tuple[int, int]:
     """Heads and their dimension."""
+    config = language_config(config)
     heads = int(config.get("num_attention_heads") or 0)
     return heads, int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
 
@@ -142,6 +144,7 @@ def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[
 
 def hidden_width(config: Mapping[str, Any]) -> int:
     """Values per token between two blocks; DeepSeek-V4 keeps `hc_mult` hidden states."""
+    config = language_config(config)
     return int(config.get("hidden_size") or 0) * int(config.get("hc_mult") or 1)
 
 

@@ -36,10 +36,12 @@ def build_skeleton(
     reads the config that the model names on disk and refuses a quantized one. Compute dtype is BF16; what the source
     stores in F32 and transformers keeps in F32 (mHC, sinks, router bias, compressor positions) stays F32, norms do not:
     an F32 norm weight makes the next BF16 linear layer fail.
-    Raises SourceError for a config that transformers cannot build, and, all at once: model tensors without a source,
+    Raises SourceError for a family or config that transformers cannot build, and, all at once: model tensors without a source,
     source tensors (outside MTP) without a destination, shapes that differ.
     """
     family, formats = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME)), Formats(checkpoint)
+    if family.not_calibrated:
+        raise SourceError(f"{checkpoint.directory}: {family.not_calibrated}")
     _check_padding(checkpoint)
     device = device or _main_device()
     model = _empty_model(_clean_config(checkpoint, run_directory, trust_remote_code), trust_remote_code)

@@ -52,6 +52,12 @@ class _Planner:
         misnamed, differing = contradictions(self.formats, self.family)
         if misnamed:  # no target can be right
             raise SourceError([*misnamed, *differing])
+        if self.recipe.method == "calibrate" and self.family.not_calibrated:
+            self.problems.append(
+                f"method: calibrate: {self.checkpoint.directory}: {self.family.not_calibrated}; use method: convert, which "
+                "keeps MXFP4 values bit for bit and needs no forward pass (input scales from convert.input_amax, none with "
+                "scheme: NVFP4A16)"
+            )
         plain = self.recipe.method == "plain"
         groups: dict[str, Scheme] = {}
         if not plain:
@@ -209,6 +215,8 @@ class _Planner:
             return _consumed([name], "rotary table: every loader computes it")
         if is_carried(name):
             return self._copied(name, "scale of the KV cache")
+        if place.part in self.family.native_parts:
+            return self._copied(name, f"{place.part}: engines read it in its stored form alone")
         if self.recipe.method == "plain":
             return self._copied(name, place.part) if stored.kind == "plain" else self._undone(name, place.part)
         group = assigned.get(module) if self.weights.get(module) == name else None

@@ -132,7 +132,8 @@ WRONG: dict[str, Any] = {
 }  # fmt: skip
 RIGHT = {
     ("model_type", "text"), ("tie_word_embeddings", "true"), ("attention_bias", "true"), ("mlp_bias", "true"),
-    ("quantization_config", "mapping"), ("compression_config", "mapping"),
+    ("enable_confidence_head", "true"), ("quantization_config", "mapping"), ("compression_config", "mapping"),
+    ("text_config", "mapping"), ("vision_config", "mapping"),
 }  # fmt: skip
 
 
@@ -182,9 +183,23 @@ def test_all_problems_of_a_config_come_at_once_and_unknown_fields_stay() -> None
     with pytest.raises(SourceError) as raised:
         check_config({"hidden_size": "a", "vocab_size": -1, "time_step_limit": [0.0, float("inf")]}, Path(CONFIG_NAME))
     assert len(raised.value.problems) == 3
-    many = {"num_hidden_layers": 10_000, "num_experts": 10_000}
+
+
+@pytest.mark.parametrize(
+    "blocks", [{"num_hidden_layers": 10_000}, {"num_nextn_predict_layers": 1_000}, {"n_mtp_layers": 1_000}]
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_experts_that_a_config_promises_are_bounded(blocks: dict[str, int], nested: bool) -> None:
+    """Their tensors are made from these numbers: of blocks, draft blocks, and of a language model inside."""
+    many = blocks | {"num_experts": 10_000}
     with pytest.raises(SourceError, match=f"more than {MOST_EXPERTS:,} experts"):
-        check_config(many, Path(CONFIG_NAME))
+        check_config({"text_config": many} if nested else many, Path(CONFIG_NAME))
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "engram_num_embeddings", "dspark_target_layer_ids"])
+def test_a_nested_language_model_has_fields_of_the_same_types(field: str) -> None:
+    with pytest.raises(SourceError, match=rf"text_config\.{field}"):
+        check_config({"text_config": {field: -1}}, Path(CONFIG_NAME))
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, INDEX_NAME, "m.safetensors", "tokenizer.json", "generation_config.json"])

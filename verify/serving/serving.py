@@ -15,6 +15,7 @@ from typing import Any
 
 from calibration.checkpoint.files import read_json_or_none
 from calibration.checkpoint.formats import Formats
+from calibration.families.registry import language_config
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.places import is_inside
 from recipes.schema import Serving
@@ -140,7 +141,7 @@ def verify_serving(
     experiment: what no recipe can ask.
     Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
     """
-    config = read_json_or_none(checkpoint / "config.json") or {}
+    config = language_config(read_json_or_none(checkpoint / "config.json") or {})
     experiment = experiment or Experiment()
     own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
     length = options.max_model_len or _length(options, config)
@@ -187,7 +188,7 @@ def _serve_source(
     """Runs the source on the tokens that `ours` ran on. Adds `source_text` to the prompts of `ours`."""
     if source.directory is None or not ours.get("ok"):
         return {"ok": False, "why": source.why or "the checkpoint itself was not served to the end"}
-    config = read_json_or_none(source.directory / "config.json") or {}
+    config = language_config(read_json_or_none(source.directory / "config.json") or {})
     request = request | {
         "checkpoint": str(source.directory.resolve()),
         "prompts": [{key: p[key] for key in ("kind", "text", "token_ids")} for p in ours["prompts"]],

@@ -11,7 +11,7 @@ from calibration.checkpoint.dialect import COMPRESSED_TENSORS, NVIDIA, Dialect
 from calibration.checkpoint.formats import FLOATS
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.promised import ADDED, Shape, Wanted
+from calibration.families.promised import ADDED, Kind, Shape, Wanted
 
 #: Leaves of the scales and other companions of a weight, in every form that is known here.
 COMPANIONS = frozenset({
@@ -19,6 +19,9 @@ COMPANIONS = frozenset({
     "input_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_zero_point",
 })  # fmt: skip
 _PLAIN = ("BF16", "F16", "F32")
+_ALLOWED: dict[Kind, tuple[str, ...]] = {
+    "float32": ("F32",), "table": ("I64", "I32"), "plain": _PLAIN, "linear": tuple(FLOATS), "fp8": ("F8_E4M3",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def compare(
         want, found = wanted[name], stored[name]
         if found.shape != want.shape:
             problems.append(f"{name}: {list(found.shape)}, config.json makes it {list(want.shape)}")
-        allowed = {"float32": ("F32",), "table": ("I64", "I32"), "plain": _PLAIN, "linear": tuple(FLOATS)}[want.kind]
+        allowed = _ALLOWED[want.kind]
         if found.header.dtype not in allowed and not (found.low_bit and want.kind == "linear"):
             dtypes.append(f"{name}: {found.header.dtype}, must be {' or '.join(allowed)}")
         elif want.kind in ("plain", "linear") and not found.low_bit and usual and found.header.dtype != usual:

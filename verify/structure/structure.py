@@ -18,7 +18,7 @@ from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP
 from calibration.checkpoint.permissions import requests
 from calibration.families.family import Family
-from calibration.families.promised import ADDED, Wanted, mtp_blocks
+from calibration.families.promised import ADDED, Wanted
 from calibration.families.registry import expected_tensors, family_of
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
@@ -68,7 +68,7 @@ def verify_structure(directory: Path, known: Known | None = None, progress: Prog
     checks += [
         _tensors(output, family, known, wanted, stored, orphans),
         _dialect(NVIDIA if nvidia else COMPRESSED_TENSORS, family, stored),
-        _mtp(output, family, source),
+        _mtp(output, family, source, wanted),
         verdict("structure.companions", "every low-bit weight has its scales, of right dtype and shape",
                 _companions(output, stored, resolution), [], "headers against quantization_config"),
         verdict("structure.targets", "targets and ignore name what is stored quantized, in vLLM's names",
@@ -169,12 +169,12 @@ def _dialect(declared: Dialect, family: Family, stored: dict[str, Stored]) -> Ch
                    "headers against quantization_config", f"{len(spelled)} weights")  # fmt: skip
 
 
-def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None) -> Check:
+def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None, wanted: dict[str, Wanted]) -> Check:
     id, what = "structure.mtp", "MTP blocks are there where they should be"
-    promised = mtp_blocks(output.config)
-    found = family.mtp_blocks(output.tensors)
+    # Of the tensors, not of num_nextn_predict_layers: that says 1 beside the three blocks of a DSpark head.
+    promised, found = (len(family.mtp_blocks(names)) for names in (wanted, output.tensors))
     had = source is not None and any(family.place(name).mtp for name in source.tensors)
-    figure = f"{len(found)} found, config.json promises {promised}"
+    figure = f"{found} found, config.json promises {promised}"
     if found or not promised:
         return verdict(id, what, [], [], "headers", figure)
     problem = ["dropped: the source has MTP tensors, the output has none"] if had else []

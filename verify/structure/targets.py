@@ -173,14 +173,15 @@ def _entries(value: Any, where: str, problems: list[str]) -> tuple[str, ...]:
 
 
 class Resolution:
-    """What vLLM makes of every module of a checkpoint. `names` maps a source module with a 2-D weight, MTP left out, to
-    vLLM's names of it."""
+    """What vLLM makes of every module of a checkpoint. `names` maps a source module with a 2-D weight, MTP and what is read
+    in its stored form alone left out, to vLLM's names of it."""
 
     def __init__(self, family: Family, quantization: Quantization, stored: dict[str, Stored]) -> None:
         self.family, self.quantization = family, quantization
         self.modules = {
             module_of(name): found for name, found in stored.items()
-            if name.endswith(".weight") and len(found.shape) == 2 and not family.place(name).mtp
+            if name.endswith(".weight") and len(found.shape) == 2 and not (place := family.place(name)).mtp
+            and place.part not in family.native_parts
         }  # fmt: skip
         self.names = {module: family.serving_names(module) for module in self.modules}
         # All experts of a block resolve as expert 0 does.

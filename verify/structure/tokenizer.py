@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from calibration.checkpoint.files import is_directory, is_file, read_json_object, read_text
 from calibration.checkpoint.token_ids import token_id_problems
+from calibration.families.registry import language_config
 from recipes.errors import SourceError
 from verify.checks import Check, verdict
 
@@ -53,7 +54,7 @@ def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None
     id, what = "structure.tokenizer", "tokenizer, chat template and generation settings are the source's"
     own, problems, doubts = _vocabulary(directory / "tokenizer.json"), list[str](), list[str]()
     problems += [f"tokenizer.json: {p}" for p in token_id_problems(_json(directory / "tokenizer.json"))[:3]]
-    rows = config.get("vocab_size")
+    rows = language_config(config).get("vocab_size")
     if own and isinstance(rows, int):
         largest = max(own.values())
         if largest >= rows:

@@ -17,6 +17,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.checkpoint.source_config import routed_experts
 from calibration.families.family import ROUTED, ROUTER, Family
+from calibration.families.registry import language_config
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
@@ -162,7 +163,7 @@ def value_checks(output: Checkpoint, family: Family, known: Known, progress: Pro
         *_shared(family, plan, output, values),
         _empty(output, family, known, values),
     ]  # fmt: skip
-    experts = routed_experts(output.config)
+    experts = routed_experts(language_config(output.config))
     tables = {name: largest for name, largest in values.tables.items() if family.place(name).part == ROUTER}
     if tables and experts is not None:
         strange = [
