@@ -99,6 +99,9 @@ class Export(Section):
     others; requantize all. Weights that a modifier edits (GPTQ) are always requantized."""
     input_global_scale: Literal["shared", "per_expert"] = "shared"
     """One input global scale for all experts of a block (what vLLM's fused kernels use), or one per expert."""
+    dialect: Literal["compressed_tensors", "nvidia"] = "compressed_tensors"
+    """How the output spells NVFP4: compressed-tensors as llm-compressor writes it, or as NVIDIA's own checkpoints (modelopt; of
+    DeepSeek-V4 `quant_method: fp8` with `moe_quant_algo: NVFP4`). The packed bytes are the same."""
     max_shard_size: Bytes = ByteSize(5_000_000_000)
     """Size of one safetensors file at most; a larger tensor gets a file of its own."""
 

@@ -13,25 +13,23 @@ import shutil
 import sys
 from pathlib import Path
 
-from calibration.checkpoint.dialect import DIALECTS, NVIDIA, Dialect
+from calibration.checkpoint.dialect import DIALECTS, Dialect
 from calibration.checkpoint.files import is_file, write_json, write_safely
 from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.index import INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import side_files
 from calibration.convert.pipeline import Conversion, convert
-from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
 from calibration.plan.plan import Plan
-from calibration.plan.quantization_config import output_config
 from calibration.plan.respelling import make_respelling, require_exact_scales
+from calibration.runs.finish import CARD_NAME, finish_output
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import entries, overwrite_problems, start_over
 from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, WorkflowError, collapsed
+from recipes.loader import dump_recipe, load_recipe, read_yaml
 from recipes.places import place_problems
 from recipes.schema import Recipe
 from recipes.streams import exit_with, printed
 
-#: What describes a finished checkpoint and travels with it, beside its side files. Its recipe made the other spelling.
-_OWN_FILES = ("README.md",)
 #: One-way scales whose names are printed; the run directory has all.
 _SHOWN = 5
 
@@ -72,6 +70,7 @@ def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Convers
     plan = make_respelling(formats, to)
     require_exact_scales(plan, formats)
     side_files(source)  # one that cannot be read is reported before the hours of copying
+    recipe_text = _recipe(source, to)
     directory = RunDirectory(output)
     _require_free(directory, output, plan, overwrite)
     directory.open()
@@ -84,7 +83,7 @@ def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Convers
         )
         done = convert(recipe, plan, formats, output, directory)
         write_json(directory.path / "one_way.json", list(done.one_way))
-        directory.record("exported", plan=plan.digest, files=_finish(plan, formats, output))
+        directory.record("exported", plan=plan.digest, files=_finish(plan, formats.checkpoint, output, recipe_text))
     finally:
         directory.close()
     _report(plan, done, output, directory)
@@ -108,24 +107,25 @@ def _require_free(directory: RunDirectory, output: Path, plan: Plan, overwrite: 
         raise EnvironmentProblem(problems)
 
 
-def _finish(plan: Plan, formats: Formats, output: Path) -> list[str]:
-    """Writes side files and configs, and the index last: from then on the checkpoint loads. Returns the names."""
-    source = formats.checkpoint
-    copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
-    copied += [(source.directory / name, name) for name in _OWN_FILES if is_file(source.directory / name)]
-    for path, name in copied:
-        write_safely(output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
-    written = [name for _, name in copied]
-    if plan.dialect == NVIDIA.name:
-        config, beside = nvidia_config(plan, source.config)
-        write_json(output / HF_QUANT_CONFIG, beside)
-        written.append(HF_QUANT_CONFIG)
-    else:
-        config = output_config(plan, source.config)
-    write_json(output / CONFIG_NAME, config)
-    index = {"metadata": {"total_size": plan.output_bytes}, "weight_map": dict(sorted(plan.weight_map.items()))}
-    write_json(output / INDEX_NAME, index)
-    return [*written, CONFIG_NAME, INDEX_NAME]
+def _recipe(source: Path, to: Dialect) -> str | None:
+    """The recipe that a checkpoint of this project brings, with the dialect `to`: it still makes the plan of the original
+    source. None if there is none of ours."""
+    path = source / "recipe.yaml"
+    try:
+        if not is_file(path) or not {"source", "output"} <= read_yaml(path)[1].keys():
+            return None
+        made = load_recipe(path)
+    except WorkflowError:
+        return None
+    return dump_recipe(made.model_copy(update={"export": made.export.model_copy(update={"dialect": to.name})}))
+
+
+def _finish(plan: Plan, source: Checkpoint, output: Path, recipe_text: str | None) -> list[str]:
+    """Writes everything but the shards and returns the names. The card that describes the checkpoint travels with it."""
+    card = source.directory / CARD_NAME
+    if is_file(card):
+        write_safely(output / CARD_NAME, functools.partial(shutil.copyfile, card), card.stat().st_size)
+    return [*([CARD_NAME] if is_file(card) else []), *finish_output(plan, source, output, recipe_text)]
 
 
 def _report(plan: Plan, done: Conversion, output: Path, directory: RunDirectory) -> None:

@@ -357,6 +357,12 @@ def _scaled(packed: torch.Tensor, group_scale: torch.Tensor, group: int) -> torc
     return (values.reshape(values.shape[0], -1, group) * group_scale.unsqueeze(-1)).reshape(values.shape)
 
 
+def cast_dtype(written: str, plain: torch.dtype) -> torch.dtype:
+    """The dtype in which a cast makes an output tensor of safetensors dtype `written`: tile scales in their own, everything
+    else in the recipe's `plain` one."""
+    return TORCH[written] if written in ("F32", "F8_E8M0") else plain
+
+
 def is_finite(value: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor Inf. Both show in the extremes, which cost a twentieth of torch.isfinite."""
     if not value.is_floating_point() or not value.numel():

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from calibration.checkpoint import kernels, native
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
 from calibration.checkpoint.direct import Bytes, Extent
-from calibration.checkpoint.formats import TORCH_DTYPES, Formats, dequantize, is_finite
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, cast_dtype, dequantize, is_finite
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.nvfp4 import RANGE
@@ -66,6 +67,7 @@ class Work:
         self.plan, self.formats = plan, formats
         self.settings, self.dtype = recipe.convert, TORCH_DTYPES[recipe.export.plain_dtype]
         self.inverted = invert_scales(plan, formats)
+        self._dialect = DIALECTS[plan.dialect]
         self._lossless = recipe.export.mxfp4 == "lossless"
         self._fused = {module: group for group in plan.fused for module in group}
         self._statistics: dict[str, _Statistic] = {}
@@ -127,10 +129,10 @@ class Work:
             assert piece.output is not None
             if piece.step.action == "invert":
                 scale = self.inverted.values[piece.step.source]
-            elif piece.output.name.endswith(".input_global_scale"):
-                scale = self._input_scale
             else:
-                scale = self._decision(piece.step).scale
+                of_inputs = piece.output.name.endswith(f".{self._dialect.input_scale}")
+                scale = self._input_scale if of_inputs else self._decision(piece.step).scale
+                scale = scale if self._dialect is COMPRESSED_TENSORS else inverse(scale)
             target[:] = np.array([scale], np.float32).view(np.uint8)
 
     def _stripe(self, piece: Piece, data: dict[Extent, Bytes]) -> Stripe:
@@ -230,9 +232,7 @@ class Work:
         if stored.kind != "plain":
             codes = codes.reshape(piece.end - piece.begin, -1)
         scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}
-        # Tile scales are respelled in either of these, everything else is undone.
-        scale = step.outputs[0].dtype in ("F32", "F8_E8M0")
-        dtype = TORCH[step.outputs[0].dtype] if scale else self.dtype
+        dtype = cast_dtype(step.outputs[0].dtype, self.dtype)
         moved = {role: scale.to(native.device()) for role, scale in scales.items()}
         value = dequantize(stored, codes.to(native.device()), moved, dtype).contiguous()
         if not is_finite(value):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from calibration.checkpoint import nvfp4
-from calibration.checkpoint.formats import TORCH_DTYPES, Formats, check_finite, is_positive
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats, cast_dtype, check_finite, is_positive
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.writer import write_shard
 from calibration.engine.exact import ExactWeights
@@ -104,7 +106,7 @@ class Exporter:
             tensor = self.formats.checkpoint.read(step.source)
             check_finite(tensor, f"{self.formats.checkpoint.path(step.source)}: {step.source}")
         else:
-            dtype = torch.float32 if output.dtype == "F32" else TORCH_DTYPES[self.recipe.export.plain_dtype]
+            dtype = cast_dtype(output.dtype, TORCH_DTYPES[self.recipe.export.plain_dtype])
             tensor = self.formats.read(step.source, dtype)
         return {output.name: tensor}
 
@@ -119,7 +121,7 @@ class Exporter:
             if kept is not None:
                 self.errors[step.module] = 0.0
                 kept += [input_global_scale] if input_global_scale is not None else []
-                return dict(zip(names, kept, strict=True))
+                return dict(zip(names, self._spelled(kept), strict=True))
         weight, scale = _parameter(module, "weight"), _parameter(module, "weight_scale")
         check_finite(weight, f"{step.source} after calibration")
         _check_scale(f"{step.module}.weight_scale", scale)
@@ -136,7 +138,14 @@ class Exporter:
         values = [packed, scale.to(torch.float8_e4m3fn), global_scale.to(torch.float32).reshape(1)]
         if input_global_scale is not None:
             values.append(input_global_scale)
-        return dict(zip(names, values, strict=True))
+        return dict(zip(names, self._spelled(values), strict=True))
+
+    def _spelled(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Codes, group scales and global scales of an NVFP4 weight, the last in the output's dialect."""
+        dialect = DIALECTS[self.plan.dialect]
+        if dialect is COMPRESSED_TENSORS:
+            return values
+        return values[:2] + [torch.from_numpy(np.array(inverse(value.item()))) for value in values[2:]]
 
     def _input_global_scales(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
         """Module -> float32 `[1]`, the smallest of its sharing group: a global scale is a divisor of the largest

@@ -10,6 +10,7 @@ modelopt's own form: one algorithm, and the modules that it leaves out.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from calibration.checkpoint.formats import module_of
@@ -112,7 +113,7 @@ def _hybrid(plan: Plan, words: FP8Dialect) -> tuple[dict[str, Any], dict[str, An
         "quant_algo": "MIXED_PRECISION",
         "kv_cache_quant_algo": None,
         "group_size": GROUP,
-        "quantized_layers": {name: {"quant_algo": "NVFP4", "group_size": GROUP} for name in experts},
+        "quantized_layers": {name: {"quant_algo": "NVFP4", "group_size": GROUP} for name in _in_order(experts)},
     }
     described = {
         "activation_scheme": "dynamic",
@@ -169,4 +170,9 @@ def _plain_modules(plan: Plan) -> list[str]:
             built_plain |= place.part in plan.family.fp8_dialect.built_plain
         if output.name.endswith(".weight") and output.dtype in _PLAIN and len(output.shape) == 2 and linear:
             found += [] if built_plain or place.mtp else [module]
-    return found
+    return _in_order(found)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names by their texts and numbers: block 2 before block 10, whatever shard they lie in."""
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])

@@ -6,15 +6,16 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from calibration.checkpoint.dialect import COMPRESSED_TENSORS
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
 from calibration.checkpoint.formats import Formats, StoredFormat, module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import NOT_LINEAR, ROUTED, Place
 from calibration.families.registry import family_of
 from calibration.plan.matching import Matcher
+from calibration.plan.nvidia_config import nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step
-from calibration.plan.respelling import respelled_steps
+from calibration.plan.respelling import draft_head_warnings, respelled_steps, tile_scale_step
 from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
 from calibration.plan.source_check import contradictions, is_carried, is_left_out
 from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
@@ -38,6 +39,7 @@ class _Planner:
     def __init__(self, checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> None:
         self.checkpoint, self.formats, self.recipe = checkpoint, formats, recipe
         self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+        self.dialect = DIALECTS[recipe.export.dialect]
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self._undone_unasked: dict[str, list[str]] = defaultdict(list)
@@ -71,7 +73,6 @@ class _Planner:
             raise RecipeError(collapsed([*self.problems, *differing]))
         if differing:
             raise SourceError(differing)
-        parameters = self.formats.parameters
         plan = Plan(
             family=self.family,
             steps=steps,
@@ -79,9 +80,14 @@ class _Planner:
             groups=groups,
             fused=tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp)),
             warnings=(),
-            parameters=parameters,
+            parameters=self.formats.parameters,
             input_global_scale=self.recipe.export.input_global_scale,
+            dialect=COMPRESSED_TENSORS.name if plain else self.dialect.name,
         )
+        if plan.dialect == NVIDIA.name:
+            if problems := nvidia_problems(plan):
+                raise RecipeError(collapsed(f"export.dialect: nvidia: {problem}" for problem in problems))
+            self.warnings += draft_head_warnings(self.formats, plan)
         self._warn(plan)
         object.__setattr__(plan, "warnings", tuple(collapsed(self.warnings)))
         return plan
@@ -238,7 +244,7 @@ class _Planner:
             )
         if respells and scheme is not FP8_BLOCK:
             return self._respelled(name, group, scheme)
-        outputs = tuple(OutputTensor(*output) for output in scheme.outputs(module, stored.shape))
+        outputs = tuple(OutputTensor(*output) for output in scheme.outputs(module, stored.shape, self.dialect))
         steps = {name: Step(name, "quantize", outputs, f"target of {group} ({scheme.name})", group)}
         return steps | _consumed(list(stored.companions.values()), f"used up by {name}")
 
@@ -282,22 +288,18 @@ class _Planner:
     def _keep_tiles(self, name: str, group: str, reason: str) -> dict[str, Step]:
         header, stored = self.checkpoint.tensors[name], self.formats.of(name)
         scale = stored.companions["tile_scale"]
-        grid = self.checkpoint.tensors[scale].shape
-        weight_scale = OutputTensor(f"{module_of(name)}.weight_scale", "F32", grid)
-        return {
-            name: Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), reason, group),
-            scale: Step(scale, "cast", (weight_scale,), f"tile scale of {name}, exact in F32"),
-        }
+        weight = Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), reason, group)
+        return {name: weight, scale: tile_scale_step(name, self.checkpoint.tensors[scale], self.family, self.dialect)}
 
     def _respelled(self, name: str, group: str, scheme: Scheme) -> dict[str, Step]:
-        """modelopt's NVFP4 under compressed-tensors' names: packed bytes and group scales as they are, global scales
-        inverted."""
+        """modelopt's NVFP4 in the output's dialect: packed bytes and group scales as they are, global scales inverted where
+        that is compressed-tensors'."""
         if scheme.input_scale and "input_scale" not in self.formats.of(name).companions:
             self.problems.append(
                 f"{self.checkpoint.path(name)}: {name} has no input_scale, {scheme.name} of {group} needs one; use NVFP4A16"
             )
             return {}
-        return respelled_steps(self.formats, name, group, scheme, COMPRESSED_TENSORS)
+        return respelled_steps(self.formats, name, group, scheme, self.dialect)
 
     def _shards(self, steps: dict[str, Step]) -> list[PlannedShard]:
         """Shards in the order: outside the blocks, block by block, MTP; split where max_shard_size is passed."""

@@ -6,6 +6,8 @@ import re
 from collections import defaultdict
 from typing import Any
 
+from calibration.checkpoint.dialect import NVIDIA
+from calibration.plan.nvidia_config import nvidia_config
 from calibration.plan.plan import Plan
 from calibration.plan.schemes import Scheme
 
@@ -16,7 +18,10 @@ FORMAT_VERSION = "0.19.0"
 def output_config(plan: Plan, source_config: dict[str, Any]) -> dict[str, Any]:
     """The output's config: every field of the source's in its order, `quantization_config` replaced, and the fields
     of the family's `serving_config`. A plan that quantizes nothing and keeps nothing quantized (method plain) has
-    neither, and loses the fields of `serving_config`, which describe quantized experts."""
+    neither, and loses the fields of `serving_config`, which describe quantized experts. In NVIDIA's dialect it is
+    `nvidia_config`'s."""
+    if plan.dialect == NVIDIA.name:
+        return nvidia_config(plan, source_config)[0]
     config = dict(source_config)
     config.pop("quantization_config", None)
     if not plan.groups:

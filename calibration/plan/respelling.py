@@ -12,13 +12,13 @@ import torch
 
 from calibration.checkpoint.dialect import DIALECTS, NVIDIA, Dialect
 from calibration.checkpoint.formats import Formats, module_of
-from calibration.checkpoint.header import OutputTensor
+from calibration.checkpoint.header import OutputTensor, TensorHeader
 from calibration.checkpoint.index import CONFIG_NAME
-from calibration.families.family import Place
+from calibration.families.family import Family, Place
 from calibration.families.registry import family_of
 from calibration.plan.draft_head import draft_head_doubts
 from calibration.plan.nvidia_config import nvidia_config, nvidia_problems
-from calibration.plan.plan import Plan, PlannedShard, Step
+from calibration.plan.plan import Action, Plan, PlannedShard, Step
 from calibration.plan.schemes import FP8_BLOCK, NVFP4, NVFP4A16, Scheme
 from calibration.plan.source_check import contradictions
 from recipes.errors import RecipeError, SourceError, collapsed
@@ -37,8 +37,9 @@ def make_respelling(formats: Formats, to: Dialect) -> Plan:
 
 def respelled_steps(formats: Formats, name: str, group: str, scheme: Scheme, dialect: Dialect) -> dict[str, Step]:
     """The steps of one NVFP4 weight `name` that becomes `dialect`: packed codes and group scales keep their bytes, global
-    scales are inverted."""
+    scales are inverted, or copied where it is in that dialect already."""
     stored, companions = formats.of(name), dict(formats.of(name).companions)
+    scalar: Action = "copy" if stored.kind == dialect.kind else "invert"
     packed, group_scale, global_scale, *input_scale = (
         OutputTensor(*output) for output in scheme.outputs(module_of(name), stored.shape, dialect)
     )
@@ -46,12 +47,29 @@ def respelled_steps(formats: Formats, name: str, group: str, scheme: Scheme, dia
     steps = {
         name: Step(name, "copy", (packed,), f"target of {group} ({scheme.name}): NVFP4 already, respelled", group),
         scale: Step(scale, "copy", (group_scale,), f"group scales of {name}"),
-        double: Step(double, "invert", (global_scale,), f"1 / global scale of {name}"),
+        double: Step(double, scalar, (global_scale,), f"1 / global scale of {name}"),
     }
     if input_scale:
         inputs = companions.pop("input_scale")
-        steps[inputs] = Step(inputs, "invert", tuple(input_scale), f"1 / input scale of {name}")
+        steps[inputs] = Step(inputs, scalar, tuple(input_scale), f"1 / input scale of {name}")
     return steps | {left: Step(left, "consume", (), f"used up by {name}") for left in companions.values()}
+
+
+def tile_scale_step(weight: str, scale: TensorHeader, family: Family, dialect: Dialect) -> Step:
+    """The step of the scale of the FP8 tiles of `weight`, whose codes are kept: the same values in the name and dtype in which
+    an engine looks for them in `dialect`. `require_exact_scales` refuses values that the dtype does not hold."""
+    native = dialect is NVIDIA and family.fp8_dialect is not None
+    leaf, dtype = ("scale", "F8_E8M0") if native else ("weight_scale", "F32")
+    output = OutputTensor(f"{module_of(weight)}.{leaf}", dtype, scale.shape)
+    action: Action = "copy" if native and scale.dtype == dtype else "cast"
+    return Step(scale.name, action, (output,), f"tile scale of {weight}, exact in {dtype}")
+
+
+def draft_head_warnings(formats: Formats, plan: Plan) -> list[str]:
+    """What vLLM would misread of the draft head that `plan` copies."""
+    said = nvidia_config(plan, {})[0]["quantization_config"] if plan.dialect == NVIDIA.name else {}
+    doubts = draft_head_doubts(formats, plan.family, DIALECTS[plan.dialect], said.get("ignore", ()))
+    return [f"draft head: {doubt}" for doubt in doubts]
 
 
 def require_exact_scales(plan: Plan, formats: Formats) -> None:
@@ -103,7 +121,7 @@ class _Respelling:
             self.problems += [f"{self.where}: {problem}" for problem in nvidia_problems(plan)]
         if self.problems:
             raise SourceError(collapsed(self.problems))
-        return replace(plan, warnings=tuple(self._warnings(plan)))
+        return replace(plan, warnings=tuple(draft_head_warnings(self.formats, plan)))
 
     def _require_one_dialect(self) -> None:
         found: dict[str, list[str]] = {}
@@ -147,15 +165,10 @@ class _Respelling:
     def _tiles(self, name: str, place: Place) -> dict[str, Step]:
         """FP8 tiles under the scale's other name; its values stay, or `require_exact_scales` refuses them."""
         header, scale = self.checkpoint.tensors[name], self.formats.of(name).companions["tile_scale"]
-        to_e8m0 = self.to is NVIDIA and self.family.fp8_dialect is not None
-        leaf, dtype = ("scale", "F8_E8M0") if to_e8m0 else ("weight_scale", "F32")
-        stored = self.checkpoint.tensors[scale]
-        output = OutputTensor(f"{module_of(name)}.{leaf}", dtype, stored.shape)
-        group = self._group(KEPT_FP8, FP8_BLOCK)
         weight = OutputTensor(name, header.dtype, header.shape)
         return {
-            name: Step(name, "copy", (weight,), f"{place.part}: FP8 codes kept", group),
-            scale: Step(scale, "copy" if stored.dtype == dtype else "cast", (output,), f"tile scale of {name}"),
+            name: Step(name, "copy", (weight,), f"{place.part}: FP8 codes kept", self._group(KEPT_FP8, FP8_BLOCK)),
+            scale: tile_scale_step(name, self.checkpoint.tensors[scale], self.family, self.to),
         }
 
     def _copied(self, name: str, reason: str) -> dict[str, Step]:
@@ -171,7 +184,3 @@ class _Respelling:
         for name in steps:
             sources[self.checkpoint.tensors[name].shard].append(name)
         return [PlannedShard(shard, None, tuple(names)) for shard, names in sources.items() if names]
-
-    def _warnings(self, plan: Plan) -> list[str]:
-        ignore = [] if self.to is not NVIDIA else nvidia_config(plan, {})[0]["quantization_config"]["ignore"]
-        return [f"draft head: {doubt}" for doubt in draft_head_doubts(self.formats, self.family, self.to, ignore)]

@@ -6,9 +6,11 @@ import functools
 import shutil
 from pathlib import Path
 
+from calibration.checkpoint.dialect import NVIDIA
 from calibration.checkpoint.files import write_json, write_safely, write_text
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import side_files
+from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 
@@ -16,17 +18,24 @@ from calibration.plan.quantization_config import output_config
 CARD_NAME = "README.md"
 
 
-def finish_output(plan: Plan, source: Checkpoint, output: Path, recipe_text: str) -> list[str]:
-    """Writes the source's side files, recipe.yaml and config.json, and the index last: from then on the checkpoint in
-    `output` loads. Returns the files that it wrote, relative to the output."""
+def finish_output(plan: Plan, source: Checkpoint, output: Path, recipe_text: str | None) -> list[str]:
+    """Writes the source's side files, recipe.yaml (if there is one) and config.json, in NVIDIA's dialect hf_quant_config.json,
+    and the index last: from then on the checkpoint in `output` loads. Returns the files that it wrote, relative to the
+    output."""
     copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
     for path, name in copied:
         write_safely(output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)
-    write_text(output / "recipe.yaml", recipe_text)
+    written = [name for _, name in copied]
+    if recipe_text is not None:
+        write_text(output / "recipe.yaml", recipe_text)
+        written.append("recipe.yaml")
+    if plan.dialect == NVIDIA.name:
+        write_json(output / HF_QUANT_CONFIG, nvidia_config(plan, source.config)[1])
+        written.append(HF_QUANT_CONFIG)
     write_json(output / CONFIG_NAME, output_config(plan, source.config))
     index = {
         "metadata": {"total_size": plan.output_bytes},
         "weight_map": dict(sorted(plan.weight_map.items())),
     }
     write_json(output / INDEX_NAME, index)
-    return [*(name for _, name in copied), "recipe.yaml", CONFIG_NAME, INDEX_NAME]
+    return [*written, CONFIG_NAME, INDEX_NAME]

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from calibration.checkpoint.dialect import inverse, returns
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from tests.converted import LINEAR, converting, digests, run, tensors
+from calibration.plan.respelling import require_exact_scales
+from recipes.errors import RecipeError, SourceError
+from tests.converted import LINEAR, converting, digests, failing, run, tensors
+from tests.exported import export, plan_of, recipe
 from tests.models import deepseek_v4, standard
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
@@ -369,3 +372,67 @@ def test_modules_that_a_modelopt_list_leaves_out_are_those_that_vllm_leaves_out(
     assert "mlp.gate: stored as BF16" in with_ignore(["lm_head"])["structure.targets"]
     assert "stored quantized, ignore names it" in with_ignore([*listed, "model.layers.1*"])["structure.targets"]
     assert "experts.0.down_proj: stored quantized" in with_ignore([*listed, "*.experts"])["structure.targets"]
+
+
+def _same(one: Path, other: Path) -> None:
+    """Both hold the same tensors and the same configs."""
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        found = theirs[name]
+        assert (tensor.dtype, tensor.shape) == (found.dtype, found.shape), name
+        assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, found))), name
+    for file in ("config.json", "hf_quant_config.json"):
+        assert json.loads((one / file).read_text()) == json.loads((other / file).read_text())
+
+
+@pytest.mark.parametrize("base", ["deepseek_v4", "qwen3_moe"])
+def test_a_recipe_in_nvidia_s_dialect_writes_what_its_checkpoint_is_respelled_to(
+    made: dict[str, Path], spelled: dict[str, Path], tmp_path: Path, base: str
+) -> None:
+    source, targets = made[base].parent / "source", ROUTED if base == "deepseek_v4" else LINEAR
+    nvidia = {"dialect": "nvidia"}
+    converted = converting(source, tmp_path / "convert", targets, export=nvidia, convert={"input_amax": 77.7})
+    run(converted)
+    _same(spelled[base], tmp_path / "convert")
+    assert failing(converted) == set()
+    # The exporter of method calibrate, fed with scales from weight statistics.
+    for name, how in (("theirs", nvidia), ("ours", {})):
+        export(source, tmp_path / name, recipe(source, tmp_path / name, targets, export=how))
+    assert respell(tmp_path / "ours", tmp_path / "respelled", "nvidia") == 0
+    _same(tmp_path / "respelled", tmp_path / "theirs")
+    assert failing(recipe(source, tmp_path / "theirs", targets, export=nvidia)) == set()
+
+
+def test_a_respelled_checkpoint_s_recipe_makes_the_plan_of_what_it_is(
+    made: dict[str, Path], spelled: dict[str, Path]
+) -> None:
+    from verify.__main__ import own_plan
+
+    source = Formats(Checkpoint.open(made["deepseek_v4"].parent / "source"))
+    plan, checks = own_plan(spelled["deepseek_v4"], source)
+    assert plan is not None and [check.verdict for check in checks] == ["PASS"]
+    found = verify_structure(spelled["deepseek_v4"], plan, source.checkpoint)
+    assert {check.id for check in found if check.verdict not in ("PASS", "UNCHECKED")} == set()
+
+
+def test_a_source_in_nvidia_s_dialect_is_copied_into_it(spelled: dict[str, Path], tmp_path: Path) -> None:
+    done = run(converting(spelled["llama"], tmp_path / "out", LINEAR, export={"dialect": "nvidia"}))
+    assert done.inverted == 0
+    _same(spelled["llama"], tmp_path / "out")
+
+
+def test_a_plan_says_what_nvidia_s_dialect_cannot(made: dict[str, Path], tmp_path: Path) -> None:
+    def refused(source: Path, targets: list[str], scheme: str = "NVFP4") -> str:
+        with pytest.raises(RecipeError) as error:
+            plan_of(source, converting(source, tmp_path / "out", targets, scheme, export={"dialect": "nvidia"}))
+        return str(error.value)
+
+    v4 = made["deepseek_v4"].parent / "source"
+    every = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
+    assert "has NVFP4 in routed experts alone" in refused(v4, every)
+    assert "NVFP4A16 has no input scale" in refused(v4, ROUTED, "NVFP4A16")
+    source = deepseek_v4.write(tmp_path / "fp8", "fp8", experts=8)
+    plan, formats = plan_of(source, converting(source, tmp_path / "out", ROUTED, export={"dialect": "nvidia"}))
+    with pytest.raises(SourceError, match="holds tile scales that are no powers of two"):
+        require_exact_scales(plan, formats)

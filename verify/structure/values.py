@@ -212,17 +212,17 @@ def _copies(output: Checkpoint, plan: Plan | None, source: Checkpoint) -> dict[s
 
 
 def _casts(output: Checkpoint, plan: Plan, source: Checkpoint) -> list[str]:
-    """Tile scales of kept FP8 weights: respelled in float32, every value exact."""
+    """Tile scales of kept FP8 weights: respelled in float32, or in E8M0 as NVIDIA's dialect has them, every value exact."""
     differing = []
     for step in plan.steps.values():
         name = step.outputs[0].name if step.action == "cast" else ""
         if (
-            name.endswith(".weight_scale")
+            name.endswith((".weight_scale", ".scale"))
             and name in output.tensors
             and output.tensors[name].shape == step.outputs[0].shape
         ):
-            exact = source.read(step.source).to(output.read(name).dtype)
-            if not bool((exact == output.read(name)).all()):
+            exact, found = (t.to(torch.float32) for t in (source.read(step.source), output.read(name)))
+            if not bool((exact == found).all()):
                 differing.append(f"{name}: differs from the source's {step.source}")
     return differing
 

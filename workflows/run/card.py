@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from calibration.checkpoint.dialect import NVIDIA
 from calibration.checkpoint.index import Checkpoint
 from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import versions
@@ -36,7 +37,7 @@ def model_card(
     front = {
         "base_model": recipe.source.checkpoint,
         "library_name": "vllm",
-        "tags": ["nvfp4", "compressed-tensors", "llm-compressor"],
+        "tags": ["nvfp4", "modelopt" if plan.dialect == NVIDIA.name else "compressed-tensors", "llm-compressor"],
     }
     yaml_text = dump_recipe(recipe).rstrip()
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", yaml_text)), default=0))

@@ -15,6 +15,7 @@ from calibration.checkpoint.side_files import SideFiles, side_files
 from calibration.forecast.cost import boundary_bytes, hidden_width
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
+from calibration.plan.respelling import require_exact_scales
 from calibration.runs.fingerprint import versions
 from calibration.runs.finish import CARD_NAME, finish_output
 from calibration.runs.journal import RunDirectory
@@ -79,6 +80,7 @@ class Run:
         self.side_files = side_files(where)
         self.formats = Formats(self.source)
         self.plan = make_plan(self.source, self.formats, self.recipe)
+        require_exact_scales(self.plan, self.formats)
         for warning in self.plan.warnings:
             self.reporter.say(f"warning: {warning}", "warning")
         if left_out := list(self.side_files.left_out.items()):
