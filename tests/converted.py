@@ -16,7 +16,7 @@ from calibration.runs.finish import finish_output
 from calibration.runs.journal import RunDirectory
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
-from tests.exported import EXPERTS, plan_of, recipe
+from tests.exported import EXPERTS, plan_of, recipe, task_of
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
 from verify.structure.structure import verify_structure
@@ -36,14 +36,13 @@ def undoing(source: Path, output: Path, **sections: Any) -> Recipe:
 
 def run(made: Recipe, on_progress: Any = None) -> Conversion:
     """The conversion and the export stage behind it."""
-    output = Path(made.output)
-    plan, formats = plan_of(Path(made.source.checkpoint), made)
-    directory = RunDirectory(output).open()
+    task = task_of(made)
+    directory = RunDirectory(task.output).open()
     try:
-        done = convert(made, plan, formats, output, directory, on_progress)
+        done = convert(task, directory, on_progress)
     finally:
         directory.close()
-    finish_output(plan, formats.checkpoint, output, dump_recipe(made))
+    finish_output(task, dump_recipe(made))
     return done
 
 

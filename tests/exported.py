@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.engine.export import Exporter
 from calibration.plan.plan import Plan
-from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from calibration.runs.finish import finish_output
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
@@ -38,9 +37,14 @@ def recipe(
     return Recipe.model_validate(base | sections)
 
 
+def task_of(made: Recipe) -> Task:
+    """The task of a recipe whose source is a local directory."""
+    return Task.open(made, Path(made.source.checkpoint))
+
+
 def plan_of(source: Path, made: Recipe) -> tuple[Plan, Formats]:
-    formats = Formats(Checkpoint.open(source))
-    return make_plan(formats.checkpoint, formats, made), formats
+    task = Task.open(made, source)
+    return task.plan, task.formats
 
 
 def calibrated(plan: Plan, formats: Formats, block: int | None) -> dict[str, nn.Module]:
@@ -70,11 +74,10 @@ def calibrated(plan: Plan, formats: Formats, block: int | None) -> dict[str, nn.
 
 def export(source: Path, output: Path, made: Recipe | None = None) -> tuple[Plan, Formats]:
     """Writes the whole output checkpoint and returns its plan and the source's formats."""
-    made = made or recipe(source, output)
-    plan, formats = plan_of(source, made)
-    exporter = Exporter(plan, formats, made, output)
+    task = Task.open(made or recipe(source, output), source)
+    plan, formats, exporter = task.plan, task.formats, Exporter(task)
     for block in plan.block_numbers:
         exporter.block(block, calibrated(plan, formats, block))
     exporter.rest(calibrated(plan, formats, None))
-    finish_output(plan, formats.checkpoint, output, dump_recipe(made))
+    finish_output(task, dump_recipe(task.recipe))
     return plan, formats

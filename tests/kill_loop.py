@@ -19,16 +19,15 @@ from pathlib import Path
 
 from calibration.convert.pipeline import Conversion, convert
 from calibration.runs.journal import RunDirectory
-from tests.exported import plan_of, recipe
+from tests.exported import recipe, task_of
 
 
 def run(source: Path, output: Path) -> Conversion:
     """One call of `convert` as the stage makes it, with shards small enough that there are many."""
     made = recipe(source, output, method="convert", calibration=None, export={"max_shard_size": 200_000})
-    plan, formats = plan_of(source, made)
     directory = RunDirectory(output).open()
     try:
-        return convert(made, plan, formats, output, directory)
+        return convert(task_of(made), directory)
     finally:
         directory.close()
 

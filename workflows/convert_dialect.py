@@ -21,6 +21,7 @@ from calibration.checkpoint.side_files import side_files
 from calibration.convert.pipeline import Conversion, convert
 from calibration.plan.plan import Plan
 from calibration.plan.respelling import make_respelling, require_exact_scales
+from calibration.plan.task import Task
 from calibration.runs.finish import CARD_NAME, finish_output
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import entries, overwrite_problems, start_over
@@ -81,9 +82,10 @@ def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Convers
         recipe = Recipe.model_validate(
             {"source": {"checkpoint": str(source)}, "output": str(output), "method": "plain"}
         )
-        done = convert(recipe, plan, formats, output, directory)
+        task = Task(recipe, formats, plan)
+        done = convert(task, directory)
         write_json(directory.path / "one_way.json", list(done.one_way))
-        directory.record("exported", plan=plan.digest, files=_finish(plan, formats.checkpoint, output, recipe_text))
+        directory.record("exported", plan=plan.digest, files=_finish(task, recipe_text))
     finally:
         directory.close()
     _report(plan, done, output, directory)
@@ -120,12 +122,12 @@ def _recipe(source: Path, to: Dialect) -> str | None:
     return dump_recipe(made.model_copy(update={"export": made.export.model_copy(update={"dialect": to.name})}))
 
 
-def _finish(plan: Plan, source: Checkpoint, output: Path, recipe_text: str | None) -> list[str]:
+def _finish(task: Task, recipe_text: str | None) -> list[str]:
     """Writes everything but the shards and returns the names. The card that describes the checkpoint travels with it."""
-    card = source.directory / CARD_NAME
+    card = task.source.directory / CARD_NAME
     if is_file(card):
-        write_safely(output / CARD_NAME, functools.partial(shutil.copyfile, card), card.stat().st_size)
-    return [*([CARD_NAME] if is_file(card) else []), *finish_output(plan, source, output, recipe_text)]
+        write_safely(task.output / CARD_NAME, functools.partial(shutil.copyfile, card), card.stat().st_size)
+    return [*([CARD_NAME] if is_file(card) else []), *finish_output(task, recipe_text)]
 
 
 def _report(plan: Plan, done: Conversion, output: Path, directory: RunDirectory) -> None:

@@ -9,29 +9,26 @@ after a kill goes on behind the last journaled shard and gives the same bytes. M
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from calibration.checkpoint import native
 from calibration.checkpoint.direct import PAGE, Buffer, DirectReader, DirectWriter, digest
-from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import changed_shards, shard_state
 from calibration.convert.layout import Job, ShardLayout
 from calibration.convert.work import Totals, Work
-from calibration.plan.plan import Plan
+from calibration.plan.task import Task
+from calibration.runs.disk import Need, space_problems
 from calibration.runs.fingerprint import require_unchanged
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import remove_unfinished, start_over
 from recipes.errors import EnvironmentProblem, SourceError
-from recipes.schema import Recipe
 
 #: `on_progress(done, total)` in bytes of output, shards that were finished before included; called a few times a second.
 Progress = Callable[[int, int], None]
@@ -69,27 +66,22 @@ class Conversion:
     one_way: tuple[str, ...]
 
 
-def convert(
-    recipe: Recipe,
-    plan: Plan,
-    formats: Formats,
-    output: Path,
-    directory: RunDirectory,
-    on_progress: Progress | None = None,
-) -> Conversion:
-    """Writes every shard of `plan` into `output` and journals each in the opened run directory; shards whose digest
-    matches the journal of the same plan, settings and source are left as they are.
+def convert(task: Task, directory: RunDirectory, on_progress: Progress | None = None) -> Conversion:
+    """Writes every shard of the task's plan into its output and journals each in the opened run directory; shards whose
+    digest matches the journal of the same plan, settings and source are left as they are.
 
-    Sidecars, config and index are `finish_output`'s. Raises SourceError (NaN or Inf by tensor name, a source that
+    Side files, config and index are `finish_output`'s. Raises SourceError (NaN or Inf by tensor name, a source that
     changed since the run began or while it is read) and EnvironmentProblem (disk full, not writable).
     """
-    started = time.monotonic()
-    layouts = [ShardLayout(plan, formats, shard) for shard in plan.shards]
-    kept = _kept(recipe, plan, formats, layouts, output, directory)
+    started, plan = time.monotonic(), task.plan
+    layouts = [ShardLayout(plan, task.formats, shard) for shard in plan.shards]
+    kept = _kept(task, layouts, directory)
     pending = [layout for layout in layouts if layout.shard.name not in kept]
-    _check_disk(output, sum(layout.nbytes for layout in pending))
-    workers = recipe.convert.workers or min((os.cpu_count() or 1) + 1, _MOST_WORKERS)
-    line = _Line(recipe, plan, formats, pending, output, directory, workers)
+    wanted = Need("output", task.output, sum(layout.nbytes for layout in pending) + _SPARE, len(pending))
+    if problems := space_problems([wanted]):
+        raise EnvironmentProblem(problems)
+    workers = task.recipe.convert.workers or min((os.cpu_count() or 1) + 1, _MOST_WORKERS)
+    line = _Line(task, pending, directory, workers)
     total = sum(layout.nbytes for layout in layouts)
     before = total - sum(layout.nbytes for layout in pending)
     line.run(lambda done: on_progress(before + done, total) if on_progress else None)
@@ -109,13 +101,12 @@ def convert(
     return done
 
 
-def _kept(
-    recipe: Recipe, plan: Plan, formats: Formats, layouts: list[ShardLayout], output: Path, directory: RunDirectory
-) -> set[str]:
-    """Names of the shards that an earlier call finished; begins the run anew where it was another's."""
+def _kept(task: Task, layouts: list[ShardLayout], directory: RunDirectory) -> set[str]:
+    """Names of the shards that an earlier call finished; starts over if the run there is another's."""
+    recipe, plan, output = task.recipe, task.plan, task.output
     settings = recipe.convert.model_dump(mode="json", exclude={"workers"})
     settings |= {"mxfp4": recipe.export.mxfp4, "method": recipe.method}
-    source = formats.checkpoint.state
+    source = task.source.state
     remove_unfinished(output)
     begun = directory.facts("started")
     if begun and begun[-1]["plan"] == plan.digest and begun[-1].get("settings") == settings:
@@ -136,17 +127,6 @@ def _kept(
     }
 
 
-def _check_disk(output: Path, wanted: int) -> None:
-    parent = output.absolute()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < wanted + _SPARE:
-        raise EnvironmentProblem(
-            f"{output}: {wanted + _SPARE:,} bytes wanted, {free:,} free on {parent}; free some space or name another output"
-        )
-
-
 @dataclass(slots=True)
 class _Done:
     job: Job
@@ -158,13 +138,10 @@ class _Done:
 class _Line:
     """Workers, their buffers, and the writer behind them."""
 
-    def __init__(
-        self, recipe: Recipe, plan: Plan, formats: Formats, layouts: list[ShardLayout], output: Path,
-        directory: RunDirectory, workers: int,
-    ) -> None:  # fmt: skip
-        self.plan, self.formats, self.output, self.directory = plan, formats, output, directory
-        self.reader = DirectReader(formats.checkpoint.directory)
-        self.work = Work(recipe, plan, formats)
+    def __init__(self, task: Task, layouts: list[ShardLayout], directory: RunDirectory, workers: int) -> None:
+        self.task, self.directory = task, directory
+        self.reader = DirectReader(task.source.directory)
+        self.work = Work(task)
         self.layouts = {layout.shard.name: layout for layout in layouts}
         self.workers = workers
         # Buffers of one size each, the largest that any job needs: found now, so that memory is known at the start.
@@ -252,7 +229,7 @@ class _Line:
     def _writer(self) -> None:
         number, totals = 0, Totals()
         for layout in self.layouts.values():
-            writer = DirectWriter(self.output / layout.shard.name, layout.nbytes)
+            writer = DirectWriter(self.task.output / layout.shard.name, layout.nbytes)
             try:
                 self._append(writer, layout)
                 while True:
@@ -288,7 +265,7 @@ class _Line:
 
     def _finish(self, writer: DirectWriter, layout: ShardLayout, totals: Totals) -> None:
         """Journals a shard that is on disk, unless the source changed while it was made."""
-        source = self.formats.checkpoint
+        source = self.task.source
         changed = changed_shards(source.state, shard_state(source.directory, source.shards))
         if changed:
             raise SourceError(
@@ -297,6 +274,6 @@ class _Line:
         mark = writer.finish()
         facts: dict[str, Any] = {"lossless": totals.lossless, "requantized": totals.requantized}
         self.directory.record(
-            "shards", plan=self.plan.digest, block=layout.shard.block, shards={layout.shard.name: mark}, **facts
+            "shards", plan=self.task.plan.digest, block=layout.shard.block, shards={layout.shard.name: mark}, **facts
         )
         self.directory.event("shard", shard=layout.shard.name, block=layout.shard.block, bytes=layout.nbytes, **facts)

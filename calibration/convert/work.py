@@ -12,16 +12,16 @@ import torch
 from calibration.checkpoint import kernels, native
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
 from calibration.checkpoint.direct import Bytes, Extent
-from calibration.checkpoint.formats import TORCH_DTYPES, Formats, cast_dtype, dequantize, is_finite
+from calibration.checkpoint.formats import TORCH_DTYPES, cast_dtype, dequantize, is_finite
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.nvfp4 import RANGE
 from calibration.convert.inverted import invert_scales
 from calibration.convert.layout import Job, Piece
-from calibration.plan.plan import Plan, Step
+from calibration.plan.plan import Step
 from calibration.plan.schemes import FP8_BLOCK
+from calibration.plan.task import Task
 from recipes.errors import Interrupted, SourceError
-from recipes.schema import Recipe
 
 _E4M3_MAX = 448.0
 
@@ -63,7 +63,8 @@ class Work:
     """Executes jobs of one plan, from any number of threads. Holds a few numbers per weight, and the group scales of
     weights that are cut into stripes until they are written."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, formats: Formats) -> None:
+    def __init__(self, task: Task) -> None:
+        recipe, plan, formats = task.recipe, task.plan, task.formats
         self.plan, self.formats = plan, formats
         self.settings, self.dtype = recipe.convert, TORCH_DTYPES[recipe.export.plain_dtype]
         self.inverted = invert_scales(plan, formats)

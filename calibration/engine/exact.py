@@ -10,19 +10,19 @@ import numpy as np
 import torch
 
 from calibration.checkpoint import kernels
-from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.kernels import Stripe
-from calibration.plan.plan import Plan, Step
+from calibration.plan.plan import Step
 from calibration.plan.schemes import FP8_BLOCK
+from calibration.plan.task import Task
 from recipes.errors import SourceError
-from recipes.schema import Recipe
 
 
 class ExactWeights:
     """The source's MXFP4 weights as NVFP4, for an exporter. Holds one number per fused group."""
 
-    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe) -> None:
-        self._plan, self._formats = plan, formats
+    def __init__(self, task: Task) -> None:
+        recipe, plan = task.recipe, task.plan
+        self._plan, self._formats = plan, task.formats
         edits = [entry.name for entry in recipe.modifiers] != ["QuantizationModifier"]
         self._wanted = recipe.export.mxfp4 == "lossless" and not edits
         self._fused = {module: group for group in plan.fused for module in group}

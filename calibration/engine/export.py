@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
-from calibration.checkpoint.formats import TORCH_DTYPES, Formats, cast_dtype, check_finite, is_positive
+from calibration.checkpoint.formats import TORCH_DTYPES, cast_dtype, check_finite, is_positive
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.writer import write_shard
 from calibration.engine.exact import ExactWeights
-from calibration.plan.plan import Plan, PlannedShard, Step
+from calibration.plan.plan import PlannedShard, Step
 from calibration.plan.schemes import FP8_BLOCK
+from calibration.plan.task import Task
 from calibration.runs.ranks import Ranks
 from calibration.runs.sharing import shares
 from recipes.errors import SourceError, WorkflowError
-from recipes.schema import Recipe
 
 
 class Exporter:
     """Writes the output checkpoint of one plan, shard by shard, under the source's own tensor names."""
 
-    def __init__(self, plan: Plan, formats: Formats, recipe: Recipe, output: Path, ranks: Ranks | None = None) -> None:
-        self.plan, self.formats, self.recipe, self.output = plan, formats, recipe, output
+    def __init__(self, task: Task, ranks: Ranks | None = None) -> None:
+        self.task, self.plan, self.formats = task, task.plan, task.formats
         self.ranks = ranks or Ranks()
-        self._owners = shares(plan, self.ranks.size)
+        self._owners = shares(task.plan, self.ranks.size)
         #: Modules that are packed and not yet in a shard: this rank's share, and what the others sent.
         self._packed: dict[str, dict[str, torch.Tensor]] = {}
         #: Relative rounding error of every module packed so far.
         self.errors: dict[str, float] = {}
-        self._exact = ExactWeights(plan, formats, recipe)
+        self._exact = ExactWeights(task)
         #: Modules stored in MXFP4 and packed so far: whether they kept their values.
         self.exact: dict[str, bool] = {}
 
@@ -90,7 +89,7 @@ class Exporter:
         steps = [step for source in shard.sources if (step := self.plan.steps[source]).outputs]
         outputs = [output for step in steps for output in step.outputs]
         tensors = (made for step in steps for made in self._step(step, modules, scales).items())
-        return write_shard(self.output / shard.name, outputs, tensors)
+        return write_shard(self.task.output / shard.name, outputs, tensors)
 
     def _step(
         self, step: Step, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
@@ -106,7 +105,7 @@ class Exporter:
             tensor = self.formats.checkpoint.read(step.source)
             check_finite(tensor, f"{self.formats.checkpoint.path(step.source)}: {step.source}")
         else:
-            dtype = cast_dtype(output.dtype, TORCH_DTYPES[self.recipe.export.plain_dtype])
+            dtype = cast_dtype(output.dtype, TORCH_DTYPES[self.task.recipe.export.plain_dtype])
             tensor = self.formats.read(step.source, dtype)
         return {output.name: tensor}
 

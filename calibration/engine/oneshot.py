@@ -37,6 +37,7 @@ from calibration.engine.results import CalibrationSummary, Callbacks
 from calibration.engine.walk import CalibrationRun
 from calibration.model.source_model import SourceModel
 from calibration.plan.plan import Plan
+from calibration.plan.task import Task
 from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Resume
 from calibration.runs.sharing import shares
@@ -58,36 +59,35 @@ _NOISE = (
 
 
 def calibrate(
-    recipe: Recipe,
+    task: Task,
     source_model: SourceModel,
-    plan: Plan,
     batches: DataLoader[dict[str, Any]],
     callbacks: Callbacks,
-    scratch: Path,
-    verbose: bool = False,
-    resume: Resume | None = None,
+    activations: Resume | Path,
     ranks: Ranks | None = None,
 ) -> CalibrationSummary:
-    """Calibrates the modules that `plan` quantizes with the recipe's modifiers, block by block.
+    """Calibrates the modules that the task's plan quantizes with the recipe's modifiers, block by block.
 
     `batches` yields dicts of `input_ids` and `attention_mask` (int64 `[batch, tokens]`), the same at every iteration; what
     the mask rules out at the ends of a row reaches no block (calibration.data.padding).
-    Activations beyond `offload.max_host_memory` go to `offload.directory`, or to `scratch`. llm-compressor's bars and
-    log lines are left out unless `verbose`; its warnings become `log` events. With `resume` the blocks that it names as
-    finished are left out, and the run's activations go where it says and stay there after an error. Of several `ranks`
-    all call this with the same arguments; see `calibration.runs.ranks` for what each does.
+    Activations beyond `offload.max_host_memory` go to a scratch directory, which is `offload.directory` or else
+    `activations`; or, if that is a Resume, where it says, and stay there after an error; the blocks that it names as
+    finished are left out. llm-compressor's bars and log lines are left out; its warnings become `log` events. Of several
+    `ranks` all call this with the same arguments; see `calibration.runs.ranks` for what each does.
     Raises RecipeError for arguments that llm-compressor refuses and modifiers that cannot run block by block,
     SourceError for NaN and Inf, ParityError and WorkflowError for a calibration that would be wrong.
     """
-    calibration, ranks = recipe.calibration, ranks or Ranks()
+    recipe, plan, ranks = task.recipe, task.plan, ranks or Ranks()
+    calibration, resume = recipe.calibration, activations if isinstance(activations, Resume) else None
+    scratch = activations.activations if isinstance(activations, Resume) else activations
     if calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
-    modifiers = build_modifiers(recipe, source_model, plan)
+    modifiers = build_modifiers(task, source_model)
     names = source_model.model_modules()
     run = CalibrationRun(
         source=source_model,
         callbacks=callbacks,
-        scratch=Path(recipe.offload.directory) if recipe.offload.directory else scratch,
+        scratch=task.scratch or scratch,
         fused=[tuple(names[module] for module in group if module in names) for group in plan.fused],
         min_tokens_per_expert=calibration.min_tokens_per_expert,
         max_host_memory=recipe.offload.max_host_memory and recipe.offload.max_host_memory // ranks.local,
@@ -101,8 +101,7 @@ def calibrate(
         stack.enter_context(as_single_threaded())
         stack.enter_context(create_session())
         stack.enter_context(current(run))
-        if not verbose:
-            stack.enter_context(quiet(callbacks.on_progress))
+        stack.enter_context(quiet(callbacks.on_progress))
         if not accelerator.is_available():
             # AWQ pins its cache, which fails without an accelerator and gains nothing there.
             stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None))
@@ -123,11 +122,12 @@ def calibrate(
     return run.summary
 
 
-def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan) -> list[Modifier]:
+def build_modifiers(task: Task, source: SourceModel) -> list[Modifier]:
     """llm-compressor's modifiers of the recipe, their targets resolved to transformers' module names.
 
     Raises RecipeError, all at once, for arguments that llm-compressor does not take.
     """
+    recipe, plan = task.recipe, task.plan
     problems: list[str] = []
     modifiers: list[Modifier] = []
     quantization = recipe.quantization_modifier
@@ -143,7 +143,7 @@ def build_modifiers(recipe: Recipe, source: SourceModel, plan: Plan) -> list[Mod
             if position == quantization.position:
                 groups = _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
                 arguments = quantization.arguments | {"config_groups": groups}
-            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, recipe, source, plan))
+            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, task, source))
         except ValidationError as error:
             problems += [
                 f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")
@@ -252,8 +252,8 @@ def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
         configure_logger()
 
 
-def _blockwise(arguments: dict[str, Any], recipe: Recipe, source: SourceModel, plan: Plan) -> BlockQuantizationModifier:
-    exact = ExactWeights(plan, source.formats, recipe)
+def _blockwise(arguments: dict[str, Any], task: Task, source: SourceModel) -> BlockQuantizationModifier:
+    plan, exact = task.plan, ExactWeights(task)
     modules = {name: source.model.get_submodule(module) for name, module in source.model_modules().items()}
     modifier = BlockQuantizationModifier(**arguments)
     modifier.choose(

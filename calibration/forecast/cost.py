@@ -15,7 +15,11 @@ from calibration.checkpoint.formats import Formats
 from calibration.families.family import NOT_LINEAR, ROUTED, Family
 from calibration.families.registry import language_config
 from calibration.plan.plan import Plan
+from calibration.plan.task import Task
+from recipes.schema import Recipe
 
+#: `(samples, tokens each)` of every batch.
+Shapes = Sequence[tuple[int, int]]
 #: Bytes per value of activations and of dequantized weights: BF16.
 BF16 = 2
 #: Bytes per token of what travels beside the hidden states: ids, mask and positions (int64), rotary tables not counted.
@@ -159,3 +163,28 @@ def scratch_bytes(boundary: int, blocks: int, max_host_memory: int | None) -> in
     there only as far as it passes `max_host_memory`, nothing leaves the last."""
     first = max(boundary - (max_host_memory or 0), 0)
     return max(first + (boundary if blocks > 1 else 0), boundary * min(2, max(blocks - 1, 0)))
+
+
+def nominal_shapes(recipe: Recipe) -> list[tuple[int, int]]:
+    """`(samples, tokens each)` of every batch if all samples are as long as the recipe allows: an upper bound."""
+    data = recipe.calibration
+    if data is None:
+        return []
+    full, rest = divmod(data.num_samples, data.batch_size)
+    return [(data.batch_size, data.max_seq_length)] * full + ([(rest, data.max_seq_length)] if rest else [])
+
+
+def needs(task: Task) -> dict[str, int]:
+    """Disk and memory that a run needs, in bytes, from headers alone: its output, what it reads, the largest block in
+    BF16, and the activations between two blocks."""
+    block_bytes: dict[int, int] = {}
+    for name in task.source.tensors:
+        place = task.family.place(name)
+        if place.block is not None and name not in task.formats.companions:
+            block_bytes[place.block] = block_bytes.get(place.block, 0) + BF16 * math.prod(task.formats.of(name).shape)
+    return {
+        "output_bytes": task.plan.output_bytes,
+        "source_bytes_read": task.source.total_bytes,
+        "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
+        "activation_bytes_at_a_boundary": boundary_bytes(hidden_width(task.source.config), nominal_shapes(task.recipe)),
+    }

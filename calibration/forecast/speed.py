@@ -16,13 +16,12 @@ from torch.nn import functional
 
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.direct import Buffer, DirectReader, Extent
-from calibration.checkpoint.formats import Formats, dequantize
+from calibration.checkpoint.formats import dequantize
 from calibration.convert.layout import ShardLayout
 from calibration.convert.work import Work
 from calibration.forecast.cost import Product
-from calibration.plan.plan import Plan
+from calibration.plan.task import Task
 from calibration.runs.disk import existing
-from recipes.schema import Recipe
 
 #: Bounds of one measurement: it is repeated until `_LEAST` seconds have passed, and made on at most so much.
 _LEAST, _SAMPLE_BYTES, _OPERATIONS, _WRITTEN = 0.02, 32 << 20, 4e9, 16 << 20
@@ -77,8 +76,8 @@ def timed(call: Callable[[], object]) -> Spent:
 class Machine:
     """Measurements for one plan, each made when it is first asked for. `device` is where the blocks compute."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, formats: Formats, device: torch.device | None = None) -> None:
-        self.recipe, self.plan, self.formats = recipe, plan, formats
+    def __init__(self, task: Task, device: torch.device | None = None) -> None:
+        self.task = task
         self.device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
         self.product = cache(self._product)
         self.attention = cache(self._attention)
@@ -147,11 +146,11 @@ class Machine:
     def _load(self, kind: str) -> Spent:
         """Per source byte: reading and dequantizing weights of the block that has most of this stored format, dropped
         from the page cache first."""
-        found = [name for name in self.formats.checkpoint.tensors if self._kind(name) == kind]
-        names = sorted(found, key=lambda name: -self.formats.checkpoint.tensors[name].nbytes)
+        found = [name for name in self.task.formats.checkpoint.tensors if self._kind(name) == kind]
+        names = sorted(found, key=lambda name: -self.task.formats.checkpoint.tensors[name].nbytes)
         total, chosen = 0, list[str]()
         for name in names:
-            size = self.formats.checkpoint.tensors[name].nbytes
+            size = self.task.formats.checkpoint.tensors[name].nbytes
             if chosen and total + size > _SAMPLE_BYTES:
                 break
             chosen.append(name)
@@ -166,17 +165,17 @@ class Machine:
         return watch.lap() * (1 / total)
 
     def _kind(self, name: str) -> str:
-        return "scale" if name in self.formats.companions else self.formats.of(name).kind
+        return "scale" if name in self.task.formats.companions else self.task.formats.of(name).kind
 
     def _onload(self, name: str) -> torch.Tensor:
         if self.device.type == "cpu":
-            return self.formats.read(name)
-        checkpoint, stored = self.formats.checkpoint, self.formats.of(name)
+            return self.task.formats.read(name)
+        checkpoint, stored = self.task.formats.checkpoint, self.task.formats.of(name)
         scales = {role: checkpoint.read(scale).to(self.device) for role, scale in stored.scales.items()}
         return dequantize(stored, checkpoint.read(name).to(self.device), scales, torch.bfloat16)
 
     def _forget(self, names: list[str]) -> None:
-        checkpoint = self.formats.checkpoint
+        checkpoint = self.task.formats.checkpoint
         for shard in {checkpoint.tensors[name].shard for name in names}:
             with (checkpoint.directory / shard).open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -184,8 +183,8 @@ class Machine:
     @cached_property
     def read(self) -> Spent:
         """Per source byte, past the page cache, from the largest shard."""
-        directory = self.formats.checkpoint.directory
-        shard = max(self.formats.checkpoint.shards, key=lambda name: (directory / name).stat().st_size)
+        directory = self.task.formats.checkpoint.directory
+        shard = max(self.task.formats.checkpoint.shards, key=lambda name: (directory / name).stat().st_size)
         size = min((directory / shard).stat().st_size, _SAMPLE_BYTES)
         reader = DirectReader(directory)
         buffer = Buffer(size + 8192)
@@ -200,7 +199,8 @@ class Machine:
     def pack(self) -> Spent:
         """Per value: group maxima, scales and packing of a quantized weight of the usual size."""
         sizes = sorted(
-            (self.formats.of(step.source).shape for step in self.plan.quantized.values()), key=lambda s: s[0] * s[1]
+            (self.task.formats.of(step.source).shape for step in self.task.plan.quantized.values()),
+            key=lambda s: s[0] * s[1],
         )
         if not sizes:
             return Spent()
@@ -228,7 +228,7 @@ class Machine:
         """Per byte written and fsynced on the output's file system, in an unnamed file; None where it has none."""
         data = os.urandom(_WRITTEN)
         try:
-            file = os.open(existing(Path(self.recipe.output)), os.O_TMPFILE | os.O_WRONLY, 0o600)
+            file = os.open(existing(Path(self.task.recipe.output)), os.O_TMPFILE | os.O_WRONLY, 0o600)
         except (OSError, AttributeError):
             return None
         try:
@@ -246,15 +246,17 @@ class Machine:
         """Per output byte of the methods without calibration: the real jobs of a shard that quantizes, in memory, on one
         thread; reading is left out."""
         shards = [
-            s for s in self.plan.shards if any(self.plan.steps[x].action in ("quantize", "cast") for x in s.sources)
+            s
+            for s in self.task.plan.shards
+            if any(self.task.plan.steps[x].action in ("quantize", "cast") for x in s.sources)
         ]
-        shard = (shards or list(self.plan.shards))[0]
-        work, reader = Work(self.recipe, self.plan, self.formats), DirectReader(self.formats.checkpoint.directory)
+        shard = (shards or list(self.task.plan.shards))[0]
+        work, reader = Work(self.task), DirectReader(self.task.formats.checkpoint.directory)
         spent, done = Spent(), 0
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            for job in ShardLayout(self.plan, self.formats, shard).jobs():
+            for job in ShardLayout(self.task.plan, self.task.formats, shard).jobs():
                 buffer, room = Buffer(job.input_bytes), Buffer(job.output_bytes + 4096)
                 extents = [extent for piece in work.needed(job) for extent in piece.extents.values()]
                 data = reader.read(extents, buffer)

@@ -13,9 +13,8 @@ from typing import Any
 from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import TOKENIZER_FILES
-from calibration.plan.plan import Plan
+from calibration.plan.task import Task
 from recipes.errors import EnvironmentProblem, SourceError
-from recipes.schema import Recipe
 
 #: Packages whose arithmetic or file format the output depends on, this one included.
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "nvfp4-workflows")
@@ -33,12 +32,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def fingerprint(recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str, device: str) -> dict[str, Any]:
+def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:
     """All that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write equal
     files. `device` names the arithmetic (processor capability or accelerator); a run may go on with another one, but not to
     the same bytes (calibration.runs.row_invariance). The number of ranks is no part of it: what several ranks may calibrate gives
     the same bytes with any number."""
-    settings = recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    source = task.source
+    settings = task.recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     try:
         tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
         files = _source_digest(source)
@@ -49,7 +49,7 @@ def fingerprint(recipe: Recipe, plan: Plan, source: Checkpoint, data_digest: str
         "data": data_digest,
         "tokenizer": tokenizer,
         "source files": files,
-        "plan": plan.digest,
+        "plan": task.plan.digest,
         **{f"version of {package}": number for package, number in versions().items()},
         "device": device,
     }

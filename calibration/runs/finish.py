@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 import shutil
-from pathlib import Path
 
 from calibration.checkpoint.dialect import NVIDIA
 from calibration.checkpoint.files import write_json, write_safely, write_text
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
 from calibration.checkpoint.side_files import side_files
 from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
-from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
+from calibration.plan.task import Task
 
 #: The model card, which is the output's own.
 CARD_NAME = "README.md"
 
 
-def finish_output(plan: Plan, source: Checkpoint, output: Path, recipe_text: str | None) -> list[str]:
-    """Writes the source's side files, recipe.yaml (if there is one) and config.json, in NVIDIA's dialect hf_quant_config.json,
-    and the index last: from then on the checkpoint in `output` loads. Returns the files that it wrote, relative to the
-    output."""
+def finish_output(task: Task, recipe_text: str | None) -> list[str]:
+    """Writes the source's side files, recipe.yaml (if there is one) and config.json, in NVIDIA's dialect
+    hf_quant_config.json, and the index last: from then on the output loads. Returns the files that it wrote, relative to
+    the output."""
+    plan, source, output = task.plan, task.source, task.output
     copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
     for path, name in copied:
         write_safely(output / name, functools.partial(shutil.copyfile, path), path.stat().st_size)

@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from calibration.checkpoint.files import file_digest
-from calibration.checkpoint.index import Checkpoint, changed_shards
+from calibration.checkpoint.index import changed_shards
 from calibration.plan.plan import Plan
+from calibration.plan.task import Task
 from calibration.runs.fingerprint import require_same, require_unchanged
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import start_over
@@ -79,10 +80,11 @@ class Resume:
         return max((number for number in self.boundaries if number <= first), default=0)
 
 
-def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: Path) -> Resume:
+def read_resume(task: Task, directory: RunDirectory) -> Resume:
     """What the journal says is finished and the files prove; later lines count before earlier ones. The boundaries are
     not yet checked."""
-    resume, blocks = Resume(activations), plan.block_numbers
+    plan, output = task.plan, task.output
+    resume, blocks = Resume(activations_directory(task.scratch, directory.path, output)), plan.block_numbers
     lines: dict[int, dict[str, Any]] = {}
     boundaries: dict[int, Boundary] = {}
     digests: dict[str, str] = {}
@@ -117,28 +119,34 @@ def read_resume(directory: RunDirectory, plan: Plan, output: Path, activations: 
     return resume
 
 
-def open_resume(
-    directory: RunDirectory,
-    plan: Plan,
-    output: Path,
-    activations: Path,
-    now: dict[str, Any],
-    restart: bool = False,
-    overwrite: bool = False,
-    ranks: Ranks | None = None,
-    source: Checkpoint | None = None,
-) -> Resume:
-    """Goes on with the run in `directory` when its fingerprint is `now`, else begins anew: journal, shards and
-    activations are removed, and the fingerprint is recorded.
+#: What a run discards of an earlier one in its directory: nothing (it resumes or is refused); what is complete (verified) or
+#: has another fingerprint; all of it.
+Discard = Literal["nothing", "outdated", "everything"]
 
-    `restart` always begins anew; `overwrite` where the run there is complete (verified) or has another fingerprint.
-    Rank 0 does it, and every rank checks the saved activations of its own batches. Raises EnvironmentProblem where
-    finished blocks have another fingerprint and neither is given, SourceError where shards of `source` were written to
-    since they were begun.
+
+def discard_of(restart: bool, overwrite: bool) -> Discard:
+    """What the options --restart and --overwrite discard."""
+    return "everything" if restart else "outdated" if overwrite else "nothing"
+
+
+def finished_blocks(directory: RunDirectory, plan: Plan) -> set[int]:
+    """The blocks that the journal names as finished with this plan; whether the files still are is not looked at."""
+    facts = directory.facts("shards")
+    return {fact["block"] for fact in facts if fact.get("plan") == plan.digest and fact.get("block") is not None}
+
+
+def open_resume(
+    task: Task, directory: RunDirectory, now: dict[str, Any], discard: Discard = "nothing", ranks: Ranks | None = None
+) -> Resume:
+    """Resumes the run in `directory` if its fingerprint is `now`; else starts over: journal, shards and activations are
+    removed, and the fingerprint is recorded.
+
+    Rank 0 does it, and every rank checks the saved activations of its own batches. Raises EnvironmentProblem if finished
+    blocks have another fingerprint, SourceError if shards of the source were written to since they were begun, unless
+    they are to be discarded.
     """
     ranks = ranks or Ranks()
-    state = {} if source is None else source.state
-    opened = _opened(directory, plan, output, activations, now, state, restart, overwrite) if ranks.writes else None
+    opened = _opened(task, directory, now, discard) if ranks.writes else None
     resume = ranks.exchange("resume", opened)[0]
     assert resume is not None
     here = {number for number, boundary in resume.boundaries.items() if boundary.intact(ranks)}
@@ -153,34 +161,25 @@ def open_resume(
     return resume
 
 
-def _opened(
-    directory: RunDirectory,
-    plan: Plan,
-    output: Path,
-    activations: Path,
-    now: dict[str, Any],
-    source: Mapping[str, list[int]],
-    restart: bool,
-    overwrite: bool,
-) -> Resume:
+def _opened(task: Task, directory: RunDirectory, now: dict[str, Any], discard: Discard) -> Resume:
+    source, output = task.source.state, task.output
     facts, now = directory.facts(), json.loads(json.dumps(now))
     # Another device rounds differently, and what that costs is told (calibration.runs.row_invariance): no reason to lose a night.
     here = {"device": now["device"]} if "device" in now else {}
     begun = [fact for fact in facts if fact.get("fact") == "fingerprint"]
     finished = {fact["block"] for fact in facts if fact.get("fact") == "shards"} if begun else set()
     complete = any(fact.get("fact") == "verified" for fact in facts)
-    if finished and not restart:
+    if finished and discard != "everything":
         # Runs before this one recorded no state of the source.
         changed = changed_shards(begun[-1]["source"], source) if begun[-1]["source"] else []
-        if begun[-1]["parts"] | here == now and not changed and not (overwrite and complete):
-            return read_resume(directory, plan, output, activations)
-        if not overwrite:
+        if begun[-1]["parts"] | here == now and not changed and not (discard == "outdated" and complete):
+            return read_resume(task, directory)
+        if discard == "nothing":
             require_same(begun[-1]["parts"] | here, now, directory.path, len(finished))
             require_unchanged(changed, len(source), directory.path)
-    start_over(
-        directory, output, "fingerprint", plan=plan.digest, blocks=len(plan.block_numbers), parts=now, source=source
-    )
-    return Resume(activations)
+    blocks = len(task.plan.block_numbers)
+    start_over(directory, output, "fingerprint", plan=task.plan.digest, blocks=blocks, parts=now, source=source)
+    return Resume(activations_directory(task.scratch, directory.path, output))
 
 
 def activations_directory(scratch: Path | None, run_directory: Path, output: Path) -> Path:

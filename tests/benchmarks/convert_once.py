@@ -21,12 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from calibration.checkpoint.direct import Bytes, Extent
-from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import Checkpoint
 from calibration.convert.layout import Job
 from calibration.convert.pipeline import convert
 from calibration.convert.work import Totals, Work
-from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from calibration.runs.journal import RunDirectory
 from recipes.schema import Recipe
 
@@ -40,9 +38,8 @@ def pipeline(source: Path, output: Path) -> None:
     recipe = Recipe.model_validate(
         {"source": {"checkpoint": str(source)}, "output": str(output), "method": "convert", "modifiers": [quantize]}
     )
-    formats = Formats(Checkpoint.open(source))
     directory = RunDirectory(output).open()
-    convert(recipe, make_plan(formats.checkpoint, formats, recipe), formats, output, directory)
+    convert(Task.open(recipe, source), directory)
     directory.close()
 
 

@@ -39,7 +39,8 @@ from calibration.runs.memory import PeakMemory, anonymous_memory
 from recipes.loader import load_recipe
 from recipes.schema import Recipe
 from workflows.progress import Reporter
-from workflows.run.stages import Run, calibrate, export, inspect
+from workflows.run.stages import calibrate, export, inspect
+from workflows.run.state import Run
 
 
 class PeakDisk:

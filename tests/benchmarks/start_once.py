@@ -21,7 +21,7 @@ from calibration.engine import walk as sequential
 from calibration.engine.oneshot import calibrate
 from calibration.engine.results import Callbacks
 from calibration.model.skeleton import build_skeleton
-from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from recipes.loader import load_recipe
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 
@@ -53,7 +53,8 @@ def start(source: Path, recipe_path: Path, work: Path) -> dict[str, float]:
     recipe = load_recipe(recipe_path, [f"source.checkpoint={source}", f"offload.directory={work}"])
     formats = Formats(Checkpoint.open(source))
     done("open")
-    plan = make_plan(formats.checkpoint, formats, recipe)
+    task = Task.of(recipe, formats)
+    plan = task.plan
     done("plan")
     assert plan.digest
     done("digest")
@@ -67,7 +68,7 @@ def start(source: Path, recipe_path: Path, work: Path) -> dict[str, float]:
     batches = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
     try:
         with patch_attr(sequential.Walk, "walk", _stop):
-            calibrate(recipe, model, plan, batches, Callbacks(lambda _: None, lambda _: None), work)
+            calibrate(task, model, batches, Callbacks(lambda _: None, lambda _: None), work)
     except _Reached:
         done("session")
     took["linears"] = len(plan.quantized)

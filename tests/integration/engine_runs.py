@@ -29,6 +29,7 @@ from calibration.engine.walk import BlockResult, CalibrationSummary, Callbacks
 from calibration.model.skeleton import build_skeleton
 from calibration.model.source_model import SourceModel
 from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from calibration.runs.row_invariance import try_products
 from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
@@ -142,10 +143,10 @@ def ours(
             for leaf, value in linear.named_parameters(recurse=False):
                 run.parameters[f"{module}.{leaf}"] = value.data.clone()
 
-    plan = make_plan(formats.checkpoint, formats, chosen)
+    task = Task.of(chosen, formats)
     scratch = Path(_root().name) / "scratch"
     callbacks = Callbacks(on_block, run.events.append, takes_edits)
-    run.summary = calibrate(chosen, source, plan, batches() if data is None else data, callbacks, scratch)
+    run.summary = calibrate(task, source, batches() if data is None else data, callbacks, scratch)
     return run
 
 

@@ -25,7 +25,7 @@ from calibration.runs.journal import RunDirectory
 from calibration.runs.resume import read_resume
 from recipes.errors import WorkflowError
 from recipes.loader import dump_recipe, load_recipe
-from tests.exported import calibrated, plan_of, recipe
+from tests.exported import calibrated, recipe, task_of
 from tests.mutations.mutate import mutated_bytes, mutated_json, mutated_lines
 from verify.known import Known
 from verify.serving.serving import kv_cache_bytes
@@ -243,12 +243,12 @@ class Quantization(Kind):
     def prepare(self) -> None:
         source = mixtral(self.directory / "source")
         made = recipe(source, self.directory / "out", TARGETS, scheme="NVFP4A16")
-        plan, formats = plan_of(source, made)
-        exporter = Exporter(plan, formats, made, self.directory / "out")
+        task = task_of(made)
+        plan, formats, exporter = task.plan, task.formats, Exporter(task)
         for block in plan.block_numbers:
             exporter.block(block, calibrated(plan, formats, block))
         exporter.rest({})
-        finish_output(plan, formats.checkpoint, exporter.output, dump_recipe(made))
+        finish_output(task, dump_recipe(made))
         self.output, self.plan, self.source, self.recipe = self.directory / "out", plan, formats, made
         self.config = json.loads((self.output / CONFIG_NAME).read_text())
         for model_type in ("llama", "mixtral", "qwen3_moe", "deepseek_v4"):  # imports what their checks need
@@ -357,7 +357,8 @@ class RunFiles(Kind):
     def prepare(self) -> None:
         source = mixtral(self.directory / "source", tokenizer=False)
         made = recipe(source, self.directory / "out", TARGETS)
-        self.plan = plan_of(source, made)[0]
+        self.task = task_of(made)
+        self.plan = self.task.plan
         self.output, self.run_directory = self.directory / "out", RunDirectory(self.directory / "out")
         self.output.mkdir()
         self.run_directory.path.mkdir()
@@ -436,7 +437,7 @@ class RunFiles(Kind):
                 summarize(BatchDirectory(self.directory / "batch"))
             else:
                 render_status(read_status(self.output, now=10.0))
-                read_resume(self.run_directory, self.plan, self.output, self.run_directory.path / "activations")
+                read_resume(self.task, self.run_directory)
         finally:
             self._path(name).write_bytes(self._whole(name))
         return False

@@ -26,7 +26,7 @@ from calibration.runs.journal import RunDirectory
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.schema import Recipe
 from tests.converted import LINEAR, converting, digests, edited, failing, run, tensors, undoing
-from tests.exported import EXPERTS, plan_of
+from tests.exported import EXPERTS, plan_of, task_of
 from tests.models import deepseek_v4, standard
 from tests.unit.test_kernels import of_compressed_tensors
 
@@ -349,7 +349,7 @@ def test_a_source_that_changed_since_the_run_began_is_refused(tmp_path: Path) ->
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = standard.write(tmp_path / "source", "llama")
     made = converting(source, tmp_path / "out", LINEAR)
-    plan, formats = plan_of(source, made)
+    task = task_of(made)
     shard = sorted(source.glob("*.safetensors"))[0]
     do = module.Work.do
 
@@ -360,7 +360,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(module.Work, "do", touch)
     directory = RunDirectory(tmp_path / "out").open()
     with pytest.raises(SourceError, match="changed while it was converted"):
-        convert(made, plan, formats, tmp_path / "out", directory)
+        convert(task, directory)
     directory.close()
     assert not directory.facts("shards") and not list((tmp_path / "out").glob("*.safetensors*"))
 
@@ -369,7 +369,7 @@ def test_too_little_disk_is_refused_before_the_first_shard(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_SPARE", 1 << 60)
-    with pytest.raises(EnvironmentProblem, match=r"bytes wanted, .* free"):
+    with pytest.raises(EnvironmentProblem, match=r"bytes free, the run needs .*output"):
         run(converting(sources["llama"], tmp_path / "out", LINEAR))
     assert not (tmp_path / "out").exists()
 

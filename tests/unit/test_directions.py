@@ -75,10 +75,7 @@ PACKAGES = {
 RECIPES_USE = {"pydantic", "pydantic_core", "yaml", "regex"}
 
 #: (module, imported module) whose arrow closes a circle -> why it is still there.
-CIRCLES: dict[tuple[str, str], str] = {
-    ("workflows.run.prediction", "workflows.run.stages"): "Run moves below the stages with the Task",
-    ("workflows.run.rehearse", "workflows.run.stages"): "Run moves below the stages with the Task",
-}
+CIRCLES: dict[tuple[str, str], str] = {}
 _VLLM = "takes what vLLM hands the kernel that it stands in for"
 #: `module.function` -> why it takes more than six parameters.
 PARAMETERS: dict[str, str] = {
@@ -89,13 +86,7 @@ PARAMETERS: dict[str, str] = {
             "hyper_connection_pre", "hyper_connection_head",
         )
     },
-    "workflows.run.calibrate.calibrate_blocks": "takes the Run once it stands below the stages",
-    "workflows.run.prediction._calibration": "takes the Task",
-    "calibration.convert.pipeline._Line.__init__": "takes the Task",
-    "calibration.engine.oneshot.calibrate": "takes the Task",
     "calibration.engine.walk.Walk._work": "a block on its way becomes one value",
-    "calibration.runs.resume.open_resume": "takes the Task",
-    "calibration.runs.resume._opened": "takes the Task",
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 
 from calibration.checkpoint.formats import Formats
 from calibration.forecast.cost import Product, block_costs, boundary_bytes
+from calibration.forecast.predict import predict
 from calibration.forecast.speed import Machine, Spent
 from recipes.errors import SourceError
-from tests.exported import plan_of, recipe
+from tests.exported import recipe, task_of
 from tests.models import deepseek_v4
 from workflows.progress import Reporter
 from workflows.run import prediction as estimate
-from workflows.run.stages import Run
+from workflows.run.state import Run
 
 
 class Unit:
@@ -70,7 +72,7 @@ def test_counts_are_those_of_plan_and_source(source: Path, tmp_path: Path) -> No
 def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
     data = {"dataset": "bundled", "num_samples": 5, "max_seq_length": 32, "batch_size": 2}
     run = run_of(source, tmp_path / "output", calibration=data)
-    told = estimate.predict(run, Unit())  # type: ignore[arg-type]
+    told = predict(run.task, Unit())  # type: ignore[arg-type]
     work, costs = told["stages"]["calibrate"], block_costs(run.plan, run.formats)
     boundary = boundary_bytes(4 * 64, [(2, 32), (2, 32), (1, 32)])
     assert work["terms"]["load"] == [run.source.total_bytes, 2 * run.source.total_bytes]
@@ -89,7 +91,7 @@ def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
     layers = sum(n for c in costs for product, n in c.products.items() if product.use != "expert gate")
     assert work["terms"]["observe"][0] == pytest.approx(layers * 160 / 64) and layers > 3 * 64
     assert work["terms"]["quantize"][0] == sum(cost.quantized for cost in costs)
-    later = estimate.predict(run, Unit(), finished={0, 1})  # type: ignore[arg-type]
+    later = predict(run.task, Unit(), finished={0, 1})  # type: ignore[arg-type]
     assert later["blocks"] == 1 and later["stages"]["calibrate"]["terms"]["activations"] == [0, 0]
     assert later["stages"]["calibrate"]["bytes_read"] == costs[2].source_bytes + costs[3].source_bytes
     assert any("max_seq_length" in note for note in told["notes"])
@@ -98,15 +100,14 @@ def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
 def test_a_conversion_takes_as_long_as_its_slowest_part(source: Path, tmp_path: Path) -> None:
     run = run_of(source, tmp_path / "output", method="convert", scheme="NVFP4A16", calibration=None,
                  convert={"workers": 1})  # fmt: skip
-    work = estimate.predict(run, Unit())["stages"]["calibrate"]  # type: ignore[arg-type]
+    work = predict(run.task, Unit())["stages"]["calibrate"]  # type: ignore[arg-type]
     assert work["seconds"] == 2 * run.plan.output_bytes and work["bytes_written"] == run.plan.output_bytes
 
 
 @pytest.fixture
 def machine(source: Path, tmp_path: Path) -> Iterator[Machine]:
     made = recipe(source, tmp_path / "deep" / "output", method="convert", scheme="NVFP4A16", calibration=None)
-    plan, formats = plan_of(source, made)
-    yield Machine(made, plan, formats, torch.device("cpu"))
+    yield Machine(task_of(made), torch.device("cpu"))
     assert not list(tmp_path.iterdir()), "the measurements left something"
 
 
@@ -124,17 +125,17 @@ def test_every_measurement_is_of_something_and_leaves_nothing(machine: Machine) 
 
 def test_without_unnamed_files_the_write_rate_is_assumed(source: Path, tmp_path: Path) -> None:
     run = run_of(source, tmp_path / "output")
-    nowhere = Machine(run.recipe.model_copy(update={"output": "/proc/self/output"}), run.plan, run.formats)
+    nowhere = Machine(replace(run.task, recipe=run.recipe.model_copy(update={"output": "/proc/self/output"})))
     assert nowhere.write is None
-    assert any("assumed" in note for note in estimate.predict(run, nowhere)["notes"])
+    assert any("assumed" in note for note in predict(run.task, nowhere)["notes"])
 
 
 def test_a_source_that_cannot_be_read_is_named(source: Path, tmp_path: Path) -> None:
     made = recipe(source, tmp_path / "output")
-    plan, formats = plan_of(source, made)
-    formats.checkpoint.directory = tmp_path
+    task = task_of(made)
+    task.source.directory = tmp_path
     with pytest.raises((SourceError, OSError), match="safetensors"):
-        Machine(made, plan, Formats(formats.checkpoint)).load("mxfp4")
+        Machine(replace(task, formats=Formats(task.source))).load("mxfp4")
 
 
 def test_facts_of_a_stage(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from calibration.engine.exact import ExactWeights
 from calibration.engine.export import Exporter
 from calibration.runs.finish import finish_output
 from recipes.errors import SourceError
-from tests.exported import calibrated, plan_of, recipe
+from tests.exported import calibrated, recipe, task_of
 from tests.faults.editing import value
 from tests.models import deepseek_v4
 
@@ -28,12 +28,12 @@ def source(tmp_path: Path) -> Path:
 
 def written(source: Path, output: Path, **sections: Any) -> tuple[Exporter, Formats, Formats]:
     """The exporter after block 1, and the formats of source and output."""
-    plan, formats = plan_of(source, made := recipe(source, output, ROUTED, **sections))
-    exporter = Exporter(plan, formats, made, output)
+    task = task_of(recipe(source, output, ROUTED, **sections))
+    plan, formats, exporter = task.plan, task.formats, Exporter(task)
     for block in plan.block_numbers:
         exporter.block(block, calibrated(plan, formats, block))
     exporter.rest({})
-    finish_output(plan, formats.checkpoint, output, "source: x\n")
+    finish_output(task, "source: x\n")
     return exporter, formats, Formats(Checkpoint.open(output))
 
 
@@ -74,25 +74,22 @@ def test_scales_too_far_apart_are_requantized_with_their_fused_partner(source: P
     ],
 )
 def test_what_is_asked_to_be_requantized_or_edited_is(source: Path, tmp_path: Path, sections: dict[str, Any]) -> None:
-    made = recipe(source, tmp_path / "out", ROUTED, **sections)
-    plan, formats = plan_of(source, made)
-    exact = ExactWeights(plan, formats, made)
-    steps = list(plan.quantized.values())
+    task = task_of(recipe(source, tmp_path / "out", ROUTED, **sections))
+    exact = ExactWeights(task)
+    steps = list(task.plan.quantized.values())
     assert steps and all(exact.is_mxfp4(step) and exact.tensors(step) is None for step in steps)
 
 
 def test_weights_in_other_formats_have_no_exact_form(source: Path, tmp_path: Path) -> None:
-    made = recipe(source, tmp_path / "out")
-    plan, formats = plan_of(source, made)
-    exact = ExactWeights(plan, formats, made)
-    shared = [step for step in plan.quantized.values() if "shared" in step.module]
+    task = task_of(recipe(source, tmp_path / "out"))
+    exact = ExactWeights(task)
+    shared = [step for step in task.plan.quantized.values() if "shared" in step.module]
     assert shared and not any(exact.is_mxfp4(step) for step in shared) and exact.scale(shared[0]) is None
 
 
 def test_a_nan_among_the_scales_names_the_tensor(source: Path, tmp_path: Path) -> None:
     name = "layers.1.ffn.experts.5.w2"
     value(f"{name}.scale", lambda s: s.view(torch.uint8).clone().fill_(0xFF).view(s.dtype))(source)
-    made = recipe(source, tmp_path / "out", ROUTED)
-    plan, formats = plan_of(source, made)
+    task = task_of(recipe(source, tmp_path / "out", ROUTED))
     with pytest.raises(SourceError, match=f"{name}.weight"):
-        ExactWeights(plan, formats, made).tensors(plan.quantized[name])
+        ExactWeights(task).tensors(task.plan.quantized[name])

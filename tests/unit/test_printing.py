@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from calibration.checkpoint.index import Checkpoint
-from calibration.plan.plan import Plan
+from calibration.plan.task import Task
 from recipes.errors import SourceError, printable
-from recipes.schema import Recipe
-from tests.exported import plan_of, recipe
+from tests.exported import recipe, task_of
 from tests.models import standard
 from verify.checks import Check
 from verify.report.page import Report
@@ -100,20 +99,18 @@ def test_a_page_escapes_and_spells_names() -> None:
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Plan, Checkpoint]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Task:
     source = standard.write(tmp_path_factory.mktemp("card") / "source", "llama")
-    made = recipe(source, Path("/nowhere/out"), [r"re:.*_proj$"])
-    plan, formats = plan_of(source, made)
-    return made, plan, formats.checkpoint
+    return task_of(recipe(source, Path("/nowhere/out"), [r"re:.*_proj$"]))
 
 
 @pytest.mark.parametrize(
     "name", ["a: b <img src=x onerror=alert(1)>", "#x", "- a\n---\n# b", "| x | `y` [z](u) |", "'\"", "x\n```\n# b"]
 )
-def test_a_model_card_shows_names_literally(name: str, planned: tuple[Recipe, Plan, Checkpoint]) -> None:
-    made, plan, source = planned
+def test_a_model_card_shows_names_literally(name: str, planned: Task) -> None:
+    made = planned.recipe
     made = made.model_copy(update={"source": made.source.model_copy(update={"checkpoint": name})})
-    card = model_card(made, plan, source, [], {"calibration": name})
+    card = model_card(replace(planned, recipe=made), [], {"calibration": name})
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(front) == {
         "base_model": name, "library_name": "vllm", "tags": ["nvfp4", "compressed-tensors", "llm-compressor"],

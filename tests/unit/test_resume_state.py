@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,10 @@ import pytest
 
 from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import Checkpoint, shard_state
-from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import fingerprint, require_same
 from calibration.runs.journal import RunDirectory
 from calibration.runs.ranks import Ranks
-from calibration.runs.resume import Boundary, Resume, activations_directory, open_resume
+from calibration.runs.resume import Boundary, Discard, Resume, activations_directory, open_resume
 from recipes.errors import EnvironmentProblem, Interrupted, SourceError
 from recipes.schema import Recipe
 from tests import exported
@@ -91,8 +91,7 @@ def recipe(source: Path, **sections: Any) -> Recipe:
 
 def printed(source: Path, device: str = "cpu AVX2", data: str = "d" * 64, **sections: Any) -> dict[str, Any]:
     made = recipe(source, **sections)
-    plan, formats = exported.plan_of(source, made)
-    return fingerprint(made, plan, formats.checkpoint, data, device)
+    return fingerprint(exported.task_of(made), data, device)
 
 
 def test_fingerprint_survives_json_and_ignores_what_changes_nothing(source: Path) -> None:
@@ -147,9 +146,10 @@ class Begun:
     """A journal, shards and activations as a run leaves them that finished the blocks below `blocks`."""
 
     def __init__(self, directory: RunDirectory, source: Path, blocks: int) -> None:
-        self.directory, self.made = directory, recipe(source)
-        self.output = directory.path.with_name("output")
-        self.plan: Plan = exported.plan_of(source, self.made)[0]
+        self.directory, self.output = directory, directory.path.with_name("output")
+        self.made = exported.recipe(source, self.output)
+        self.task = exported.task_of(self.made)
+        self.plan = self.task.plan
         self.activations = directory.path / "activations"
         self.output.mkdir()
         self.parts = {"recipe a": 1}
@@ -174,8 +174,9 @@ class Begun:
     def shard(self, block: int | None) -> Path:
         return next(self.output / shard.name for shard in self.plan.shards if shard.block == block)
 
-    def open(self, **options: Any) -> Resume:
-        return open_resume(self.directory, self.plan, self.output, self.activations, self.parts, **options)
+    def open(self, discard: Discard = "nothing", source: Any = None) -> Resume:
+        task = self.task if source is None else replace(self.task, formats=SimpleNamespace(checkpoint=source))
+        return open_resume(task, self.directory, self.parts, discard)
 
 
 def test_finished_blocks_and_their_last_activations(directory: RunDirectory, source: Path) -> None:
@@ -228,22 +229,22 @@ def test_line_of_another_plan_counts_for_nothing(directory: RunDirectory, source
 
 
 @pytest.mark.parametrize(
-    ("options", "complete", "goes_on"),
+    ("discard", "complete", "goes_on"),
     [
-        ({}, False, True),
-        ({}, True, True),
-        ({"overwrite": True}, False, True),
-        ({"overwrite": True}, True, False),
-        ({"restart": True}, False, False),
+        ("nothing", False, True),
+        ("nothing", True, True),
+        ("outdated", False, True),
+        ("outdated", True, False),
+        ("everything", False, False),
     ],
 )
 def test_when_a_run_begins_anew(
-    directory: RunDirectory, source: Path, options: dict[str, bool], complete: bool, goes_on: bool
+    directory: RunDirectory, source: Path, discard: Discard, complete: bool, goes_on: bool
 ) -> None:
     begun = Begun(directory, source, 2)
     if complete:
         directory.record("verified")
-    resume = begun.open(**options)
+    resume = begun.open(discard)
     assert bool(resume.finished) == goes_on
     assert bool(list(begun.output.iterdir())) == goes_on == bool(list(begun.activations.glob("*/*")))
 
@@ -254,7 +255,7 @@ def test_other_fingerprint_is_refused_but_for_overwrite(directory: RunDirectory,
     with pytest.raises(EnvironmentProblem, match="recipe a: 1 -> 2"):
         begun.open()
     assert begun.shard(0).exists()
-    assert begun.open(overwrite=True).finished == {} and not begun.shard(0).exists()
+    assert begun.open("outdated").finished == {} and not begun.shard(0).exists()
 
 
 def begin_with_source(begun: Begun, source: Path) -> Checkpoint:
@@ -294,7 +295,7 @@ def test_a_source_that_was_written_to_is_not_gone_on_from(
     changed = SimpleNamespace(state=shard_state(copy, [shard.name]))
     with pytest.raises(SourceError, match=rf"bytes {stat.st_size} -> {stat.st_size - 1}"):
         begun.open(source=changed)
-    assert begun.open(source=changed, restart=True).finished == {}
+    assert begun.open("everything", changed).finished == {}
 
 
 def test_a_run_records_the_state_of_its_source(directory: RunDirectory, source: Path) -> None:

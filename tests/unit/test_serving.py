@@ -16,6 +16,7 @@ import torch
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.convert import pipeline as convert
+from calibration.plan.task import Task
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe, Require, Serving, Verify
 from tests.models import deepseek_v4, standard
@@ -444,11 +445,12 @@ def test_the_source_is_served_as_stored_or_as_a_plain_copy_that_is_removed(
     stored = serving.source_as_stored(low_bit, Serving())
     assert stored is not None and stored.directory is None and "FP8 tiles 128x128, MXFP4" in stored.why
 
-    def recipe(options: Serving | None) -> Recipe:
+    def task(options: Serving | None) -> Task:
         body = {"source": {"checkpoint": str(tmp_path / "low_bit")}, "output": str(tmp_path / "o"), "method": "plain"}
-        return Recipe.model_validate(body).model_copy(update={"verify": Verify(serving=options)})
+        made = Recipe.model_validate(body).model_copy(update={"verify": Verify(serving=options)})
+        return Task.of(made, low_bit)
 
-    with source_to_serve(recipe(Serving()), low_bit, tmp_path) as found:
+    with source_to_serve(task(Serving()), tmp_path) as found:
         assert found is not None and found.directory is not None, found
         copy = Formats(Checkpoint.open(found.directory))
         main = [name for name in copy.checkpoint.tensors if not name.startswith("mtp.")]
@@ -460,14 +462,14 @@ def test_the_source_is_served_as_stored_or_as_a_plain_copy_that_is_removed(
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["low_bit", "plain"]
     for options in (None, Serving(compare=False)):
-        with source_to_serve(recipe(options), low_bit, tmp_path) as found:
+        with source_to_serve(task(options), tmp_path) as found:
             assert found is None
     monkeypatch.setattr(serving, "AUTO_BYTES", 1000)
-    with source_to_serve(recipe(Serving()), low_bit, tmp_path) as found:
+    with source_to_serve(task(Serving()), tmp_path) as found:
         assert found is not None and found.directory is None and "compare: true serves it" in found.why
     large = serving.source_as_stored(plain, Serving(compare=True))
     assert large is not None and large.directory is not None
     monkeypatch.setattr(convert, "_SPARE", 1 << 60)
-    with source_to_serve(recipe(Serving(compare=True)), low_bit, tmp_path) as found:
+    with source_to_serve(task(Serving(compare=True)), tmp_path) as found:
         assert found is not None and found.directory is None and "no plain copy of the source" in found.why
     assert sorted(path.name for path in tmp_path.iterdir()) == ["low_bit", "plain"]

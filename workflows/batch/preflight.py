@@ -12,11 +12,12 @@ from calibration.checkpoint.files import write_text
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.side_files import side_files
+from calibration.forecast.cost import needs as forecast
 from calibration.forecast.cost import scratch_bytes
-from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from calibration.runs.disk import Need, space_problems
 from calibration.runs.output import overwrite_problems
-from calibration.runs.resume import activations_directory
+from calibration.runs.resume import activations_directory, finished_blocks
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, Resources, variants
@@ -24,10 +25,7 @@ from recipes.places import is_inside
 from recipes.schema import Recipe
 from verify.serving.engine import check_environment
 from workflows.batch.state import BatchDirectory, Entry, orphan, standing
-from workflows.progress import Reporter
-from workflows.run import prediction as estimate
-from workflows.run.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES, finished_blocks
-from workflows.run.stages import Run
+from workflows.run.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES
 from workflows.source import require_apart, resolve_source
 
 
@@ -199,8 +197,7 @@ def _plan_runs(
 def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> Entry:
     require_apart(recipe, source.directory)
     beside = side_files(source.directory)
-    run = Run(recipe, Reporter("error"))
-    run.source, run.formats, run.plan = source, formats, make_plan(source, formats, recipe)
+    task = Task.of(recipe, formats)
     entry = Entry(
         name,
         given="",
@@ -208,22 +205,22 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
         output=recipe.output,
         method=recipe.method,
         recipe_digest=recipe_digest(recipe),
-        plan_digest=run.plan.digest,
-        output_bytes=run.plan.output_bytes,
+        plan_digest=task.plan.digest,
+        output_bytes=task.plan.output_bytes,
         source_bytes=source.total_bytes,
-        activation_bytes=_scratch(run) if recipe.method == "calibrate" else 0,
-        files=len(run.plan.shards) + len(beside.copied) + OWN_FILES + RUN_FILES,
+        activation_bytes=_scratch(task) if recipe.method == "calibrate" else 0,
+        files=len(task.plan.shards) + len(beside.copied) + OWN_FILES + RUN_FILES,
         activation_files=FILES_PER_BATCH * _batches(recipe) if recipe.method == "calibrate" else 0,
         scratch=recipe.offload.directory,
-        parameters=run.plan.parameters,
-        bits_per_parameter=run.plan.bits_per_parameter,
+        parameters=task.plan.parameters,
+        bits_per_parameter=task.plan.bits_per_parameter,
     )
-    return entry if standing(entry).kind == "done" else replace(entry, seconds=_seconds(run))
+    return entry if standing(entry).kind == "done" else replace(entry, seconds=_seconds(task, entry))
 
 
-def _scratch(run: Run) -> int:
-    boundary = run.predicted()["activation_bytes_at_a_boundary"]
-    return scratch_bytes(boundary, len(run.plan.block_numbers), run.recipe.offload.max_host_memory)
+def _scratch(task: Task) -> int:
+    boundary = forecast(task)["activation_bytes_at_a_boundary"]
+    return scratch_bytes(boundary, len(task.plan.block_numbers), task.recipe.offload.max_host_memory)
 
 
 def _batches(recipe: Recipe) -> int:
@@ -231,14 +228,13 @@ def _batches(recipe: Recipe) -> int:
     return 0 if options is None else -(-options.num_samples // options.batch_size)
 
 
-def _seconds(run: Run) -> float:
+def _seconds(task: Task, entry: Entry) -> float:
     """What calibration or conversion and the reading of verification will take on this machine, undisturbed; serving is not
     in it. Blocks that are finished cost nothing."""
-    from calibration.forecast.speed import Machine  # torch's products and the conversion's kernels
+    from calibration.forecast.predict import predict  # torch's products and the conversion's kernels
+    from calibration.forecast.speed import Machine
 
-    told = estimate.predict(
-        run, Machine(run.recipe, run.plan, run.formats, run.ranks.device), finished=finished_blocks(run)
-    )
+    told = predict(task, Machine(task), finished=finished_blocks(entry.run, task.plan))
     return float(sum(stage["seconds"] for stage in told["stages"].values()))
 
 

@@ -27,7 +27,7 @@ from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
 from workflows.run import prediction as estimate
 from workflows.run import stages
-from workflows.run.stages import STAGES, Run
+from workflows.run.state import STAGES, Run
 from workflows.run.status import read_status, render_status
 
 
@@ -130,10 +130,11 @@ def _judge(run: Run, checks: list[Check], as_json: bool) -> None:
 
 def _dry_run(run: Run, as_json: bool) -> None:
     """The plan, and what it will take on this machine. Starts nothing, leaves no file."""
-    from calibration.forecast.speed import Machine  # torch's products and the conversion's kernels
+    from calibration.forecast.predict import predict  # torch's products and the conversion's kernels
+    from calibration.forecast.speed import Machine
 
-    facts = run.facts()
-    facts["estimate"] = estimate.predict(run, Machine(run.recipe, run.plan, run.formats, run.ranks.device))
+    facts = stages.describe_run(run)
+    facts["estimate"] = predict(run.task, Machine(run.task, run.ranks.device), ranks=run.ranks.size)
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -15,132 +15,123 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import Checkpoint
-from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
+from calibration.data.batches import CalibrationData, embedding_rows, load_batches, load_tokenizer
 from calibration.engine.export import Exporter
 from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.model.skeleton import build_skeleton
 from calibration.plan.plan import Plan
 from calibration.runs.fingerprint import fingerprint
-from calibration.runs.journal import RunDirectory
 from calibration.runs.output import remove_unfinished
-from calibration.runs.ranks import Ranks
-from calibration.runs.resume import Boundary, Resume, activations_directory, open_resume
+from calibration.runs.resume import Boundary, Resume, discard_of, open_resume
 from calibration.runs.row_invariance import Products, try_products
 from calibration.runs.sharing import require_batches, require_equal
 from recipes.errors import RecipeError
-from recipes.schema import Recipe
-from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
-from workflows.run.rehearse import Prepared
+from workflows.run.state import Run
 
 #: Warnings of llm-compressor that are true of every run here and ask nothing of anybody.
 _EXPECTED = ("No accelerator available", "Calibration pipeline is set to")
 
 
-def calibrate_blocks(
-    recipe: Recipe,
-    plan: Plan,
-    source: Checkpoint,
-    formats: Formats,
-    output: Path,
-    directory: RunDirectory,
-    reporter: Reporter,
-    interrupts: Interrupts,
-    ranks: Ranks,
-    restart: bool = False,
-    overwrite: bool = False,
-    prepared: Prepared | None = None,
-) -> None:
-    """Calibrates every block of `plan` that is not finished and writes its shards; then the shards outside the blocks.
+def calibrate_blocks(run: Run) -> None:
+    """Calibrates every block of the run's plan that is not finished and writes its shards; then those outside the blocks.
 
-    Goes on where an earlier run of the same recipe ended; see `open_resume` for `restart` and `overwrite`. All `ranks`
-    call this; rank 0 alone writes. Batches and empty model are taken over from a rehearsal that `prepared` them.
-    Raises the errors of `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`;
-    what is finished stays.
+    Resumes what an earlier run of the same recipe finished; see `open_resume` for what `restart` and `overwrite` discard.
+    All ranks call this; rank 0 alone writes. Batches and empty model are taken over from the rehearsal. Raises the errors
+    of `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished
+    stays.
     """
-    if recipe.calibration is None:
+    task, reporter, ranks = run.task, run.reporter, run.ranks
+    if task.recipe.calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
     ranks.start()
-    prepared = prepared or Prepared()
-    data = prepared.data
-    if data is None:
-        tokenizer = load_tokenizer(source.directory, recipe.source.trust_remote_code)
-        data = load_batches(
-            recipe.calibration, tokenizer, source_directory=source.directory, embedding=embedding_rows(source)
-        )
-        if data.warning:
-            reporter.say(data.warning, "warning")
-    reporter.say(f"data: {data.description}")
-    require_batches(ranks, len(data.batches))
-    scratch = Path(recipe.offload.directory) if recipe.offload.directory else None
-    activations = activations_directory(scratch, directory.path, output)
-    found = try_products((formats.of(step.source).shape for step in plan.quantized.values()), ranks.device)
-    now = fingerprint(recipe, plan, source, data.digest, found.device)
+    data = _data(run)
+    found = try_products((task.formats.of(step.source).shape for step in task.plan.quantized.values()), ranks.device)
+    now = fingerprint(task, data.digest, found.device)
     if data.regrouped:  # absent else: a run that was begun with padded batches must not go on without
         now["batches"] = "of samples of one length, without padding"
     require_equal(ranks, "settings", now | {"products": found.digest})
-    resume = open_resume(directory, plan, output, activations, now, restart, overwrite, ranks, source)
+    resume = open_resume(task, run.directory, now, discard_of(run.restart, run.overwrite), ranks)
     if ranks.writes:
-        remove_unfinished(output)
+        remove_unfinished(run.output)
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    blocks = _Blocks(plan, Exporter(plan, formats, recipe, output, ranks), directory, reporter, resume, ranks)
-    pending = [number for number in plan.block_numbers if number not in resume.finished]
-    _say_where(resume, pending, plan, reporter)
+    blocks = _Blocks(run, Exporter(task, ranks), resume)
+    pending = [number for number in task.plan.block_numbers if number not in resume.finished]
+    _say_where(resume, pending, task.plan, reporter)
     if pending:
-        _say_products(found, plan, directory, reporter, ranks)
-        callbacks = Callbacks(
-            blocks.on_block,
-            blocks.on_progress,
-            on_finished=blocks.on_finished,
-            should_stop=lambda: interrupts.requested,
-        )
-        with ExitStack() as stack:
-            # A rank on another host may not see the run directory, and only one may write there.
-            skeleton = directory.path if ranks.writes else Path(stack.enter_context(TemporaryDirectory()))
-            with quiet(blocks.on_progress):
-                model = prepared.model or build_skeleton(
-                    source, skeleton, recipe.source.trust_remote_code, ranks.device
-                )
-            stack.enter_context(interrupts.deferring())
-            stack.enter_context(reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)))
-            summary = calibrate(recipe, model, plan, data.batches, callbacks, activations, resume=resume, ranks=ranks)
+        _say_products(found, run)
+        summary = _calibrate(run, data, blocks)
     else:
         summary = CalibrationSummary(blocks=len(resume.finished))
         for number, facts in resume.finished.items():
             summary.take(number, facts)
     ranks.stop()
-    if not ranks.writes:
-        return
-    blocks.write_rest()
+    if ranks.writes:
+        blocks.write_rest()
+        _say_end(run, data, summary, blocks.exporter.exact)
+
+
+def _data(run: Run) -> CalibrationData:
+    task, data = run.task, run.prepared.data
+    if data is None:
+        options = task.recipe.calibration
+        assert options is not None, "calibrate_blocks requires it"
+        tokenizer = load_tokenizer(task.source.directory, task.recipe.source.trust_remote_code)
+        data = load_batches(
+            options, tokenizer, source_directory=task.source.directory, embedding=embedding_rows(task.source)
+        )
+        if data.warning:
+            run.reporter.say(data.warning, "warning")
+    run.reporter.say(f"data: {data.description}")
+    require_batches(run.ranks, len(data.batches))
+    return data
+
+
+def _calibrate(run: Run, data: CalibrationData, blocks: _Blocks) -> CalibrationSummary:
+    task, ranks, resume = run.task, run.ranks, blocks.resume
+    callbacks = Callbacks(
+        blocks.on_block,
+        blocks.on_progress,
+        on_finished=blocks.on_finished,
+        should_stop=lambda: run.interrupts.requested,
+    )
+    with ExitStack() as stack:
+        # A rank on another host may not see the run directory, and only one may write there.
+        skeleton = run.directory.path if ranks.writes else Path(stack.enter_context(TemporaryDirectory()))
+        with quiet(blocks.on_progress):
+            model = run.prepared.model or build_skeleton(
+                task.source, skeleton, task.recipe.source.trust_remote_code, ranks.device
+            )
+        stack.enter_context(run.interrupts.deferring())
+        stack.enter_context(run.reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)))
+        return calibrate(task, model, data.batches, callbacks, resume, ranks)
+
+
+def _say_end(run: Run, data: CalibrationData, summary: CalibrationSummary, exact: dict[str, bool]) -> None:
     counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]
     seen = f"min {min(counts)}, median {statistics.median(counts):.0f}" if counts else "no routed experts"
-    exact = sum(blocks.exporter.exact.values())
-    if blocks.exporter.exact:
-        reporter.say(f"MXFP4 weights: {exact} keep their values, {len(blocks.exporter.exact) - exact} are requantized")
-    directory.record("calibrated", data=data.description, tokens_per_expert=seen, seconds=round(summary.seconds, 1))
-    reporter.say(f"calibrated {summary.modules} modules in {summary.blocks} blocks; tokens per expert: {seen}")
+    if exact:
+        kept = sum(exact.values())
+        run.reporter.say(f"MXFP4 weights: {kept} keep their values, {len(exact) - kept} are requantized")
+    run.directory.record("calibrated", data=data.description, tokens_per_expert=seen, seconds=round(summary.seconds, 1))
+    run.reporter.say(f"calibrated {summary.modules} modules in {summary.blocks} blocks; tokens per expert: {seen}")
 
 
 @dataclass
 class _Blocks:
     """Each block on its way from the engine to disk, journal and operator."""
 
-    plan: Plan
+    run: Run
     exporter: Exporter
-    directory: RunDirectory
-    reporter: Reporter
     resume: Resume
-    ranks: Ranks
     _shards: dict[str, str] = field(default_factory=dict)
     _facts: dict[str, Any] = field(default_factory=dict)
 
     def on_block(self, result: BlockResult) -> None:
         """Writes the shards of a calibrated block, and with the last one those outside the blocks."""
         started = time.monotonic()
-        inside = {name: m for name, m in result.modules.items() if self.plan.family.place(name).block is not None}
+        inside = {name: m for name, m in result.modules.items() if self.run.task.family.place(name).block is not None}
         outside = {name: m for name, m in result.modules.items() if name not in inside}
         self._shards = {} if result.block is None else self.exporter.block(result.block, inside)
         if result.block == result.blocks - 1:
@@ -160,31 +151,31 @@ class _Blocks:
             "expert_errors": self._worst_by_expert(errors),
             "parity": result.parity,
             "peak_memory": result.peak_rss,
-            "bytes_written": sum((self.exporter.output / shard).stat().st_size for shard in self._shards),
+            "bytes_written": sum((self.run.output / shard).stat().st_size for shard in self._shards),
             "shards": sorted(self._shards),
         }
 
     def _worst_by_expert(self, errors: dict[str, float]) -> dict[int, float]:
         worst: dict[int, float] = {}
         for name, error in errors.items():
-            expert = self.plan.family.place(name).expert
+            expert = self.run.task.family.place(name).expert
             if expert is not None:
                 worst[expert] = max(worst.get(expert, 0.0), round(error, 5))
         return worst
 
     def on_finished(self, block: int, facts: dict[str, Any] | None, boundary: Boundary | None) -> None:
         """Puts a block into the journal: from here on it is finished. Rank 0 does it for all."""
-        if not self.ranks.writes:
+        if not self.run.ranks.writes:
             return
         saved = None if boundary is None else {"directory": str(boundary.directory.absolute()), "files": boundary.files}
         if facts is None:
-            self.directory.record("boundary", plan=self.plan.digest, block=block, activations=saved)
-            self.reporter.say(f"block {block + 1}: finished before, its outputs calculated again")
+            self.run.directory.record("boundary", plan=self.run.plan.digest, block=block, activations=saved)
+            self.run.reporter.say(f"block {block + 1}: finished before, its outputs calculated again")
         else:
-            self.directory.record(
-                "shards", plan=self.plan.digest, block=block, shards=self._shards, activations=saved, result=facts
+            self.run.directory.record(
+                "shards", plan=self.run.plan.digest, block=block, shards=self._shards, activations=saved, result=facts
             )
-            self.reporter.block(block + 1, self._facts.pop("blocks"), self._facts)
+            self.run.reporter.block(block + 1, self._facts.pop("blocks"), self._facts)
         for number, old in self.resume.boundaries.items():
             if number <= block:  # it may lie in the directory of an earlier offload.directory
                 shutil.rmtree(old.directory, ignore_errors=True)
@@ -193,30 +184,30 @@ class _Blocks:
         """The shards outside the blocks, where these alone are missing or damaged."""
         if not self.resume.rest:
             shards = self.exporter.rest({})
-            self.directory.record("shards", plan=self.plan.digest, block=None, shards=shards)
+            self.run.directory.record("shards", plan=self.run.plan.digest, block=None, shards=shards)
 
     def on_progress(self, event: dict[str, Any]) -> None:
         """Engine events for the run directory; what an operator must know is said."""
         kind = event.pop("event")
         if kind == "log" and not any(part in event["message"] for part in _EXPECTED):
-            self.reporter.say(f"llm-compressor: {event['message']}", event["level"])
+            self.run.reporter.say(f"llm-compressor: {event['message']}", event["level"])
         elif kind == "trace":
-            self.reporter.say(f"tracing {event['blocks']} blocks; {event['batches']} batches")
+            self.run.reporter.say(f"tracing {event['blocks']} blocks; {event['batches']} batches")
         if kind not in ("batch", "block"):
-            self.reporter.event(kind, **event)
+            self.run.reporter.event(kind, **event)
 
 
-def _say_products(found: Products, plan: Plan, directory: RunDirectory, reporter: Reporter, ranks: Ranks) -> None:
+def _say_products(found: Products, run: Run) -> None:
     """Records how products come out here, and tells what a run loses that began where they come out differently."""
-    reporter.event("products", **found.facts)
-    if not ranks.writes:
+    run.reporter.event("products", **found.facts)
+    if not run.ranks.writes:
         return
-    facts = directory.facts()
+    facts = run.directory.facts()
     lost = found.lost(facts)
     if lost is not None:
-        reporter.say(lost, "warning")
+        run.reporter.say(lost, "warning")
     if lost is not None or not any(fact["fact"] == "products" for fact in facts):
-        directory.record("products", plan=plan.digest, **found.facts)
+        run.directory.record("products", plan=run.plan.digest, **found.facts)
 
 
 def _say_where(resume: Resume, pending: list[int], plan: Plan, reporter: Reporter) -> None:

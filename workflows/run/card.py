@@ -8,19 +8,16 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from calibration.checkpoint.dialect import NVIDIA
-from calibration.checkpoint.index import Checkpoint
-from calibration.plan.plan import Plan
+from calibration.plan.task import Task
 from calibration.runs.fingerprint import versions
 from recipes.loader import dump_recipe
-from recipes.schema import Recipe
 from verify.checks import Check, level_verdicts
 from verify.report.tables import markdown, markdown_text
 
 
-def model_card(
-    recipe: Recipe, plan: Plan, source: Checkpoint, checks: Sequence[Check], facts: Mapping[str, str]
-) -> str:
+def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str]) -> str:
     """The card as Markdown. `facts` are further lines of the table of facts (calibration data, tokens per expert)."""
+    recipe, plan, source = task.recipe, task.plan, task.source
     groups = "; ".join(f"{name}: {s.name}, {len(plan.modules(name)):,} modules" for name, s in plan.groups.items())
     rows = {
         "source": recipe.source.checkpoint + (f" @ {recipe.source.revision}" if recipe.source.revision else ""),

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from calibration.checkpoint.formats import Formats
-from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from calibration.runs.finish import finish_output
 from calibration.runs.journal import RunDirectory
 from recipes.errors import WorkflowError
@@ -20,35 +19,35 @@ NAME = "plain-source"
 
 
 @contextmanager
-def source_to_serve(recipe: Recipe, source: Formats, run_directory: Path) -> Iterator[SourceToServe | None]:
+def source_to_serve(task: Task, run_directory: Path) -> Iterator[SourceToServe | None]:
     """The source as vLLM can load it on any machine: as it is stored, or as `method: plain` writes it into the run
     directory; removed at the end. None where the recipe does not serve or compare; never raises WorkflowError."""
-    options = recipe.verify.serving
-    found = source_as_stored(source, options) if options is not None else None
+    options = task.recipe.verify.serving
+    found = source_as_stored(task.formats, options) if options is not None else None
     if found is None or found.directory is not None or found.too_large:
         yield found
         return
     copy = run_directory / NAME
     try:
-        yield _plain(recipe, source, copy)
+        yield _plain(task, copy)
     finally:
         _remove(copy)
 
 
-def _plain(recipe: Recipe, source: Formats, copy: Path) -> SourceToServe:
+def _plain(task: Task, copy: Path) -> SourceToServe:
     # Starts threads and a compiled kernel that a source in BF16 does not need.
     from calibration.convert.pipeline import convert
 
     _remove(copy)  # what a killed run left
     plain = Recipe.model_validate(
-        {"source": recipe.source.model_dump(), "output": str(copy), "method": "plain", "export": {"kept": "plain"}}
+        {"source": task.recipe.source.model_dump(), "output": str(copy), "method": "plain", "export": {"kept": "plain"}}
     )
     directory = RunDirectory(copy)
     try:
-        plan = make_plan(source.checkpoint, source, plain)
+        copying = Task.of(plain, task.formats)
         directory.open()
-        convert(plain, plan, source, copy, directory)
-        finish_output(plan, source.checkpoint, copy, dump_recipe(plain))
+        convert(copying, directory)
+        finish_output(copying, dump_recipe(plain))
     except WorkflowError as error:
         return SourceToServe(None, f"no plain copy of the source: {error.problems[0]}")
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,16 +17,15 @@ from calibration.forecast.cost import boundary_bytes, hidden_width, scratch_byte
 from calibration.runs.disk import Need, probe_write, space_problems
 from calibration.runs.memory import available_memory
 from calibration.runs.output import BEGUN, entries, overwrite_problems
-from calibration.runs.resume import activations_directory
+from calibration.runs.resume import activations_directory, finished_blocks
 from recipes.errors import EnvironmentProblem, WorkflowError
 from verify.serving.serving import check_serving
-from workflows.run.prediction import FILE, predict, render
+from workflows.run.prediction import FILE, render
+from workflows.run.state import STAGES, Run
 
 if TYPE_CHECKING:
     from calibration.data.batches import CalibrationData
     from calibration.forecast.rehearsal import Rehearsal
-    from calibration.model.source_model import SourceModel
-    from workflows.run.stages import Run
 
 #: The probe file is a share of what will be written, within these bounds.
 _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
@@ -35,15 +34,6 @@ _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
 OWN_FILES, RUN_FILES, FILES_PER_BATCH = 5, 32, 2
 
 T = TypeVar("T")
-
-
-@dataclass
-class Prepared:
-    """What the rehearsal loaded and the calibrate stage takes over: the token batches and the empty model."""
-
-    data: CalibrationData | None = None
-    model: SourceModel | None = None
-    rehearsal: Rehearsal | None = None
 
 
 def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
@@ -97,23 +87,19 @@ class _Attempts:
 
 def scratch_of(run: Run) -> Path:
     """The directory of this run's activations."""
-    scratch = run.recipe.offload.directory
-    return activations_directory(Path(scratch) if scratch else None, run.directory.path, run.output)
+    return activations_directory(run.task.scratch, run.directory.path, run.output)
 
 
-def finished_blocks(run: Run) -> set[int]:
-    """The blocks that the journal names as finished with this plan; whether the files still are is not looked at."""
-    if run.restart or (run.overwrite and run.directory.facts("verified")):
-        return set()
-    facts = run.directory.facts("shards")
-    return {fact["block"] for fact in facts if fact.get("plan") == run.plan.digest and fact.get("block") is not None}
+def _finished(run: Run) -> set[int]:
+    discarded = run.restart or (run.overwrite and run.directory.facts("verified"))
+    return set() if discarded else finished_blocks(run.directory, run.plan)
 
 
 def _probe_disks(run: Run) -> dict[str, float]:
     size = min(max(run.plan.output_bytes // _PROBE_SHARE, _PROBE_LEAST), _PROBE_MOST)
     places = {"output": run.output}
-    if run.recipe.method == "calibrate" and run.recipe.offload.directory:
-        places["scratch"] = Path(run.recipe.offload.directory)
+    if run.recipe.method == "calibrate" and run.task.scratch is not None:
+        places["scratch"] = run.task.scratch
     attempts, speeds = _Attempts([]), dict[str, float]()
     for what, place in places.items():
         speed = attempts.of(lambda place=place: probe_write(place, run.output.name, size))  # type: ignore[misc]
@@ -142,7 +128,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
     prepared.data = attempts.of(load)
     if prepared.data is not None and prepared.data.warning:
         run.reporter.say(prepared.data.warning, "warning")
-    finished = finished_blocks(run)
+    finished = _finished(run)
     if finished:
         run.reporter.say(f"{len(finished)} blocks are finished: no block is rehearsed again")
     else:
@@ -154,7 +140,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
                 lambda: build_skeleton(source, place, recipe.source.trust_remote_code, run.ranks.device)
             )
             if model is not None:
-                attempts.of(lambda: build_modifiers(recipe, model, run.plan))
+                attempts.of(lambda: build_modifiers(run.task, model))
             data = prepared.data
             if model is not None and data is not None:
                 prepared.rehearsal = attempts.of(
@@ -163,7 +149,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
                 prepared.model = model
     if prepared.data is None:
         return {}
-    shapes = [tuple(batch["input_ids"].shape) for batch in prepared.data.batches]
+    shapes = prepared.shapes or []
     width = hidden_width(source.config)
     boundary = boundary_bytes(width, shapes)
     if prepared.rehearsal is not None:
@@ -180,13 +166,12 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
 
 def _estimate(run: Run, boundary: int | None) -> None:
     """Predicts the run from what was rehearsed; kept in the run directory, where --status looks."""
+    from calibration.forecast.predict import Seen, predict
     from calibration.forecast.speed import Machine
 
-    prepared, shapes = run.prepared, None
-    if prepared.data is not None:
-        shapes = [tuple(batch["input_ids"].shape) for batch in prepared.data.batches]
-    machine = Machine(run.recipe, run.plan, run.formats, run.ranks.device)
-    run.prediction = predict(run, machine, shapes, boundary, prepared.rehearsal, finished_blocks(run))
+    machine, prepared = Machine(run.task, run.ranks.device), run.prepared
+    seen = Seen(prepared.shapes, boundary, prepared.rehearsal)
+    run.prediction = predict(run.task, machine, seen, _finished(run), run.ranks.size)
     write_json(run.directory.path / FILE, run.prediction)
     run.reporter.event("predicted", **run.prediction)
     for line in render(run.prediction):
@@ -238,8 +223,6 @@ def _output_needs(run: Run) -> list[Need]:
 
 
 def _output_problems(run: Run, stages: Sequence[str]) -> list[str]:
-    from workflows.run.stages import STAGES
-
     try:
         if not entries(run.output):
             return []

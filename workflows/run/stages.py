@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from calibration.checkpoint.files import read_json_or_none, write_json, write_text
-from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint, changed_shards
-from calibration.checkpoint.side_files import SideFiles, side_files
-from calibration.forecast.cost import boundary_bytes, hidden_width
-from calibration.plan.plan import Plan
-from calibration.plan.planner import make_plan
-from calibration.plan.respelling import require_exact_scales
+from calibration.forecast.cost import needs
 from calibration.runs.fingerprint import versions
 from calibration.runs.finish import CARD_NAME, finish_output
-from calibration.runs.journal import RunDirectory
 from calibration.runs.output import start_over
-from calibration.runs.ranks import Ranks
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.loader import dump_recipe, recipe_digest
 from recipes.schema import Recipe
@@ -28,92 +18,24 @@ from verify.checks import Check, to_json
 from verify.known import Known
 from verify.levels import Settings, samples_of, verify_levels
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
-from workflows.interrupts import Interrupts
-from workflows.progress import Reporter
 from workflows.run import rehearse as rehearsal
 from workflows.run.card import model_card
 from workflows.run.plain_copy import source_to_serve
-from workflows.run.prediction import nominal_shapes
-from workflows.run.rehearse import Prepared
-from workflows.run.report import ReportPage
 from workflows.run.standing import last_checks, standing
-from workflows.source import require_apart, resolve_source
-
-STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
+from workflows.run.state import STAGES, Run
 
 
-@dataclass
-class Run:
-    """One recipe under way. `open` makes plan and checks; the stage functions do the work in order."""
-
-    recipe: Recipe
-    reporter: Reporter
-    overwrite: bool = False
-    restart: bool = False
-    interrupts: Interrupts = field(default_factory=Interrupts)
-    ranks: Ranks = field(default_factory=Ranks)
-    output: Path = field(init=False)
-    directory: RunDirectory = field(init=False)
-    source: Checkpoint = field(init=False)
-    formats: Formats = field(init=False)
-    plan: Plan = field(init=False)
-    side_files: SideFiles = field(default_factory=SideFiles)
-    page: ReportPage = field(init=False)
-    checks: list[Check] = field(default_factory=list)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    prepared: Prepared = field(default_factory=Prepared)
-    #: What the rehearsal predicts, and what each stage of this process took.
-    prediction: dict[str, Any] | None = None
-    took: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.output = Path(self.recipe.output)
-        self.directory = RunDirectory(self.output)
-        self.page = ReportPage(self.output)
-
-    def make_plan(self) -> None:
-        """Opens the source from its headers and makes the plan. Starts and writes nothing. Raises RecipeError if the run
-        would write into the source."""
-        where = resolve_source(self.recipe.source)
-        require_apart(self.recipe, where)
-        self.source = Checkpoint.open(where)
-        self.side_files = side_files(where)
-        self.formats = Formats(self.source)
-        self.plan = make_plan(self.source, self.formats, self.recipe)
-        require_exact_scales(self.plan, self.formats)
-        for warning in self.plan.warnings:
-            self.reporter.say(f"warning: {warning}", "warning")
-        if left_out := list(self.side_files.left_out.items()):
-            shown = ", ".join(f"{name} ({why})" for name, why in left_out[:5])
-            more = f" and {len(left_out) - 5} more, in plan.json" if len(left_out) > 5 else ""
-            self.reporter.say(f"warning: the output does not get of the source: {shown}{more}", "warning")
-
-    def facts(self) -> dict[str, Any]:
-        """The plan and what it predicts, as JSON."""
-        return {
-            "checkpoint": describe_checkpoint(self.source, self.formats),
-            "plan": describe_plan(self.plan, self.source),
-            "predicted": self.predicted(),
-            "side_files": {
-                "copied": [str(path.relative_to(self.source.directory)) for path in self.side_files.copied],
-                "left_out": self.side_files.left_out,
-            },
-        }
-
-    def predicted(self) -> dict[str, Any]:
-        """Disk and memory that the run needs, in bytes, from headers alone; how each is reckoned stands in docs."""
-        block_bytes: dict[int, int] = {}
-        for name in self.source.tensors:
-            place = self.plan.family.place(name)
-            if place.block is not None and name not in self.formats.companions:
-                block_bytes[place.block] = block_bytes.get(place.block, 0) + 2 * math.prod(self.formats.of(name).shape)
-        activations = boundary_bytes(hidden_width(self.source.config), nominal_shapes(self))
-        return {
-            "output_bytes": self.plan.output_bytes,
-            "source_bytes_read": self.source.total_bytes,
-            "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
-            "activation_bytes_at_a_boundary": activations,
-        }
+def describe_run(run: Run) -> dict[str, Any]:
+    """The plan and what it predicts, as JSON."""
+    return {
+        "checkpoint": describe_checkpoint(run.source, run.formats),
+        "plan": describe_plan(run.plan, run.source),
+        "predicted": needs(run.task),
+        "side_files": {
+            "copied": [str(path.relative_to(run.source.directory)) for path in run.side_files.copied],
+            "left_out": run.side_files.left_out,
+        },
+    }
 
 
 def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
@@ -158,7 +80,7 @@ def inspect(run: Run, stages: list[str]) -> None:
     run.reporter.directory = run.directory
     run.reporter.watch = run.page.update
     write_text(run.directory.path / "recipe.yaml", dump_recipe(run.recipe))
-    described = run.facts()
+    described = describe_run(run)
     write_json(run.directory.path / "plan.json", described)
     facts = described["plan"]
     run.reporter.event(
@@ -193,10 +115,7 @@ def calibrate(run: Run) -> None:
     # torch and llm-compressor take seconds to import: the stages before must not wait for them.
     from workflows.run.calibrate import calibrate_blocks
 
-    calibrate_blocks(
-        run.recipe, run.plan, run.source, run.formats, run.output, run.directory, run.reporter, run.interrupts,
-        run.ranks, run.restart, run.overwrite, run.prepared,
-    )  # fmt: skip
+    calibrate_blocks(run)
 
 
 def _convert(run: Run) -> None:
@@ -208,7 +127,7 @@ def _convert(run: Run) -> None:
     # Until the export stage has run, nothing may take shards of two runs for a checkpoint.
     (run.output / INDEX_NAME).unlink(missing_ok=True)
     with run.reporter.transfer(run.recipe.method) as progress:
-        done = convert(run.recipe, run.plan, run.formats, run.output, run.directory, progress)
+        done = convert(run.task, run.directory, progress)
     run.reporter.event("converted", level=done.level, workers=done.workers, seconds=round(done.seconds, 3))
     if done.inverted:
         run.reporter.say(
@@ -237,7 +156,7 @@ def export(run: Run) -> None:
             f"{run.output}: {len(missing)} of {len(run.plan.shards)} shards of this plan are not there (first: {missing[0]}); "
             "run the calibrate stage first (--from calibrate)"
         )
-    files = finish_output(run.plan, run.formats.checkpoint, run.output, dump_recipe(run.recipe))
+    files = finish_output(run.task, dump_recipe(run.recipe))
     _write_card(run)
     run.directory.record("exported", plan=run.plan.digest, files=[*files, CARD_NAME])
     run.reporter.say(f"output: {run.output} ({run.plan.output_bytes:,} bytes in {len(run.plan.shards)} shards)")
@@ -255,7 +174,7 @@ def verify(run: Run) -> None:
         "fidelity": options.fidelity is not None,
         "serving": options.serving is not None,
     }
-    with source_to_serve(run.recipe, run.formats, run.directory.path) as served_source:
+    with source_to_serve(run.task, run.directory.path) as served_source:
         settings = Settings(
             [level for level, wanted in asked.items() if wanted],
             run.directory.path / "logs",
@@ -295,7 +214,7 @@ def _write_card(run: Run) -> None:
     machines = [f"{fact['device']} (products {fact['digest']})" for fact in run.directory.facts("products")]
     if len(machines) > 1:
         facts["calculated on"] = f"{', then '.join(machines)}, which round differently"
-    write_text(run.output / CARD_NAME, model_card(run.recipe, run.plan, run.source, run.checks, facts))
+    write_text(run.output / CARD_NAME, model_card(run.task, run.checks, facts))
 
 
 def read_samples(run: Run) -> list[dict[str, Any]]:

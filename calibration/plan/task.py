@@ -1,0 +1,53 @@
+"""What a run works on: its recipe, its source and the plan that follows from both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.families.family import Family
+from calibration.plan.plan import Plan
+from calibration.plan.planner import make_plan
+from recipes.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Task:
+    """A recipe, the source with its stored formats, and the plan. Nothing in it changes while a run is under way."""
+
+    recipe: Recipe
+    formats: Formats
+    plan: Plan
+
+    @classmethod
+    def open(cls, recipe: Recipe, directory: Path) -> Task:
+        """The task of `recipe` on the source in `directory`, from its headers. Raises SourceError and RecipeError as
+        `Checkpoint.open` and `make_plan` do."""
+        return cls.of(recipe, Formats(Checkpoint.open(directory)))
+
+    @classmethod
+    def of(cls, recipe: Recipe, formats: Formats) -> Task:
+        """The task of `recipe` on a source that is open already. Raises as `make_plan` does."""
+        return cls(recipe, formats, make_plan(formats.checkpoint, formats, recipe))
+
+    @property
+    def source(self) -> Checkpoint:
+        """The source checkpoint."""
+        return self.formats.checkpoint
+
+    @property
+    def family(self) -> Family:
+        """The family whose names the source bears."""
+        return self.plan.family
+
+    @property
+    def output(self) -> Path:
+        """The directory of the output checkpoint."""
+        return Path(self.recipe.output)
+
+    @property
+    def scratch(self) -> Path | None:
+        """`offload.directory`, if the recipe names one."""
+        return Path(self.recipe.offload.directory) if self.recipe.offload.directory else None

@@ -1,0 +1,103 @@
+"""A run under way: its task, its directory, and what its stages hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.side_files import SideFiles, side_files
+from calibration.plan.plan import Plan
+from calibration.plan.respelling import require_exact_scales
+from calibration.plan.task import Task
+from calibration.runs.journal import RunDirectory
+from calibration.runs.ranks import Ranks
+from recipes.schema import Recipe
+from verify.checks import Check
+from workflows.interrupts import Interrupts
+from workflows.progress import Reporter
+from workflows.run.report import ReportPage
+from workflows.source import require_apart, resolve_source
+
+if TYPE_CHECKING:  # torch and llm-compressor take seconds to import
+    from calibration.data.batches import CalibrationData
+    from calibration.forecast.rehearsal import Rehearsal
+    from calibration.model.source_model import SourceModel
+
+STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
+
+
+@dataclass
+class Prepared:
+    """What the rehearsal loads and the calibrate stage takes over: the token batches and the empty model."""
+
+    data: CalibrationData | None = None
+    model: SourceModel | None = None
+    rehearsal: Rehearsal | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, int]] | None:
+        """`(samples, tokens each)` of every batch, if the data is loaded."""
+        if self.data is None:
+            return None
+        return [tuple(batch["input_ids"].shape) for batch in self.data.batches]
+
+
+@dataclass
+class Run:
+    """One recipe under way. `make_plan` opens its source; the stages of `workflows.run.stages` do the work in order."""
+
+    recipe: Recipe
+    reporter: Reporter
+    overwrite: bool = False
+    restart: bool = False
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    ranks: Ranks = field(default_factory=Ranks)
+    output: Path = field(init=False)
+    directory: RunDirectory = field(init=False)
+    task: Task = field(init=False)
+    side_files: SideFiles = field(default_factory=SideFiles)
+    page: ReportPage = field(init=False)
+    checks: list[Check] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    prepared: Prepared = field(default_factory=Prepared)
+    #: What the rehearsal predicts, and what each stage of this process took.
+    prediction: dict[str, Any] | None = None
+    took: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.recipe.output)
+        self.directory = RunDirectory(self.output)
+        self.page = ReportPage(self.output)
+
+    @property
+    def source(self) -> Checkpoint:
+        """The source checkpoint."""
+        return self.task.source
+
+    @property
+    def formats(self) -> Formats:
+        """The stored formats of the source."""
+        return self.task.formats
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of every tensor."""
+        return self.task.plan
+
+    def make_plan(self) -> None:
+        """Opens the source from its headers and makes the plan. Starts and writes nothing. Raises RecipeError if the run
+        would write into the source."""
+        where = resolve_source(self.recipe.source)
+        require_apart(self.recipe, where)
+        self.task = Task.open(self.recipe, where)
+        require_exact_scales(self.plan, self.formats)
+        self.side_files = side_files(where)
+        for warning in self.plan.warnings:
+            self.reporter.say(f"warning: {warning}", "warning")
+        if left_out := list(self.side_files.left_out.items()):
+            shown = ", ".join(f"{name} ({why})" for name, why in left_out[:5])
+            more = f" and {len(left_out) - 5} more, in plan.json" if len(left_out) > 5 else ""
+            self.reporter.say(f"warning: the output does not get of the source: {shown}{more}", "warning")
