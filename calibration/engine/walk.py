@@ -98,6 +98,19 @@ class CalibrationRun:
         return [module for module in called_modules(subgraph, self.source.model) if module in blocks]
 
 
+@dataclass(frozen=True)
+class Part:
+    """One subgraph of the traced model: its `index` and the modules whose weights it needs. `block` and its `number` are
+    None before the first block (or after the last); `name` is the source's; `where` names the part in messages."""
+
+    index: int
+    roots: list[nn.Module]
+    block: nn.Module | None
+    number: int | None
+    name: str
+    where: str
+
+
 @dataclass
 class Walk:
     """The way of all batches through the subgraphs."""
@@ -151,30 +164,36 @@ class Walk:
         self.record_own_calls()
         self.run.source.unload(roots)
 
+    def part(self, index: int, number: int | None) -> Part:
+        """The subgraph `index`, which holds block `number` if it holds one."""
+        source = self.run.source
+        block = next(iter(self.run.blocks_in(self.subgraphs[index])), None)
+        name = "before the blocks" if block is None else source.source_block(source.module_name(block))
+        number = None if block is None else number
+        where = name if number is None else f"block {number} ({name})"
+        return Part(index, self.roots(index), block, number, name, where)
+
     def step(self, index: int, following: int | None) -> None:
         """Loads, calibrates, checks, hands over and unloads one subgraph while the `following` one's weights are read;
         then makes its end durable."""
-        run, subgraph, started = self.run, self.subgraphs[index], time.monotonic()
-        source, number = run.source, self.numbers[index]
-        block = next(iter(run.blocks_in(subgraph)), None)
-        name = "before the blocks" if block is None else source.source_block(source.module_name(block))
-        where = name if number is None else f"block {number} ({name})"
-        roots = self.roots(index)
+        run, source, started = self.run, self.run.source, time.monotonic()
+        part = self.part(index, self.numbers[index])
+        number, roots = part.number, part.roots
         known = run.resume is not None and number in run.resume.finished and not self.edits
         for modifier in self.blockwise if not known else ():
             modifier.attach(roots)
-        run.tell("load", block=number, name=name)
+        run.tell("load", block=number, name=part.name)
         source.load(roots)
         if following is not None and source.reads_ahead:
             source.prefetch(self.roots(following))
-        self.cache.aim(index + 1, save=block is not None and index + 1 < len(self.subgraphs))
+        self.cache.aim(index + 1, save=part.block is not None and index + 1 < len(self.subgraphs))
         if index == 0:
             self.record_own_calls()
-        result = None if known else self._work(index, block, number, name, where, roots, started)
+        result = None if known else self._work(part, started)
         if result is not None:
             self._hand_over(result)
         else:
-            self._repeat(index, block, number, where)
+            self._repeat(part)
         for modifier in self.blockwise:
             modifier.detach()
         for module in [module for root in roots for module in root.modules()]:
@@ -183,22 +202,19 @@ class Walk:
         source.unload(roots)
         if number is not None:
             facts = None if result is None else result.facts()
-            boundary = Boundary.whole(run.ranks.exchange(f"activations behind {where}", self.cache.commit()))
+            boundary = Boundary.whole(run.ranks.exchange(f"activations behind {part.where}", self.cache.commit()))
             run.callbacks.on_finished(number, facts, boundary)
         # Behind this meeting the block is finished for all ranks.
-        stop = number is not None and run.ranks.any(f"end of {where}", run.callbacks.should_stop())
+        stop = number is not None and run.ranks.any(f"end of {part.where}", run.callbacks.should_stop())
         self.cache.forget(before=index + 1)
         if number is not None and stop:
             total = len(source.blocks)
             rest = "writes the index" if number + 1 == total else f"continues with block {number + 2}"
             raise Interrupted(f"stopped behind block {number + 1} of {total}; the same command {rest}")
 
-    def _work(
-        self, index: int, block: nn.Module | None, number: int | None, name: str, where: str, roots: list[nn.Module],
-        started: float,
-    ) -> BlockResult:  # fmt: skip
+    def _work(self, part: Part, started: float) -> BlockResult:
         """Calibrates and checks what is loaded."""
-        run, source = self.run, self.run.source
+        run, source, roots, where = self.run, self.run.source, part.roots, part.where
         quantized = {
             source.source_module(source.module_name(module)): module
             for root in roots
@@ -206,7 +222,7 @@ class Walk:
             if is_module_quantized(module)
         }
         _attach_again(quantized.values())
-        parity = self._calibrate(index, block, number, where)
+        parity = self._calibrate(part)
         experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
         self._share_statistics(quantized, experts, where)
         tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
@@ -215,17 +231,17 @@ class Walk:
         own = {name: m for name, m in quantized.items() if run.owners.get(name, 0) == run.ranks.rank}
         others = set(quantized.values()) - set(own.values())
         with patch_attr(run.experts, "kind", Pass.PROPAGATE):
-            modules = self.subgraphs[index].submodules(source.model)
+            modules = self.subgraphs[part.index].submodules(source.model)
             LifecycleCallbacks.sequential_epoch_end([module for module in modules if module not in others])
         update_qparams(others, ACTIVATION_OBS)
         nearest = self._round_to_nearest(own)
         if self.edits:
-            self._propagate(index, number, block, where)
+            self._propagate(part)
         require_scales(own, where)
         figures = run.ranks.exchange(f"scales of {where}", (parity, run.memory.take()))
         return BlockResult(
-            number, len(source.blocks), name, quantized, self._edited(roots, quantized, where), tokens, filled, nearest,
-            max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
+            part.number, len(source.blocks), part.name, quantized, self._edited(roots, quantized, where), tokens, filled,
+            nearest, max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
         )  # fmt: skip
 
     def _share_statistics(self, quantized: dict[str, nn.Module], experts: list[LinearExperts2D], where: str) -> None:
@@ -251,13 +267,13 @@ class Walk:
             tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
         )  # fmt: skip
 
-    def _repeat(self, index: int, block: nn.Module | None, number: int | None, where: str) -> None:
+    def _repeat(self, part: Part) -> None:
         """The pass that computes the outputs of a block again, to the same bits, and observes nothing."""
         with self.run.experts.running(Pass.REPEAT):
-            for batch, outputs, passed in self.forward(index, block, number, "repeat"):
-                if block is not None and passed is not None:
-                    self.require_finite(index, block, passed[1], batch, where)
-                self.keep(index, batch, outputs)
+            for batch, outputs, passed in self.forward(part, "repeat"):
+                if passed is not None:
+                    self.require_finite(part, passed[1], batch)
+                self.keep(part.index, batch, outputs)
 
     def roots(self, index: int) -> list[nn.Module]:
         """The modules whose weights a subgraph needs."""
@@ -280,33 +296,33 @@ class Walk:
                 calls = own_block_calls(source.model, list(source.blocks.values()), sample)
             self.entering[batch], self.calls[batch] = calls
 
-    def _calibrate(self, index: int, block: nn.Module | None, number: int | None, where: str) -> float:
+    def _calibrate(self, part: Part) -> float:
         """The pass that observes. Returns the largest difference to the model's own forward."""
         worst = 0.0
         with self.run.experts.running(Pass.CALIBRATE):
-            for batch, outputs, passed in self.forward(index, block, number, "calibrate"):
-                if block is not None and passed is not None:
+            for batch, outputs, passed in self.forward(part, "calibrate"):
+                if passed is not None:
                     hidden, made = passed
-                    self.require_finite(index, block, made, batch, where)
-                    if batch in self.calls and number is not None:
-                        worst = max(worst, self.check_parity(block, number, batch, hidden, made))
+                    self.require_finite(part, made, batch)
+                    if batch in self.calls and part.number is not None:
+                        worst = max(worst, self.check_parity(part, batch, hidden, made))
                 if not self.edits:
-                    self.keep(index, batch, outputs)
+                    self.keep(part.index, batch, outputs)
         return worst
 
-    def _propagate(self, index: int, number: int | None, block: nn.Module | None, where: str) -> None:
+    def _propagate(self, part: Part) -> None:
         """The pass that computes the outputs of the edited weights."""
         with self.run.experts.running(Pass.PROPAGATE):
-            for batch, outputs, passed in self.forward(index, block, number, "propagate"):
-                if block is not None and passed is not None:
-                    self.require_finite(index, block, passed[1], batch, where)
-                self.keep(index, batch, outputs)
+            for batch, outputs, passed in self.forward(part, "propagate"):
+                if passed is not None:
+                    self.require_finite(part, passed[1], batch)
+                self.keep(part.index, batch, outputs)
 
     def forward(
-        self, index: int, block: nn.Module | None, number: int | None, kind: str
+        self, part: Part, kind: str
     ) -> Iterator[tuple[int, dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
         """Yields batch, outputs, and the hidden states that entered and left the block."""
-        subgraph, passed = self.subgraphs[index], list[tuple[torch.Tensor, torch.Tensor]]()
+        subgraph, passed = self.subgraphs[part.index], list[tuple[torch.Tensor, torch.Tensor]]()
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             passed.append((BlockCall.of(args, kwargs)[0], hidden_of(output)))
@@ -314,11 +330,11 @@ class Walk:
         for batch in range(len(self.cache)):
             active_session().state.current_batch_idx = batch
             inputs = self.cache.fetch(batch, subgraph.input_names)
-            handle = None if block is None else block.register_forward_hook(watch, with_kwargs=True)
+            handle = None if part.block is None else part.block.register_forward_hook(watch, with_kwargs=True)
             outputs = subgraph.forward(self.run.source.model, **inputs)
             if handle is not None:
                 handle.remove()
-            self.run.tell("batch", block=number, batch=batch, batches=len(self.cache), kind=kind)
+            self.run.tell("batch", block=part.number, batch=batch, batches=len(self.cache), kind=kind)
             yield batch, outputs, passed.pop() if passed else None
 
     def keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
@@ -326,10 +342,10 @@ class Walk:
         if index + 1 < len(self.subgraphs):
             self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
 
-    def check_parity(
-        self, block: nn.Module, number: int, batch: int, hidden: torch.Tensor, made: torch.Tensor
-    ) -> float:
+    def check_parity(self, part: Part, batch: int, hidden: torch.Tensor, made: torch.Tensor) -> float:
         """The largest difference of `made` to what the model's own call of the block makes of `hidden`. Raises ParityError."""
+        block, number = part.block, part.number
+        assert block is not None and number is not None
         worst = 0.0
         if number == 0:
             worst = require_parity("before block 0", hidden, self.entering[batch])
@@ -337,19 +353,19 @@ class Walk:
             own = self.calls[batch][number](block, hidden)
         return max(worst, require_parity(f"block {number}", made, own))
 
-    def require_finite(self, index: int, block: nn.Module, made: torch.Tensor, batch: int, where: str) -> None:
+    def require_finite(self, part: Part, made: torch.Tensor, batch: int) -> None:
         """Raises SourceError, naming the first module that gave NaN or Inf, where a block did."""
-        if is_finite(made):
+        if part.block is None or is_finite(made):
             return
-        source, subgraph = self.run.source, self.subgraphs[index]
-        name = source.module_name(block)
+        source, subgraph = self.run.source, self.subgraphs[part.index]
+        name = source.module_name(part.block)
         with self.run.experts.running(Pass.PROPAGATE):
             inputs = self.cache.fetch(batch, subgraph.input_names)
             forward = partial(subgraph.forward, source.model, **inputs)
-            first = first_non_finite(block.named_modules(prefix=name), forward)
+            first = first_non_finite(part.block.named_modules(prefix=name), forward)
         raise SourceError(
-            f"{where}, batch {self.cache.numbers[batch]}: the hidden states are not finite; the first module with NaN or Inf is "
-            f"{first or name}; the source overflows in BF16 on this text, or is damaged"
+            f"{part.where}, batch {self.cache.numbers[batch]}: the hidden states are not finite; the first module with NaN "
+            f"or Inf is {first or name}; the source overflows in BF16 on this text, or is damaged"
         )
 
     def _fill(self, experts: list[LinearExperts2D]) -> list[int]:

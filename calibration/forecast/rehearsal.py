@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from llmcompressor.args import DatasetArguments
 from llmcompressor.core import create_session
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.utils.helpers import calibration_forward_context
-from torch import nn
 
 from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
 from calibration.engine.experts import Pass
 from calibration.engine.results import Callbacks
-from calibration.engine.walk import CalibrationRun, Walk
+from calibration.engine.walk import CalibrationRun, Part, Walk
 from calibration.forecast.speed import Spent, Watch
 from calibration.model.source_model import SourceModel
 from calibration.runs.memory import PeakMemory
@@ -118,55 +117,52 @@ def _walk(
         if all_experts:
             stack.enter_context(moe_calibration_context())
         number = 0
-        for index, subgraph in enumerate(walk.subgraphs):
-            block = next(iter(run.blocks_in(subgraph)), None)
-            if block is None and index:
+        for index in range(len(walk.subgraphs)):
+            part = walk.part(index, number)
+            if part.block is None and index:
                 break
             last = into.blocks[-1] if into.blocks else None
             taken = time.monotonic() - began + (last.load.clock + last.forward.clock if last else 0)
             if number in chosen and last and taken > seconds:
                 into.left_out += [first for first in chosen if first >= number]
                 break
-            skipped = block is not None and number not in chosen
-            facts = _step(walk, index, None if skipped else block, block if skipped else None, number)
-            if block is None:
+            facts = _step(walk, part, part.block is not None and number not in chosen)
+            if part.block is None:
                 continue
             if facts is not None:
-                name = source.source_block(source.module_name(block))
-                into.blocks.append(RehearsedBlock(number, name, chosen[number], *facts))
+                into.blocks.append(RehearsedBlock(number, part.name, chosen[number], *facts))
                 into.boundary_bytes = max(into.boundary_bytes, cache.held_bytes)
             number += 1
             if number > max(chosen):
                 break
 
 
-def _step(
-    walk: Walk, index: int, block: nn.Module | None, skipped: nn.Module | None, number: int
-) -> tuple[Spent, Spent, float] | None:
-    """One subgraph: what loading and the forward pass took, and the difference to the model's own forward."""
+def _step(walk: Walk, part: Part, skipped: bool) -> tuple[Spent, Spent, float] | None:
+    """One subgraph: what loading and the forward pass took, and the difference to the model's own forward. A `skipped`
+    block is not loaded and passes its input on."""
     source, worst, watch = walk.run.source, 0.0, Watch()
-    roots = [root for root in walk.roots(index) if root is not skipped]
+    roots = [root for root in part.roots if not skipped or root is not part.block]
     source.load(roots)
     loaded = watch.lap()
-    if index == 0:
+    if part.index == 0:
         walk.record_own_calls()
     with ExitStack() as stack:
         stack.enter_context(walk.run.experts.running(Pass.REPEAT))
-        if skipped is not None:
-            stack.enter_context(patch_attr(skipped, "forward", _pass_on))
+        if skipped:
+            stack.enter_context(patch_attr(part.block, "forward", _pass_on))
+            part = replace(part, block=None)
         watch.lap()
-        for batch, outputs, passed in walk.forward(index, block, number, "rehearse"):
+        for batch, outputs, passed in walk.forward(part, "rehearse"):
             forward = watch.lap()
-            if block is not None and passed is not None:
+            if passed is not None:
                 hidden, made = passed
-                name = source.source_block(source.module_name(block))
-                walk.require_finite(index, block, made, batch, f"rehearsal of block {number} ({name})")
+                walk.require_finite(replace(part, where=f"rehearsal of {part.where}"), made, batch)
                 watch.lap()
-                worst = walk.check_parity(block, number, batch, hidden, made)
+                worst = walk.check_parity(part, batch, hidden, made)
                 forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
-            walk.keep(index, batch, outputs)
+            walk.keep(part.index, batch, outputs)
     source.unload(roots)
-    return None if block is None else (loaded, forward, worst)
+    return None if part.block is None else (loaded, forward, worst)
 
 
 def _pass_on(*args: Any, **kwargs: Any) -> torch.Tensor:

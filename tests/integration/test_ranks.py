@@ -172,10 +172,10 @@ def broken(block: int) -> None:
 
     work = sequential.Walk._work
 
-    def fails(self: Any, index: int, block_: Any, number: int | None, *args: Any) -> Any:
-        if number == block:
+    def fails(self: Any, part: Any, started: float) -> Any:
+        if part.number == block:
             raise IndexError("list index out of range")
-        return work(self, index, block_, number, *args)
+        return work(self, part, started)
 
     sequential.Walk._work = fails  # type: ignore[method-assign]
 

@@ -86,7 +86,6 @@ PARAMETERS: dict[str, str] = {
             "hyper_connection_pre", "hyper_connection_head",
         )
     },
-    "calibration.engine.walk.Walk._work": "a block on its way becomes one value",
 }  # fmt: skip
 
 
