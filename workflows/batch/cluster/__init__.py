@@ -1,1 +1,1 @@
-"""A batch on Slurm, through submitit."""
+"""Runs as jobs of submitit, on Slurm or on this machine."""
