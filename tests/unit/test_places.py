@@ -25,7 +25,7 @@ from verify import __main__ as verify
 from workflows import inspect_checkpoint
 from workflows.batch import __main__ as batch
 from workflows.run import __main__ as run
-from workflows.run.standing import standing
+from workflows.run.output_state import read_output_state
 from workflows.source import require_apart
 
 TARGETS = {"QuantizationModifier": {"targets": [r"re:^model\.layers\..*proj$"], "scheme": "NVFP4A16"}}
@@ -259,7 +259,7 @@ def test_an_output_that_cannot_be_listed_is_a_problem_with_its_name(
     assert overwrite_problems(RunDirectory(output), output) == [
         f"{output}: cannot be read: Permission denied; name another output"
     ]
-    found = standing(output, RunDirectory(output), "p", "d", lambda: pytest.fail("asks for the recipe"))
+    found = read_output_state(output, RunDirectory(output), "p", "d", lambda: pytest.fail("asks for the recipe"))
     assert (found.kind, found.why) == ("foreign", "cannot be read: Permission denied")
 
 

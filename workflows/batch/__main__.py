@@ -27,7 +27,7 @@ from workflows.batch.hooks import Hooks
 from workflows.batch.outcome import Outcome
 from workflows.batch.preflight import Preflight, Wanted, predict_ends, preflight, require_no_source, wanted_runs
 from workflows.batch.queue import Queue, Rules, parse_slots
-from workflows.batch.state import BatchDirectory, standing
+from workflows.batch.state import BatchDirectory
 from workflows.batch.submission import Submission
 from workflows.batch.summary import print_summary, rewrite_summary, summarize, write_summary
 from workflows.interrupts import Interrupts
@@ -176,7 +176,7 @@ def _judge(outcomes: dict[str, Outcome], why: str) -> None:
 
 
 def _say_plan(found: Preflight, slots: int, reporter: Reporter) -> None:
-    sound = [entry for entry in found.entries if not entry.problems and standing(entry).kind != "done"]
+    sound = [entry for entry in found.entries if not entry.problems and entry.output_state().kind != "done"]
     total = sum(entry.output_bytes for entry in sound)
     reporter.say(f"preflight: {len(sound)} of {len(found.entries)} runs are to be done, outputs {size(total)}")
     for name, seconds in predict_ends(sound, slots):

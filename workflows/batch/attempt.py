@@ -16,7 +16,7 @@ from typing import Any
 
 from calibration.checkpoint.files import no_link
 from calibration.runs.journal import process_began
-from workflows.batch.state import BatchDirectory, Entry, alive, standing
+from workflows.batch.state import BatchDirectory, Entry, alive
 from workflows.interrupts import NOTICE
 
 #: In the environment of every process that an attempt starts, so that what outlives it can be found.
@@ -64,7 +64,7 @@ class Child:
         """Starts the next attempt; `launcher`: the arguments before `-m workflows.run` (torchrun's). The process of a further
         node is part of the first node's attempt, but has a log of its own: what two hosts append to one file can be lost."""
         log = batch.runs(entry.name) / ("log.txt" if first_node else f"log.{socket.gethostname()}.txt")
-        found = standing(entry)
+        found = entry.output_state()
         if not has_work_for_ranks(entry):
             launcher = ()
         options = ["--from", "verify"] if found.kind == "verify" else []
@@ -135,7 +135,7 @@ class Child:
 
 def has_work_for_ranks(entry: Entry) -> bool:
     """Whether several processes can share the next attempt: only calibration can be shared."""
-    return entry.method == "calibrate" and standing(entry).kind not in ("verify", "done")
+    return entry.method == "calibrate" and entry.output_state().kind not in ("verify", "done")
 
 
 def child_path() -> str:

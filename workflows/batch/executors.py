@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from recipes.errors import EnvironmentProblem
 from workflows.batch.outcome import Outcome
-from workflows.batch.state import BatchDirectory, Entry, orphan, standing
+from workflows.batch.state import BatchDirectory, Entry, orphan
 from workflows.batch.submission import JobState, Submission, end_batch, set_outstanding
 from workflows.batch.summary import rewrite_summary
 
@@ -102,7 +102,7 @@ def submit_batch(executor: Executor, work: Submission) -> None:
         if entry.problems:
             batch.record(entry.name, "gave_up", reason=entry.problems[0])
             refused.append(entry)
-        elif standing(entry).kind == "done":
+        elif entry.output_state().kind == "done":
             hooks.say(f"{entry.name}: done and verified before", "info")
         elif entry.name in under_way:
             hooks.say(f"{entry.name}: {under_way[entry.name]}", "info")
@@ -125,7 +125,7 @@ def read_outcomes(batch: BatchDirectory, entries: Sequence[Entry]) -> dict[str, 
         last: dict[str, Any] = next(reversed(batch.attempts(entry.name)), {})
         if entry.problems or last.get("fact") == "gave_up":
             found[entry.name] = Outcome("failed", last.get("reason") or entry.problems[0])
-        elif standing(entry).kind == "done":
+        elif entry.output_state().kind == "done":
             found[entry.name] = Outcome("done")
         else:
             found[entry.name] = Outcome("stopped", last.get("reason", ""))

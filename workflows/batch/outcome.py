@@ -13,7 +13,7 @@ from typing import Any
 
 from calibration.checkpoint.files import read_json_or_none
 from recipes.errors import EnvironmentProblem, Interrupted, VerificationFailed
-from workflows.batch.state import Entry, standing
+from workflows.batch.state import Entry
 
 #: How an attempt can end. `transient` is tried again after a while, `space` when the disk has space again, `stopped` by
 #: the next call of the batch, `failed` after somebody has changed something.
@@ -58,7 +58,7 @@ def judge_attempt(
     error = _error_event(entry, began)
     tail = _tail(log, log_from)
     full = code in (1, _FLUSH_FAILED) and _is_full(tail, log.parent)
-    if standing(entry).kind == "done" and (full or code in (0, None)):
+    if entry.output_state().kind == "done" and (full or code in (0, None)):
         return Outcome("done")
     known = error.get("exit_code")
     if known is not None and code in (None, 1):  # torchrun hides the code of its workers

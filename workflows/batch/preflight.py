@@ -12,8 +12,7 @@ from calibration.checkpoint.files import write_text
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.side_files import side_files
-from calibration.forecast.cost import needs as forecast
-from calibration.forecast.cost import scratch_bytes
+from calibration.forecast.cost import boundary_bytes, hidden_width, nominal_shapes, scratch_bytes
 from calibration.plan.task import Task
 from calibration.runs.disk import Need, space_problems
 from calibration.runs.output import overwrite_problems
@@ -24,7 +23,7 @@ from recipes.matrix import Matrix, Resources, variants
 from recipes.places import is_inside
 from recipes.schema import Recipe
 from verify.serving.engine import check_environment
-from workflows.batch.state import BatchDirectory, Entry, orphan, standing
+from workflows.batch.state import BatchDirectory, Entry, orphan
 from workflows.run.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES
 from workflows.source import require_apart, resolve_source
 
@@ -161,7 +160,7 @@ def predict_ends(entries: Sequence[Entry], slots: int) -> list[tuple[str, float 
 def space_needs(entry: Entry) -> tuple[Need, Need]:
     """The disk space that a run still needs: for the rest of its output, and for its activations."""
     scratch = activations_directory(Path(entry.scratch) if entry.scratch else None, entry.run.path, Path(entry.output))
-    computed = standing(entry).kind in ("done", "verify")
+    computed = entry.output_state().kind in ("done", "verify")
     rest, files = (0, 0) if computed else (entry.activation_bytes, entry.activation_files)
     written, saved = _size(Path(entry.output).glob("*.safetensors")), _size(scratch.rglob("*"))
     return (
@@ -180,24 +179,24 @@ def _plan_runs(
     for (checkpoint, _), names in by_source.items():
         say(f"preflight: {checkpoint}, read by {len(names)} run{'s' if len(names) > 1 else ''}")
         try:
-            source = Checkpoint.open(resolve_source(loaded[names[0]].source))
-            formats = Formats(source)
+            formats = Formats(Checkpoint.open(resolve_source(loaded[names[0]].source)))
         except WorkflowError as error:
             for name in names:
                 problems[name] += [(error.exit_code, text) for text in error.problems]
             continue
         for name in names:
             try:
-                entries[name] = _entry(name, loaded[name], source, formats)
+                entries[name] = _make_entry(name, loaded[name], formats)
             except WorkflowError as error:
                 problems[name] += [(error.exit_code, f"{name}: {text}") for text in error.problems]
     return entries
 
 
-def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> Entry:
+def _make_entry(name: str, recipe: Recipe, formats: Formats) -> Entry:
+    source = formats.checkpoint
     require_apart(recipe, source.directory)
-    beside = side_files(source.directory)
-    task = Task.of(recipe, formats)
+    beside, task = side_files(source.directory), Task.of(recipe, formats)
+    activation_bytes, activation_files = _activations(task)
     entry = Entry(
         name,
         given="",
@@ -208,34 +207,34 @@ def _entry(name: str, recipe: Recipe, source: Checkpoint, formats: Formats) -> E
         plan_digest=task.plan.digest,
         output_bytes=task.plan.output_bytes,
         source_bytes=source.total_bytes,
-        activation_bytes=_scratch(task) if recipe.method == "calibrate" else 0,
+        activation_bytes=activation_bytes,
         files=len(task.plan.shards) + len(beside.copied) + OWN_FILES + RUN_FILES,
-        activation_files=FILES_PER_BATCH * _batches(recipe) if recipe.method == "calibrate" else 0,
+        activation_files=activation_files,
         scratch=recipe.offload.directory,
         parameters=task.plan.parameters,
         bits_per_parameter=task.plan.bits_per_parameter,
     )
-    return entry if standing(entry).kind == "done" else replace(entry, seconds=_seconds(task, entry))
+    return entry if entry.output_state().kind == "done" else replace(entry, seconds=_predict_seconds(task, entry))
 
 
-def _scratch(task: Task) -> int:
-    boundary = forecast(task)["activation_bytes_at_a_boundary"]
-    return scratch_bytes(boundary, len(task.plan.block_numbers), task.recipe.offload.max_host_memory)
+def _activations(task: Task) -> tuple[int, int]:
+    """Bytes and files of activations that are on disk at any time, at most."""
+    if task.recipe.method != "calibrate":
+        return 0, 0
+    shapes = nominal_shapes(task.recipe)
+    boundary = boundary_bytes(hidden_width(task.source.config), shapes)
+    most = scratch_bytes(boundary, len(task.plan.block_numbers), task.recipe.offload.max_host_memory)
+    return most, FILES_PER_BATCH * len(shapes)
 
 
-def _batches(recipe: Recipe) -> int:
-    options = recipe.calibration
-    return 0 if options is None else -(-options.num_samples // options.batch_size)
-
-
-def _seconds(task: Task, entry: Entry) -> float:
-    """What calibration or conversion and the reading of verification will take on this machine, undisturbed; serving is not
-    in it. Blocks that are finished cost nothing."""
+def _predict_seconds(task: Task, entry: Entry) -> float:
+    """Seconds that calibration or conversion and the reading of verification take on this machine if nothing else runs.
+    Serving is not included; finished blocks cost nothing."""
     from calibration.forecast.predict import predict  # torch's products and the conversion's kernels
     from calibration.forecast.speed import Machine
 
-    told = predict(task, Machine(task), finished=finished_blocks(entry.run, task.plan))
-    return float(sum(stage["seconds"] for stage in told["stages"].values()))
+    predicted = predict(task, Machine(task), finished=finished_blocks(entry.run, task.plan))
+    return float(sum(stage["seconds"] for stage in predicted["stages"].values()))
 
 
 def _require_separate_outputs(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:
@@ -266,7 +265,7 @@ def _claim_output(entry: Entry, batch: BatchDirectory, overwrite: bool) -> list[
     holder = entry.run.holder()
     if holder is not None and orphan(batch.attempts(entry.name)) is None and not entry.run.free():
         return [f"{entry.output}: another process works on it ({holder}); wait for it, or name another output"]
-    found = standing(entry)
+    found = entry.output_state()
     if found.kind == "foreign" and not overwrite:
         return [f"{entry.output}: {found.why}; name another output, or pass --overwrite to replace what is there"]
     if found.kind == "foreign" and (problems := overwrite_problems(entry.run, Path(entry.output))):
@@ -283,7 +282,7 @@ def _space_problems(entries: Sequence[Entry], slots: int) -> list[str]:
     open_runs = [
         entry
         for entry in entries
-        if not entry.problems and entry.plan_digest and standing(entry).kind not in ("done", "verify")
+        if not entry.problems and entry.plan_digest and entry.output_state().kind not in ("done", "verify")
     ]
     at_once = sorted(open_runs, key=lambda entry: entry.activation_bytes, reverse=True)[:slots]
     outputs, activations = [space_needs(entry)[0] for entry in open_runs], [space_needs(entry)[1] for entry in at_once]

@@ -11,7 +11,7 @@ from recipes.errors import RecipeError
 from workflows.batch.attempt import Child, Slot, torchrun
 from workflows.batch.outcome import Outcome, judge_attempt
 from workflows.batch.preflight import space_needs
-from workflows.batch.state import BatchDirectory, Entry, orphan, standing
+from workflows.batch.state import BatchDirectory, Entry, orphan
 
 _TICK_SECONDS = 0.2
 _LONGEST_BACKOFF = 900.0
@@ -113,7 +113,7 @@ class Queue:
                     free.remove(slot)
                 self.running.append(Child.adopt(self.batch, entry, left, slot))
                 self.say(f"{entry.name}: still running since the last call (pid {left['pid']}); watched", "info")
-            elif standing(entry).kind == "done":
+            elif entry.output_state().kind == "done":
                 self.outcomes[entry.name] = Outcome("done", "done before")
                 self.say(f"{entry.name}: done and verified before", "info")
             else:

@@ -30,8 +30,7 @@ from calibration.runs.journal import RunDirectory, append_line, process_began
 from calibration.runs.lines import read_attempts
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.loader import load_recipe
-from workflows.run.standing import Standing
-from workflows.run.standing import standing as standing_of
+from workflows.run.output_state import OutputState, read_output_state
 
 #: Facts of a run's journal that mean progress. Not `verified`: an engine that is killed leaves one each time.
 _PROGRESS = ("shards", "boundary", "calibrated", "converted", "exported")
@@ -64,6 +63,12 @@ class Entry:
     def run(self) -> RunDirectory:
         """The run directory beside the output."""
         return RunDirectory(Path(self.output))
+
+    def output_state(self) -> OutputState:
+        """What the output holds, seen from the frozen recipe."""
+        return read_output_state(
+            Path(self.output), self.run, self.plan_digest, self.recipe_digest, lambda: load_recipe(Path(self.recipe))
+        )
 
     def progress(self) -> int:
         """A count that grows whenever the run finishes something for the first time."""
@@ -188,13 +193,6 @@ class BatchDirectory:
         file.flush()
         self._locks.append(file)
         return None
-
-
-def standing(entry: Entry) -> Standing:
-    """What the output of a run holds, seen from its frozen recipe."""
-    return standing_of(
-        Path(entry.output), entry.run, entry.plan_digest, entry.recipe_digest, lambda: load_recipe(Path(entry.recipe))
-    )
 
 
 def alive(attempt: dict[str, Any]) -> bool:

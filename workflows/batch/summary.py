@@ -20,7 +20,7 @@ from verify.checks import LEVELS
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
 from workflows.batch.preflight import predict_ends
-from workflows.batch.state import BatchDirectory, Entry, alive, standing
+from workflows.batch.state import BatchDirectory, Entry, alive
 from workflows.progress import clock, size
 from workflows.run.status import read_status
 
@@ -167,7 +167,7 @@ def _state(
     lives = not job_end and (status.get("holder") if job is None else "pending" not in job)
     if fact == "begun" and (alive(last) or (elsewhere and lives)):
         return "running", job or ""
-    if standing(entry).kind == "done":
+    if entry.output_state().kind == "done":
         return "done", ""
     if job_end and (last.get("outcome") != "stopped" or not job_end.endswith(("completed", "by now"))):
         return "stopped", f"{job_end}; run the same command to resume"

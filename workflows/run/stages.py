@@ -20,8 +20,8 @@ from verify.levels import Settings, samples_of, verify_levels
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.run import rehearse as rehearsal
 from workflows.run.card import model_card
+from workflows.run.output_state import last_checks, read_output_state
 from workflows.run.plain_copy import source_to_serve
-from workflows.run.standing import last_checks, standing
 from workflows.run.state import STAGES, Run
 
 
@@ -44,7 +44,7 @@ def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
     whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
     if not whole or run.overwrite or run.restart:
         return None
-    found = standing(run.output, run.directory, run.plan.digest, recipe_digest(run.recipe), lambda: run.recipe)
+    found = read_output_state(run.output, run.directory, run.plan.digest, recipe_digest(run.recipe), lambda: run.recipe)
     if not found.judged:
         return None
     begun = [fact["source"] for fact in run.directory.facts() if fact.get("fact") in ("fingerprint", "started")]

@@ -10,27 +10,27 @@ import pytest
 
 from recipes.errors import EnvironmentProblem
 from tests.unit.batch.batches import entry_of, finish, looked_at, recipe
-from workflows.batch.state import BatchDirectory, standing
+from workflows.batch.state import BatchDirectory
 
 
 def test_what_an_output_holds_decides_what_is_done(tmp_path: Path, source: Path, batch: BatchDirectory) -> None:
     path = recipe(tmp_path, "a", source)
     entry = entry_of(batch, path)
-    assert standing(entry).kind == "open"
+    assert entry.output_state().kind == "open"
     finish(entry)
-    assert standing(entry).kind == "done"
+    assert entry.output_state().kind == "done"
     # Other checks alone are asked for: nothing is computed again. Another recipe's checkpoint is not touched.
     recipe(tmp_path, "a", source, verify={"fidelity": False})
-    assert standing(entry_of(batch, path)).kind == "verify"
+    assert entry_of(batch, path).output_state().kind == "verify"
     recipe(tmp_path, "a", source, export={"max_shard_size": "1MB"})
     assert "name another output, or pass --overwrite" in looked_at(batch, path).problems[0][1]
     assert not looked_at(batch, path, overwrite=True).problems
     recipe(tmp_path, "a", source)
     (Path(entry.output) / "model-1.safetensors").unlink()
-    assert "has lost files" in standing(entry).why
+    assert "has lost files" in entry.output_state().why
     (Path(entry.output) / "model-1.safetensors").write_text("x")
     entry.run.record("verified", structure="FAIL")
-    assert standing(entry).kind == "verify"
+    assert entry.output_state().kind == "verify"
 
 
 def test_an_engine_that_is_killed_each_time_is_no_progress(tmp_path: Path, source: Path, batch: BatchDirectory) -> None:

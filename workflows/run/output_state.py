@@ -1,4 +1,4 @@
-"""What an output holds, seen from one recipe: what a batch leaves out, and what `the same command again` means to a run."""
+"""What an output holds, seen from one recipe: whether a batch skips it, and whether the same command has anything to do."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FAILED = "verification failed"
 
 
 @dataclass(frozen=True)
-class Standing:
-    """`kind` is `done` (verified, no FAIL, nothing to do), `verify` (finished, to be verified again), `open` (nothing or an
-    unfinished run of this recipe) or `foreign` (something else). `verdicts` are the last verification's."""
+class OutputState:
+    """`kind`: `done` (verified, no FAIL, nothing to do), `verify` (finished, to be verified again), `open` (nothing, or an
+    unfinished run of this recipe) or `foreign` (something else, see `why`). `verdicts`: the last verification's."""
 
     kind: str
     why: str = ""
@@ -32,42 +32,44 @@ class Standing:
 
     @property
     def judged(self) -> bool:
-        """Whether this recipe's run came to its end, whatever the verdict."""
+        """Whether a run of this recipe reached its end, whatever the verdict."""
         return self.kind == "done" or (self.kind == "verify" and self.why == _FAILED)
 
 
-def standing(output: Path, run: RunDirectory, plan_digest: str, digest: str, recipe: Callable[[], Recipe]) -> Standing:
-    """Read from the journal, the events and the names of the shards; no tensor is read. `digest` is the recipe's, `recipe` is
-    asked for it only if the output is another recipe's."""
+def read_output_state(
+    output: Path, run: RunDirectory, plan_digest: str, digest: str, recipe: Callable[[], Recipe]
+) -> OutputState:
+    """Reads the journal, the events and the names of the shards, no tensor. `digest` is the recipe's; `recipe` is
+    called only if the output is another recipe's."""
     facts, events = run.facts(), run.events()
     try:
         there = bool(entries(output))
     except EnvironmentProblem as problem:
-        return Standing("foreign", problem.problems[0].removeprefix(f"{output}: ").partition(";")[0])
+        return OutputState("foreign", problem.problems[0].removeprefix(f"{output}: ").partition(";")[0])
     plan = next((fact["plan"] for fact in reversed(facts) if fact.get("plan")), None)
     verified = next((fact for fact in reversed(facts) if fact.get("fact") == "verified"), None)
     if verified is None:
         if there and not facts:
-            return Standing("foreign", "output is not empty")
+            return OutputState("foreign", "output is not empty")
         if plan not in (None, plan_digest):
-            return Standing("foreign", "an unfinished run of another plan is there")
-        return Standing("open")
+            return OutputState("foreign", "an unfinished run of another plan is there")
+        return OutputState("open")
     shards = {name for fact in facts if fact.get("fact") == "shards" for name in fact.get("shards", ())}
     if not all(is_file(output / name) for name in (*shards, INDEX_NAME)):
-        return Standing("foreign", "a finished checkpoint is there that has lost files")
+        return OutputState("foreign", "a finished checkpoint is there that has lost files")
     planned = [event for event in events if event["event"] == "plan" and event["time"] <= verified["time"]]
     if plan != plan_digest or not planned:
-        return Standing("foreign", "the checkpoint of another recipe is there")
+        return OutputState("foreign", "the checkpoint of another recipe is there")
     verdicts = tuple((level, str(value)) for level, value in verified.items() if level not in ("fact", "time"))
     if planned[-1].get("recipe") == digest:
         failed = "FAIL" in dict(verdicts).values()
-        return Standing("verify", _FAILED, verdicts) if failed else Standing("done", "", verdicts)
+        return OutputState("verify", _FAILED, verdicts) if failed else OutputState("done", "", verdicts)
     if _differ_in_verify_alone(run, recipe):
-        return Standing("verify", "the recipe asks for other checks", verdicts)
-    return Standing("foreign", "the checkpoint of another recipe is there")
+        return OutputState("verify", "the recipe asks for other checks", verdicts)
+    return OutputState("foreign", "the checkpoint of another recipe is there")
 
 
-def last_checks(run: RunDirectory, found: Standing) -> list[Check]:
+def last_checks(run: RunDirectory, found: OutputState) -> list[Check]:
     """The checks of the last verification as verify.json has them; the verdicts of its levels alone if the file is not that
     verification's."""
     try:
