@@ -1,0 +1,34 @@
+"""The commands of docs/serving.md in the argument parser of the vLLM that is installed."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+from tests.reference.engine import VLLM_PYTHON
+from verify.serving.engine import environment
+
+ROOT = Path(__file__).parents[2]
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.reasoning import ReasoningParserManager
+from vllm.tool_parsers import ToolParserManager
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+for words in json.loads(sys.argv[1]):
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args(words)
+    validate_parsed_serve_args(options)
+    assert not options.reasoning_parser or options.reasoning_parser in ReasoningParserManager.list_registered()
+    assert not options.tool_call_parser or options.tool_call_parser in ToolParserManager.list_registered()
+"""
+
+
+def test_vllm_takes_every_serve_command_that_the_documents_name() -> None:
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line) for line in re.findall(r"vllm serve (.*)", text)]
+    assert len(commands) >= 2
+    done = subprocess.run(
+        [VLLM_PYTHON, "-c", PARSE, json.dumps(commands)], capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
