@@ -180,7 +180,9 @@ def needs(task: Task) -> dict[str, int]:
     block_bytes: dict[int, int] = {}
     for name in task.source.tensors:
         place = task.family.place(name)
-        if place.block is not None and name not in task.formats.companions:
+        # What is copied in its stored form is never in memory as a whole.
+        native = place.part in task.family.native_parts
+        if place.block is not None and name not in task.formats.companions and not native:
             block_bytes[place.block] = block_bytes.get(place.block, 0) + BF16 * math.prod(task.formats.of(name).shape)
     return {
         "output_bytes": task.plan.output_bytes,

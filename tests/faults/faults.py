@@ -14,6 +14,7 @@ from tests.models.tokenizer import trained
 Level = Literal["structure", "structure with source", "structure in a run", "fidelity", "serving"]
 X, Y = "layers.0.ffn.experts.3", "layers.0.ffn.experts.9"
 Q = "model.layers.1.mlp.experts.5"
+DSPARK, V41, ENGRAM = "deepseek_v4 dspark", "deepseek_v41", "layers.0.engram.embed"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,36 @@ _GENERATION: _Edits = {
 
 _KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 _HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+
+
+def _old_draft_head(tensors: e.Tensors) -> None:
+    """A DSpark head becomes the MTP block of the first releases."""
+    hidden = tensors["mtp.2.norm.weight"].shape[0]
+    for name in [name for name in tensors if name.startswith(("mtp.1.", "mtp.2.", "mtp.0.main_"))]:
+        if name.startswith(("mtp.2.norm", "mtp.2.hc_head")):
+            tensors[name.replace("mtp.2.", "mtp.0.")] = tensors[name]
+        del tensors[name]
+    for norm in ("enorm", "hnorm"):
+        tensors[f"mtp.0.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    for projection in ("e_proj", "h_proj"):
+        tensors[f"mtp.0.{projection}.weight"] = torch.eye(hidden).bfloat16()
+
+
+def _in_bf16(tensors: e.Tensors) -> None:
+    scale = tensors.pop(f"{ENGRAM}.scale").float().repeat_interleave(32, 1)
+    tensors[f"{ENGRAM}.weight"] = (tensors[f"{ENGRAM}.weight"].float() * scale).bfloat16()
+
+
+def _one_row_less(tensors: e.Tensors) -> None:
+    for leaf in ("weight", "scale"):
+        tensors[f"{ENGRAM}.{leaf}"] = tensors[f"{ENGRAM}.{leaf}"][:-1]
+
+
+def _one_mxfp4_scale_doubled(scales: torch.Tensor) -> torch.Tensor:
+    """The two groups of 16 that were one group of 32: its power of two one larger."""
+    values = scales.to(torch.float32)
+    values[0, :2] *= 2
+    return values.to(scales.dtype)
 
 
 def _double_the_smallest(scales: torch.Tensor) -> torch.Tensor:
@@ -414,6 +445,69 @@ FAULTS = [
         "structure in a run",
         "structure.digests",
     ),
+    # Draft heads of DSpark, and what DeepSeek-V4.1 has.
+    _of("draft head of the old layout", e.tensors(_old_draft_head), "tensors", DSPARK),
+    _of("markov head missing", e.drop(r"\.markov_head\."), "tensors", DSPARK),
+    _of("a block of the draft head missing", e.drop(r"^mtp\.1\."), "tensors", DSPARK),
+    _of("main projection without its scale", e.drop(r"^mtp\.0\.main_proj\.scale$"), "companions", DSPARK),
+    _of(
+        "confidence head of another rank",
+        e.value("mtp.2.confidence_head.proj.weight", lambda t: t[:, :-1]),
+        "tensors",
+        DSPARK,
+    ),
+    _of(
+        "config of a DSpark head over two target layers",
+        e.config(lambda c: c["dspark_target_layer_ids"].pop()),
+        "tensors",
+        DSPARK,
+    ),
+    _of("config of a DSpark head without its rank", e.config(lambda c: c.pop("dspark_markov_rank")), "config", DSPARK),
+    _of(
+        "config of an MTP block over a DSpark head",
+        e.config(lambda c: [c.pop(key) for key in list(c) if key.startswith("dspark_")]),
+        "tensors",
+        DSPARK,
+    ),
+    _source(
+        "one MXFP4 scale of the draft head off by one",
+        e.value("mtp.1.ffn.experts.7.w2.scale", e.bits(1, 5)),
+        "copies",
+        DSPARK,
+    ),
+    _source(
+        "factors of the markov head exchanged",
+        e.exchange("mtp.2.markov_head.markov_w1.", "mtp.2.markov_head.markov_w2."),
+        "copies",
+        DSPARK,
+    ),
+    _source("two blocks of the draft head exchanged", e.exchange("mtp.0.attn.", "mtp.1.attn."), "copies", DSPARK),
+    _of("Engram table in BF16", e.tensors(_in_bf16), "tensors", V41),
+    _of("Engram table without its scales", e.drop(r"\.engram\.embed\.scale$"), "companions", V41),
+    _of("Engram table of another length", e.tensors(_one_row_less), "tensors", V41),
+    _source(
+        "Engram rows moved by one",
+        e.value(f"{ENGRAM}.weight", lambda t: t.view(torch.uint8).roll(1, 0).view(t.dtype)),
+        "copies",
+        V41,
+    ),
+    _source("one Engram scale off by one", e.value(f"{ENGRAM}.scale", e.bits(1, 77)), "copies", V41),
+    _of("routing bias of image tokens missing", e.drop(r"^layers\.2\..*bias_vl$"), "tensors", V41),
+    _of("vision tower missing", e.drop(r"^vision\."), "tensors", V41),
+    _of("aligner without its bias", e.drop(r"^aligner\.w2\.bias$"), "tensors", V41),
+    _of("gate of a compressor missing", e.drop(r"\.compressor\.wgate\."), "tensors", V41),
+    _of(
+        "markov head under the names of DeepSeek-V4",
+        e.rename(r"markov_head\.embed", "markov_head.markov_w1"),
+        "tensors",
+        V41,
+    ),
+    _of(
+        "config of fewer sources of keys and values",
+        e.config(lambda c: c["text_config"]["kv_source_layer_ids"].pop()),
+        "tensors",
+        V41,
+    ),
     # Weights against the source.
     _far("nibbles in the wrong order", e.value(f"{X}.w1.weight_packed", _swap_nibbles)),
     _far("nibbles in the wrong order in a quarter of the rows", e.value(f"{X}.w1.weight_packed", _swap_a_row)),
@@ -449,6 +543,18 @@ FAULTS = [
     ),
     _far(
         "one group scale doubled", e.value(f"{X}.w1.weight_scale", _double_the_smallest), check="fidelity.group_scales"
+    ),
+    _far(
+        "one scale of a kept MXFP4 group doubled",
+        e.value(f"{X}.w2.weight_scale", _one_mxfp4_scale_doubled),
+        DSPARK,
+        "fidelity.rounding",
+    ),
+    _far(
+        "one code of a kept MXFP4 weight off by one",
+        e.value(f"{X}.w1.weight_packed", e.bits(1, 100)),
+        DSPARK,
+        "fidelity.rounding",
     ),
     _far("one code off by one", e.value(f"{X}.w1.weight_packed", e.bits(1, 100)), check="fidelity.rounding"),
     _far("a tenth of the groups emptied", e.value(f"{X}.w2.weight_packed", _emptied), check="fidelity.zero_groups"),
