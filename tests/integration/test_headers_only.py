@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.convert.layout import ShardLayout
 from calibration.model.skeleton import build_skeleton
 from calibration.plan.planner import make_plan
 from recipes.loader import load_recipe
@@ -23,6 +25,7 @@ from tests.models.headers_only import MODELS, ProSizes, stored_tensors, takes_ho
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/deepseek_v4/pro-nvfp4-experts.yaml"
+V41_RECIPE = ROOT / "recipes/deepseek_v41/flash-nvfp4-convert.yaml"
 
 
 @pytest.fixture
@@ -85,6 +88,20 @@ def test_empty_model_of_real_shapes_allocates_nothing_large(hollow: Path) -> Non
         model = build_skeleton(checkpoint, hollow / "run", False).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert 0 < allocations.largest < 10e6
+
+
+def test_an_engram_table_of_v41_is_copied_in_pieces(hollow: Path) -> None:
+    """It takes 98 GB; the recipe that ships plans the three first blocks of V4.1-Flash, the table among them."""
+    sizes = replace(MODELS["v4.1-flash"], layers=3)
+    checkpoint = Checkpoint.open(write(hollow / "v41", sizes, shards=4))
+    formats = Formats(checkpoint)
+    plan = make_plan(checkpoint, formats, load_recipe(V41_RECIPE, []))
+    assert len(plan.quantized) == 3 * 384 * 3
+    table = "layers.1.engram.embed.weight"
+    assert (plan.steps[table].action, formats.of(table).tile) == ("copy", (1, 32))
+    shard = next(shard for shard in plan.shards if table in shard.sources)
+    jobs = list(ShardLayout(plan, formats, shard).jobs())
+    assert sum(job.output_bytes for job in jobs) > 98e9 and max(job.output_bytes for job in jobs) < 128e6
 
 
 @pytest.mark.slow
