@@ -24,6 +24,7 @@ from tests.exported import plan_of, recipe
 from tests.models import deepseek_v4, deepseek_v41
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
+from verify.known import Known
 from verify.structure.structure import verify_structure
 from workflows.inspect_checkpoint import describe_checkpoint
 
@@ -123,7 +124,7 @@ def test_the_output_verifies_alone_and_against_its_source(
     assert verdicts(alone) == {"copies": "UNCHECKED"}
     assert next(c.figure for c in alone if c.id == "structure.mtp") == "3 found, config.json promises 3"
     plan, formats = plan_of(sources[form], outputs[form])
-    assert verdicts(verify_structure(output, plan, formats.checkpoint)) == {}
+    assert verdicts(verify_structure(output, Known(plan, formats))) == {}
     fidelity = verify_fidelity(output, plan, formats)
     assert verdicts(fidelity) == {}
     assert next(c.figure for c in fidelity if c.id == "fidelity.weights").startswith("worst 0.0000")
