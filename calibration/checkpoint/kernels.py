@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from calibration.checkpoint import native, nvfp4
-from calibration.checkpoint.formats import MXFP4_GROUP, StoredFormat, dequantize, is_finite
+from calibration.checkpoint.dequantize import MXFP4_GROUP, StoredFormat, dequantize, is_finite
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 

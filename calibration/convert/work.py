@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from calibration.checkpoint import kernels, native
+from calibration.checkpoint.dequantize import cast_dtype, dequantize, is_finite
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
 from calibration.checkpoint.direct import Bytes, Extent
-from calibration.checkpoint.formats import TORCH_DTYPES, cast_dtype, dequantize, is_finite
+from calibration.checkpoint.formats import TORCH_DTYPES
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.nvfp4 import RANGE

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from calibration.checkpoint import nvfp4
+from calibration.checkpoint.dequantize import cast_dtype, check_finite, is_positive
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
-from calibration.checkpoint.formats import TORCH_DTYPES, cast_dtype, check_finite, is_positive
+from calibration.checkpoint.formats import TORCH_DTYPES
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.writer import write_shard
 from calibration.engine.exact import ExactWeights

@@ -9,7 +9,7 @@ import torch
 from llmcompressor.observers import ACTIVATION_OBS
 from torch import nn
 
-from calibration.checkpoint.formats import is_finite, is_positive
+from calibration.checkpoint.dequantize import is_finite, is_positive
 from calibration.model.source_model import SourceModel
 from recipes.errors import RecipeError, WorkflowError, collapsed
 

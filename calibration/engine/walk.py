@@ -26,7 +26,7 @@ from llmcompressor.observers import ACTIVATION_OBS, Observer
 from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from torch import nn
 
-from calibration.checkpoint.formats import is_finite
+from calibration.checkpoint.dequantize import is_finite
 from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier
 from calibration.engine.experts import ExpertCalibration, Pass, fill_dead_experts, fill_from_peers

@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional
 
 from calibration.checkpoint import nvfp4
+from calibration.checkpoint.dequantize import dequantize
 from calibration.checkpoint.direct import Buffer, DirectReader, Extent
-from calibration.checkpoint.formats import dequantize
 from calibration.convert.layout import ShardLayout
 from calibration.convert.work import Work
 from calibration.forecast.cost import Product

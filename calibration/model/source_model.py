@@ -17,7 +17,8 @@ from llmcompressor.utils.pytorch.module import infer_sequential_targets
 from torch import nn
 from transformers import PreTrainedModel
 
-from calibration.checkpoint.formats import Formats, check_finite, dequantize, logical_name
+from calibration.checkpoint.dequantize import check_finite, dequantize
+from calibration.checkpoint.formats import Formats, logical_name
 from calibration.families.family import Family
 from calibration.model.weight_buffer import Ahead, Room
 

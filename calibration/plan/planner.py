@@ -6,8 +6,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from calibration.checkpoint.dequantize import StoredFormat
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
-from calibration.checkpoint.formats import Formats, StoredFormat, module_of
+from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import NOT_LINEAR, ROUTED, Place

@@ -133,7 +133,7 @@ def test_dequantization_equals_transformers(stored: str, tmp_path: Path) -> None
 
 def test_odd_tile_edges() -> None:
     """576 rows in tiles of 128 have 5 scale rows; rows 512 to 575 take the fifth, not the quotient 576/5."""
-    from calibration.checkpoint.formats import StoredFormat, dequantize
+    from calibration.checkpoint.dequantize import StoredFormat, dequantize
 
     weight = torch.ones(576, 130).to(torch.float8_e4m3fn)
     scale = torch.arange(1.0, 11.0).reshape(5, 2)

@@ -18,7 +18,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from torch.overrides import TorchFunctionMode
 
 from calibration.checkpoint import kernels, native, nvfp4
-from calibration.checkpoint.formats import StoredFormat, dequantize
+from calibration.checkpoint.dequantize import StoredFormat, dequantize
 from calibration.checkpoint.kernels import NotFinite, Stripe
 from calibration.plan.schemes import NVFP4A16
 from tests.models.storage import to_mxfp4, to_tiles

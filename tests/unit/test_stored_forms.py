@@ -16,7 +16,8 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint import kernels, native
-from calibration.checkpoint.formats import Formats, StoredFormat
+from calibration.checkpoint.dequantize import StoredFormat
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.kernels import Stripe
 from calibration.convert import layout

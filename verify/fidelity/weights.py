@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from calibration.checkpoint import nvfp4
-from calibration.checkpoint.formats import Formats, dequantize
+from calibration.checkpoint.dequantize import dequantize
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 
 #: Values of a stripe: its float32 working set stays inside a core's cache.
