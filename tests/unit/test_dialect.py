@@ -412,7 +412,7 @@ def test_a_respelled_checkpoint_s_recipe_makes_the_plan_of_what_it_is(
     source = Formats(Checkpoint.open(made["deepseek_v4"].parent / "source"))
     plan, checks = own_plan(spelled["deepseek_v4"], source)
     assert plan is not None and [check.verdict for check in checks] == ["PASS"]
-    found = verify_structure(spelled["deepseek_v4"], plan, source.checkpoint)
+    found = verify_structure(spelled["deepseek_v4"], Known(plan, source))
     assert {check.id for check in found if check.verdict not in ("PASS", "UNCHECKED")} == set()
 
 
