@@ -3,7 +3,8 @@ as products do (docs/promises.md).
 
 Processors with AMX and GPUs choose another kernel for another number of rows, which adds up in another order, so that a
 row's last bit depends on how many rows are multiplied with it. And two machines that torch gives one name
-(`cpu AVX512`) may round differently: here `ONEDNN_MAX_CPU_ISA=AVX512_CORE` was enough.
+(`cpu AVX512`) may round differently: here `ONEDNN_MAX_CPU_ISA=AVX512_CORE` was enough for BF16 and `MKL_CBWR=COMPATIBLE`
+for float32 (hyper-connections, Hessians), which MKL multiplies as the processor's maker says.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 
 #: Rows of a product, and of the smaller ones that are compared with it; routed tokens come in multiples of 16.
 ROWS, FEWER = 256, (1, 7, 16, 48, 80, 112, 240)
+#: Inputs of a float32 Gram matrix and its Cholesky factor: enough for MKL to split the latter among threads.
+PRECISE = 1024
 #: The most common shapes are tried, cut at so many outputs and inputs: 8 GFLOP at the most.
 SHAPES, OUTPUTS, INPUTS = 3, 512, 8192
 
@@ -66,10 +69,15 @@ def device_name() -> str:
 
 
 def try_products(
-    shapes: Iterable[Sequence[int]], device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+    shapes: Iterable[Sequence[int]],
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    hessians: bool = False,
 ) -> Products:
     """Products in `dtype` of the most common of `shapes` (`[out, in]` of linear layers) on `device` (torch's own choice if
-    None), and what stands around them in a block: a softmax and a gated activation."""
+    None), and what stands around them in a block: a softmax and a gated activation. On a CPU float32 products too, which
+    another library makes; with `hessians` (GPTQ) a Cholesky factor, which depends on the number of
+    threads."""
     counted = Counter((min(out, OUTPUTS), min(inputs, INPUTS)) for *_, out, inputs in shapes)
     chosen = sorted(counted, key=lambda shape: (-counted[shape], shape))[:SHAPES]
     device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
@@ -84,4 +92,10 @@ def try_products(
             differing[str([out, inputs])] = found
         for made in (whole, whole.float().softmax(-1), F.silu(whole) * whole):
             digest.update(made.cpu().view(torch.uint8).numpy().tobytes())
+    if device.type == "cpu":
+        precise = torch.randn(ROWS, PRECISE, generator=torch.Generator().manual_seed(0))
+        gram = torch.mm(precise.t(), precise)
+        factor = [torch.linalg.cholesky(gram + ROWS * torch.eye(PRECISE))] if hessians else []
+        for made in (gram, *factor):
+            digest.update(made.numpy().tobytes())
     return Products(device_name(), digest.hexdigest()[:12], differing)

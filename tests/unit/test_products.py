@@ -34,6 +34,18 @@ def test_the_most_common_shapes_are_tried_and_cut(monkeypatch: pytest.MonkeyPatc
     assert try_products([]).row_invariant
 
 
+def test_the_digest_tells_float32_products_and_with_hessians_factors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL has rules of its own: MKL_CBWR=COMPATIBLE, or another maker's processor, leaves every BF16 product as it is."""
+    here, factored = try_products(SHAPES), try_products(SHAPES, hessians=True)
+    assert here.digest == try_products(SHAPES).digest != factored.digest
+    product, cholesky = torch.mm, torch.linalg.cholesky
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "mm", lambda *factors: product(*factors).nextafter(torch.tensor(torch.inf)))
+        assert try_products(SHAPES).digest != here.digest
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: cholesky(matrix).nextafter(torch.tensor(torch.inf)))
+    assert try_products(SHAPES).digest == here.digest and try_products(SHAPES, hessians=True).digest != factored.digest
+
+
 @pytest.mark.parametrize(
     ("recorded", "lost"),
     [

@@ -193,6 +193,17 @@ def test_the_environment_does_not_leak_this_interpreter(monkeypatch: pytest.Monk
     assert found["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
+def test_what_torch_compiles_for_one_processor_is_not_found_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    cache = engine.environment()["TORCHINDUCTOR_CACHE_DIR"]
+    assert cache == engine.environment()["TORCHINDUCTOR_CACHE_DIR"]
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert engine.environment()["TORCHINDUCTOR_CACHE_DIR"] != cache
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
+    assert engine.environment()["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
+
+
 def test_kv_cache_grows_with_the_model() -> None:
     small = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 32, "num_attention_heads": 4}
     assert serving.kv_cache_bytes(small, 512) == 64 << 20

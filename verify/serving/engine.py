@@ -7,10 +7,13 @@ A crash, a lack of memory or a time-out of the engine comes back as a result, no
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import platform
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +57,12 @@ def environment() -> dict[str, str]:
     leaks.add("PYTHONDONTWRITEBYTECODE")  # importing vLLM takes 24 s without bytecode, 6 s with it
     inherited = {name: value for name, value in os.environ.items() if name not in leaks}
     threads = str(max(1, (os.cpu_count() or 1) // 2))  # more threads than free cores make MoE decoding 40 x slower
-    defaults = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "passive", "VLLM_NO_USAGE_STATS": "1"}
+    defaults = {
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "passive",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(compile_cache()),
+    }
     fixed = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the hooks live in the engine's process
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -63,6 +71,19 @@ def environment() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
     }
     return defaults | inherited | fixed
+
+
+def compile_cache() -> Path:
+    """Where torch keeps what it compiles for the engine, a directory for each kind of processor. torch's own is one for all:
+    code for AVX-512 that is found again where torch is to do without does not compile ("at::vec has not been declared")."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    features = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    kind = [platform.machine(), os.environ.get("ATEN_CPU_CAPABILITY", ""), *features]
+    digest = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}_{digest}"
 
 
 def run_engine(

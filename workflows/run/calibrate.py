@@ -47,7 +47,9 @@ def calibrate_blocks(run: Run) -> None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
     ranks.start()
     data = _data(run)
-    found = try_products((task.formats.of(step.source).shape for step in task.plan.quantized.values()), ranks.device)
+    shapes = (task.formats.of(step.source).shape for step in task.plan.quantized.values())
+    hessians = "GPTQModifier" in [entry.name for entry in task.recipe.modifiers]
+    found = try_products(shapes, ranks.device, hessians=hessians)
     now = fingerprint(task, data.digest, found.device)
     if data.regrouped:  # absent else: a run that was begun with padded batches must not go on without
         now["batches"] = "of samples of one length, without padding"
