@@ -1,7 +1,8 @@
 """`python -m verify CHECKPOINT`: verifies a compressed-tensors NVFP4 checkpoint, ours or not.
 
-The checkpoint is a stranger. Thresholds, data, trust and the interpreter come from the command line, from the recipe that
---recipe names, or from the defaults. A recipe.yaml inside the checkpoint says at most what was planned.
+A checkpoint grants itself nothing: thresholds, data, trust and the interpreter come from the command line, from the recipe that
+--recipe names, or from the defaults. Of a recipe.yaml inside the checkpoint only the plan is used. A check that needs what is
+not given is UNCHECKED, never PASS. docs/verification.md lists every check with its threshold.
 
 Exit codes as in workflows.run: 0 no check says FAIL, 2 command line or recipe, 3 source, 4 environment, 5 a check says
 FAIL.
@@ -39,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--source", type=Path, help="the checkpoint it was made from")
+    parser.add_argument("checkpoint", type=Path, help="directory of the checkpoint to verify")
+    parser.add_argument("--source", type=Path, help="the checkpoint that it was made from: compares weights and blocks")
     parser.add_argument(
         "--recipe", type=Path,
         help="the recipe it was made with, for plan, thresholds, data and trust (default: the plan alone, from the "

@@ -1,6 +1,6 @@
 """`python -m workflows.inspect_checkpoint PATH [--recipe R]`: what a checkpoint holds, and what a recipe makes of it.
 
-From headers alone: seconds on a checkpoint of a terabyte.
+Reads headers only: seconds, even for a terabyte.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workflows.inspect_checkpoint", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the recipe's source)")
     parser.add_argument("--recipe", type=Path, help="show the plan that this recipe makes of it")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --recipe")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)
     if options.checkpoint is None and options.recipe is None:

@@ -1,5 +1,7 @@
 """`python -m workflows.run recipe.yaml`: inspect -> rehearse -> calibrate -> export -> verify.
 
+A run that stopped resumes with the same command. docs/running.md explains the stages, docs/troubleshooting.md the messages.
+
 Exit codes: 0 success; 1 a defect of this program; 2 recipe or command line; 3 source checkpoint or data set;
 4 environment (disk, output, vLLM); 5 verification failed; 130 interrupted; 141 the result of --status, --dry-run or
 --json could not be printed.
@@ -203,18 +205,27 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m workflows.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("recipe", type=Path, help="recipe YAML file")
-    parser.add_argument("--stages", metavar="A,B", help=f"run only these stages of {', '.join(STAGES)}")
-    parser.add_argument("--from", dest="from_stage", choices=STAGES, help="run this stage and those behind it")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
+    parser.add_argument("--stages", metavar="A,B", help=f"run only these of the stages {', '.join(STAGES)}")
+    parser.add_argument("--from", dest="from_stage", choices=STAGES, help="run this stage and those after it")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a recipe key, e.g. calibration.num_samples=32",
+    )
     parser.add_argument("--output", help="override the recipe's output directory")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is already in the output")
     parser.add_argument(
-        "--restart", action="store_true", help="discard what an unfinished run has finished; begin anew"
+        "--restart", action="store_true", help="discard what an unfinished run has finished, and start over"
     )
-    parser.add_argument("--no-rehearsal", action="store_true", help="leave the stage rehearse out")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it needs; start nothing")
-    parser.add_argument("--status", action="store_true", help="tell where the run is; start nothing")
-    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    parser.add_argument("--no-rehearsal", action="store_true", help="leave stage rehearse out")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the predicted disk, memory and time; start nothing"
+    )
+    parser.add_argument("--status", action="store_true", help="print how far the run is; start nothing")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info",
+                        help="how much is printed (default: info)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
     return parser
 
