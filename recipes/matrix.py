@@ -36,7 +36,7 @@ class Resources(Section):
     memory: Bytes | None = None
     """Host memory per node, for example 500GiB; the cluster's default when left out."""
     hours: float = Field(default=24, gt=0, allow_inf_nan=False)
-    """Time limit of one job. A run that needs longer is requeued and goes on at its first unfinished block."""
+    """Time limit of one job. A run that needs longer is requeued and resumes at its first unfinished block."""
     partition: Text | None = None
     """Slurm partition."""
     account: Text | None = None
@@ -48,7 +48,7 @@ class Resources(Section):
     grace_seconds: int = Field(default=600, ge=10, validate_default=True)
     """Seconds before the time limit at which the run is asked to finish its block; longer than a block takes."""
     requeues: int = Field(default=100, ge=0)
-    """Times that a run may be requeued behind its time limit."""
+    """Times that a run may be requeued after its time limit."""
     parallel: int = Field(default=256, ge=1)
     """Jobs of the batch that may run at the same time."""
     setup: list[Text] = Field(default=[])

@@ -40,7 +40,7 @@ class Calibration(Section):
     """'bundled' (small text set of this project), a hub id, or a local file (.jsonl, .json, .parquet, .txt, .csv, .tsv)
     or directory."""
     config_name: Text | None = None
-    """Configuration of a hub data set, where it has several."""
+    """Configuration of a hub data set that has several."""
     split: Text = "train"
     """Split of the data set."""
     format: Literal["auto", "text", "messages"] = "auto"
@@ -143,9 +143,9 @@ class Serving(Section):
     windows: int = Field(default=8, ge=1)
     """Windows of `text` to score, from its beginning."""
     window_tokens: int = Field(default=512, ge=2)
-    """Tokens of a window; cut to the context length where that is shorter."""
+    """Tokens of a window; cut to the context length if that is shorter."""
     compare: bool | Literal["auto"] = "auto"
-    """Serve the source too, for KL, top-1 and its samples: auto where it takes at most 2 GiB in BF16, true always. A
+    """Serve the source too, for KL, top-1 and its samples: auto if it takes at most 2 GiB in BF16, true always. A
     source in FP8 or MXFP4 is served as a plain BF16 copy, which the run makes and removes."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Dtype of the activations; auto takes the checkpoint's."""
@@ -183,7 +183,7 @@ class Fidelity(Section):
     max_input_headroom: float = Field(default=256.0, ge=1, allow_inf_nan=False)
     """How many times the inputs of the forward the largest input that an input global scale admits may be."""
     min_propagated_cosine: float = Field(default=0.7, ge=-1, le=1)
-    """Smallest cosine of the hidden states behind the last block, each chain fed its own."""
+    """Smallest cosine of the hidden states after the last block, each chain fed its own."""
 
 
 def _as_section(value: object) -> object:
