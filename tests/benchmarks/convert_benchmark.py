@@ -29,7 +29,7 @@ from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import Checkpoint
 from tests.benchmarks import fp8_source
 from tests.benchmarks.convert_once import pipeline
-from tests.unit.test_kernels import of_compressed_tensors
+from tests.reference.compressed_tensors import of_compressed_tensors
 
 FAST, SLOW = ("pipeline", "input_output_alone"), ("original", "model_free_ptq")
 _GB = 1e9

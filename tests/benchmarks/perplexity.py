@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.schema import Serving
-from tests.integration.test_end_to_end import LINEAR, run, write_recipe
+from tests.integration.whole_runs import LINEAR, run, write_recipe
 from tests.models import smollm2
 from tests.reference.engine import VLLM_PYTHON
 from verify.serving.serving import Experiment, verify_serving

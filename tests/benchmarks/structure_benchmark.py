@@ -23,8 +23,8 @@ from recipes.schema import Recipe
 from tests.benchmarks import fp8_source
 from tests.benchmarks.convert_benchmark import forget
 from tests.benchmarks.convert_once import TARGET
+from tests.converted import run
 from tests.exported import plan_of
-from tests.unit.test_convert import run
 from verify.known import Known
 from verify.structure.stream import Judge, Piece, read_all
 from verify.structure.structure import verify_structure

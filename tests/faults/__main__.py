@@ -24,8 +24,7 @@ from typing import Any
 from tests.faults import peers
 from tests.faults.checkpoints import BASES, NOT_RUN, Good, make
 from tests.faults.faults import FAULTS, Fault
-from tests.faults.test_faults import judged
-from tests.faults.test_serving_faults import served
+from tests.faults.judge import judged, served
 from tests.reference.engine import VLLM_PYTHON
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.checkpoints import BASES, Good, make
 from tests.faults.faults import FAULTS, Fault
-from verify.checks import Check
+from tests.faults.judge import judged
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
 from verify.structure.structure import verify_structure
@@ -23,16 +23,6 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Good]:
     return cache(lambda base: make(base, tmp_path_factory.mktemp(base)))
-
-
-def judged(fault: Fault, good: Good, directory: Path) -> list[Check]:
-    """The checks of the fault's level on the spoiled copy in `directory`."""
-    if fault.level == "fidelity":
-        return verify_fidelity(directory, good.plan, good.source)
-    if fault.level == "structure":
-        return verify_structure(directory)
-    digests = good.digests if fault.level == "structure in a run" else {}
-    return verify_structure(directory, Known(good.plan, good.source, digests))
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.level != "serving"], ids=lambda fault: fault.name)

@@ -12,9 +12,9 @@ import torch
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.plan.plan import Plan
+from tests.converted import run
 from tests.exported import EXPERTS, export, plan_of, recipe
 from tests.models import deepseek_v4, standard
-from tests.unit.test_convert import run
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
 from verify.structure.structure import verify_structure

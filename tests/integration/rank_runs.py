@@ -12,8 +12,8 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.integration.attempts import Attempt
 from tests.integration.interrupted_runs import Prepare, start
-from tests.integration.test_resume import Attempt
 
 
 def as_rank(rank: int, size: int, port: int, then: Prepare | None) -> None:

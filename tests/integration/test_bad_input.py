@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.index import INDEX_NAME
-from tests.integration.test_end_to_end import LINEAR, run, write_recipe
+from tests.integration.whole_runs import LINEAR, run, write_recipe
 from tests.models import standard
 
 RECIPE, SOURCE, ENVIRONMENT = 2, 3, 4

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.converted import LINEAR, converting, failing, run, undoing
 from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
 from tests.reference.engine import random_prompts, serve
 from tests.reference.model import decided, logits, reference_model
-from tests.unit.test_convert import LINEAR, converting, failing, run, undoing
 
 TOP1, KL = 0.995, 1e-4
 

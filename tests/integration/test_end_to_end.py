@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from calibration.checkpoint.index import INDEX_NAME
 from tests.exported import EXPERTS
-from tests.integration.interrupted_runs import run_command
+from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
 from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
-from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
+from tests.reference.engine import random_prompts, serve
 from tests.reference.model import decided, logits, reference_model
 
 TOP1, KL = 0.995, 1e-4
-ROOT = Path(__file__).parents[2]
-LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
-SERVING: dict[str, Any] = {
-    "python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"], "text": None, "compare": False,
-}  # fmt: skip
 #: The one case that also scores a text and serves its source.
 COMPARED = "deepseek_v4-fp8_mxfp4"
 CASES: dict[str, tuple[Any, list[str]]] = {
@@ -35,28 +27,6 @@ CASES: dict[str, tuple[Any, list[str]]] = {
     "mixtral": (lambda path: standard.write(path, "mixtral"), LINEAR),
     "llama": (lambda path: standard.write(path, "llama"), LINEAR),
 }
-
-
-def write_recipe(directory: Path, source: Path, targets: list[str], **sections: Any) -> Path:
-    """A recipe file whose output is `<directory>/output`, small enough for a test, serving included."""
-    body: dict[str, Any] = {
-        "source": {"checkpoint": str(source)},
-        "output": str(directory / "output"),
-        "modifiers": [{"QuantizationModifier": {"targets": targets, "scheme": "NVFP4"}}],
-        "calibration": {"dataset": "bundled", "num_samples": 8, "max_seq_length": 128, "batch_size": 4},
-        "verify": {"serving": SERVING},
-    }
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(body | sections))
-    return path
-
-
-def run(recipe: Path, *arguments: str, fresh: bool = False) -> subprocess.CompletedProcess[str]:
-    """`python -m workflows.run RECIPE ...` as a user runs it; `fresh` in an interpreter of its own."""
-    if not fresh:
-        return run_command("workflows.run", [str(recipe), *arguments])
-    command = [sys.executable, "-m", "workflows.run", str(recipe), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -16,10 +16,20 @@ from typing import Any
 import pytest
 
 from calibration.runs import torchrun as torchrun_module
+from tests.integration.attempts import (
+    INTERRUPTED,
+    KILLED,
+    SOURCE,
+    TARGETS,
+    Attempt,
+    Case,
+    kill_behind,
+    poison,
+    same,
+    slow_blocks,
+)
 from tests.integration.interrupted_runs import KillAt, finish, interrupt
 from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
-from tests.integration.test_resume import TARGETS, Attempt, Case, same
-from tests.integration.test_resume_errors import INTERRUPTED, KILLED, SOURCE, kill_behind, poison, slow_blocks
 from tests.models import deepseek_v4, standard
 from tests.uneven import ASKED
 

@@ -26,9 +26,8 @@ from calibration.model.parity import ParityError
 from calibration.model.skeleton import build_skeleton
 from calibration.runs.journal import RunDirectory
 from recipes.schema import Calibration
+from tests.integration.attempts import TARGETS, Attempt, Case, kill_behind, poison, same
 from tests.integration.interrupted_runs import finish
-from tests.integration.test_resume import TARGETS, Attempt, Case, same
-from tests.integration.test_resume_errors import kill_behind, poison
 from tests.models import deepseek_v4, standard
 
 RECIPE, SOURCE, ENVIRONMENT, KILLED = 2, 3, 4, -signal.SIGKILL

@@ -4,86 +4,15 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from calibration.runs.journal import RunDirectory
+from tests.integration.attempts import Attempt, Case, same
 from tests.integration.interrupted_runs import KillAt, finish, start
 from tests.models import standard
 
-TARGETS = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 MODIFIERS = ("QuantizationModifier", "GPTQModifier")
-
-
-class Case:
-    """A recipe of a tiny model, and what an uninterrupted run of it writes."""
-
-    def __init__(
-        self,
-        directory: Path,
-        source: Path,
-        modifier: str,
-        targets: list[str] = TARGETS,
-        calibration: dict[str, Any] | None = None,
-    ) -> None:
-        self.directory = directory
-        directory.mkdir()
-        self.body: dict[str, Any] = {
-            "source": {"checkpoint": str(source)},
-            "output": "unset",
-            "modifiers": [{modifier: {"targets": targets, "scheme": "NVFP4"}}],
-            "calibration": calibration
-            or {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
-            "verify": {"structure": False, "fidelity": False},
-        }
-        began = time.monotonic()
-        self.reference = Attempt(self, "reference", KillAt(0, directory / "steps"))
-        self.seconds = time.monotonic() - began
-        self.steps = int((directory / "steps").read_text())
-        assert self.reference.code == 0, self.reference.text
-
-
-class Attempt:
-    """One output directory and the runs that work on it."""
-
-    def __init__(self, case: Case, name: str, prepare: Any = None, run: bool = True, **sections: Any) -> None:
-        # The output's name stands in the model card, so every attempt has the same one.
-        self.directory = case.directory / name
-        self.output, self.run_directory = self.directory / "output", self.directory / "output.run"
-        self.log, self.recipe = self.directory / "log", self.directory / "recipe.yaml"
-        self.directory.mkdir()
-        self.write(case.body | sections)
-        if run:
-            self.go(prepare)
-
-    def write(self, body: dict[str, Any]) -> None:
-        self.recipe.write_text(yaml.safe_dump(body | {"output": str(self.output)}))
-
-    def go(self, prepare: Any = None, *options: str) -> int:
-        self.code, self.text = finish([str(self.recipe), "--no-rehearsal", *options], self.log, prepare)
-        return self.code
-
-    def journal(self, fact: str = "shards") -> list[dict[str, Any]]:
-        """The lines of one kind; a torn one is left out."""
-        return RunDirectory(self.output).facts(fact)
-
-    def loaded(self) -> list[int | None]:
-        """The blocks that the last run loaded, in order; None is what stands before the blocks."""
-        events = RunDirectory(self.output).events()
-        begin = max(number for number, event in enumerate(events) if event["event"] == "plan")
-        return [event["block"] for event in events[begin:] if event["event"] == "load"]
-
-    def files(self) -> dict[str, bytes]:
-        """Everything in the output; the run's own path in recipe.yaml and README.md made equal."""
-        return {
-            str(path.relative_to(self.output)): path.read_bytes().replace(str(self.directory).encode(), b"")
-            for path in sorted(self.output.rglob("*"))
-            if path.is_file()
-        }
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +21,6 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     source = standard.write(root / "source", "qwen3_moe")
     finish(["--help"], root / "log")  # the first start imports everything, and would be measured
     return {modifier: Case(root / modifier, source, modifier) for modifier in MODIFIERS}
-
-
-def same(attempt: Attempt, case: Case) -> None:
-    assert attempt.code == 0, attempt.text
-    mine, reference = attempt.files(), case.reference.files()
-    assert mine.keys() == reference.keys()
-    assert [name for name in reference if mine[name] != reference[name]] == []
-    assert list(attempt.run_directory.glob("activations/*")) == []
 
 
 def kill_once(case: Case, name: str, moment: float) -> None:

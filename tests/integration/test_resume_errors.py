@@ -15,11 +15,20 @@ import pytest
 
 from calibration.checkpoint.header import read_header
 from calibration.checkpoint.index import INDEX_NAME
+from tests.integration.attempts import (
+    ENVIRONMENT,
+    INTERRUPTED,
+    KILLED,
+    SOURCE,
+    Attempt,
+    Case,
+    kill_behind,
+    poison,
+    same,
+    slow_blocks,
+)
 from tests.integration.interrupted_runs import finish, interrupt, start
-from tests.integration.test_resume import Attempt, Case, same
 from tests.models import standard
-
-SOURCE, ENVIRONMENT, INTERRUPTED, KILLED = 3, 4, 130, -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -33,20 +42,6 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture
 def attempt(case: Case, request: pytest.FixtureRequest) -> Attempt:
     return Attempt(case, request.node.name.partition("[")[0], run=False)
-
-
-def kill_behind(block: int) -> None:
-    """Kills the process just after the journal line of `block`, while the activations before it are still there."""
-    from calibration.runs.journal import RunDirectory
-
-    record = RunDirectory.record
-
-    def recorded(self: RunDirectory, name: str, /, **facts: Any) -> None:
-        record(self, name, **facts)
-        if name == "shards" and facts["block"] == block:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    RunDirectory.record = recorded  # type: ignore[method-assign]
 
 
 def test_goes_on_at_the_first_unfinished_block(case: Case, attempt: Attempt) -> None:
@@ -231,18 +226,6 @@ def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
     same(attempt, case)
 
 
-def slow_blocks(seconds: float = 0.5) -> None:
-    from calibration.engine import walk as sequential
-
-    work = sequential.Walk._work
-
-    def slow(*args: Any) -> Any:
-        time.sleep(seconds)
-        return work(*args)
-
-    sequential.Walk._work = slow  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_finishes_the_block_the_second_does_not(case: Case, number: signal.Signals) -> None:
     attempt = Attempt(case, f"signal-{number}", run=False)
@@ -312,18 +295,6 @@ def test_full_disk_under_the_journal(case: Case, attempt: Attempt) -> None:
     attempt.go()
     assert "1 of 3 blocks are finished" in attempt.text
     same(attempt, case)
-
-
-def poison(block: int) -> None:
-    from calibration.checkpoint.formats import Formats
-
-    read = Formats.read
-
-    def poisoned(self: Formats, name: str, *args: Any) -> Any:
-        value = read(self, name, *args)
-        return value * 3e38 if f"layers.{block}.self_attn.v_proj" in name else value
-
-    Formats.read = poisoned  # type: ignore[method-assign]
 
 
 def test_nan_in_a_block(case: Case, attempt: Attempt) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_end_to_end import LINEAR, run, write_recipe
+from tests.integration.whole_runs import LINEAR, run, write_recipe
 from tests.models import smollm2
 from tests.reference.engine import VLLM_PYTHON
 

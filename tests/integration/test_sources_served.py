@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.converted import LINEAR
-from tests.integration.test_end_to_end import SERVING, run, write_recipe
+from tests.integration.whole_runs import SERVING, run, write_recipe
 from tests.models import stored_forms
 
 COMPARED = {"serving": SERVING | {"text": "bundled", "windows": 2, "compare": "auto"}}

@@ -28,7 +28,7 @@ from recipes.schema import Recipe
 from tests.converted import LINEAR, converting, digests, edited, failing, run, tensors, undoing
 from tests.exported import EXPERTS, plan_of, task_of
 from tests.models import deepseek_v4, standard
-from tests.unit.test_kernels import of_compressed_tensors
+from tests.reference.compressed_tensors import of_compressed_tensors
 
 ROOT = Path(__file__).parents[2]
 #: All tensors of a V4 with few experts: no test here serves it.

@@ -50,18 +50,17 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "verify": (
         *KNOWING, "verify/checks", "verify/known", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
     ),
-    "workflows": (*RUNNING, "calibration/convert", "verify/checks", "verify", "verify/report"),
+    "workflows": (*RUNNING, "calibration/convert", "verify/report"),
     "workflows/run": (
         *RUNNING, "calibration/data", "calibration/model", "calibration/engine", "calibration/convert", "calibration/forecast",
-        "verify/checks", "verify/known", "verify", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
-        "workflows",
+        "verify/checks", "verify/known", "verify", "verify/serving", "verify/report", "workflows",
     ),
     "workflows/batch": (
         *RUNNING, "calibration/forecast", "verify/checks", "verify/serving", "verify/report", "workflows", "workflows/run",
     ),
     "workflows/batch/cluster": (*RUNNING, "workflows", "workflows/batch"),
     "workflows/batch/executors": ("workflows/batch", "workflows/batch/cluster"),
-    "workflows/batch/__main__": ("workflows", "workflows/batch", "workflows/batch/executors", "verify/checks", "verify/report"),
+    "workflows/batch/__main__": ("workflows", "workflows/batch", "workflows/batch/executors", "verify/report"),
 }  # fmt: skip
 #: Package -> the only folders that may import it. Who checks a plan or a header must not wait seconds for transformers.
 PACKAGES = {
@@ -74,8 +73,6 @@ PACKAGES = {
 #: All that recipes are read and checked with.
 RECIPES_USE = {"pydantic", "pydantic_core", "yaml", "regex"}
 
-#: (module, imported module) whose arrow closes a circle -> why it is still there.
-CIRCLES: dict[tuple[str, str], str] = {}
 _VLLM = "takes what vLLM hands the kernel that it stands in for"
 #: `module.function` -> why it takes more than six parameters.
 PARAMETERS: dict[str, str] = {
@@ -168,20 +165,7 @@ def test_no_circle_between_modules() -> None:
     for module, name, _ in IMPORTS:
         if name in MODULES and name != module:
             graph[module].add(name)
-    without = {module: names - {name for m, name in CIRCLES if m == module} for module, names in graph.items()}
-    assert _circle(without) is None
-    over = {arrow: why for arrow, why in CIRCLES.items() if arrow[1] not in graph.get(arrow[0], ())}
-    over |= {(module, name): why for (module, name), why in CIRCLES.items() if module not in _below(graph, name)}
-    assert over == {}, "these close no circle any more: take them out of CIRCLES"
-
-
-def _below(graph: dict[str, set[str]], module: str) -> set[str]:
-    """What `module` imports, directly or through others."""
-    found, pending = set[str](), {module}
-    while pending:
-        pending = {name for one in pending for name in graph.get(one, ())} - found
-        found |= pending
-    return found
+    assert _circle(graph) is None
 
 
 def _circle(graph: dict[str, set[str]]) -> list[str] | None:
@@ -211,8 +195,11 @@ def test_recipes_are_read_with_pydantic_yaml_and_regex_alone() -> None:
     assert [found for found in imports(sources("recipes")) if found.name.partition(".")[0] not in known] == []
 
 
-def test_nothing_imports_the_tests() -> None:
+def test_nothing_imports_the_tests_and_no_test_another() -> None:
+    """What tests share lies in modules that are no tests."""
     assert [found for found in IMPORTS if found.name.startswith("tests")] == []
+    named = [(found, found.name.rpartition(".")[2]) for found in imports(sources("tests")) if "." in found.name]
+    assert [found for found, last in named if last.startswith("test_") or last == "conftest"] == []
 
 
 def test_a_folder_says_in_a_docstring_what_it_holds_and_imports_nothing() -> None:

@@ -14,7 +14,6 @@ import torch
 from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import quantize as ct_quantize
-from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch.overrides import TorchFunctionMode
 
 from calibration.checkpoint import kernels, native, nvfp4
@@ -22,6 +21,7 @@ from calibration.checkpoint.dequantize import StoredFormat, dequantize
 from calibration.checkpoint.kernels import NotFinite, Stripe
 from calibration.plan.schemes import NVFP4A16
 from tests.models.storage import to_mxfp4, to_tiles
+from tests.reference.compressed_tensors import of_compressed_tensors
 
 TILE = (128, 128)
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
@@ -49,18 +49,6 @@ def level(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with native.use(request.param):
             yield
-
-
-def of_compressed_tensors(weight: torch.Tensor, global_scale: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """(packed, group scales as bytes, global scale) by compressed-tensors in float32."""
-    weight = weight.to(torch.float32)
-    if global_scale is None:
-        global_scale = generate_gparam(weight.min(), weight.max())
-    arguments = QuantizationArgs(**{**NVFP4A16.weights, "scale_dtype": torch.float8_e4m3fn})
-    groups = weight.reshape(weight.shape[0], -1, 16)
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments, global_scale)
-    values = ct_quantize(weight, scale, None, arguments, global_scale=global_scale)
-    return pack_fp4_to_uint8(values), scale.to(torch.float8_e4m3fn).view(torch.uint8), global_scale
 
 
 def fp8_stripe(codes: torch.Tensor, grid: torch.Tensor) -> Stripe:

@@ -26,7 +26,7 @@ from tests.converted import LINEAR, converting, digests, failing, run, tensors, 
 from tests.exported import plan_of, recipe
 from tests.models import stored_forms
 from tests.models.storage import to_int4, to_tiles
-from tests.unit.test_kernels import of_compressed_tensors
+from tests.reference.compressed_tensors import of_compressed_tensors
 
 LABELS = {
     "fp8_tensor": "FP8 per tensor", "fp8_channel": "FP8 per channel", "fp8_modelopt": "FP8 per tensor", "int4": "INT4",

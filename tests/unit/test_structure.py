@@ -23,11 +23,11 @@ from calibration.families import registry
 from calibration.families.registry import FAMILIES, expected_tensors, family_of
 from calibration.plan.planner import make_plan
 from recipes.errors import SourceError
+from tests.converted import run
 from tests.exported import export, plan_of, recipe
 from tests.faults.editing import config, drop, rename, values
 from tests.models import deepseek_v4, standard
 from tests.models.tokenizer import write_json
-from tests.unit.test_convert import run
 from verify.checks import Check, level_verdicts
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
