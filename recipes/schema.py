@@ -20,6 +20,7 @@ from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
 from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_entries
 from recipes.places import is_inside, own_scratch, run_directory, source_conflict
+from recipes.schemes import has_input_scale
 
 
 class Source(Section):
@@ -65,6 +66,9 @@ class Calibration(Section):
     """Show every token to every expert while calibrating, so that no expert stays without statistics."""
     min_tokens_per_expert: int = Field(default=1, ge=1)
     """With all_experts: false, an expert that saw fewer tokens takes its input scales from the largest of its peers."""
+    input_headroom: float = Field(default=1.0, ge=1, le=16)
+    """Factor on the largest calibrated input: each input global scale is divided by it, so that larger inputs than calibration
+    saw do not saturate. 1 takes the scales as calibrated; powers of two are exact."""
 
 
 class Conversion(Section):
@@ -277,6 +281,24 @@ class Recipe(Section):
     def _calibrate_needs_data(cls, calibration: Calibration | None, info: ValidationInfo) -> Calibration | None:
         if calibration is None and info.data.get("method") == "calibrate":
             raise ValueError("is required with method 'calibrate'; `calibration: {dataset: bundled}` is the smallest")
+        return calibration
+
+    @field_validator("calibration")
+    @classmethod
+    def _headroom_has_scales(cls, calibration: Calibration | None, info: ValidationInfo) -> Calibration | None:
+        if calibration is None or calibration.input_headroom == 1 or not {"method", "modifiers"} <= info.data.keys():
+            return calibration
+        given, method = f"input_headroom: {calibration.input_headroom:g}", info.data["method"]
+        if method != "calibrate":
+            remedy = "set convert.input_amax, or remove it" if method == "convert" else "remove it"
+            raise ValueError(f"{given} widens calibrated input scales, and method {method!r} has none; {remedy}")
+        entries = quantization_entries(info.data["modifiers"])
+        presets = {group.preset for entry in entries for group in entry.config_groups.values()}
+        if not any(has_input_scale(preset) for preset in presets):
+            raise ValueError(
+                f"{given} widens calibrated input scales, and {', '.join(sorted(presets))} has none; remove it, or use "
+                "scheme NVFP4"
+            )
         return calibration
 
     @property

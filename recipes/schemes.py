@@ -35,6 +35,12 @@ OBSERVERS = (
 )
 
 
+def has_input_scale(preset: str) -> bool:
+    """Whether the inputs of a preset have a stored scale, which calibration finds; dynamic ones are made while serving."""
+    inputs = ARGUMENTS[preset][1]
+    return inputs is not None and inputs["dynamic"] is not True
+
+
 def preset_of(weights: Arguments, inputs: Arguments | None) -> str:
     """The preset whose arguments these are, written out. Raises ValueError: what differs from the nearest preset."""
     nearest = "FP8_BLOCK" if weights.get("num_bits", 8) == 8 else "NVFP4" if inputs else "NVFP4A16"

@@ -94,6 +94,7 @@ def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         "groups": {
             name: {"scheme": scheme.name, "modules": len(plan.modules(name))} for name, scheme in plan.groups.items()
         },
+        "input_headroom": plan.input_headroom,
         "actions": dict(Counter(step.action for step in plan.steps.values())),
         "steps": [
             {"pattern": pattern, "action": action, "count": count, "reason": reason}
@@ -106,6 +107,11 @@ def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
         "bits_per_parameter": round(plan.bits_per_parameter, 3),
         "warnings": list(plan.warnings),
     }
+
+
+def headroom(factor: float) -> str:
+    """`calibration.input_headroom` in a table of facts."""
+    return f"calibrated, each admits {factor:g} times the largest calibrated input"
 
 
 def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
@@ -140,6 +146,8 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
     console.print(table)
     groups = ", ".join(f"{name}: {g['scheme']} x {g['modules']:,}" for name, g in facts["groups"].items())
     console.print(f"config groups: {groups}")
+    if facts.get("input_headroom"):
+        console.print(f"input scales: {headroom(facts['input_headroom'])}")
     console.print(
         f"output: {size(facts['output_bytes'])} in {facts['output_shards']} shards "
         f"(source {size(facts['source_bytes'])}), {facts['bits_per_parameter']} bits per parameter"

@@ -32,7 +32,7 @@ _POWERS = torch.exp2(torch.arange(-9.0, 9.0)).to(torch.float8_e4m3fn).view(torch
 LARGEST_POWER, POWERS = 8, len(_POWERS)
 #: Rows that torch dequantizes at a time; a multiple of every usual tile height.
 _TORCH_ROWS = 128
-_E8M0_BIAS = 127
+_E8M0_BIAS, E8M0_NAN = 127, 0xFF
 
 
 class NotFinite(ValueError):
@@ -130,16 +130,25 @@ def quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Byt
 def exponents(stripe: Stripe) -> tuple[int, int] | None:
     """Smallest and largest exponent of two among an MXFP4 stripe's group scales that scale anything but zeros; None
     where all is zero. Raises NotFinite."""
-    check_scales(stripe)
     assert stripe.scales is not None
-    used = stripe.scales.reshape(-1)
-    low, high = int(used.min()), int(used.max())
-    if high - low >= POWERS:
-        used = used[_mxfp4_maxima(stripe) > 0]
-        if not used.size:
-            return None
-        low, high = int(used.min()), int(used.max())
-    return low - _E8M0_BIAS, high - _E8M0_BIAS
+    scales = stripe.scales.view(np.uint8)
+    span = scale_exponents(scales)
+    if fits_e4m3(span):
+        return span
+    used = scales.reshape(-1)[_mxfp4_maxima(stripe) > 0]
+    return scale_exponents(used) if used.size else None
+
+
+def scale_exponents(scales: Bytes) -> tuple[int, int]:
+    """Smallest and largest exponent of two among E8M0 codes. Raises NotFinite."""
+    if bool((scales == E8M0_NAN).any()):
+        raise NotFinite("has a NaN among its group scales")
+    return int(scales.min()) - _E8M0_BIAS, int(scales.max()) - _E8M0_BIAS
+
+
+def fits_e4m3(span: tuple[int, int]) -> bool:
+    """Whether E4M3 holds all powers of two of a span under one global scale."""
+    return span[1] - span[0] < POWERS
 
 
 def common_lossless_scale(spans: Iterable[tuple[int, int] | None]) -> np.float32 | None:
@@ -152,7 +161,7 @@ def lossless_scale(low: int, high: int) -> np.float32 | None:
     """The power-of-two global scale that makes every 2^low ... 2^high an exact E4M3 group scale, or None: E4M3 holds
     the powers 2^-9 ... 2^8, and the global scale must be a normal float32."""
     exponent = LARGEST_POWER - high
-    if high - low >= POWERS or not -126 <= exponent <= 127:
+    if not fits_e4m3((low, high)) or not -126 <= exponent <= 127:
         return None
     return np.float32(2.0**exponent)
 
@@ -172,7 +181,7 @@ def check_scales(stripe: Stripe) -> None:
     """Raises NotFinite where a scale companion is NaN, Inf or negative."""
     if stripe.stored.kind == "mxfp4":
         assert stripe.scales is not None
-        if bool((stripe.scales == 0xFF).any()):
+        if bool((stripe.scales == E8M0_NAN).any()):
             raise NotFinite("has a NaN among its group scales")
     elif stripe.scales is not None and not bool(((stripe.scales >= 0) & np.isfinite(stripe.scales)).all()):
         raise NotFinite("has a negative or non-finite scale")

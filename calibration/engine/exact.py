@@ -43,7 +43,7 @@ class ExactWeights:
         key = tuple(member.module for member in members)
         if key not in self._scales:
             try:
-                spans = [kernels.exponents(self._stripe(member)) for member in members]
+                spans = [self._span(member) for member in members]
             except kernels.NotFinite as problem:
                 path = self._formats.checkpoint.path(step.source)
                 raise SourceError(f"{path}: {step.source} or its fused weight {problem}; get a whole copy") from None
@@ -60,9 +60,18 @@ class ExactWeights:
         kernels.respell(self._stripe(step), scale, packed.numpy(), scales.numpy())
         return [packed, scales.view(torch.float8_e4m3fn), torch.tensor([float(scale)])]
 
+    def _span(self, step: Step) -> tuple[int, int] | None:
+        """`kernels.exponents` of the step's weight. The codes, 16 times as many bytes as the scales, are read only if the
+        scales lie so far apart that those of zeros have to be left out."""
+        span = kernels.scale_exponents(self._scales_of(step))
+        return span if kernels.fits_e4m3(span) else kernels.exponents(self._stripe(step))
+
     def _stripe(self, step: Step) -> Stripe:
-        stored, read = self._formats.of(step.source), self._formats.checkpoint.read
-        codes, scales = read(step.source), read(stored.companions["group_scale"])
-        stripe = Stripe(stored, "U8", codes.view(torch.uint8).numpy())
-        stripe.scales = scales.view(torch.uint8).numpy()
-        return stripe
+        codes = self._formats.checkpoint.read(step.source).view(torch.uint8).numpy()
+        return Stripe(self._formats.of(step.source), "U8", codes, self._scales_of(step))
+
+    def _scales_of(self, step: Step) -> kernels.Bytes:
+        """The E8M0 codes of a weight's group scales, uint8 `[M, K/32]`."""
+        name = self._formats.of(step.source).companions["group_scale"]
+        scales: kernels.Bytes = self._formats.checkpoint.read(name).view(torch.uint8).numpy()
+        return scales

@@ -149,12 +149,13 @@ class Exporter:
 
     def _input_global_scales(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
         """Module -> float32 `[1]`, the smallest of its sharing group: a global scale is a divisor of the largest
-        activation, so the smallest one covers every module of the group."""
+        activation, so the smallest one covers every module of the group. The plan's headroom widens all of them."""
         scales: dict[str, torch.Tensor] = {}
         for name, module in modules.items():
             step = self.plan.quantized.get(name)
             if step is not None and self.plan.groups[str(step.group)].input_scale:
-                scales[name] = _parameter(module, "input_global_scale").to(torch.float32).cpu().reshape(1)
+                calibrated = _parameter(module, "input_global_scale").to(torch.float32).cpu().reshape(1)
+                scales[name] = calibrated / (self.plan.input_headroom or 1.0)
                 _check_scale(f"{name}.input_global_scale", scales[name])
         for group in self.plan.shared_input_scales():
             shared = [scales[name] for name in group if name in scales]

@@ -11,7 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, DialectName
 from calibration.checkpoint.formats import module_of
@@ -61,6 +61,8 @@ class Plan:
     input_global_scale: str
     #: The spelling of the output's NVFP4 weights and of its `quantization_config`.
     dialect: DialectName = "compressed_tensors"
+    #: The factor on the largest calibrated input that an input global scale admits; None if none is calibrated.
+    input_headroom: float | None = None
 
     @cached_property
     def quantized(self) -> dict[str, Step]:
@@ -124,7 +126,7 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """sha256 of all that the plan says, as hex."""
-        body = {
+        body: dict[str, Any] = {
             "family": self.family.name,
             "steps": [asdict(step) for step in self.steps.values()],
             "shards": [asdict(shard) for shard in self.shards],
@@ -133,4 +135,6 @@ class Plan:
         }
         if self.dialect != COMPRESSED_TENSORS.name:  # the digests of plans before there were two dialects stay
             body["dialect"] = self.dialect
+        if self.input_headroom not in (None, 1.0):
+            body["input_headroom"] = self.input_headroom
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -84,6 +84,7 @@ class _Planner:
             parameters=self.formats.parameters,
             input_global_scale=self.recipe.export.input_global_scale,
             dialect=COMPRESSED_TENSORS.name if plain else self.dialect.name,
+            input_headroom=self._input_headroom(groups),
         )
         if plan.dialect == NVIDIA.name:
             if problems := nvidia_problems(plan):
@@ -92,6 +93,11 @@ class _Planner:
         self._warn(plan)
         object.__setattr__(plan, "warnings", tuple(collapsed(self.warnings)))
         return plan
+
+    def _input_headroom(self, groups: dict[str, Scheme]) -> float | None:
+        calibration = self.recipe.calibration if self.recipe.method == "calibrate" else None
+        scaled = any(scheme.input_scale for scheme in groups.values())
+        return calibration.input_headroom if calibration is not None and scaled else None
 
     def _assign(self, groups: dict[str, Scheme]) -> dict[str, str]:
         """Module -> config group, after ignore."""

@@ -39,6 +39,8 @@ def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:
     the same bytes with any number."""
     source = task.source
     settings = task.recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
+    if task.recipe.calibration and task.recipe.calibration.input_headroom == 1:
+        del settings["calibration"]["input_headroom"]  # runs that were begun before there was one go on
     try:
         tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
         files = _source_digest(source)

@@ -234,15 +234,19 @@ def _tile(spec: Spec, side: int) -> tuple[int, int]:
 
 
 def values(spec: Spec, stored: Stored, sizes: Sizes, seed: int, side: int = TILE) -> tuple[torch.Tensor, ...]:
-    """The values of `entries(spec, stored, side)`, in the same order."""
+    """The random values of `entries(spec, stored, side)`, in the same order."""
     if spec.kind == "table":
         # The router sends a token to top_k different experts; a table of zeros would use expert 0 alone.
         order = torch.rand((spec.shape[0], sizes.experts), generator=generator(seed, spec.name))
         return (order.topk(spec.shape[1], dim=1).indices,)
-    drawn = normal(seed, spec.name, spec.shape, spec.mean, spec.std)
+    return stored_as(normal(seed, spec.name, spec.shape, spec.mean, spec.std), spec, stored, side)
+
+
+def stored_as(values: torch.Tensor, spec: Spec, stored: Stored, side: int = TILE) -> tuple[torch.Tensor, ...]:
+    """float32 values as `entries(spec, stored, side)` store them, in the same order."""
     if spec.kind == "float32":
-        return (drawn,)
-    plain = drawn.to(torch.bfloat16)
+        return (values,)
+    plain = values.to(torch.bfloat16)
     if spec.kind == "plain" or stored == "bf16":
         return (plain,)
     if spec.kind == "routed_expert" and stored == "fp8_mxfp4":

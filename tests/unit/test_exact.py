@@ -66,6 +66,27 @@ def test_scales_too_far_apart_are_requantized_with_their_fused_partner(source: P
     }
 
 
+def test_finding_an_exact_scale_reads_the_scales_alone_unless_they_lie_far_apart(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = "layers.1.ffn.experts.5.w3"
+    value(f"{far}.scale", lambda s: (s.view(torch.uint8) - 40 * (torch.arange(s.numel()) == 7).reshape(s.shape)).to(
+        torch.uint8).view(s.dtype))(source)  # fmt: skip
+    task = task_of(recipe(source, tmp_path / "out", ROUTED))
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def recorded(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return original(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "read", recorded)
+    exact = ExactWeights(task)
+    scales = [exact.scale(step) for step in task.plan.quantized.values()]
+    assert scales.count(None) == 2 and len(read) == len(set(read)) + 1
+    assert [name for name in read if name.endswith(".weight")] == [f"{far}.weight"]
+
+
 @pytest.mark.parametrize(
     "sections",
     [

@@ -97,7 +97,8 @@ def verify_with_forward(
                   "tokens": found.tokens}  # fmt: skip
     if blocks:
         seen = [found for block in blocks for found in block.inputs]
-        checks += input_scale_check(seen, family_of(source.checkpoint.config), options or Fidelity(), checks[0].how)
+        family, headroom = family_of(source.checkpoint.config), text.input_headroom if text else 1.0
+        checks += input_scale_check(seen, family, options or Fidelity(), checks[0].how, headroom)
     data = report.data | {"blocks": [known[block] for block in sorted(known)]}
     if blocks:
         data["source"] += f"; blocks: {checks[0].how}"

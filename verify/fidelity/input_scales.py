@@ -18,11 +18,14 @@ _ID = "fidelity.input_scales"
 _WHAT = "input global scales fit the inputs that the source's forward has"
 
 
-def input_scale_check(inputs: Iterable[InputSeen], family: Family, options: Fidelity, how: str) -> list[Check]:
+def input_scale_check(
+    inputs: Iterable[InputSeen], family: Family, options: Fidelity, how: str, headroom: float = 1.0
+) -> list[Check]:
     """One check, none where no input global scale is stored. Modules that share a scale in a block and see inputs of one
     kind are judged by the largest of these inputs: experts share the extremes of all. FAIL where inputs are more than
     `max_input_overflow` times what the scale admits (they saturate) or less than 1 / `max_input_headroom` of it (group
-    scales lose precision), unless one constant stands everywhere, which `method: convert` writes on purpose: WARN."""
+    scales lose precision), unless one constant stands everywhere, which `method: convert` writes on purpose: WARN. Scales
+    that were calibrated with a `headroom` are wide by this factor on purpose."""
     watched = list(inputs)
     groups: dict[tuple[int | None, str, object, float], list[InputSeen]] = defaultdict(list)
     for seen in watched:
@@ -46,7 +49,7 @@ def input_scale_check(inputs: Iterable[InputSeen], family: Family, options: Fide
         for module, ratio in room.items()
         if ratio * options.max_input_overflow < 1
     ]
-    wide = {module: ratio for module, ratio in room.items() if ratio > options.max_input_headroom}
+    wide = {module: ratio for module, ratio in room.items() if ratio > options.max_input_headroom * headroom}
     problems += [
         f"{module}: its scale admits {ratio:.3g} times its inputs: small ones are lost"
         for module, ratio in wide.items()
@@ -57,9 +60,9 @@ def input_scale_check(inputs: Iterable[InputSeen], family: Family, options: Fide
     doubts = []
     if constant:
         doubts.append(f"one constant for all {len(watched)} modules, not calibrated: {spread}")
-    elif middle > _WIDE_MEDIAN:
+    elif middle > _WIDE_MEDIAN * headroom:
         doubts.append(f"all scales are wide: {spread}")
-    elif max(room.values()) > _WIDE:
+    elif max(room.values()) > _WIDE * headroom:
         module = max(room, key=room.__getitem__)
         doubts.append(f"{module}: its scale admits {room[module]:.3g} times its inputs; {spread}")
     found = verdict(_ID, _WHAT, problems, doubts, how, spread)

@@ -13,6 +13,7 @@ from calibration.runs.fingerprint import versions
 from recipes.loader import dump_recipe
 from verify.checks import Check, level_verdicts
 from verify.report.tables import markdown, markdown_text
+from workflows.inspect_checkpoint import headroom
 
 
 def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str]) -> str:
@@ -25,6 +26,7 @@ def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str]) ->
         "quantized": groups,
         "parameters": f"{plan.parameters:,}",
         "size": f"{plan.output_bytes:,} bytes (source {source.total_bytes:,}), {plan.bits_per_parameter:.3f} bits per parameter",
+        **({"input scales": headroom(plan.input_headroom)} if plan.input_headroom else {}),
         **facts,
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
         "plan": plan.digest,

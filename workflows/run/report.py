@@ -13,6 +13,7 @@ from calibration.runs.journal import RunDirectory
 from recipes.errors import SourceError
 from verify.checks import Check
 from verify.levels import samples_of
+from workflows.inspect_checkpoint import headroom
 from workflows.run.status import read_status, render_status
 
 NAME = "report.html"
@@ -134,6 +135,8 @@ def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[di
             f"{n}: {g['scheme']}, {g['modules']:,} modules" for n, g in plan["groups"].items()
         )
         rows["output"] = f"{plan['output_bytes']:,} bytes, {plan['bits_per_parameter']} bits per parameter"
+        if plan.get("input_headroom"):
+            rows["input scales"] = headroom(plan["input_headroom"])
         rows["plan"] = plan["digest"]
     calibrated = next((fact for fact in reversed(facts) if fact.get("fact") == "calibrated"), None)
     if calibrated:
