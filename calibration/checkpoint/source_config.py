@@ -106,9 +106,11 @@ class LanguageConfig(_Part):
     n_shared_experts: Count | None = None
     num_experts_per_tok: Count | None = None
     decoder_sparse_step: Positive | None = None
+    first_k_dense_replace: Blocks | None = None
     mlp_only_layers: Widths | None = None
     tie_word_embeddings: bool | None = None
     attention_bias: bool | None = None
+    use_qk_norm: bool | None = None
     mlp_bias: bool | None = None
     n_mtp_layers: Annotated[int, Field(le=1_000, ge=0)] | None = None
     dspark_block_size: Count | None = None

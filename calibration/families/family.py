@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from calibration.families.encoding import Encoding
@@ -62,6 +62,8 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     #: Matches the tensors of MTP blocks; its group, if it took part, is the block's number.
     mtp: str = r"(?!)()"
+    #: MTP blocks are numbered after the others, as many as the config says (`of_config`).
+    mtp_follows: bool = False
     expert: str = r"\.experts\.(\d+)\."
     #: Linear layers that must stay as they are, each pattern with its reason.
     never_quantized: tuple[tuple[str, str], ...] = ()
@@ -85,6 +87,14 @@ class Family:
     not_calibrated: str = ""
     #: The chat format of its own, if its tokenizers bring no template.
     encoding: Encoding | None = None
+
+    def of_config(self, config: dict[str, Any]) -> Family:
+        """This family with what a config alone tells of its grammar: which numbers are those of MTP blocks."""
+        first, count = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+        if not (self.mtp_follows and isinstance(first, int) and isinstance(count, int) and count > 0):
+            return self
+        numbers = "|".join(str(number) for number in range(first, first + count))
+        return replace(self, mtp=self.block.replace(r"(\d+)", f"({numbers})"))
 
     def place(self, tensor: str) -> Place:
         """The place of a source tensor or module name."""

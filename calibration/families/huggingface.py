@@ -1,5 +1,5 @@
 """Families that name their modules as most of the hub does, `model.layers.N.self_attn.q_proj`: Llama, Mistral, Qwen3,
-Qwen3-MoE, Mixtral. What their configs promise follows transformers/models/*/modeling_*.py (5.17)."""
+Qwen3-MoE, GLM-4.5 to 4.7, Mixtral. What their configs promise follows transformers/models/*/modeling_*.py (5.17)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from calibration.families.family import EXPERT_LEAVES, Family
-from calibration.families.promised import ConfigReader, Wanted, linear, mtp_blocks, norm
+from calibration.families.promised import ConfigReader, Wanted, linear, norm
 
 _PARTS = (
     ("norm", r"norm\.weight$"),
@@ -19,6 +19,11 @@ _PARTS = (
     ("embedding", r"^model\.embed_tokens(\.|$)"),
     ("head", r"^lm_head(\.|$)"),
     ("norm", r"norm(\.weight)?$"),
+)
+_MTP_PARTS = (
+    ("MTP projection", r"\.eh_proj(\.|$)"),
+    ("embedding", r"\.embed_tokens(\.|$)"),
+    ("head", r"\.shared_head\.head(\.|$)"),
 )
 _BLOCK = r"^model\.layers\.(\d+)\."
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -81,7 +86,7 @@ class Decoder:
         s = self._sizes(c)
         yield "model.embed_tokens.weight", Wanted((s.vocab, s.hidden), "plain")
         blocks = c.number("num_hidden_layers")
-        for block in range(blocks + (mtp_blocks(c.values) if self.mtp else 0)):
+        for block in range(blocks + (c.number("num_nextn_predict_layers", 0) if self.mtp else 0)):
             prefix = f"model.layers.{block}"
             sparse = bool(s.experts) and block not in s.dense_blocks and (block + 1) % max(s.step, 1) == 0
             yield from self._attention(s, prefix)
@@ -157,6 +162,25 @@ FAMILIES = (
         # transformers 5 writes num_experts as num_local_experts, and its config class reads both.
         promised=Decoder(Experts(number=("num_local_experts", "num_experts")), head_norms=True, usual_head_dim=128),
         serving_quantizes=("router",),
+    ),
+    Family(
+        name="glm4_moe",
+        model_types=("glm4_moe",),
+        block=_BLOCK,
+        parts=(*_MTP_PARTS, *_PARTS),
+        fused_leaves=_FUSED,
+        promised=Decoder(
+            Experts(
+                number=("n_routed_experts",),
+                shared="n_shared_experts",
+                dense_before="first_k_dense_replace",
+                scores_bias=True,
+            ),
+            head_norms="use_qk_norm",
+            output_bias=False,
+            mtp=True,
+        ),
+        mtp_follows=True,
     ),
     Family(
         name="mixtral",

@@ -23,7 +23,7 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
-            return family
+            return family.of_config(config)
     known = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
     raise SourceError(f"{where}: model_type {model_type!r} has no grammar here; supported: {known}")
 

@@ -18,7 +18,7 @@ import torch
 from tests.models.storage import Entry, new_directory, normal, split_at, write_shards
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
 
-Family = Literal["qwen3_moe", "mixtral", "llama", "qwen3", "mistral"]
+Family = Literal["qwen3_moe", "glm4_moe", "mixtral", "llama", "qwen3", "mistral"]
 
 VOCAB = 1024
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
@@ -36,6 +36,12 @@ class Form:
     moe_intermediate: int = 0
     tied: bool = False
     head_norms: bool = False
+    attention_bias: bool = False
+    #: As DeepSeek-V3: a shared expert, dense blocks before the sparse ones, a bias of the router, MTP after the last block.
+    shared: bool = False
+    dense_blocks: int = 0
+    scores_bias: bool = False
+    mtp: int = 0
     extra: tuple[tuple[str, Any], ...] = ()
 
 
@@ -59,6 +65,33 @@ FORMS: dict[Family, Form] = {
             ("use_sliding_window", False),
         ),
     ),
+    "glm4_moe": Form(
+        "Glm4MoeForCausalLM",
+        blocks=3,
+        experts=8,
+        moe_intermediate=96,
+        head_norms=True,
+        attention_bias=True,
+        shared=True,
+        dense_blocks=1,
+        scores_bias=True,
+        mtp=1,
+        extra=(
+            ("attention_bias", True),
+            ("first_k_dense_replace", 1),
+            ("moe_intermediate_size", 96),
+            ("n_group", 1),
+            ("n_routed_experts", 8),
+            ("n_shared_experts", 1),
+            ("norm_topk_prob", True),
+            ("num_experts_per_tok", 2),
+            ("num_nextn_predict_layers", 1),
+            ("partial_rotary_factor", 0.5),
+            ("routed_scaling_factor", 1.0),
+            ("topk_group", 1),
+            ("use_qk_norm", True),
+        ),
+    ),
     "mixtral": Form(
         "MixtralForCausalLM",
         intermediate=224,
@@ -80,12 +113,13 @@ FORMS: dict[Family, Form] = {
 
 @dataclass(frozen=True)
 class Spec:
-    """One BF16 tensor with normal(mean, std) values."""
+    """One tensor with normal(mean, std) values."""
 
     name: str
     shape: tuple[int, ...]
     mean: float = 0.0
     std: float = 1.0
+    dtype: torch.dtype = torch.bfloat16
 
 
 def _weight(name: str, rows: int, columns: int, gain: float = 1.0) -> Spec:
@@ -96,8 +130,8 @@ def _norm(name: str, width: int) -> Spec:
     return Spec(f"{name}.weight", (width,), mean=1.0, std=0.1)
 
 
-def _mlp(family: Family, prefix: str, form: Form) -> Iterator[Spec]:
-    if not form.experts:
+def _mlp(family: Family, prefix: str, form: Form, sparse: bool) -> Iterator[Spec]:
+    if not sparse:
         for name in ("gate_proj", "up_proj"):
             yield _weight(f"{prefix}.mlp.{name}", form.intermediate, form.hidden)
         yield _weight(f"{prefix}.mlp.down_proj", form.hidden, form.intermediate)
@@ -105,10 +139,37 @@ def _mlp(family: Family, prefix: str, form: Form) -> Iterator[Spec]:
     module = f"{prefix}.block_sparse_moe" if family == "mixtral" else f"{prefix}.mlp"
     gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     yield _weight(f"{module}.gate", form.experts, form.hidden, 2.0)
-    for expert in range(form.experts):
+    if form.scores_bias:
+        yield Spec(f"{module}.gate.e_score_correction_bias", (form.experts,), std=0.1, dtype=torch.float32)
+    shared = ["shared_experts"] if form.shared else []
+    for expert in [*(f"experts.{number}" for number in range(form.experts)), *shared]:
         for name in (gate, up):
-            yield _weight(f"{module}.experts.{expert}.{name}", form.moe_intermediate, form.hidden)
-        yield _weight(f"{module}.experts.{expert}.{down}", form.hidden, form.moe_intermediate)
+            yield _weight(f"{module}.{expert}.{name}", form.moe_intermediate, form.hidden)
+        yield _weight(f"{module}.{expert}.{down}", form.hidden, form.moe_intermediate)
+
+
+def _block(family: Family, prefix: str, form: Form, sparse: bool) -> Iterator[Spec]:
+    d = form.hidden
+    yield _norm(f"{prefix}.input_layernorm", d)
+    for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+        yield _weight(f"{prefix}.self_attn.{name}_proj", heads * HEAD_DIM, d)
+        if form.attention_bias:
+            yield Spec(f"{prefix}.self_attn.{name}_proj.bias", (heads * HEAD_DIM,), std=0.1)
+    yield _weight(f"{prefix}.self_attn.o_proj", d, HEADS * HEAD_DIM)
+    if form.head_norms:
+        yield _norm(f"{prefix}.self_attn.q_norm", HEAD_DIM)
+        yield _norm(f"{prefix}.self_attn.k_norm", HEAD_DIM)
+    yield _norm(f"{prefix}.post_attention_layernorm", d)
+    yield from _mlp(family, prefix, form, sparse)
+
+
+def _mtp(family: Family, prefix: str, form: Form) -> Iterator[Spec]:
+    d = form.hidden
+    yield from _block(family, prefix, form, sparse=True)
+    yield from (_norm(f"{prefix}.{name}", d) for name in ("enorm", "hnorm", "shared_head.norm"))
+    yield _weight(f"{prefix}.eh_proj", d, 2 * d)
+    yield Spec(f"{prefix}.embed_tokens.weight", (VOCAB, d))
+    yield _weight(f"{prefix}.shared_head.head", VOCAB, d)
 
 
 def specs(family: Family) -> Iterator[Spec]:
@@ -118,17 +179,9 @@ def specs(family: Family) -> Iterator[Spec]:
     # A tied head reads the embedding: its size sets how decisive the logits are.
     yield Spec("model.embed_tokens.weight", (VOCAB, d), std=2.0 * d**-0.5 if form.tied else 1.0)
     for block in range(form.blocks):
-        prefix = f"model.layers.{block}"
-        yield _norm(f"{prefix}.input_layernorm", d)
-        yield _weight(f"{prefix}.self_attn.q_proj", HEADS * HEAD_DIM, d)
-        yield _weight(f"{prefix}.self_attn.k_proj", KV_HEADS * HEAD_DIM, d)
-        yield _weight(f"{prefix}.self_attn.v_proj", KV_HEADS * HEAD_DIM, d)
-        yield _weight(f"{prefix}.self_attn.o_proj", d, HEADS * HEAD_DIM)
-        if form.head_norms:
-            yield _norm(f"{prefix}.self_attn.q_norm", HEAD_DIM)
-            yield _norm(f"{prefix}.self_attn.k_norm", HEAD_DIM)
-        yield _norm(f"{prefix}.post_attention_layernorm", d)
-        yield from _mlp(family, prefix, form)
+        yield from _block(family, f"model.layers.{block}", form, bool(form.experts) and block >= form.dense_blocks)
+    for block in range(form.blocks, form.blocks + form.mtp):
+        yield from _mtp(family, f"model.layers.{block}", form)
     yield _norm("model.norm", d)
     if not form.tied:
         yield _weight("lm_head", VOCAB, d, 2.0)
@@ -178,11 +231,11 @@ def write(directory: Path, family: Family, *, seed: int = 0, shards: int = 2) ->
     """
     new_directory(directory)
     by_name = {spec.name: spec for spec in specs(family)}
-    ordered = [Entry(spec.name, torch.bfloat16, spec.shape) for spec in by_name.values()]
+    ordered = [Entry(spec.name, spec.dtype, spec.shape) for spec in by_name.values()]
 
     def make(entry: Entry) -> torch.Tensor:
         spec = by_name[entry.name]
-        return normal(seed, spec.name, spec.shape, spec.mean, spec.std).to(torch.bfloat16)
+        return normal(seed, spec.name, spec.shape, spec.mean, spec.std).to(spec.dtype)
 
     write_shards(directory, ordered, split_at(ordered, shards, _anchors), make)
     write_json(directory / "config.json", config(family))

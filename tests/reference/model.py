@@ -137,9 +137,12 @@ def reference_model(checkpoint: Path, *, quantize_inputs: bool = True) -> nn.Mod
     with torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
     stored: dict[str, dict[str, torch.Tensor]] = {}
+    # GLM numbers its MTP blocks after the others; transformers has none of them.
+    first, count = config.num_hidden_layers, content.get("num_nextn_predict_layers") or 0
+    mtp = tuple(f"model.layers.{number}." for number in range(first, first + count))
     for name, tensor in load(checkpoint).items():
         renamed = rename(name, config.model_type)
-        if renamed is not None:
+        if renamed is not None and not renamed.startswith(mtp):
             module, _, leaf = renamed.rpartition(".")
             stored.setdefault(module, {})[leaf] = tensor
 

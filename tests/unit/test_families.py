@@ -26,8 +26,8 @@ def test_a_config_promises_the_tensors_of_its_hub_checkpoint(family: standard.Fa
     config = standard.config(family)
     promised, problems = expected_tensors(config)
     assert problems == []
-    needed = {name: want.shape for name, want in promised.items() if not want.optional}
-    assert needed == {spec.name: spec.shape for spec in standard.specs(family)}
+    held = {spec.name: spec.shape for spec in standard.specs(family)}
+    assert {name: want.shape for name, want in promised.items() if name in held or not want.optional} == held
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "Llama", "", None])
@@ -53,6 +53,16 @@ def test_no_other_folder_compares_with_a_family_s_name() -> None:
 def test_a_recipe_can_name_the_chat_encoding_of_every_family() -> None:
     chat = get_args(Calibration.model_fields["chat"].annotation)
     assert sorted(chat) == sorted({"auto", "template", *(encoding.name for encoding in ENCODINGS)})
+
+
+def test_mtp_blocks_that_follow_the_others_are_told_from_them_by_the_config() -> None:
+    config = standard.config("glm4_moe")
+    family, without = family_of(config), family_of(config | {"num_nextn_predict_layers": 0})
+    names = ["model.layers.2.eh_proj.weight", "model.layers.3.eh_proj.weight", "model.layers.30.eh_proj.weight"]
+    assert [family.place(name).mtp for name in names] == [False, True, False]
+    assert family.place(names[1]).block is None and family.model_name(names[1]) is None
+    assert family.mtp_blocks(names) == {"3"}
+    assert [without.place(name).block for name in names] == [2, 3, 30]
 
 
 def test_mtp_blocks_are_counted_by_the_numbers_in_their_names() -> None:
