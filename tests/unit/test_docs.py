@@ -102,3 +102,12 @@ def test_architecture_names_every_module_and_no_other() -> None:
     files = [path for folder in FOLDERS[:4] for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
     named = set(re.findall(r"`(?:\w+/)*(\w+\.py)`", text))
     assert {path.name for path in files} == named
+
+
+def test_the_readme_stays_two_screens_of_short_sentences() -> None:
+    """Details belong in docs/."""
+    text = text_of(ROOT / "README.md")
+    assert len(text.splitlines()) <= 120
+    prose = re.sub(r"(?m)^(?:    |\||#).*$", "", FENCE.sub("", text))
+    sentences = re.split(r"(?<=[.:?!])\s+|\n\s*\n|\n- ", re.sub(r"\]\([^)]*\)", "]", prose))
+    assert not [sentence for sentence in sentences if len(sentence.split()) > 25]
