@@ -84,6 +84,7 @@ GOOD: dict[str, Callable[[Path], Made]] = {
     "V4 fp8_mxfp4, requantized": converted(v4("fp8_mxfp4"), EXPERTS, "NVFP4", export={"mxfp4": "requantize"}),
     "Qwen3-MoE, calibrate NVFP4": exported(hub("qwen3_moe"), LINEAR),
     "Qwen3-MoE, convert NVFP4A16": converted(hub("qwen3_moe"), LINEAR, "NVFP4A16"),
+    "GLM-4.5, calibrate NVFP4": exported(hub("glm4_moe"), LINEAR),
     "Mixtral, calibrate NVFP4": exported(hub("mixtral"), LINEAR),
     "Mistral, convert NVFP4": converted(hub("mistral"), LINEAR, "NVFP4"),
     "Llama, calibrate NVFP4": exported(hub("llama"), LINEAR),
