@@ -91,7 +91,9 @@ class Decoder:
             sparse = bool(s.experts) and block not in s.dense_blocks and (block + 1) % max(s.step, 1) == 0
             yield from self._attention(s, prefix)
             yield from self._moe(s, prefix) if sparse and block >= s.dense_before else _mlp(s, prefix)
-            if block >= blocks:  # vLLM's models/glm4_moe_mtp.py
+            if (
+                block >= blocks
+            ):  # vllm's models/glm4_moe_mtp.py; GLM-4.6 has not the last two (vllm-project/vllm pull 27597)
                 yield from (norm(f"{prefix}.{name}", s.hidden) for name in ("enorm", "hnorm", "shared_head.norm"))
                 yield from linear(f"{prefix}.eh_proj", s.hidden, 2 * s.hidden)
                 yield f"{prefix}.embed_tokens.weight", Wanted((s.vocab, s.hidden), "plain", optional=True)

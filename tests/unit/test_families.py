@@ -63,6 +63,11 @@ def test_mtp_blocks_that_follow_the_others_are_told_from_them_by_the_config() ->
     assert family.place(names[1]).block is None and family.model_name(names[1]) is None
     assert family.mtp_blocks(names) == {"3"}
     assert [without.place(name).block for name in names] == [2, 3, 30]
+    optional = {name for name, want in expected_tensors(config)[0].items() if want.optional}
+    assert optional == {
+        "model.layers.3.embed_tokens.weight",
+        "model.layers.3.shared_head.head.weight",
+    }  # not in GLM-4.6
 
 
 def test_mtp_blocks_are_counted_by_the_numbers_in_their_names() -> None:

@@ -131,9 +131,7 @@ def test_a_model_type_of_no_family_is_unchecked(good: tuple, monkeypatch: pytest
     tensors = by_id(verify_structure(good[0]))["tensors"]
     assert tensors.verdict == "UNCHECKED"
     assert "model_type 'deepseek_v4' is not known here" in tensors.figure
-    with pytest.raises(
-        SourceError, match="model_type 'deepseek_v4' has no grammar here; supported: deepseek_v41, "
-    ):
+    with pytest.raises(SourceError, match="model_type 'deepseek_v4' has no grammar here; supported: deepseek_v41, "):
         make_plan(good[2].checkpoint, good[2], recipe(good[2].checkpoint.directory, Path("out")))
 
 
