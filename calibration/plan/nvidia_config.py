@@ -27,6 +27,8 @@ HYBRID_FIELDS: dict[str, Any] = {"expert_dtype": "fp4"}
 _PRODUCER = {"name": "modelopt", "version": "nvfp4-workflows"}
 _FOUR_BITS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
 _PLAIN = frozenset({"BF16", "F16", "F32"})
+#: The output head of every family in modelopt's own form.
+_HEAD = "lm_head"
 
 
 def nvidia_problems(plan: Plan) -> list[str]:
@@ -135,6 +137,8 @@ def _modelopt(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     weight_only = any(scheme.name == "NVFP4A16" and plan.modules(name) for name, scheme in plan.groups.items())
     algorithm = "W4A16_NVFP4" if weight_only else "NVFP4"
     excluded = _plain_modules(plan)
+    if not any(plan.family.place(name).part == "head" for name in plan.outputs):
+        excluded = [_HEAD, *excluded]  # tied to the embedding, and vLLM builds one that it would quantize
     described = {
         "config_groups": _groups(weight_only),
         "ignore": excluded,

@@ -124,6 +124,9 @@ def test_configs_are_those_that_engines_read(spelled: dict[str, Path]) -> None:
     assert (said["quant_method"], said["quant_algo"], beside["quant_algo"]) == ("modelopt", "NVFP4", "NVFP4")
     assert {"lm_head", "model.layers.0.mlp.gate"} <= set(said["ignore"])
     assert "quantization_config" in config and "expert_dtype" not in config
+    # vLLM builds a head for a model that stores none, and quantizes what no entry leaves out.
+    assert not any("lm_head" in name for name in Checkpoint.open(spelled["llama"]).tensors)
+    assert found["llama"][1]["ignore"] == ["lm_head"]
     assert found["llama weight-only"][1]["quant_algo"] == "W4A16_NVFP4"
     assert found["llama weight-only"][1]["config_groups"]["group_0"]["input_activations"] is None
 
@@ -372,6 +375,14 @@ def test_modules_that_a_modelopt_list_leaves_out_are_those_that_vllm_leaves_out(
     assert "mlp.gate: stored as BF16" in with_ignore(["lm_head"])["structure.targets"]
     assert "stored quantized, ignore names it" in with_ignore([*listed, "model.layers.1*"])["structure.targets"]
     assert "experts.0.down_proj: stored quantized" in with_ignore([*listed, "*.experts"])["structure.targets"]
+
+
+def test_a_tied_head_that_no_entry_leaves_out_is_found(spelled: dict[str, Path], tmp_path: Path) -> None:
+    """vLLM quantizes the head that it builds, and the checkpoint has no scales for it."""
+    _copy(spelled["llama"], tmp_path / "out")
+    (tmp_path / "out" / "hf_quant_config.json").unlink()
+    _said(lambda said: said.update(ignore=[]))(tmp_path / "out")
+    assert "lm_head: is not stored (tied)" in _verdicts(tmp_path / "out")["structure.targets"]
 
 
 def _same(one: Path, other: Path) -> None:

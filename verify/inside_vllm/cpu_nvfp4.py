@@ -339,7 +339,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
         # vLLM forces a GPU kernel on weight-only layers without a look at the platform's list.
         return CpuNvFp4WeightOnlyLinearKernel(NvFp4LinearLayerConfig()) if use_a16 else kernel_for(use_a16)
 
-    nvfp4_linear.init_nvfp4_linear_kernel = kernel
+    nvfp4_linear.init_nvfp4_linear_kernel = modelopt.init_nvfp4_linear_kernel = kernel
     _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).append(CpuFp8BlockLinearKernel)
     _register_modelopt(moe_input_scales)
 

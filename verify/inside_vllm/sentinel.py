@@ -83,9 +83,14 @@ def input_scales(model: Any) -> dict[str, int] | None:
 
 
 def unused_input_scale(model: Any, name: str) -> bool:
-    """Whether the parameter is an input scale of weight-only experts: vLLM allocates it, no checkpoint has it."""
-    method = getattr(model.get_submodule(name.rpartition(".")[0]), "quant_method", None)
-    return name.rpartition(".")[2] in INPUT_SCALES and bool(getattr(method, "use_a16", False))
+    """Whether the parameter is an input scale of weight-only experts, or of a weight-only layer in modelopt's spelling: vLLM
+    allocates it, no checkpoint has it."""
+    module, _, leaf = name.rpartition(".")
+    method = getattr(model.get_submodule(module), "quant_method", None)
+    if leaf == "input_scale":
+        spec = getattr(method, "spec", None)
+        return spec is not None and spec.activation is None
+    return leaf in INPUT_SCALES and bool(getattr(method, "use_a16", False))
 
 
 def unwritten(name: str, data: Any) -> dict[str, Any] | None:

@@ -21,7 +21,9 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
         if method is None and backend is None:
             continue
         scheme = getattr(module, "scheme", None)
-        kernel = getattr(scheme, "kernel", None) or getattr(scheme, "fp8_linear", None)
+        # compressed-tensors keeps its kernel in the layer's scheme, modelopt and FP8 in the method.
+        found_kernels = (getattr(owner, key, None) for owner in (scheme, method) for key in ("kernel", "fp8_linear"))
+        kernel = next((found for found in found_kernels if found is not None), None)
         if backend is not None:
             kind, kernel_name = "attention", backend.get_name()
         elif type(module).__name__ == "RoutedExperts":
@@ -33,8 +35,9 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
         else:
             kind = "embedding" if "Embedding" in type(module).__name__ else "linear"
             kernel_name = type(kernel).__name__ if kernel is not None else ""
-        nvfp4 = "nvfp4" in f"{type(method).__name__} {type(scheme).__name__}".lower().replace("w4a4fp4", "nvfp4")
-        use_a16 = bool(getattr(scheme, "use_a16", getattr(method, "use_a16", False)))
+        names_of_it = f"{type(method).__name__} {type(scheme).__name__} {kernel_name}"
+        nvfp4 = "nvfp4" in names_of_it.lower().replace("w4a4fp4", "nvfp4")
+        use_a16 = any(getattr(owner, key, False) for owner in (scheme, method, module) for key in ("use_a16", "is_w4a16_nvfp4"))
         key = (kind, type(module).__name__, type(method).__name__, type(scheme).__name__, kernel_name)
         entry = found.setdefault(
             key,

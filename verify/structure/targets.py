@@ -222,6 +222,9 @@ class Resolution:
                 if found.nvfp4 != group.nvfp4:
                     form = "NVFP4" if found.nvfp4 else found.header.dtype
                     problems.append(f"{module}: stored as {form}, {group.name} says {group.label}")
+        head = quantization.group("lm_head", ("lm_head",), False)
+        if head is not None and not any("lm_head" in names for names in self.names.values()):
+            problems.append(f"lm_head: is not stored (tied), vLLM builds one and {head.name} says that it is quantized")
         for group in quantization.groups:
             if group.name not in used and not group.implied:
                 problems.append(f"{group.name}: its targets name nothing that is stored quantized")
