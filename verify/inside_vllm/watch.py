@@ -37,7 +37,9 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
             kernel_name = type(kernel).__name__ if kernel is not None else ""
         names_of_it = f"{type(method).__name__} {type(scheme).__name__} {kernel_name}"
         nvfp4 = "nvfp4" in names_of_it.lower().replace("w4a4fp4", "nvfp4")
-        use_a16 = any(getattr(owner, key, False) for owner in (scheme, method, module) for key in ("use_a16", "is_w4a16_nvfp4"))
+        use_a16 = any(
+            getattr(owner, key, False) for owner in (scheme, method, module) for key in ("use_a16", "is_w4a16_nvfp4")
+        )
         key = (kind, type(module).__name__, type(method).__name__, type(scheme).__name__, kernel_name)
         entry = found.setdefault(
             key,
