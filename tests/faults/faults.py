@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,6 +55,25 @@ def _fp8_under_an_nvfp4_label(tensors: e.Tensors) -> None:
             del tensors[f"{module}.{leaf}"]
         tensors[f"{module}.weight"] = torch.ones(rows, half * 2).to(torch.float8_e4m3fn)
         tensors[f"{module}.weight_scale"] = torch.ones(-(-rows // 128), -(-half * 2 // 128))
+
+
+def _modelopt_names(pattern: str) -> Callable[[e.Tensors], None]:
+    def edit(tensors: e.Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_packed") and re.search(pattern, name)]:
+            module = name.removesuffix(".weight_packed")
+            tensors[f"{module}.weight"] = tensors.pop(name)
+            for ours, theirs in (("weight_global_scale", "weight_scale_2"), ("input_global_scale", "input_scale")):
+                tensors[f"{module}.{theirs}"] = 1 / tensors.pop(f"{module}.{ours}").reshape(())
+
+    return edit
+
+
+def _nvidia_config(config: dict[str, Any]) -> None:
+    config["expert_dtype"] = "fp4"
+    config["quantization_config"] = {
+        "activation_scheme": "dynamic", "ignore": ["mtp.*"], "moe_quant_algo": "NVFP4", "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }  # fmt: skip
 
 
 def _swap_nibbles(packed: torch.Tensor) -> torch.Tensor:
@@ -246,6 +266,18 @@ FAULTS = [
     _of("num_bits 8 in the config", e.quantization(lambda q, g: g["weights"].update(num_bits=8)), "targets"),
     _of("another format in the config", e.quantization(lambda q, g: g.update(format="pack-quantized")), "targets"),
     _of("quant_method modelopt", e.quantization(lambda q, g: q.update(quant_method="modelopt")), "targets"),
+    # One spelling in the tensors, another in config.json.
+    _of("dialect mixed: one expert as modelopt spells it", e.tensors(_modelopt_names(rf"^{X}\.")), "dialect"),
+    _of("dialect mixed: every weight as modelopt spells it", e.tensors(_modelopt_names("")), "dialect", "qwen3_moe"),
+    _of("dialect mixed: NVIDIA's config of DeepSeek-V4", e.config(_nvidia_config), "dialect"),
+    _of(
+        "dialect mixed: modelopt's config",
+        e.config(
+            lambda c: c.update(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": []})
+        ),
+        "dialect",
+        "mistral",
+    ),
     # config.json and tokenizer.
     _of("config without compress_ratios", e.config(lambda c: c.pop("compress_ratios")), "config"),
     _of("config not JSON", lambda d: (d / "config.json").unlink() or (d / "config.json").write_text("{"), "open"),
