@@ -183,7 +183,9 @@ DEEPSEEK_V4 = Family(
     # With "fp4" or no value vLLM renames every `.weight_scale` outside the experts and then misses it.
     serving_config=(("expert_dtype", "nvfp4"),),
     fp8_dialect=FP8Dialect(
-        ("*.attn.*", "*.ffn.shared_experts.*", "head"), draft="mtp.*", built_plain=frozenset({ROUTER, "head"})
+        ("*.attn.*", "*.ffn.shared_experts.*", "head"),
+        draft="mtp.*",
+        built_plain=frozenset({ROUTER, "head", "Markov head", "confidence head"}),
     ),
     encoding=ENCODING,
 )

@@ -9,6 +9,7 @@ no target matches them, so that every one of them must be plain (mtp.py builds t
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable
 
 from calibration.checkpoint.dialect import NVIDIA, Dialect
@@ -28,11 +29,13 @@ def draft_head_doubts(formats: Formats, family: Family, dialect: Dialect, ignore
     """Why vLLM would misread the draft head of a checkpoint in `dialect`, whose config has this `ignore`; nothing where there
     is no draft head."""
     experts, linears = dict[str, str](), dict[str, str]()
+    plain = NOT_LINEAR | (family.fp8_dialect.built_plain if family.fp8_dialect is not None else frozenset())
     for name in formats.checkpoint.tensors:
         place = family.place(name)
         if not place.mtp or name in formats.companions or not name.endswith((".weight", ".weight_packed")):
             continue
-        built_plain = place.part in NOT_LINEAR or len(formats.of(name).shape) != 2
+        built_plain = place.part in plain or len(formats.of(name).shape) != 2
+        built_plain |= any(re.search(pattern, module_of(name)) for pattern, _ in family.never_quantized)
         if not built_plain:
             (experts if place.part == ROUTED else linears).setdefault(formats.of(name).kind, module_of(name))
     if dialect is not NVIDIA:

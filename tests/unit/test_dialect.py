@@ -266,9 +266,11 @@ def test_verify_finds_in_one_dialect_what_it_finds_in_the_other(
     made: dict[str, Path], spelled: dict[str, Path], base: str
 ) -> None:
     output, source = spelled[base], made[base].parent / "source"
-    assert _verdicts(output) == _verdicts(made[base]) == {}
+    # A plain draft head is one that vLLM reads in compressed-tensors' dialect alone.
+    own = {"structure.mtp"} if base == "deepseek_v4 bf16" else set()
+    assert _verdicts(made[base]) == {} and _verdicts(output).keys() == own
     # Told of a source alone, every other config is a doubt.
-    assert _verdicts(output, source).keys() == _verdicts(made[base], source).keys() <= {"structure.config"}
+    assert _verdicts(output, source).keys() - own == _verdicts(made[base], source).keys() <= {"structure.config"}
     ours, theirs = (verify_fidelity(path, None, Formats(Checkpoint.open(source))) for path in (made[base], output))
     assert [(c.id, c.verdict, c.figure) for c in ours] == [(c.id, c.verdict, c.figure) for c in theirs]
     assert len(ours) > 5
@@ -447,3 +449,33 @@ def test_a_plan_says_what_nvidia_s_dialect_cannot(made: dict[str, Path], tmp_pat
     plan, formats = plan_of(source, converting(source, tmp_path / "out", ROUTED, export={"dialect": "nvidia"}))
     with pytest.raises(SourceError, match="holds tile scales that are no powers of two"):
         require_exact_scales(plan, formats)
+
+
+def _draft(directory: Path) -> str:
+    check = next(c for c in verify_structure(directory) if c.id == "structure.mtp")
+    return f"{check.verdict}: {check.figure}"
+
+
+def test_a_draft_head_that_vllm_would_misread_is_said_so(
+    made: dict[str, Path], spelled: dict[str, Path], tmp_path: Path
+) -> None:
+    native, plain = spelled["deepseek_v4"], spelled["deepseek_v4 bf16"]
+    assert _draft(native) == "PASS: 1 found, config.json promises 1"
+    # vLLM cannot read it there, which is the dialect's limit and no fault of the checkpoint.
+    assert _draft(made["deepseek_v4"]).startswith("PASS: 1 found, config.json promises 1; mtp.0.")
+    assert "the nvidia dialect keeps it readable" in _draft(made["deepseek_v4"])
+    assert _draft(made["deepseek_v4 bf16"]) == "PASS: 1 found, config.json promises 1"
+    assert "is stored as plain: under NVIDIA's dialect vLLM reads the draft's linear layers as FP8" in _draft(plain)
+    output = _copy(native, tmp_path / "out")
+    _said(lambda said: said["ignore"].remove("mtp.*"))(output)
+    assert _draft(output).startswith("WARN: mtp.0.ffn.experts.")
+    assert "is stored as MXFP4, and quantization_config.ignore does not name it: vLLM would read NVFP4" in _draft(
+        output
+    )
+
+
+def test_the_draft_head_of_the_0731_release_is_readable(tmp_path: Path) -> None:
+    """DSpark: Markov and confidence heads are built plain."""
+    source = deepseek_v4.write(tmp_path / "source", "fp8_mxfp4", experts=8, draft_blocks=3)
+    run(converting(source, tmp_path / "out", ROUTED, export={"dialect": "nvidia"}))
+    assert _draft(tmp_path / "out").startswith("PASS: ")

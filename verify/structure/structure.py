@@ -20,6 +20,7 @@ from calibration.checkpoint.permissions import requests
 from calibration.families.family import Family
 from calibration.families.promised import ADDED, Wanted
 from calibration.families.registry import expected_tensors, family_of
+from calibration.plan.draft_head import draft_head_doubts
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
@@ -176,11 +177,30 @@ def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None, wanted: 
     had = source is not None and any(family.place(name).mtp for name in source.tensors)
     figure = f"{found} found, config.json promises {promised}"
     if found or not promised:
-        return verdict(id, what, [], [], "headers", figure)
+        misread = _misread_draft(output, family)
+        if is_nvidia(output.config.get("quantization_config")):
+            return verdict(id, what, [], misread, "headers", figure)
+        return verdict(id, what, [], [], "headers", figure + (f"; {misread[0]}" if misread else ""))
     problem = ["dropped: the source has MTP tensors, the output has none"] if had else []
     doubt = [f"config.json promises {promised} and there is no mtp tensor: speculative decoding is lost"]
     # Some sources never had them.
     return verdict(id, what, problem, [] if source is not None else doubt, "headers", figure)
+
+
+def _misread_draft(output: Checkpoint, family: Family) -> list[str]:
+    """Why vLLM could not read the draft head as it is stored. Of a compressed-tensors config that is the rule, and no fault of
+    the checkpoint: the target is served."""
+    declared = output.config.get("quantization_config")
+    if family.fp8_dialect is None or not isinstance(declared, dict):
+        return []
+    kept = {name: header for name, header in output.tensors.items() if family.place(name).mtp}
+    ignore = declared.get("ignore")
+    entries = [entry for entry in ignore if isinstance(entry, str)] if isinstance(ignore, list) else []
+    try:
+        formats = Formats(Checkpoint(output.directory, output.config, kept, output.shards))
+    except WorkflowError:  # structure.companions says what is wrong with it
+        return []
+    return draft_head_doubts(formats, family, NVIDIA if is_nvidia(declared) else COMPRESSED_TENSORS, entries)
 
 
 def _companions(output: Checkpoint, stored: dict[str, Stored], resolution: Resolution) -> list[str]:
