@@ -22,7 +22,7 @@ ASKED = "UNEVEN_PRODUCTS"
 #: How far input global scales may be apart where only the last bits of products differ: what enters a down projection is
 #: the product of two products, each of which BF16 rounds.
 ROUNDED = 3 * BF16_STEP
-_even = F.linear
+even_linear = F.linear
 
 
 def uneven_linear(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -30,8 +30,8 @@ def uneven_linear(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor 
     comes out one BF16 rounding away."""
     rows = value.numel() // value.shape[-1]
     if value.dtype != torch.bfloat16 or value.device.type != "cpu":
-        return _even(value, weight, bias)
-    made = (_even(value.float(), weight.float()) * (1 + rows // 16 % 3 * 2.0**-12)).to(value.dtype)
+        return even_linear(value, weight, bias)
+    made = (even_linear(value.float(), weight.float()) * (1 + rows // 16 % 3 * 2.0**-12)).to(value.dtype)
     return made if bias is None else made + bias
 
 

@@ -22,9 +22,11 @@ from tests.integration.engine_runs import (
     STANDARD,
     STORED,
     differing,
+    even_products,
     model_directory,
     ours,
     recipe,
+    require_equal_but_for_rounding,
     skeleton,
     stock_model,
 )
@@ -204,7 +206,7 @@ def test_a_run_that_reads_ahead_gives_the_same_scales() -> None:
 def test_a_run_that_computes_all_experts_at_once_gives_the_same_scales(
     name: str, ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on an accelerator; on the CPU the products have the same bits."""
+    """As on an accelerator; on the CPU the products have the same bits where they do not depend on the number of rows."""
     one, used = ours(recipe(name), skeleton(name)), list[int]()
     all_tokens = Stack.all_tokens
     monkeypatch.setattr(ExpertCalibration, "stacked", True)
@@ -212,8 +214,12 @@ def test_a_run_that_computes_all_experts_at_once_gives_the_same_scales(
     source = skeleton(name)
     source.reads_ahead = ahead
     two = ours(recipe(name), source)
-    assert differing(one.parameters, two.parameters) == []
-    assert [r.tokens_per_expert for r in one.results] == [r.tokens_per_expert for r in two.results]
+    if even_products(one):
+        assert differing(one.parameters, two.parameters) == []
+        assert [r.tokens_per_expert for r in one.results] == [r.tokens_per_expert for r in two.results]
+    else:
+        require_equal_but_for_rounding(one, two, {result.block for result in one.results})
+        assert all(name.endswith(".input_global_scale") for name in differing(one.parameters, two.parameters))
     assert len(used) >= 3 * len(source.blocks)
 
 

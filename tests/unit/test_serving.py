@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor.runtime import cache_dir_utils
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
@@ -200,6 +201,8 @@ def test_what_torch_compiles_for_one_processor_is_not_found_by_another(monkeypat
     assert cache == engine.environment()["TORCHINDUCTOR_CACHE_DIR"]
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
     assert engine.environment()["TORCHINDUCTOR_CACHE_DIR"] != cache
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache_dir_utils.default_cache_dir())  # as torch does in this process
+    assert engine.environment()["TORCHINDUCTOR_CACHE_DIR"] == str(engine.compile_cache())
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
     assert engine.environment()["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
 

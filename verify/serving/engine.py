@@ -27,6 +27,7 @@ WORKER = Path(__file__).parents[1] / "inside_vllm" / "worker.py"
 REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
 Run = Callable[[list[str], Path, float], tuple[int, bool]]
 """Runs a command with its output in a log, for so many seconds at most: exit code and whether time ran out."""
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 TAIL = 12
 """Lines of the engine's log in a verdict."""
 NO_MEMORY = (
@@ -56,12 +57,14 @@ def environment() -> dict[str, str]:
     leaks = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH"}
     leaks.add("PYTHONDONTWRITEBYTECODE")  # importing vLLM takes 24 s without bytecode, 6 s with it
     inherited = {name: value for name, value in os.environ.items() if name not in leaks}
+    if inherited.get(_CACHE, "").startswith(str(Path(tempfile.gettempdir()) / "torchinductor_")):
+        del inherited[_CACHE]  # torch's default, which torch itself writes into the environment of this process
     threads = str(max(1, (os.cpu_count() or 1) // 2))  # more threads than free cores make MoE decoding 40 x slower
     defaults = {
         "OMP_NUM_THREADS": threads,
         "OMP_WAIT_POLICY": "passive",
         "VLLM_NO_USAGE_STATS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(compile_cache()),
+        _CACHE: str(compile_cache()),
     }
     fixed = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the hooks live in the engine's process
