@@ -14,7 +14,8 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.plan.plan import Plan
 from tests.converted import run
 from tests.exported import EXPERTS, export, plan_of, recipe
-from tests.models import deepseek_v4, standard
+from tests.faults.checkpoints import ROUTED
+from tests.models import deepseek_v4, deepseek_v41, standard
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
 from verify.structure.structure import verify_structure
@@ -71,6 +72,10 @@ def v4(stored: deepseek_v4.Stored) -> Callable[[Path], Path]:
     return lambda directory: deepseek_v4.write(directory, stored)
 
 
+def dspark(directory: Path) -> Path:
+    return deepseek_v4.write(directory, "fp8_mxfp4", draft_blocks=3)
+
+
 def hub(family: standard.Family) -> Callable[[Path], Path]:
     return lambda directory: standard.write(directory, family)
 
@@ -79,6 +84,10 @@ GOOD: dict[str, Callable[[Path], Made]] = {
     **{f"V4 {stored}, calibrate NVFP4": exported(v4(stored), EXPERTS) for stored in ("bf16", "fp8", "fp8_mxfp4")},
     **{f"V4 {stored}, convert NVFP4": converted(v4(stored), EXPERTS, "NVFP4") for stored in ("bf16", "fp8", "fp8_mxfp4")},
     **{f"V4 {stored}, convert NVFP4A16": converted(v4(stored), EXPERTS, "NVFP4A16") for stored in ("fp8", "fp8_mxfp4")},
+    "V4 with a DSpark head, calibrate NVFP4": exported(dspark, EXPERTS),
+    "V4 with a DSpark head, convert NVFP4A16": converted(dspark, EXPERTS, "NVFP4A16"),
+    "V4.1, convert NVFP4": converted(deepseek_v41.write, ROUTED, "NVFP4", export={"kept": "plain"}),
+    "V4.1, convert NVFP4A16": converted(deepseek_v41.write, ROUTED, "NVFP4A16", export={"kept": "plain"}),
     "V4 bf16, experts and attention": exported(v4("bf16"), ALL_OF_V4),
     "V4 fp8, kept as bf16": exported(v4("fp8"), EXPERTS, export={"kept": "plain"}),
     "V4 fp8_mxfp4, requantized": converted(v4("fp8_mxfp4"), EXPERTS, "NVFP4", export={"mxfp4": "requantize"}),

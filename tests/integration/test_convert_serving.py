@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.converted import LINEAR, converting, failing, run, undoing
-from tests.models import deepseek_v4, standard
+from tests.models import deepseek_v4, deepseek_v41, standard
 from tests.reference.compare import compare
 from tests.reference.engine import random_prompts, serve
 from tests.reference.model import decided, logits, reference_model
 
 TOP1, KL = 0.995, 1e-4
+ROUTED = [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"]
 
 
 @pytest.mark.parametrize("scheme", ["NVFP4A16", "NVFP4"])
@@ -21,7 +23,9 @@ def test_converted_checkpoints_serve_and_agree_with_the_reference(tmp_path: Path
     if source == "llama":
         made = converting(standard.write(tmp_path / "source", source), tmp_path / "out", LINEAR, scheme)
     else:
-        made = converting(deepseek_v4.write(tmp_path / "source", source), tmp_path / "out", scheme=scheme)
+        # As released today: FP8 with MXFP4 has a DSpark draft head, which vLLM on a CPU passes by.
+        draft = {"draft_blocks": 3} if source == "fp8_mxfp4" else {}
+        made = converting(deepseek_v4.write(tmp_path / "source", source, **draft), tmp_path / "out", scheme=scheme)
     run(made)
     assert failing(made) == set()
     checks, served, ids, engine = serve(tmp_path / "out", tmp_path / "logs", random_prompts(1024))
@@ -33,6 +37,19 @@ def test_converted_checkpoints_serve_and_agree_with_the_reference(tmp_path: Path
     agreement = compare(expected, engine, masks)
     print(source, scheme, agreement)
     assert agreement.top1 >= TOP1 and agreement.kl < KL, agreement
+
+
+def test_a_model_that_vllm_has_for_gpus_alone_is_unchecked_with_the_reason(tmp_path: Path) -> None:
+    sizes = deepseek_v41.Sizes(experts=8, draft_experts=4)
+    made = converting(
+        deepseek_v41.write(tmp_path / "source", sizes=sizes), tmp_path / "out", ROUTED, export={"kept": "plain"}
+    )
+    run(made)
+    checks, result, _, _ = serve(tmp_path / "out", tmp_path / "logs", random_prompts(1024))
+    assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
+    why = r"vLLM [\d.]+ has no cpu variant of DeepseekV41ForCausalLM: \S+ is there for nvidia and amd alone"
+    assert all(re.fullmatch(why, check.figure) for check in checks.values()), checks
+    assert result["seconds"].get("load") is None
 
 
 def test_plain_deepseek_v4_serves(tmp_path: Path) -> None:

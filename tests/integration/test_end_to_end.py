@@ -18,11 +18,11 @@ from tests.reference.model import decided, logits, reference_model
 
 TOP1, KL = 0.995, 1e-4
 #: The one case that also scores a text and serves its source.
-COMPARED = "deepseek_v4-fp8_mxfp4"
+COMPARED = "deepseek_v4-fp8_mxfp4-dspark"
 CASES: dict[str, tuple[Any, list[str]]] = {
     "deepseek_v4-bf16": (lambda path: deepseek_v4.write(path, "bf16"), EXPERTS),
     "deepseek_v4-fp8": (lambda path: deepseek_v4.write(path, "fp8"), EXPERTS),
-    "deepseek_v4-fp8_mxfp4": (lambda path: deepseek_v4.write(path, "fp8_mxfp4"), EXPERTS),
+    "deepseek_v4-fp8_mxfp4-dspark": (lambda path: deepseek_v4.write(path, "fp8_mxfp4", draft_blocks=3), EXPERTS),
     "qwen3_moe": (lambda path: standard.write(path, "qwen3_moe"), LINEAR),
     "glm4_moe": (lambda path: standard.write(path, "glm4_moe"), LINEAR),
     "mixtral": (lambda path: standard.write(path, "mixtral"), LINEAR),
