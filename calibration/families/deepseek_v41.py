@@ -19,8 +19,9 @@ from calibration.families.promised import ConfigReader, Wanted, linear, norm
 def _promised(c: ConfigReader) -> Iterator[tuple[str, Wanted]]:
     d, vocab, blocks = c.number("hidden_size"), c.number("vocab_size"), c.number("num_hidden_layers")
     ratios = c.numbers("compress_ratios", blocks)
-    owners, indexers = c.numbers("kv_source_layer_ids", 0), c.numbers("index_source_layer_ids", 0)
-    tables = dict(zip(c.numbers("engram_layer_ids", 0), c.numbers("engram_num_embeddings", 0), strict=False))
+    owners, indexers = _layers(c, "kv_source_layer_ids"), _layers(c, "index_source_layer_ids")
+    # A table without a number of rows is promised by nothing, so that its tensors are unknown.
+    tables = dict(zip(_layers(c, "engram_layer_ids"), _layers(c, "engram_num_embeddings"), strict=False))
     seeing = c.part("vision_config").number("num_hidden_layers", 0) > 0
     experts = c.number("n_routed_experts")
     yield "embed.weight", Wanted((vocab, d), "plain")
@@ -39,6 +40,11 @@ def _promised(c: ConfigReader) -> Iterator[tuple[str, Wanted]]:
     if seeing:
         yield from _vision(c)
     yield from _draft(c, experts, seeing)
+
+
+def _layers(c: ConfigReader, key: str) -> list[int]:
+    """A list that a model without such layers leaves out, as vLLM takes it."""
+    return c.numbers(key, 0) if c.values.get(key) is not None else []
 
 
 def _block(c: ConfigReader, prefix: str, experts: int, seeing: bool) -> Iterator[tuple[str, Wanted]]:

@@ -18,12 +18,13 @@ from calibration.families.registry import FAMILIES, expected_tensors, family_of,
 from calibration.forecast.cost import attention, hidden_width
 from calibration.model.skeleton import build_skeleton
 from recipes.errors import RecipeError, SourceError
-from recipes.schema import Recipe
+from recipes.schema import Fidelity, Recipe
 from tests.converted import converting, run, tensors, undoing
 from tests.exported import plan_of, recipe
 from tests.models import deepseek_v4, deepseek_v41
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
+from verify.fidelity.forward import verify_forward
 from verify.known import Known
 from verify.structure.structure import verify_structure
 from workflows.inspect_checkpoint import describe_checkpoint
@@ -105,6 +106,18 @@ def test_a_nested_config_is_told_where_it_lacks_a_field_once_for_all_blocks() ->
     ]
 
 
+def test_v41_without_engram_vision_or_compression_is_a_model_of_the_family_too() -> None:
+    config = deepseek_v41.config(V41)
+    del config["vision_config"]
+    for key in ("engram_layer_ids", "engram_num_embeddings", "kv_source_layer_ids", "index_source_layer_ids"):
+        del config["text_config"][key]
+    promised, problems = expected_tensors(config)
+    assert problems == [] and "layers.0.ffn.gate.bias" in promised
+    assert not [
+        name for name in promised if re.search(r"engram|vision|aligner|image_|bias_vl|compressor|indexer", name)
+    ]
+
+
 def test_only_a_family_that_nests_its_language_model_is_read_inside() -> None:
     nested = deepseek_v41.config(V41)
     assert (
@@ -168,6 +181,10 @@ def test_calibration_of_a_model_without_code_is_refused_with_the_way_that_works(
     with pytest.raises(SourceError, match="no code of deepseek_v41") as raised:
         build_skeleton(Checkpoint.open(sources["v41"]), tmp_path, False)
     assert "correct the source" not in str(raised.value)
+    checks, blocks = verify_forward(tmp_path, Checkpoint.open(sources["v41"]), Fidelity(), None)
+    assert blocks == [] and {(c.verdict, c.figure) for c in checks} == {
+        ("UNCHECKED", family_of({"model_type": "deepseek_v41"}).not_calibrated)
+    }
 
 
 def test_a_family_is_not_calibrated_only_while_transformers_has_no_class_of_it() -> None:

@@ -23,6 +23,7 @@ from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.checkpoint.view import as_compressed_tensors
+from calibration.families.registry import family_of
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
@@ -80,8 +81,8 @@ def verify_forward(
          options.min_block_cosine),
         ("propagated_cosine", "the chain of all blocks ends where the source's ends", options.min_propagated_cosine),
     )  # fmt: skip
-    if options.tokens == 0:
-        return [Check(f"fidelity.{id}", "UNCHECKED", what, "tokens: 0", "", "not run") for id, what, _ in limits], []
+    if why := "tokens: 0" if options.tokens == 0 else family_of(source.config).not_calibrated:
+        return [Check(f"fidelity.{id}", "UNCHECKED", what, why, "", "not run") for id, what, _ in limits], []
     try:
         blocks = measure_blocks(directory, source, text, options.tokens, trust_remote_code)
     except WorkflowError as problem:
