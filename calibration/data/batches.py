@@ -20,7 +20,7 @@ from calibration.checkpoint.token_ids import check_token_ids
 from calibration.data.encoder import MIN_TOKENS, Encoder
 from calibration.data.padding import batches_of_one_length
 from calibration.data.rows import known_columns
-from calibration.data.table import first_line, load_table
+from calibration.data.table import Table, first_line, load_table, text_table
 from calibration.families.registry import ENCODINGS, family_of, language_config
 from recipes.errors import SourceError
 from recipes.schema import Calibration
@@ -96,8 +96,32 @@ def load_batches(
     too small), and for a token that has no row in the `embedding` (see `embedding_rows`);
     RecipeError for a chat format that the tokenizer does not have.
     """
+    return _batches(load_table(options), options, tokenizer, source_directory, embedding)
+
+
+def text_batches(
+    text: str,
+    options: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    source_directory: Path,
+    embedding: Mapping[str, int] | None = None,
+) -> CalibrationData:
+    """`options.num_samples` windows of `options.max_seq_length` tokens from the beginning of a text, instead of the data set
+    of `options`. Raises as `load_batches`."""
+    as_text = {"dataset": "text", "format": "text", "column": None, "shuffle": False, "exact": False}
+    wanted = options.model_copy(update=as_text)
+    return _batches(text_table(text), wanted, tokenizer, source_directory, embedding)
+
+
+def _batches(
+    table: Table,
+    options: Calibration,
+    tokenizer: PreTrainedTokenizerBase,
+    source_directory: Path,
+    embedding: Mapping[str, int] | None,
+) -> CalibrationData:
     bundled = options.dataset == "bundled"
-    table = load_table(options)
     if options.column is None and not known_columns(table):
         table = table.unfolded()
     with Encoder(options, tokenizer, table, bundled) as encoder:

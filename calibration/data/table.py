@@ -146,6 +146,11 @@ def load_table(options: Calibration) -> Table:
     return _guarded(options, None, read)
 
 
+def text_table(text: str) -> Table:
+    """A text as a table of one book."""
+    return Table(_Rows([{"text": text}]), "the text", [], books=True)
+
+
 def builder_of(path: Path) -> str | None:
     """The builder of datasets that reads a file of this name; None for another kind of file."""
     name = path.name.lower()

@@ -1,7 +1,8 @@
 """What each way to NVFP4 costs on a DeepSeek-V4 as it is released (FP8 + MXFP4): error, block cosine, KL, perplexity, time.
 
-`python -m tests.benchmarks.v4_methods --directory DIR [--source CHECKPOINT]`: without --source the tiny random V4 of the tests,
-whose perplexity says little. KL and top-1 in the real vLLM on a CPU, against the source served as a plain BF16 copy, bfloat16.
+`python -m tests.benchmarks.v4_methods --directory DIR [--source CHECKPOINT --data FILE --text FILE]`: without --source the tiny
+random V4 of the tests, whose perplexity says little; `python -m tests.models.trained_v4` makes a trained one with its texts.
+KL and top-1 in the real vLLM on a CPU, against the source served as a plain BF16 copy, bfloat16.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from tests.models import deepseek_v4
 
 ROUTED = r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"
 SHARED = r"re:^layers\.\d+\.ffn\.shared_experts\.w[123]$"
-DATA = {"dataset": "bundled", "num_samples": 32, "max_seq_length": 256}
 METHODS: dict[str, dict[str, Any]] = {
     "convert, lossless, constant input scale": {"method": "convert"},
-    "calibrate, lossless": {"calibration": DATA},
-    "calibrate, requantized": {"calibration": DATA, "export": {"mxfp4": "requantize"}},
+    "calibrate, lossless": {},
+    "calibrate, requantized": {"export": {"mxfp4": "requantize"}},
 }
 TARGETS = {"routed": [ROUTED], "routed + shared": [ROUTED, SHARED]}
 
 
-def run(directory: Path, source: Path, targets: list[str], sections: dict[str, Any]) -> float:
+def run(directory: Path, given: argparse.Namespace, targets: list[str], sections: dict[str, Any]) -> float:
     """Runs a recipe with every level of verification into `directory`; CPU-seconds of the stages up to the export."""
     directory.mkdir(parents=True, exist_ok=True)
+    serving = {"max_tokens": 4, "windows": 8, "compare": True, "text": given.text}
     body = {
-        "source": {"checkpoint": str(source)},
+        "source": {"checkpoint": str(given.source)},
         "output": str(directory / "output"),
         "modifiers": [{"QuantizationModifier": {"targets": targets, "scheme": "NVFP4"}}],
-        "verify": {"structure": True, "fidelity": True, "serving": {"max_tokens": 4, "windows": 8, "compare": True}},
+        "calibration": {"dataset": given.data, "num_samples": 32, "max_seq_length": 256},
+        "verify": {"structure": True, "fidelity": True, "serving": serving},
     }
     recipe = directory / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(body | sections))
@@ -70,10 +72,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--source", type=Path, help="a DeepSeek-V4 stored in FP8 and MXFP4")
+    parser.add_argument("--data", default="bundled", help="calibration data")
+    parser.add_argument(
+        "--text", default="bundled", help="text for KL, top-1 and perplexity, which --data does not hold"
+    )
     options = parser.parse_args()
-    source = options.source or options.directory / "source"
-    if not source.exists():
-        deepseek_v4.write(source, "fp8_mxfp4")
+    options.source = options.source or options.directory / "source"
+    if not options.source.exists():
+        deepseek_v4.write(options.source, "fp8_mxfp4")
     print(
         "| method, what becomes NVFP4 | worst routed error | worst block cosine | propagated | KL | top-1 | NLL above the "
         "source, nats | perplexity | CPU-s |\n|---|---|---|---|---|---|---|---|---|",
@@ -82,7 +88,7 @@ def main() -> None:
     for number, (method, sections) in enumerate(METHODS.items()):
         for what, targets in TARGETS.items():
             directory = options.directory / f"{number}-{len(targets)}"
-            print(row(f"{method}; {what}", directory, run(directory, source, targets, sections)), flush=True)
+            print(row(f"{method}; {what}", directory, run(directory, options, targets, sections)), flush=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,21 @@ def test_input_scales_are_judged_by_the_inputs_that_the_source_has(
     ), found["fidelity.input_scales"]
 
 
+def test_text_that_calibration_did_not_see_is_run_through_the_source_too(
+    mixtral: tuple[Path, Path], calibrated: Path
+) -> None:
+    blocks = measure_blocks(calibrated, Checkpoint.open(mixtral[0]), TEXT, 200)
+    for block in blocks:
+        assert not any(seen.beyond for seen in block.inputs), "the text that these scales were made for"
+        assert sum(seen.values for seen in block.unseen) == sum(seen.values for seen in block.inputs)
+        assert {seen.seen for seen in block.unseen} != {seen.seen for seen in block.inputs}
+        assert 0 < sum(seen.beyond for seen in block.unseen) < 0.01 * sum(seen.values for seen in block.unseen)
+    narrow = scales(calibrated, lambda _, scale: scale * 1.9, "narrow")
+    source = Formats(Checkpoint.open(mixtral[0]))
+    found = {c.id: c for c in verify_with_forward(narrow, None, source, Fidelity(tokens=200), TEXT).checks}
+    assert found["fidelity.saturated_inputs"].verdict == "WARN" and found["fidelity.input_scales"].verdict != "FAIL"
+
+
 def test_experts_that_saw_no_token_are_counted_not_judged() -> None:
     family = family_of({"model_type": "mixtral"})
     seen = [InputSeen(f"{BLOCK}.experts.{expert}.w2", 2.0, 1.5 * (expert > 0), expert) for expert in range(4)]

@@ -42,10 +42,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "verify/inside_vllm": (),
     "verify/checks": (),
+    "verify/unseen_text": (),
     "verify/known": KNOWING,
     "verify/structure": (*KNOWING, "verify/checks", "verify/known"),
-    "verify/fidelity": (*KNOWING, "verify/checks", "calibration/data", "calibration/model"),
-    "verify/serving": (*KNOWING, "verify/checks"),
+    "verify/fidelity": (*KNOWING, "verify/checks", "verify/unseen_text", "calibration/data", "calibration/model"),
+    "verify/serving": (*KNOWING, "verify/checks", "verify/unseen_text"),
     "verify/report": ("verify/checks",),
     "verify": (
         *KNOWING, "verify/checks", "verify/known", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",

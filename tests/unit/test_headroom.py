@@ -20,7 +20,7 @@ from recipes.schema import Fidelity
 from tests.exported import EXPERTS, calibrated, export, recipe, task_of
 from tests.models import deepseek_v4
 from verify.fidelity.forward import InputSeen
-from verify.fidelity.input_scales import input_scale_check
+from verify.fidelity.input_scales import input_scale_check, saturation_check
 from workflows.inspect_checkpoint import describe_plan
 from workflows.run.card import model_card
 
@@ -123,3 +123,26 @@ def test_a_headroom_is_no_fault_of_the_input_scales() -> None:
     assert judged(8.0, 1.0) == "WARN" and judged(8.0, 8.0) == "PASS"
     assert judged(30.0, 1.0) == "FAIL" and judged(30.0, 16.0) == "PASS"
     assert judged(0.4, 1.0) == judged(0.4, 16.0) == "FAIL", "a headroom excuses no input that saturates"
+
+
+def test_unseen_values_beyond_the_extreme_are_counted_by_scale_and_many_of_them_warn() -> None:
+    family = family_of({"model_type": "mixtral"})
+    prefix = "model.layers.0.block_sparse_moe.experts"
+    # 2688 / scale misses the calibrated extreme by a float32 rounding; the extreme itself does not saturate.
+    admitted = 2688 / float(torch.tensor(2688.0) / torch.tensor(1.1015625))
+    shared = [InputSeen(f"{prefix}.{expert}.w2", admitted) for expert in range(3)]
+    x = torch.full((50, 100), 1.1015625, dtype=torch.bfloat16)
+    for seen in shared[:2]:
+        seen(torch.nn.Linear(1, 1), (x,))
+    (found,) = saturation_check(shared, family)
+    assert found.verdict == "PASS" and found.figure == "0.0e+00 of 10,000 values, under 0 of 1 scales"
+    x[0, :4] = -4.40625
+    shared[0](torch.nn.Linear(1, 1), (x,))
+    (found,) = saturation_check(shared, family)
+    assert found.verdict == "PASS" and f"{prefix}.0.w2: 2.7e-04" in found.figure and "4 times" in found.figure
+    shared[1](torch.nn.Linear(1, 1), (x * 2,))
+    (found,) = saturation_check(shared, family)
+    assert found.verdict == "WARN" and "calibration.input_headroom" in found.figure
+    (found,) = saturation_check(shared[2:], family)
+    assert found.verdict == "UNCHECKED"
+    assert saturation_check([], family) == []

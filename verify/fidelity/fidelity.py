@@ -24,7 +24,7 @@ from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check
 from verify.fidelity.forward import verify_forward
-from verify.fidelity.input_scales import input_scale_check
+from verify.fidelity.input_scales import input_scale_check, saturation_check
 from verify.fidelity.rescaled import Rescaled, rescaled_blocks
 from verify.fidelity.verdicts import HOW, Pairs, block_errors, coverage_check, kept_checks, weight_checks
 from verify.fidelity.weights import Measured, Stored, measure
@@ -99,6 +99,7 @@ def verify_with_forward(
         seen = [found for block in blocks for found in block.inputs]
         family, headroom = family_of(source.checkpoint.config), text.input_headroom if text else 1.0
         checks += input_scale_check(seen, family, options or Fidelity(), checks[0].how, headroom)
+        checks += saturation_check((found for block in blocks for found in block.unseen), family)
     data = report.data | {"blocks": [known[block] for block in sorted(known)]}
     if blocks:
         data["source"] += f"; blocks: {checks[0].how}"

@@ -27,15 +27,23 @@ from calibration.families.registry import family_of
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
+from verify.unseen_text import help_text
 
 if TYPE_CHECKING:
     from calibration.model.parity import BlockCall
     from calibration.model.source_model import SourceModel
 
+    #: What enters the blocks for one sample, and how the model calls each of them.
+    _Calls = tuple[torch.Tensor, list[BlockCall]]
+
 #: Tokens of one sample at most: several short texts say more about a block than one long one.
 _SAMPLE = 128
 _FP8_GROUP = 128
+#: A token of English text has fewer characters.
+_CHARACTERS = 16
 _E4M3_MAX = 448.0
+#: A scale is 2688 / amax in float32, so that it admits amax within a rounding; the next BF16 value is further away.
+SLACK = 1 + 2.0**-10
 _HOW = ("{tokens} tokens of {dataset}; BF16 blocks of the source against the output's dequantized weights and "
         "quantized-dequantized NVFP4 inputs; mean over tokens")  # fmt: skip
 
@@ -44,30 +52,37 @@ _HOW = ("{tokens} tokens of {dataset}; BF16 blocks of the source against the out
 class InputSeen:
     """The input of one module with a stored input global scale, over the source's forward: `admitted` is the largest
     value that the scale admits (2688 / scale), `seen` the largest that came, `tokens` how many tokens came (none to an
-    expert that none was routed to)."""
+    expert that none was routed to), `values` how many values, `beyond` how many of them were larger than admitted."""
 
     module: str
     admitted: float
     seen: float = 0.0
     tokens: int = 0
+    values: int = 0
+    beyond: int = 0
 
     def __call__(self, _: nn.Module, arguments: tuple[Any, ...]) -> None:
         x = arguments[0]
         if x.numel():
-            self.seen = max(self.seen, float(x.abs().amax()))
+            largest, limit = float(x.abs().amax()), self.admitted * SLACK
+            self.seen = max(self.seen, largest)
             self.tokens += x.numel() // x.shape[-1]
+            self.values += x.numel()
+            self.beyond += int((x.abs().to(torch.float32) > limit).sum()) if largest > limit else 0
 
 
 @dataclass(frozen=True)
 class BlockCosine:
     """One block, means over `tokens` tokens. `cosine`: what the block adds to the source's hidden states, output
-    against source; `propagated`: the hidden states behind the block, when the output's own blocks made them."""
+    against source; `propagated`: the hidden states behind the block, when the output's own blocks made them. `inputs` are
+    those of that text, `unseen` those of text that no calibration draws from."""
 
     block: int
     cosine: float
     propagated: float
     tokens: int
     inputs: tuple[InputSeen, ...] = ()
+    unseen: tuple[InputSeen, ...] = ()
 
 
 def verify_forward(
@@ -112,7 +127,7 @@ def measure_blocks(
     """
     # llm-compressor logs to stdout, which belongs to --json.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
-    from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
+    from calibration.data.batches import embedding_rows, load_batches, load_tokenizer, text_batches
     from calibration.model.parity import own_block_calls
     from calibration.model.skeleton import build_skeleton
 
@@ -122,6 +137,8 @@ def measure_blocks(
     tokenizer = load_tokenizer(source.directory, trust_remote_code)
     data = load_batches(wanted, tokenizer, source_directory=source.directory, embedding=embedding_rows(source))
     batches = list(data.batches)
+    beginning = help_text()[: samples * length * _CHARACTERS]
+    unseen = list(text_batches(beginning, wanted, tokenizer, source_directory=source.directory).batches)
     with TemporaryDirectory(prefix="verify-forward-") as work, torch.no_grad():
         original = build_skeleton(source, Path(work), trust_remote_code)
         output = Formats(as_compressed_tensors(Checkpoint.open(directory)))
@@ -129,12 +146,12 @@ def measure_blocks(
         outside = original.outside_blocks()
         original.load(outside)
         calls = []
-        for batch in batches:
+        for batch in batches + unseen:
             # Without a cache: a block is called three times with the same arguments.
             sample = {key: value.to(original.device) for key, value in batch.items()} | {"use_cache": False}
             calls.append(own_block_calls(original.model, list(original.blocks.values()), sample))
         original.unload(outside)
-        return list(_walk(original, emulated, output, calls))
+        return list(_walk(original, emulated, output, calls[: len(batches)], calls[len(batches) :]))
 
 
 def quantize_input(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
@@ -176,15 +193,19 @@ def _of_output(original: SourceModel, output: Formats) -> SourceModel:
 
 
 def _walk(
-    original: SourceModel, emulated: SourceModel, output: Formats, calls: list[tuple[torch.Tensor, list[BlockCall]]]
+    original: SourceModel, emulated: SourceModel, output: Formats, calls: list[_Calls], unseen: list[_Calls]
 ) -> Iterator[BlockCosine]:
-    entering = [hidden for hidden, _ in calls]
+    entering, entering_unseen = ([hidden for hidden, _ in found] for found in (calls, unseen))
     propagated = list(entering)
     for number, block in enumerate(original.blocks.values()):
         block_calls = [made[number] for _, made in calls]
         original.load([block])
         with _watched_inputs(original, emulated, output, block) as inputs:
             leaving = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
+        with _watched_inputs(original, emulated, output, block) as unseen_inputs:
+            entering_unseen = [
+                made[number](block, hidden) for (_, made), hidden in zip(unseen, entering_unseen, strict=True)
+            ]
         original.unload([block])
         emulated.load([block])
         with _quantized_inputs(original, emulated, output, block):
@@ -195,7 +216,8 @@ def _walk(
                  for a, b, h in zip(leaving, alone, entering, strict=True)]  # fmt: skip
         behind = [_cosines(a.float(), b.float()) for a, b in zip(leaving, propagated, strict=True)]
         cosines = torch.cat(added)
-        yield BlockCosine(number, float(cosines.mean()), float(torch.cat(behind).mean()), len(cosines), tuple(inputs))
+        yield BlockCosine(number, float(cosines.mean()), float(torch.cat(behind).mean()), len(cosines), tuple(inputs),
+                          tuple(unseen_inputs))  # fmt: skip
         entering = leaving
 
 

@@ -6,7 +6,6 @@ What is asked of the engine stands here; `engine` runs it, `serving_verdicts` ju
 from __future__ import annotations
 
 import math
-import pydoc_data.topics
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from recipes.schema import Serving
 from verify.checks import Check
 from verify.serving.engine import Run, check_environment, run_engine
 from verify.serving.verdicts import judge
+from verify.unseen_text import help_text
 
 PROMPT_ROOM = 512
 """Prompt tokens that the default context length leaves beside the sample; more than DeepSeek-V4's windows of 128."""
@@ -94,8 +94,7 @@ def read_text(options: Serving) -> str | None:
         return None
     most = options.windows * options.window_tokens * LONGEST_TOKEN
     if options.text == "bundled":
-        topics = pydoc_data.topics.topics
-        return "\n".join(topics[name] for name in sorted(topics))[:most]
+        return help_text()[:most]
     try:
         with Path(options.text).open(encoding="utf-8") as file:
             text = file.read(most)
