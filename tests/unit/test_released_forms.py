@@ -182,9 +182,8 @@ def test_calibration_of_a_model_without_code_is_refused_with_the_way_that_works(
         build_skeleton(Checkpoint.open(sources["v41"]), tmp_path, False)
     assert "correct the source" not in str(raised.value)
     checks, blocks = verify_forward(tmp_path, Checkpoint.open(sources["v41"]), Fidelity(), None)
-    assert blocks == [] and {(c.verdict, c.figure) for c in checks} == {
-        ("UNCHECKED", family_of({"model_type": "deepseek_v41"}).not_calibrated)
-    }
+    assert blocks == [] and {check.verdict for check in checks} == {"UNCHECKED"}
+    assert all(check.figure.startswith("no forward: transformers has no code of deepseek_v41") for check in checks)
 
 
 def test_a_family_is_not_calibrated_only_while_transformers_has_no_class_of_it() -> None:

@@ -24,7 +24,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.registry import family_of
-from recipes.errors import WorkflowError
+from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
 from verify.unseen_text import help_text
@@ -96,8 +96,8 @@ def verify_forward(
          options.min_block_cosine),
         ("propagated_cosine", "the chain of all blocks ends where the source's ends", options.min_propagated_cosine),
     )  # fmt: skip
-    if why := "tokens: 0" if options.tokens == 0 else family_of(source.config).not_calibrated:
-        return [Check(f"fidelity.{id}", "UNCHECKED", what, why, "", "not run") for id, what, _ in limits], []
+    if options.tokens == 0:
+        return [Check(f"fidelity.{id}", "UNCHECKED", what, "tokens: 0", "", "not run") for id, what, _ in limits], []
     try:
         blocks = measure_blocks(directory, source, text, options.tokens, trust_remote_code)
     except WorkflowError as problem:
@@ -125,6 +125,8 @@ def measure_blocks(
     input global scale; those of NVFP4A16 and of FP8 that the source stores too are not; those of FP8_BLOCK are, to
     E4M3 per token and 128 values. Raises SourceError and RecipeError where model, text or tensors do not fit.
     """
+    if why := family_of(source.config).not_calibrated:
+        raise SourceError(why)
     # llm-compressor logs to stdout, which belongs to --json.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer, text_batches
