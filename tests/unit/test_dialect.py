@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tests.exported import export, plan_of, recipe
 from tests.models import deepseek_v4, standard
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
+from verify.serving.draft_head import draft_head_checks
 from verify.structure.structure import verify_structure
 from workflows import convert_dialect
 
@@ -472,6 +474,26 @@ def test_a_draft_head_that_vllm_would_misread_is_said_so(
     assert "is stored as MXFP4, and quantization_config.ignore does not name it: vLLM would read NVFP4" in _draft(
         output
     )
+
+
+def test_a_draft_head_that_is_there_to_speculate_is_unchecked_where_it_is_served(
+    made: dict[str, Path], spelled: dict[str, Path]
+) -> None:
+    def checks(directory: Path) -> list[tuple[str, str]]:
+        config = json.loads((directory / "config.json").read_text())
+        return [(check.id, check.verdict) for check in draft_head_checks(directory, config)]
+
+    assert checks(spelled["deepseek_v4"]) == [("serving.draft_head", "UNCHECKED")]
+    assert checks(made["deepseek_v4"]) == checks(spelled["llama"]) == []
+
+
+def test_a_list_of_a_hundred_thousand_patterns_ends_in_seconds(spelled: dict[str, Path], tmp_path: Path) -> None:
+    for base, key in (("deepseek_v4", "ignore"), ("qwen3_moe", "ignore")):
+        output = _copy(spelled[base], tmp_path / base)
+        _said(lambda said, key=key: said.update({key: [f"*a*{n}*b*" for n in range(100_000)]}))(output)
+        began = time.monotonic()
+        assert "take too long to match" in _verdicts(output)["structure.targets"]
+        assert time.monotonic() - began < 10
 
 
 def test_the_draft_head_of_the_0731_release_is_readable(tmp_path: Path) -> None:

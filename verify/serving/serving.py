@@ -19,6 +19,7 @@ from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.places import is_inside
 from recipes.schema import Serving
 from verify.checks import Check
+from verify.serving.draft_head import draft_head_checks
 from verify.serving.engine import Run, check_environment, run_engine
 from verify.serving.verdicts import judge
 from verify.unseen_text import help_text
@@ -174,7 +175,7 @@ def verify_serving(
         shutil.rmtree(log_dir / _LOGITS, ignore_errors=True)
     result["text"] = options.text if result.get("windows") else None
     result["samples"] = samples(result)
-    checks = judge(result, options, config)
+    checks = judge(result, options, config) + draft_head_checks(checkpoint, config)
     for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they stay in the worker's own result
         entry.pop("token_ids", None)
         entry.pop("source_ids", None)

@@ -9,6 +9,7 @@ from recipes.schema import Serving
 from verify.checks import Check, Verdict
 from verify.serving import engine
 from verify.serving.samples import complaint
+from verify.structure.nvidia import is_nvidia
 
 #: id -> (what it proves, threshold, how).
 CHECKS = {
@@ -275,7 +276,10 @@ def _kernels(layers: list[dict[str, Any]], stored: str) -> str:
 
 
 def _asks_for_w4a4(config: dict[str, Any]) -> bool:
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    declared = config.get("quantization_config") or {}
+    if is_nvidia(declared) and not declared.get("config_groups"):
+        return "NVFP4" in (str(declared.get(key)).upper() for key in ("moe_quant_algo", "quant_algo"))
+    groups = declared.get("config_groups") or {}
     for group in groups.values():
         weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
         if (weights.get("num_bits"), weights.get("type"), inputs.get("num_bits")) == (4, "float", 4):

@@ -24,8 +24,9 @@ _FUSED = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj", "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj", "wq_a": "fused_wqa_wkv", "wkv": "fused_wqa_wkv",
 }  # fmt: skip
-#: Comparisons of entries with modules; honest lists need some millions for the largest models.
-_MOST_COMPARISONS = 50_000_000
+#: Comparisons of entries with modules, and of shell patterns with modules, each of which may be a regex that is compiled
+#: again: a second each. Honest lists of the largest models need a tenth.
+_MOST_COMPARISONS, _MOST_PATTERNS = 10_000_000, 30_000
 
 
 def is_nvidia(raw: object) -> bool:
@@ -38,15 +39,16 @@ def is_nvidia(raw: object) -> bool:
 
 class _LeftOut(Names):
     """Entries of `ignore`, `exclude_modules` or `ignored_layers`. A module is named by an entry equal to it, routed experts
-    by any entry below theirs, and with `wildcards` also by a part of its name and by shell patterns."""
+    by any entry below theirs, and with `wildcards` also by shell patterns and, with `parts`, by a part of its name."""
 
-    def __init__(self, entries: tuple[str, ...], wildcards: bool, problems: list[str]) -> None:
+    def __init__(self, entries: tuple[str, ...], wildcards: bool, problems: list[str], parts: bool = True) -> None:
         self.entries = entries
-        self._wildcards, self._problems = wildcards, problems
+        self._wildcards, self._parts, self._problems = wildcards, parts, problems
         self._equal = frozenset(entries)
+        self._wild = [entry for entry in self._equal if set(entry) & set("*?[")]
         self._experts = {found[1] for entry in entries if (found := re.match(r"(.*\.experts)(?:\.|$)", entry))}
         self._known: dict[str, bool] = {}
-        self._spent = 0
+        self._spent = self._matched = 0
 
     def name(self, module: str, names: Iterable[str]) -> bool:
         """See `Names.name`."""
@@ -67,25 +69,26 @@ class _LeftOut(Names):
         return self._known[seen]
 
     def _pattern_of(self, name: str) -> bool:
-        self._spent += len(self.entries)
-        if self._spent > _MOST_COMPARISONS:
+        self._spent += len(self._equal)
+        self._matched += len(self._wild)
+        if self._spent > _MOST_COMPARISONS or self._matched > _MOST_PATTERNS:
             problem = f"{_KEY}: {len(self.entries):,} entries of modules that are left out take too long to match"
             self._problems += [problem] if problem not in self._problems else []
             return False
-        return any(entry in name or fnmatchcase(name, entry) for entry in self.entries)
+        within = self._parts and any(entry in name for entry in self._equal)
+        return within or any(fnmatchcase(name, pattern) for pattern in self._wild)
 
 
 class _Experts(Names):
     """Routed experts but for those of blocks that `ignore` names, which vLLM reads as MXFP4 then."""
 
-    def __init__(self, family: Family, ignore: tuple[str, ...]) -> None:
+    def __init__(self, family: Family, ignore: tuple[str, ...], problems: list[str]) -> None:
         self.entries = ("routed experts",)
-        self._expert, self._ignore = family.expert, ignore
+        self._expert, self._ignore = family.expert, _LeftOut(ignore, True, problems, parts=False)
 
     def name(self, module: str, names: Iterable[str]) -> bool:
         """See `Names.name`."""
-        stem, *rest = re.split(self._expert, module + ".")
-        return bool(rest) and not any(fnmatchcase(f"{stem}.experts", entry) for entry in self._ignore)
+        return re.search(self._expert, module + ".") is not None and not self._ignore.name(module, ())
 
     def idle(self, modules: Mapping[str, tuple[str, ...]]) -> list[str]:
         """None: there is one entry, which is not the checkpoint's."""
@@ -137,7 +140,9 @@ def _read_hybrid(raw: dict[str, Any], config: dict[str, Any], family: Family, fo
     ignore = _texts(raw.get("ignore") or [], "ignore", problems)
     weights = FP8_BLOCK.weights | {"block_structure": tile}
     found.groups = [
-        Group("NVFP4 experts", _Experts(family, ignore), NVFP4.weights, NVFP4.input_activations, NVFP4_FORMAT),
+        Group(
+            "NVFP4 experts", _Experts(family, ignore, problems), NVFP4.weights, NVFP4.input_activations, NVFP4_FORMAT
+        ),
         Group("FP8", _Linears(head=False), weights, FP8_BLOCK.input_activations, FP8_BLOCK.format, implied=True),
     ]
 
