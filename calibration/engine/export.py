@@ -61,7 +61,7 @@ class Exporter:
                 self._packed[step.module] = self._quantized(step, own[step.module], scales.get(step.module))
         own_errors = {name: self.errors[name] for name in own if name in self.errors}
         own_exact = {name: self.exact[name] for name in own if name in self.exact}
-        for errors, exact in self.ranks.exchange(f"packed weights of block {block}", (own_errors, own_exact)):
+        for errors, exact in self.ranks.all_gather(f"packed weights of block {block}", (own_errors, own_exact)):
             self.errors |= errors
             self.exact |= exact
         return {shard.name: digest for shard in shards if (digest := self._gathered(shard, modules, scales))}
@@ -70,7 +70,7 @@ class Exporter:
         self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
     ) -> str | None:
         """Brings one shard's tensors to rank 0, which writes it and returns its digest."""
-        self.ranks.exchange(f"shard {shard.name}", None)
+        self.ranks.all_gather(f"shard {shard.name}", None)
         for step in (self.plan.steps[source] for source in shard.sources):
             if step.action != "quantize" or not (owner := self._owners[step.module]):
                 continue

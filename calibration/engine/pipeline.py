@@ -83,6 +83,6 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
         Walk(run, cache, subgraphs, samples, edits, blockwise).walk()
         LifecycleCallbacks.calibration_end()
-        run.ranks.exchange("end", None)  # activations on a shared disk are removed when nobody reads them any more
+        run.ranks.all_gather("end", None)  # activations on a shared disk are removed when nobody reads them any more
     run.summary.blocks, run.summary.batches = len(run.source.blocks), batches
     run.summary.seconds = time.monotonic() - started

@@ -43,7 +43,7 @@ from calibration.model.tracing import called_modules
 from calibration.runs.memory import PeakMemory
 from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Boundary, Resume
-from calibration.runs.sharing import summed, widen
+from calibration.runs.sharing import all_reduce_extremes, sum_counts
 from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
 
 
@@ -202,7 +202,7 @@ class Walk:
         source.unload(roots)
         if number is not None:
             facts = None if result is None else result.facts()
-            boundary = Boundary.whole(run.ranks.exchange(f"activations behind {part.where}", self.cache.commit()))
+            boundary = Boundary.whole(run.ranks.all_gather(f"activations behind {part.where}", self.cache.commit()))
             run.callbacks.on_finished(number, facts, boundary)
         # Behind this meeting the block is finished for all ranks.
         stop = number is not None and run.ranks.any(f"end of {part.where}", run.callbacks.should_stop())
@@ -238,7 +238,7 @@ class Walk:
         if self.edits:
             self._propagate(part)
         require_scales(own, where)
-        figures = run.ranks.exchange(f"scales of {where}", (parity, run.memory.take()))
+        figures = run.ranks.all_gather(f"scales of {where}", (parity, run.memory.take()))
         return BlockResult(
             part.number, len(source.blocks), part.name, quantized, self._edited(roots, quantized, where), tokens, filled,
             nearest, max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
@@ -248,8 +248,8 @@ class Walk:
         """Every rank goes on with what all of them saw."""
         ranks, counted = self.run.ranks, self.run.experts
         found = (getattr(module, f"{base}_observer", None) for module in quantized.values() for base in ACTIVATION_OBS)
-        widen(ranks, [observer for observer in found if observer is not None])
-        tokens = summed(ranks, f"tokens of {where}", map(counted.tokens, experts))
+        all_reduce_extremes(ranks, [observer for observer in found if observer is not None])
+        tokens = sum_counts(ranks, f"tokens of {where}", map(counted.tokens, experts))
         for module, total in zip(experts, tokens, strict=True):
             counted.count(module, total)
 

@@ -1,1 +1,1 @@
-"""What a run keeps outside its output: journal, resume, ranks, disk and memory."""
+"""What a run needs besides arithmetic: its journal, resume, ranks, disk and memory."""

@@ -1,4 +1,4 @@
-"""Disks before the work: whether what will be written fits, and whether files can be written, made durable and renamed."""
+"""Checks disks before the work: the space a run needs, and whether files can be written, fsynced and renamed there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes and files that a run will put below `directory`, which need not exist yet, and what it can be told apart by."""
+    """Bytes and files that a run will write below `directory`, which may not exist yet; `what` names them in
+    messages."""
 
     what: str
     directory: Path
@@ -27,7 +28,7 @@ class Need:
 
 
 def existing(directory: Path) -> Path:
-    """The directory itself, or the nearest one above it that is there."""
+    """The directory itself, or its nearest parent that exists."""
     directory = directory.absolute()
     while not directory.exists():
         directory = directory.parent
@@ -35,7 +36,7 @@ def existing(directory: Path) -> Path:
 
 
 def space_problems(needs: Sequence[Need]) -> list[str]:
-    """One message per file system that has less room, or fewer inodes, than the needs that fall on it together."""
+    """One message per file system whose free bytes or inodes are fewer than the sum of the needs on it."""
     together: dict[int, list[Need]] = defaultdict(list)
     for need in needs:
         together[existing(need.directory).stat().st_dev].append(need)
@@ -60,9 +61,9 @@ def space_problems(needs: Sequence[Need]) -> list[str]:
 
 
 def probe_write(directory: Path, tag: str, nbytes: int) -> float:
-    """Writes, fsyncs, renames and removes a file of `nbytes` in `directory` (or the nearest one above that is there);
-    returns bytes per second. Its names end with `.partial`, so that what a kill leaves is taken for what it is, and hold
-    `tag`, so that the next probe replaces it. Raises EnvironmentProblem naming the step that failed."""
+    """Writes, fsyncs, renames and removes a file of `nbytes` in `directory` (or its nearest parent that exists);
+    returns bytes per second. The file names end with `.partial`, so that a leftover of a kill is recognized as one, and
+    contain `tag`, so that the next probe replaces it. Raises EnvironmentProblem that names the step that failed."""
     place = existing(directory)
     first, last = (place / f".{tag}.{step}{PARTIAL}" for step in ("rehearsal", "renamed"))
     chunk, step, began = os.urandom(min(_CHUNK, nbytes)), "written", time.monotonic()

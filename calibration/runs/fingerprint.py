@@ -1,4 +1,5 @@
-"""Whether a run may be resumed: all that its bytes depend on, as one readable value per key, then and now."""
+"""Decides whether a run may resume: compares everything its bytes depend on, one readable value per key, with the
+recorded values."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ from calibration.checkpoint.side_files import TOKENIZER_FILES
 from calibration.plan.task import Task
 from recipes.errors import EnvironmentProblem, SourceError
 
-#: Packages whose arithmetic or file format the output depends on, this one included.
+#: Packages, including this one, whose arithmetic or file format the output depends on.
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "nvfp4-workflows")
-#: What in a recipe changes nothing in what the calibrate stage computes.
+#: The parts of a recipe that do not affect what the calibrate stage computes.
 _WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"}}
 _SAMPLE_BYTES = 1 << 16
 
@@ -33,14 +34,14 @@ def versions() -> dict[str, str]:
 
 
 def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:
-    """All that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write equal
-    files. `device` names the arithmetic (processor capability or accelerator); a run may go on with another one, but not to
-    the same bytes (calibration.runs.row_invariance). The number of ranks is no part of it: what several ranks may calibrate gives
-    the same bytes with any number."""
+    """Everything that the output's bytes depend on, one readable value per key; two runs with equal fingerprints write
+    equal files. `device` names the arithmetic (processor capability or accelerator); a run may resume with another one,
+    but its bytes differ then (calibration.runs.row_invariance). The fingerprint excludes the number of ranks: any
+    number gives the same bytes. Raises SourceError if a file of the source cannot be read."""
     source = task.source
     settings = task.recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
     if task.recipe.calibration and task.recipe.calibration.input_headroom == 1:
-        del settings["calibration"]["input_headroom"]  # runs that were begun before there was one go on
+        del settings["calibration"]["input_headroom"]  # runs from before this key existed can still resume
     try:
         tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
         files = _source_digest(source)
@@ -58,7 +59,7 @@ def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:
 
 
 def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Path, finished: int) -> None:
-    """Raises EnvironmentProblem that names every key whose value changed since the run began, old -> new."""
+    """Raises EnvironmentProblem that lists every key whose value changed since the run began, old -> new."""
     changed = [key for key in {**recorded, **now} if recorded.get(key) != now.get(key)]
     if not changed:
         return
@@ -66,13 +67,13 @@ def require_same(recorded: Mapping[str, Any], now: Mapping[str, Any], where: Pat
     raise EnvironmentProblem(
         f"{where}: this run began with other settings, and its {finished} finished blocks would not fit what would be "
         "calculated now. Changed since:\n" + "\n".join(lines) + "\nRemedy: set it back and run the same command again, "
-        "or pass --restart, which begins anew and discards the finished blocks"
+        "or pass --restart, which starts over and discards the finished blocks"
     )
 
 
 def require_unchanged(changed: Sequence[str], shards: int, where: Path) -> None:
-    """Raises SourceError if shards of the source, named as `changed_shards` does, changed since the run in `where` began:
-    what is finished may be of other bytes than what would be read now."""
+    """Raises SourceError if shards of the source changed since the run in `where` began: the finished part may come
+    from other bytes than a resumed run would read. `changed` is the result of `changed_shards`."""
     if changed:
         raise SourceError(
             f"{where}: the source changed since this run began ({len(changed)} of {shards} shards: {'; '.join(changed[:3])}"
@@ -90,7 +91,8 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _source_digest(source: Checkpoint) -> str:
-    """Names, sizes and a sample of the bytes of every shard, and the config: reading all of it would take hours."""
+    """A digest of the config and of every shard's name, size and a sample of its bytes: reading all bytes would take
+    hours."""
     digest = hashlib.sha256()
     for name in (CONFIG_NAME, INDEX_NAME, *source.shards):
         path = source.directory / name

@@ -1,4 +1,4 @@
-"""What makes an output's shards a checkpoint, however they were written: side files, recipe, config, and the index last."""
+"""Turns an output's shards into a checkpoint: writes side files, recipe and config, and the index last."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
 from calibration.plan.quantization_config import output_config
 from calibration.plan.task import Task
 
-#: The model card, which is the output's own.
+#: The model card; the output has one of its own.
 CARD_NAME = "README.md"
 
 
 def finish_output(task: Task, recipe_text: str | None) -> list[str]:
-    """Writes the source's side files, recipe.yaml (if there is one) and config.json, in NVIDIA's dialect
-    hf_quant_config.json, and the index last: from then on the output loads. Returns the files that it wrote, relative to
-    the output."""
+    """Writes the source's side files, recipe.yaml (if `recipe_text` is given), config.json, in NVIDIA's dialect
+    hf_quant_config.json, and the index last: only then does the output load. Returns the names of the files it wrote,
+    relative to the output."""
     plan, source, output = task.plan, task.source, task.output
     copied = [(path, str(path.relative_to(source.directory))) for path in side_files(source.directory).copied]
     for path, name in copied:

@@ -1,4 +1,5 @@
-"""The run directory `<output>.run/`: what a run has done (journal), what it is doing (events), and its by-products."""
+"""The run directory `<output>.run/`: the journal (what is finished), the events (what is happening), and
+by-products."""
 
 from __future__ import annotations
 
@@ -20,14 +21,15 @@ from recipes.places import run_directory
 
 class RunDirectory:
     """`<output>.run/` of one output: plan.json, recipe.yaml, journal.jsonl (durable facts), events.jsonl (progress),
-    logs/, skeleton/, activations/ and verify.json. One process at a time holds its lock, however it spells the output."""
+    logs/, skeleton/, activations/ and verify.json. One process at a time holds its lock, even if two spell the output's
+    path differently."""
 
     def __init__(self, output: Path) -> None:
         self.path = run_directory(output)
         self._lock: IO[str] | None = None
 
     def open(self) -> RunDirectory:
-        """Creates the directory and takes its lock. Raises EnvironmentProblem when it cannot be written or another
+        """Creates the directory and takes its lock. Raises EnvironmentProblem if it cannot be written or another
         process works on the same output."""
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
@@ -50,14 +52,14 @@ class RunDirectory:
         return self
 
     def _refuse_links(self) -> None:
-        """Raises EnvironmentProblem for a link in the run directory, which may come from elsewhere: what it leads to would be
-        written over, or removed with old activations."""
+        """Raises EnvironmentProblem if the run directory, which may come from elsewhere, contains a link: a run would
+        overwrite the link's target or remove it with old activations."""
         with os.scandir(self.path) as entries:
             links = sorted(entry.name for entry in entries if entry.is_symlink())
         if links:
             raise EnvironmentProblem(
-                f"{self.path}: {', '.join(links[:3])}: a run directory holds no links, a run would write to what they lead to; "
-                "remove them (offload.directory puts activations elsewhere)"
+                f"{self.path}: {', '.join(links[:3])}: a run directory holds no links, because a run would write to "
+                "their targets; remove them (offload.directory puts activations elsewhere)"
             )
 
     def close(self) -> None:
@@ -68,38 +70,41 @@ class RunDirectory:
             self._lock = None
 
     def holder(self) -> str | None:
-        """Who works on this output now, as `pid N` or `host H`; None when nobody does. Does not touch the lock."""
+        """The process that works on this output now, as `pid N` or `host H`; None if there is none. Does not touch the
+        lock."""
         try:
-            told = read_json_object(self.path / "lock")
+            lock = read_json_object(self.path / "lock")
         except SourceError:
             return None
-        if not isinstance(told.get("host"), str) or not isinstance(told.get("pid"), int):
+        if not isinstance(lock.get("host"), str) or not isinstance(lock.get("pid"), int):
             return None
-        if told["host"] != socket.gethostname():
-            return f"host {told['host']} (if it still lives)"
-        return f"pid {told['pid']}" if process_began(told["pid"]) == told.get("began") is not None else None
+        if lock["host"] != socket.gethostname():
+            return f"host {lock['host']} (if it still lives)"
+        return f"pid {lock['pid']}" if process_began(lock["pid"]) == lock.get("began") is not None else None
 
     def free(self) -> bool:
-        """Whether the lock can be taken now. `holder` alone cannot tell whether a process of another host still lives."""
+        """Whether the lock can be taken now. `holder` alone does not know if a process on another host is still
+        alive."""
         with contextlib.suppress(OSError), open(self.path / "lock", "a", opener=no_link) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         return False
 
     def event(self, name: str, /, **facts: Any) -> dict[str, Any]:
-        """Appends one line to events.jsonl and returns it. `time` is seconds since the epoch. A full disk loses it:
-        events inform, and only the journal must hold."""
+        """Appends one line to events.jsonl and returns it. `time` is seconds since the epoch. On a full disk the line
+        is lost: events only inform, the journal alone must be durable."""
         line = {"time": round(time.time(), 3), "event": name, **facts}
         with contextlib.suppress(OSError):
             append_line(self.path / "events.jsonl", line, durable=False)
         return line
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl, oldest first; a line that means nothing (`lines`) is left out."""
+        """The valid lines of events.jsonl (`calibration.runs.lines`), oldest first."""
         return read_events(self.path / "events.jsonl")
 
     def record(self, name: str, /, **facts: Any) -> None:
-        """Appends one durable fact to journal.jsonl: on disk before this returns. Raises EnvironmentProblem."""
+        """Appends one line to journal.jsonl, durable before this returns. Raises EnvironmentProblem if it cannot be
+        written."""
         path = self.path / "journal.jsonl"
         try:
             append_line(path, {"time": round(time.time(), 3), "fact": name, **facts}, durable=True)
@@ -109,11 +114,11 @@ class RunDirectory:
             ) from None
 
     def facts(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The journal's lines, oldest first; a line that means nothing (`lines`) is left out."""
+        """The journal's valid lines (`calibration.runs.lines`), oldest first; only those of `kind` if it is given."""
         return [fact for fact in read_journal(self.path / "journal.jsonl") if kind is None or fact["fact"] == kind]
 
     def restart(self, name: str | None = None, /, **facts: Any) -> None:
-        """Forgets the journal: the run begins anew, with the fact `name` where one is given, in one step."""
+        """Replaces the journal atomically by an empty one, or by one with the single fact `name` if it is given."""
         path = self.path / "journal.jsonl"
         if name is None:
             path.unlink(missing_ok=True)
@@ -129,9 +134,10 @@ class RunDirectory:
 
 
 def append_line(path: Path, line: dict[str, Any], durable: bool) -> None:
-    """Appends one JSON line whole or not at all; `durable` has it on disk before this returns. Raises OSError."""
+    """Appends one whole JSON line or nothing; with `durable` it is on disk before this returns. Raises OSError."""
     new = not path.exists()
-    # Opened for reading too, to see how the last writer ended: a line that a kill cut off must not swallow this one.
+    # Opened for reading too, to see whether the last line is complete: a line that a kill cut off must not absorb this
+    # one.
     with open(path, "a+b", buffering=0, opener=no_link) as file:
         size = file.seek(0, os.SEEK_END)
         if size:
@@ -148,8 +154,8 @@ def append_line(path: Path, line: dict[str, Any], durable: bool) -> None:
 
 
 def process_began(pid: int) -> str | None:
-    """When a process of this machine began, in the kernel's ticks: a process number alone may be another's by now.
-    None for one that is not there or has ended and waits to be collected."""
+    """When a process of this machine began, in the kernel's ticks, because a pid alone may be reused. None if there is
+    no such process or it is a zombie."""
     with contextlib.suppress(OSError):
         state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else rest[18]

@@ -1,8 +1,8 @@
-"""The lines of a run directory's and a batch's files (journal.jsonl, events.jsonl, attempts.jsonl), read with types.
+"""Reads and validates the lines of journal.jsonl, events.jsonl (run directory) and attempts.jsonl (batch).
 
-A run directory may come from another machine or another person. A line that a kill cut off, that is no JSON, or whose
-fields are not what the code reads from that kind of line, counts as a line that was never written: what it says is done
-is done again.
+A run directory may come from another machine or another person. A line that a kill cut off, that is not JSON, or whose
+fields have other types than the code reads is ignored, as if it had never been written: the work it records is done
+again.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from calibration.checkpoint.files import MissingFile, read_text
 Number = Annotated[int, Field(ge=0, le=1 << 53)]
 Block = Annotated[int, Field(ge=0, le=100_000)]
 Seconds = Annotated[float, Field(ge=-1e11, le=1e11, allow_inf_nan=False)]
-#: The number of an expert as a key; what is drawn has a column for each.
+#: The number of an expert as a key; plots have a column for each, hence the limit.
 Expert = Annotated[str, Field(pattern=r"^[0-9]{1,4}$")]
 
 
 class _Line(BaseModel):
-    """`time` is seconds since the epoch. Fields that are not named stay and are not read; absent ones have the default."""
+    """`time` is seconds since the epoch. Unknown fields are kept and never read; absent fields get their default."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     time: Seconds = 0.0
@@ -149,7 +149,7 @@ class _Submitted(_Line):
     job: str
 
 
-#: Kind -> the fields that are read of such a line; of other kinds `time` alone.
+#: Kind -> the fields that are read from such a line; from other kinds only `time` is read.
 _JOURNAL: dict[str, type[_Line]] = {
     "shards": _Shards, "boundary": _Boundary, "fingerprint": _Fingerprint, "started": _Started, "calibrated": _Calibrated,
     "products": _Products,
@@ -197,7 +197,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _typed(line: dict[str, Any], key: str, kinds: dict[str, type[_Line]]) -> dict[str, Any] | None:
-    """The line with the defaults of the fields that are absent; None for one that means nothing."""
+    """The line with defaults for absent fields; None if it is invalid."""
     kind = line.get(key)
     if not isinstance(kind, str):
         return None

@@ -1,4 +1,5 @@
-"""The memory that a run itself holds: anonymous pages, not the source's mapped files, which the system may drop."""
+"""Measures the memory that a run itself holds: anonymous pages, without the source's mapped files, which the system may
+drop."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _SECONDS = 0.02
 
 
 class PeakMemory:
-    """Samples this process's anonymous memory while its context is open, in a thread of its own."""
+    """Samples this process's anonymous memory in a thread of its own while the context is open."""
 
     def __init__(self) -> None:
         self._peak = 0
@@ -40,7 +41,8 @@ class PeakMemory:
 
 
 def anonymous_memory() -> int:
-    """Anonymous resident memory of this process in bytes; where the system does not tell, its peak of all resident."""
+    """Anonymous resident memory of this process in bytes; if the system does not report it, the peak of all resident
+    memory."""
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("RssAnon:"):
@@ -51,8 +53,8 @@ def anonymous_memory() -> int:
 
 
 def available_memory() -> int:
-    """Bytes of anonymous memory that this process can have, what it holds included: the machine's available memory, or
-    less where a control group limits it."""
+    """Bytes of anonymous memory that this process can have, including what it already holds: the machine's available
+    memory, or less if a control group limits it."""
     page = Path("/proc/meminfo").read_text()
     free = next(int(line.split()[1]) * 1024 for line in page.splitlines() if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")

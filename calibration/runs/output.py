@@ -1,5 +1,5 @@
-"""What a run may remove from its output: what an earlier run of ours wrote there, and the shards of a checkpoint that
---overwrite replaces. Nothing else, nothing outside, and a link is removed, not followed."""
+"""Removes from an output what an earlier run of this project wrote there, and the shards of a checkpoint that
+--overwrite replaces. Nothing else, nothing outside; a link is removed, not followed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from calibration.runs.journal import RunDirectory
 from recipes.errors import EnvironmentProblem, SourceError
 
-#: Journal facts that begin a run: from then on the output is its own. `replaced`: what was there is being removed.
+#: Journal facts that begin a run: from then on the run owns the output. `replaced`: earlier contents are being removed.
 BEGUN = frozenset({"fingerprint", "started", "replaced"})
 
 
 def start_over(directory: RunDirectory, output: Path, fact: str, /, **facts: Any) -> None:
-    """Forgets the run in `directory`, removes its files and the checkpoint in `output`, and begins the journal with `fact`,
-    which names what is removed first: a kill in between leaves nothing that belongs to nobody."""
+    """Discards the run in `directory`, removes its files and the checkpoint in `output`, and begins a journal with
+    `fact`. The fact lists the files before they are removed, so that a kill in between leaves no file without an
+    owner."""
     names = sorted(_written(directory) | set(_shards(output)))
     directory.restart(fact, removes=names, **facts)
-    # The index goes first: nothing may look like a checkpoint that is being taken apart.
+    # The index is removed first: a directory that is being emptied must not look like a checkpoint.
     for path in (output / INDEX_NAME, *(found for name in names if (found := _below(output, name)) is not None)):
         try:
             path.unlink(missing_ok=True)
@@ -32,13 +33,13 @@ def start_over(directory: RunDirectory, output: Path, fact: str, /, **facts: Any
 
 
 def entries(output: Path) -> list[str]:
-    """The names in an output, sorted; none if it is not there. Raises EnvironmentProblem if it cannot be read."""
+    """The names in an output, sorted; none if it does not exist. Raises EnvironmentProblem if it cannot be read."""
     try:
         return sorted(os.listdir(output))
     except FileNotFoundError:
         return []
     except NotADirectoryError:
-        if not output.exists():  # a directory on the way is a file: what writes there says so
+        if not output.exists():  # a parent directory is a file: whatever writes there reports it
             return []
         raise EnvironmentProblem(f"{output}: output exists and is no directory; name another output") from None
     except OSError as error:
@@ -46,15 +47,15 @@ def entries(output: Path) -> list[str]:
 
 
 def remove_unfinished(output: Path) -> None:
-    """Removes the half-written shards that a kill left; every other half-written file is written again by `export`."""
+    """Removes the partial shards that a kill left; `export` writes every other partial file again."""
     for path in output.glob(f"*.safetensors{PARTIAL}"):
         if path.is_symlink() or path.is_file():
             path.unlink()
 
 
 def overwrite_problems(directory: RunDirectory, output: Path) -> list[str]:
-    """Why --overwrite may not replace what is in `output`: it is no checkpoint and no run's, or it would keep shards that a
-    loader could take for those of the new one."""
+    """Why --overwrite may not replace what is in `output`: it is neither a checkpoint nor the work of a run, or shards
+    would remain that a loader could mistake for the new ones."""
     try:
         names = entries(output)
     except EnvironmentProblem as problem:
@@ -75,12 +76,12 @@ def _strays(directory: RunDirectory, output: Path) -> list[str]:
         return []
     return [
         f"{output}: {len(strays)} safetensors files there are in no index and in no journal (first: {strays[0]}): "
-        "--overwrite does not remove them, and the output would hold them; move them away, or name another output"
+        "--overwrite does not remove them, and they would remain in the output; move them away, or name another output"
     ]
 
 
 def _written(directory: RunDirectory) -> set[str]:
-    """The files, relative to the output, that the journal says this run and those before it wrote there."""
+    """The files, relative to the output, that this run and earlier ones wrote there, according to the journal."""
     names: set[str] = set()
     for fact in directory.facts():
         for listed in (fact.get("shards"), fact.get("files"), fact.get("removes")):
@@ -90,7 +91,7 @@ def _written(directory: RunDirectory) -> set[str]:
 
 
 def _shards(output: Path) -> list[str]:
-    """The shards that the index in `output` names, or the only one of a checkpoint without an index."""
+    """The shards that the index in `output` names, or the only shard of a checkpoint without an index."""
     if not is_file(output / INDEX_NAME):
         return [SINGLE_NAME] if is_file(output / SINGLE_NAME) else []
     try:
@@ -104,7 +105,8 @@ def _shards(output: Path) -> list[str]:
 
 
 def _below(output: Path, name: str) -> Path | None:
-    """The file or link that a journal or an index names, if it is one and lies in `output` itself, through no link."""
+    """The file or link `name` (from a journal or an index) if it exists inside `output`, not reached through a link;
+    else None."""
     path = output / name
     inside = os.path.realpath(path.parent) == os.path.join(os.path.realpath(output), *Path(name).parts[:-1])
     if ".." in Path(name).parts or Path(name).is_absolute() or "\0" in name or not inside:

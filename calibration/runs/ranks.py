@@ -1,8 +1,8 @@
-"""The ranks of one run: what each of them takes, what they agree on, and how they end together.
+"""The interface of a run's ranks: batches of each rank, collectives, and how all of them end together.
 
-Each rank calibrates every world-size-th batch; the extremes that observers saw are reduced over all ranks, so scales
-are those of one rank, bit for bit. Weights are observed and packed in shares; rank 0 alone writes. Without torchrun
-there is one rank, and nothing here does anything; with it, see `calibration.runs.torchrun`.
+Each rank calibrates every world-size-th batch; the extremes that observers saw are reduced over all ranks, so that the
+scales equal those of a single rank, bit for bit. Each rank observes and packs the weights it owns; rank 0 alone writes.
+Without torchrun there is one rank, and these methods do nothing; with torchrun see `calibration.runs.torchrun`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from recipes.errors import WorkflowError
 
 T = TypeVar("T")
-#: Seconds that a living rank may let the others wait for it: its share of the slowest block.
+#: Seconds that the others wait for a living rank: longer than its part of the slowest block takes.
 PATIENCE = 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What ends a run: told by the rank that failed, or found by another where that one is `lost`."""
+    """Why a run ends: reported by the rank that failed, or found by another rank if that one is `lost`."""
 
     rank: int
     exit_code: int
@@ -31,7 +31,7 @@ class Failure:
 
 
 class Ended(WorkflowError):
-    """How all ranks of a run end."""
+    """The error that all ranks of a run end with."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.problems)
@@ -39,10 +39,10 @@ class Ended(WorkflowError):
 
 
 class Ranks:
-    """The only rank of a run without torchrun; `torchrun.connect` gives the ranks of one with it."""
+    """The only rank of a run without torchrun; `torchrun.connect` returns the ranks of a run with it."""
 
     rank, size = 0, 1
-    #: What ended the run, once this rank knows of it.
+    #: What ended the run, as soon as this rank knows of it.
     failure: Failure | None = None
 
     @property
@@ -52,7 +52,7 @@ class Ranks:
 
     @property
     def speaks(self) -> bool:
-        """Whether this rank tells the operator how the run ended: rank 0, or the first that is left."""
+        """Whether this rank reports to the operator how the run ended: rank 0, or the first one still alive."""
         return True
 
     @property
@@ -70,20 +70,21 @@ class Ranks:
         return batch % self.size == self.rank
 
     def start(self) -> None:
-        """Opens the channel for tensors, all ranks together. Raises EnvironmentProblem where a rank has no device."""
+        """Opens the channel for tensors, all ranks together. Raises EnvironmentProblem if a rank has no device."""
 
     def stop(self) -> None:
         """Closes the channel, all ranks together."""
 
-    def exchange(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
-        """The values of all ranks in their order. EnvironmentProblem naming `what` and who is late after `patience` s."""
+    def all_gather(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
+        """The values of all ranks, in rank order. Raises EnvironmentProblem that names `what` and the late ranks after
+        `patience` seconds."""
         return [value]
 
     def any(self, what: str, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return any(self.exchange(what, flag))
+        """Whether `flag` is set on any rank."""
+        return any(self.all_gather(what, flag))
 
-    def least(self, tensor: torch.Tensor) -> None:
+    def all_reduce_min(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` (on this rank's device) by the minimum over all ranks, element by element."""
 
     def send(self, tensor: torch.Tensor) -> None:
@@ -91,16 +92,17 @@ class Ranks:
         raise NotImplementedError
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """What rank `source` sends next."""
+        """The tensor that rank `source` sends next."""
         raise NotImplementedError
 
     def failing(self) -> bool:
-        """Whether another rank has failed, so that there is nothing left to finish."""
+        """Whether another rank has failed, so that this one has nothing left to finish."""
         return False
 
     def agree(self, error: WorkflowError) -> WorkflowError:
-        """Tells all ranks that this one ends with `error`. Returns what all of them end with: the first error told."""
+        """Publishes that this rank ends with `error`. Returns the error that all ranks end with: the one that was
+        published first."""
         return error
 
-    def leave(self) -> None:
-        """Ends this rank's part; after a failure it waits until every other rank knows of it."""
+    def end(self) -> None:
+        """Ends this rank's part; after a failure it first waits until every other rank knows of it."""

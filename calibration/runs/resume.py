@@ -1,7 +1,7 @@
-"""What a run may resume from: the blocks that are finished on disk and the activations between them.
+"""Finds what a run may resume from: the blocks that are finished on disk and the activations between them.
 
-A block is finished when its journal line is there and every shard that the line names has the digest it names. The
-line is written last: first the shards, then the activations that enter the next block, then the line.
+A block is finished if its journal line exists and every shard that the line names has the recorded digest. The order of
+writing is: the shards, the activations that enter the next block, the journal line.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from recipes.places import own_scratch
 
 def is_boundary(directory: Path, files: Mapping[str, str], run: RunDirectory, output: Path) -> bool:
     """Whether these are saved activations of the run of `output`: in its run directory, or in its own part of some
-    offload.directory, through no link. A journal may come from elsewhere, and the directories of old activations are
-    removed: one of another run, or of nobody's, must not be named."""
+    offload.directory, not reached through a link. A journal may come from elsewhere and directories of old activations
+    are removed, so the journal must not be able to name a directory that the run does not own."""
     parent = Path(os.path.realpath(directory.parent))
     ours = parent == Path(os.path.realpath(run.path)) / "activations" or parent.name == own_scratch(parent, output).name
     ours = ours and not directory.is_symlink()
@@ -39,7 +39,7 @@ def is_boundary(directory: Path, files: Mapping[str, str], run: RunDirectory, ou
 
 
 def batch_file(number: int) -> str:
-    """The file of a boundary that holds the `number`-th batch of the run, whichever rank wrote it."""
+    """The name of a boundary's file with the `number`-th batch of the run, whichever rank wrote it."""
     return f"batch-{number:06d}.pt"
 
 
@@ -57,32 +57,32 @@ class Boundary:
 
     @staticmethod
     def whole(parts: list[Boundary | None]) -> Boundary | None:
-        """The boundary that all ranks saved together; None where none did."""
+        """The boundary that all ranks saved together; None if no rank saved one."""
         files = {name: digest for part in parts if part is not None for name, digest in part.files.items()}
         return None if parts[0] is None else Boundary(parts[0].directory, dict(sorted(files.items())))
 
 
 @dataclass
 class Resume:
-    """What earlier runs left. `finished` maps the number of a block to the `block` part of its journal line;
-    `boundaries` maps the number of a block to the activations that enter it, checked; `activations` is the directory
-    for further ones; `damaged` names the finished blocks' files that no longer are what was written."""
+    """What earlier runs finished. `finished` maps block numbers to the `result` of their journal lines; `boundaries`
+    maps block numbers to the checked activations that enter them; `activations` is the directory for further ones;
+    `damaged` names the files of finished blocks whose digest has changed."""
 
     activations: Path
     finished: dict[int, dict[str, Any]] = field(default_factory=dict)
     boundaries: dict[int, Boundary] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
-    #: Whether the shards outside the blocks are there.
+    #: Whether the shards outside the blocks are finished.
     rest: bool = False
 
     def starting_point(self, first: int) -> int:
-        """The block whose input activations are at hand nearest before block `first`, 0 being the text itself."""
+        """The last block up to `first` whose input activations are saved; 0 means starting at the text itself."""
         return max((number for number in self.boundaries if number <= first), default=0)
 
 
 def read_resume(task: Task, directory: RunDirectory) -> Resume:
-    """What the journal says is finished and the files prove; later lines count before earlier ones. The boundaries are
-    not yet checked."""
+    """What the journal records as finished and the files confirm; later lines override earlier ones. The boundaries are
+    not checked yet."""
     plan, output = task.plan, task.output
     resume, blocks = Resume(activations_directory(task.scratch, directory.path, output)), plan.block_numbers
     lines: dict[int, dict[str, Any]] = {}
@@ -109,7 +109,7 @@ def read_resume(task: Task, directory: RunDirectory) -> Resume:
     resume.rest = not any(wanted[name] is None for name in broken)
     unfinished = {wanted[name] for name in broken}
     if not resume.rest and any(plan.family.place(step.source).block is None for step in plan.quantized.values()):
-        # What is quantized outside the blocks (a head) is calibrated with the last block.
+        # Modules quantized outside the blocks (a head) are calibrated with the last block.
         unfinished.add(blocks[-1])
     resume.finished = {
         number: lines[number]["result"] or {} for number in blocks if number in lines and number not in unfinished
@@ -119,8 +119,8 @@ def read_resume(task: Task, directory: RunDirectory) -> Resume:
     return resume
 
 
-#: What a run discards of an earlier one in its directory: nothing (it resumes or is refused); what is complete (verified) or
-#: has another fingerprint; all of it.
+#: What a run discards of an earlier one in its directory: nothing (it resumes or is refused), a run that is complete
+#: (verified) or has another fingerprint, or everything.
 Discard = Literal["nothing", "outdated", "everything"]
 
 
@@ -130,7 +130,7 @@ def discard_of(restart: bool, overwrite: bool) -> Discard:
 
 
 def finished_blocks(directory: RunDirectory, plan: Plan) -> set[int]:
-    """The blocks that the journal names as finished with this plan; whether the files still are is not looked at."""
+    """The blocks that the journal records as finished with this plan; the files themselves are not checked."""
     facts = directory.facts("shards")
     return {fact["block"] for fact in facts if fact.get("plan") == plan.digest and fact.get("block") is not None}
 
@@ -138,39 +138,40 @@ def finished_blocks(directory: RunDirectory, plan: Plan) -> set[int]:
 def open_resume(
     task: Task, directory: RunDirectory, now: dict[str, Any], discard: Discard = "nothing", ranks: Ranks | None = None
 ) -> Resume:
-    """Resumes the run in `directory` if its fingerprint is `now`; else starts over: journal, shards and activations are
-    removed, and the fingerprint is recorded.
+    """Resumes the run in `directory` if its fingerprint equals `now`. Else starts over: removes journal, shards and
+    activations and records the fingerprint.
 
-    Rank 0 does it, and every rank checks the saved activations of its own batches. Raises EnvironmentProblem if finished
-    blocks have another fingerprint, SourceError if shards of the source were written to since they were begun, unless
-    they are to be discarded.
+    Rank 0 does this; every rank checks the saved activations of its own batches. Raises EnvironmentProblem if finished
+    blocks have another fingerprint and SourceError if shards of the source have changed since the run began, unless
+    `discard` allows it.
     """
     ranks = ranks or Ranks()
     opened = _opened(task, directory, now, discard) if ranks.writes else None
-    resume = ranks.exchange("resume", opened)[0]
+    resume = ranks.all_gather("resume", opened)[0]
     assert resume is not None
     here = {number for number, boundary in resume.boundaries.items() if boundary.intact(ranks)}
-    everywhere = set.intersection(*ranks.exchange("saved activations", here))
+    everywhere = set.intersection(*ranks.all_gather("saved activations", here))
     resume.boundaries = {number: b for number, b in resume.boundaries.items() if number in everywhere}
-    # The journal names them by absolute paths, however the output is spelled now.
+    # The journal has absolute paths, however the output is spelled now.
     kept = {boundary.directory.resolve() for boundary in resume.boundaries.values()}
     for folder in resume.activations.glob("boundary-*"):
         if folder.resolve() not in kept:
             shutil.rmtree(folder, ignore_errors=True)
-    ranks.exchange("old activations", None)  # none may be written before all have removed the old ones
+    ranks.all_gather("old activations", None)  # no rank may write before all have removed the old ones
     return resume
 
 
 def _opened(task: Task, directory: RunDirectory, now: dict[str, Any], discard: Discard) -> Resume:
     source, output = task.source.state, task.output
     facts, now = directory.facts(), json.loads(json.dumps(now))
-    # Another device rounds differently, and what that costs is told (calibration.runs.row_invariance): no reason to lose a night.
+    # Another device rounds differently, but that alone does not discard a night's work: the run reports what it costs
+    # (calibration.runs.row_invariance).
     here = {"device": now["device"]} if "device" in now else {}
     begun = [fact for fact in facts if fact.get("fact") == "fingerprint"]
     finished = {fact["block"] for fact in facts if fact.get("fact") == "shards"} if begun else set()
     complete = any(fact.get("fact") == "verified" for fact in facts)
     if finished and discard != "everything":
-        # Runs before this one recorded no state of the source.
+        # Early versions recorded no state of the source.
         changed = changed_shards(begun[-1]["source"], source) if begun[-1]["source"] else []
         if begun[-1]["parts"] | here == now and not changed and not (discard == "outdated" and complete):
             return read_resume(task, directory)
@@ -190,7 +191,8 @@ def activations_directory(scratch: Path | None, run_directory: Path, output: Pat
 
 
 def different(directory: Path, digests: Mapping[str, str]) -> set[str]:
-    """The files that are missing or have another sha256; read in parallel, for a terabyte of shards takes a while."""
+    """The files that are missing or have another sha256; read in parallel, because a terabyte of shards takes a
+    while."""
 
     def bad(name: str) -> bool:
         try:
@@ -203,5 +205,5 @@ def different(directory: Path, digests: Mapping[str, str]) -> set[str]:
 
 
 def intact(directory: Path, digests: Mapping[str, str]) -> bool:
-    """Whether every file is there with its digest."""
+    """Whether every file exists and has its digest."""
     return not different(directory, digests)

@@ -1,10 +1,11 @@
-"""How matrix products come out on the machine at hand, found by making a few: a promise of equal bytes holds only as far
-as products do (docs/promises.md).
+"""Probes how matrix products round on this machine: the promise of equal bytes holds only as far as products are equal
+(docs/promises.md).
 
-Processors with AMX and GPUs choose another kernel for another number of rows, which adds up in another order, so that a
-row's last bit depends on how many rows are multiplied with it. And two machines that torch gives one name
-(`cpu AVX512`) may round differently: here `ONEDNN_MAX_CPU_ISA=AVX512_CORE` was enough for BF16 and `MKL_CBWR=COMPATIBLE`
-for float32 (hyper-connections, Hessians), which MKL multiplies as the processor's maker says.
+Processors with AMX and GPUs choose the kernel by the number of rows, and kernels add up in different orders, so that a
+row's last bit depends on how many rows are multiplied with it. Two machines to which torch gives the same name (`cpu
+AVX512`) may round differently: `ONEDNN_MAX_CPU_ISA=AVX512_CORE` was enough to change BF16 products, and
+`MKL_CBWR=COMPATIBLE` to change float32 ones (hyper-connections, Hessians), for which MKL chooses kernels by the
+processor's vendor.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-#: Rows of a product, and of the smaller ones that are compared with it; routed tokens come in multiples of 16.
+#: Rows of the full product, and of the smaller ones that are compared with it; routed tokens come in multiples of 16.
 ROWS, FEWER = 256, (1, 7, 16, 48, 80, 112, 240)
 #: Inputs of a float32 Gram matrix and its Cholesky factor: enough for MKL to split the latter among threads.
 PRECISE = 1024
-#: The most common shapes are tried, cut at so many outputs and inputs: 8 GFLOP at the most.
+#: How many of the most common shapes are tried, and the limit of their outputs and inputs: 8 GFLOP at most.
 SHAPES, OUTPUTS, INPUTS = 3, 512, 8192
 
 
 @dataclass(frozen=True)
 class Products:
-    """What was found on `device`: a `digest` of the products' bits, equal on machines that round alike, and the row counts
-    whose rows differ from the same rows among ROWS, by shape (`[out, in]` as text)."""
+    """The probe's result on `device`: a `digest` of the products' bits, equal on machines that round alike, and by
+    shape (`[out, in]` as text) the row counts at which rows differ from the same rows of the full product."""
 
     device: str
     digest: str
@@ -42,21 +43,23 @@ class Products:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For journal and events."""
+        """The result as JSON, for journal and events."""
         return {**asdict(self), "row_invariant": self.row_invariant}
 
     def lost(self, recorded: Sequence[Mapping[str, Any]]) -> str | None:
-        """What a run that goes on here loses, if its journal `recorded` another machine's products; None if nothing."""
+        """What a run loses by resuming here if its journal `recorded` another machine's products; None if it loses
+        nothing."""
         known = [fact for fact in recorded if fact["fact"] == "products"]
         begun = [fact["parts"].get("device") for fact in recorded if fact["fact"] == "fingerprint"]
         device = known[-1]["device"] if known else begun[-1] if begun else self.device
-        digest = known[-1]["digest"] if known else None  # runs before 2026-11-29 recorded the device alone
+        digest = known[-1]["digest"] if known else None  # runs before 2026-11-29 recorded only the device
         if device == self.device and digest in (None, self.digest):
             return None
         there = device + (f" (products {digest})" if digest else "")
         return (
-            f"finished blocks were calculated on {there}, and {self.device} (products {self.digest}) rounds differently: the "
-            "output will be as sound, but byte for byte that of neither machine; to calculate all blocks here, pass --restart"
+            f"finished blocks were calculated on {there}, and {self.device} (products {self.digest}) rounds "
+            "differently: the output will be as sound, but not byte for byte that of either machine; to calculate all "
+            "blocks here, pass --restart"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the ranks of a run divide among themselves, compare, and bring together."""
+"""Distributes modules among the ranks of a run, compares their settings, and reduces their statistics."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from recipes.errors import EnvironmentProblem, RecipeError
 
 
 def shares(plan: Plan, size: int) -> dict[str, int]:
-    """The rank that observes and packs each quantized module of `plan`: of every block about the same number of bytes,
-    a fused group whole."""
+    """Quantized module of `plan` -> the rank that observes and packs it. Ranks get about the same number of bytes of
+    every block; a fused group stays on one rank."""
     leader = {module: group[0] for group in plan.fused for module in group}
     loads: dict[int | None, list[int]] = {}
     owners: dict[str, int] = {}
@@ -28,7 +28,7 @@ def shares(plan: Plan, size: int) -> dict[str, int]:
 
 
 def require_batches(ranks: Ranks, batches: int) -> None:
-    """Raises RecipeError where a rank would have nothing to calibrate with."""
+    """Raises RecipeError if a rank would have no batch."""
     if batches < ranks.size:
         raise RecipeError(
             f"calibration: {batches} batches for {ranks.size} ranks; give torchrun at most --nproc-per-node {batches}, "
@@ -37,8 +37,8 @@ def require_batches(ranks: Ranks, batches: int) -> None:
 
 
 def require_equal(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
-    """Raises EnvironmentProblem that names what differs between the ranks' `facts`."""
-    first, *others = ranks.exchange(what, dict(facts))
+    """Raises EnvironmentProblem that names every key of `facts` that differs between the ranks."""
+    first, *others = ranks.all_gather(what, dict(facts))
     lines = [
         f"  {key}: {first.get(key)} on rank 0, {facts.get(key)} on rank {rank}"
         for rank, facts in enumerate(others, start=1)
@@ -49,14 +49,14 @@ def require_equal(ranks: Ranks, what: str, facts: Mapping[str, Any]) -> None:
         raise EnvironmentProblem("the ranks would not calculate the same:\n" + "\n".join(lines))
 
 
-def widen(ranks: Ranks, observers: Sequence[Any]) -> None:
-    """Gives every observer the extremes of what it saw on all ranks: exact, in any order. `observers` are
-    llm-compressor's with `min_vals` and `max_vals`, the same ones in the same order on every rank; one that saw nothing
-    on a rank takes the others' extremes."""
+def all_reduce_extremes(ranks: Ranks, observers: Sequence[Any]) -> None:
+    """Sets every observer's extremes to those over all ranks; exact, whatever the order. `observers` are
+    llm-compressor's with `min_vals` and `max_vals`, in the same order on every rank; one that saw nothing on a rank
+    takes the others' extremes."""
     if ranks.size == 1:
         return
     own = [(tuple(o.min_vals.shape), o.min_vals.dtype) if o.has_statistics else None for o in observers]
-    every = ranks.exchange("statistics", own)
+    every = ranks.all_gather("statistics", own)
     forms = [next((form for form in seen if form is not None), None) for seen in zip(*every, strict=True)]
     values = []
     for observer, form in zip(observers, forms, strict=True):
@@ -67,7 +67,7 @@ def widen(ranks: Ranks, observers: Sequence[Any]) -> None:
     if not values:
         return
     flat = torch.cat(values)
-    ranks.least(flat)
+    ranks.all_reduce_min(flat)
     for observer, form in zip(observers, forms, strict=True):
         if form is not None:
             shape, dtype = form
@@ -77,10 +77,10 @@ def widen(ranks: Ranks, observers: Sequence[Any]) -> None:
             flat = flat[2 * count :]
 
 
-def summed(ranks: Ranks, what: str, counts: Iterable[Mapping[int, int]]) -> list[dict[int, int]]:
-    """Counts by number, added up over all ranks."""
+def sum_counts(ranks: Ranks, what: str, counts: Iterable[Mapping[int, int]]) -> list[dict[int, int]]:
+    """Each dict of `counts` with its values added up over all ranks."""
     totals = []
-    for same in zip(*ranks.exchange(what, [dict(count) for count in counts]), strict=True):
+    for same in zip(*ranks.all_gather(what, [dict(count) for count in counts]), strict=True):
         total: Counter[int] = Counter()
         for count in same:
             total.update(count)

@@ -1,8 +1,8 @@
-"""The ranks of one run as torchrun starts them: how they meet, hear of a failure and end together.
+"""The ranks of one run as torchrun starts them: how they synchronize, learn of a failure and end together.
 
-Ranks meet at torchrun's store, waiting in Python, where a signal can end the wait: a rank that fails tells the store,
-and a thread of every rank looks there, and after the other processes, twice a second. Collectives of gloo or nccl,
-which nothing can end, follow a meeting at once and move data that is ready.
+Ranks meet at a barrier in torchrun's store and wait in Python, where a signal can end the wait. A rank that fails
+publishes its failure in the store; a watcher thread of every rank checks the store and the other processes twice a
+second. Collectives of gloo or nccl, which cannot be interrupted, only run right after a barrier, on data that is ready.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from recipes.errors import EnvironmentProblem, Interrupted, WorkflowError
 
 T = TypeVar("T")
 
-#: Seconds between two looks for failures, and between two signs of life.
+#: Seconds between two checks for failures, and between two heartbeats.
 LOOK, BEAT = 0.5, 5.0
-#: Seconds without a sign of life after which a rank of another host counts as lost. A rank that computes gives signs.
+#: Seconds without a heartbeat after which a rank of another host counts as lost. A rank that computes still sends them.
 SILENCE = 300.0
-#: Seconds that one transfer of tensors may take, rank 0's writing of a shard not included.
+#: Seconds that one transfer of tensors may take, not counting the time in which rank 0 writes a shard.
 TRANSFER = 3600.0
-#: Seconds to end in good order after a failure; torchrun kills what is left after 30.
+#: Seconds to end in good order after a failure; torchrun kills the remaining processes after 30.
 GRACE = 20.0
 
 
 class Stopped(KeyboardInterrupt):
-    """Another rank has failed; `Ranks.agree` knows how."""
+    """Raised in the main thread after another rank failed; `Ranks.agree` returns that failure."""
 
 
 class Process(NamedTuple):
-    """Where a rank runs; `began` tells it from a later process with the same number."""
+    """Where a rank runs; `began` distinguishes it from a later process with the same pid."""
 
     host: str
     pid: int
@@ -56,7 +56,7 @@ class Process(NamedTuple):
 
 
 def connect() -> Ranks:
-    """The ranks that torchrun started, or the only one. Raises EnvironmentProblem where they do not meet."""
+    """The ranks that torchrun started, or the only one. Raises EnvironmentProblem if they cannot connect."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
     try:
@@ -70,18 +70,20 @@ def connect() -> Ranks:
 
 
 class _Connected(Ranks):
-    """A rank among others. `store` is torchrun's; see the module's docstring for what goes through it."""
+    """One of several ranks. `store` is torchrun's; the module's docstring says what it is used for."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._store: Any = PrefixStore("workflows", store)
-        self._meetings, self._lost, self._leaving, self._channel = 0, set[int](), False, False
+        self._meetings, self._lost, self._ending, self._channel = 0, set[int](), False, False
         self._beats = {other: (b"", time.monotonic()) for other in range(size) if other != rank}
         self._beaten = 0.0
         pid = os.getpid()
         self.processes = list[Process]()
-        # Nobody gives signs of life yet: one that dies now is not seen to be gone, only missed.
-        self.processes = self.exchange("introduction", Process(socket.gethostname(), pid, process_began(pid)), SILENCE)
+        # There are no heartbeats yet: if a rank dies now, this one only notices that it does not come.
+        self.processes = self.all_gather(
+            "introduction", Process(socket.gethostname(), pid, process_began(pid)), SILENCE
+        )
         self._visible = {
             other for other in self._beats
             if self.processes[other].host == self.processes[rank].host and self._lives(other)
@@ -103,7 +105,7 @@ class _Connected(Ranks):
     @property
     def device(self) -> torch.device | None:
         accelerator = torch.accelerator.current_accelerator()
-        # With its number: threads that read ahead have a current device of their own.
+        # With its index: prefetch threads have a current device of their own.
         return None if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 
     def start(self) -> None:
@@ -116,11 +118,11 @@ class _Connected(Ranks):
                     f"give torchrun --nproc-per-node {count}"
                 )
             torch.accelerator.set_device_index(device.index)
-        self.exchange("start", None)
+        self.all_gather("start", None)
         backend = "gloo"
         if device is not None:
             backend = f"cpu:gloo,{device.type}:{dist.get_default_backend_for_device(device)}"
-        # A connection of its own: while the group waits for a rank, the watcher must be able to look.
+        # A store connection of its own: the watcher must be able to use the other one while the group waits for a rank.
         with self._channel_errors():
             dist.init_process_group(
                 backend, store=PrefixStore("channel", self._store.clone()), rank=self.rank, world_size=self.size,
@@ -129,12 +131,12 @@ class _Connected(Ranks):
         self._channel = True
 
     def stop(self) -> None:
-        self.exchange("stop", None)
+        self.all_gather("stop", None)
         if self._channel:
             dist.destroy_process_group()
         self._channel = False
 
-    def exchange(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
+    def all_gather(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
         self._meetings += 1
         keys = [f"meeting {self._meetings} {rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], pickle.dumps((what, value)))
@@ -145,15 +147,15 @@ class _Connected(Ranks):
                 raise EnvironmentProblem(f"{what}: {', '.join(late)} did not come within {patience:.0f} s")
             time.sleep(pause)
             pause = min(pause * 1.5, 0.02)
-        told = [pickle.loads(self._store.get(key)) for key in keys]
-        if self._meetings > 2:  # all have come here, so all have read what was told two meetings before
+        posted = [pickle.loads(self._store.get(key)) for key in keys]
+        if self._meetings > 2:  # all ranks have come here, so all have read the values of two barriers ago
             self._store.delete_key(f"meeting {self._meetings - 2} {self.rank}")
-        strange = [name for name, _ in told if name != what]
+        strange = [name for name, _ in posted if name != what]
         if strange:
             raise RuntimeError(f"rank {self.rank} came for {what!r}, another one for {strange[0]!r}: a defect here")
-        return [value for _, value in told]
+        return [value for _, value in posted]
 
-    def least(self, tensor: torch.Tensor) -> None:
+    def all_reduce_min(self, tensor: torch.Tensor) -> None:
         with self._channel_errors():
             dist.all_reduce(tensor, dist.ReduceOp.MIN)
 
@@ -172,15 +174,15 @@ class _Connected(Ranks):
         return self._look() is not None
 
     def agree(self, error: WorkflowError) -> WorkflowError:
-        self._leaving = True
+        self._ending = True
         problems = list(error.problems)
         if self.rank and not isinstance(error, Interrupted):
             problems[0] = f"{self._name(self.rank)}: {problems[0]}"
-        self.failure = self.failure or self._look() or self._tell(Failure(self.rank, error.exit_code, problems))
+        self.failure = self.failure or self._look() or self._publish(Failure(self.rank, error.exit_code, problems))
         return Ended(self.failure)
 
-    def leave(self) -> None:
-        self._leaving, until = True, time.monotonic() + 2 * GRACE
+    def end(self) -> None:
+        self._ending, until = True, time.monotonic() + 2 * GRACE
         sys.stdout.flush()
         sys.stderr.flush()
         with suppress(RuntimeError):
@@ -192,46 +194,46 @@ class _Connected(Ranks):
         self._done.set()
         self._watcher.join()
         if self._channel and self.failure is not None and self.device is not None:
-            os._exit(self.failure.exit_code)  # a broken group of nccl may wait for the lost rank when it is taken down
+            os._exit(self.failure.exit_code)  # destroying a broken nccl group may wait for the lost rank
 
     def _name(self, rank: int) -> str:
         process = self.processes[rank] if self.processes else None
         return f"rank {rank} of {self.size}" + (f" on {process.host} (pid {process.pid})" if process else "")
 
-    def _tell(self, failure: Failure) -> Failure:
-        """Publishes a failure; returns the one that was published first."""
+    def _publish(self, failure: Failure) -> Failure:
+        """Publishes `failure`; returns the one that was published first."""
         with suppress(RuntimeError):
-            told = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
-            failure = Failure(**json.loads(told))
+            published = self._store.compare_set("failure", "", json.dumps(asdict(failure)))
+            failure = Failure(**json.loads(published))
         return failure
 
     def _watch(self) -> None:
         found_at = None
         while not self._done.wait(LOOK):
             self.failure = self.failure or self._look()
-            if self.failure is None or self._leaving:
+            if self.failure is None or self._ending:
                 continue
             found_at = found_at or time.monotonic()
-            if time.monotonic() - found_at > GRACE:  # the main thread is caught in a collective that will not end
+            if time.monotonic() - found_at > GRACE:  # the main thread hangs in a collective
                 if self.speaks:
                     os.write(2, ("error: " + "\n".join(self.failure.problems) + "\n").encode())
                 os._exit(self.failure.exit_code)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _interrupt(self, number: int, frame: object) -> None:
-        if self.failure is not None and not self._leaving:
+        if self.failure is not None and not self._ending:
             raise Stopped
 
     def _look(self) -> Failure | None:
-        """A failure that was told, or a rank that is gone without having told one."""
+        """A published failure, or the loss of a rank that ended without publishing one."""
         try:
-            failure = self._told()
+            failure = self._published()
             if failure is None:
                 self._give_sign()
                 gone = next((other for other in self._beats if self._gone(other)), None)
-                # One that failed has told so before it went.
-                failure = self._told() or (None if gone is None else self._tell(self._loss(gone)))
-        except RuntimeError:  # the store is gone, and with it torchrun
+                # A rank that failed publishes its failure before it ends.
+                failure = self._published() or (None if gone is None else self._publish(self._loss(gone)))
+        except RuntimeError:  # the store is gone, and torchrun with it
             local = {other for other in self._visible if self._lives(other)}
             self._lost |= self._beats.keys() - local
             gone = min(self._lost, default=0)
@@ -240,7 +242,7 @@ class _Connected(Ranks):
             self._lost.add(failure.rank)
         return failure
 
-    def _told(self) -> Failure | None:
+    def _published(self) -> Failure | None:
         if not self._store.check(["failure"]):
             return None
         return Failure(**json.loads(self._store.get("failure")))
@@ -265,7 +267,7 @@ class _Connected(Ranks):
         return process_began(self.processes[other].pid) == self.processes[other].began is not None
 
     def _loss(self, rank: int | None) -> Failure:
-        rest = "all ranks have stopped; what is finished stays, the same command goes on from there"
+        rest = "all ranks have stopped; what is finished stays, run the same command again to resume"
         if rank is None:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             what = f"torchrun's store at {where} no longer answers: torchrun or its host has ended"
@@ -280,12 +282,14 @@ class _Connected(Ranks):
         try:
             yield
         except RuntimeError as error:
-            # The connection to a rank that ended breaks before anybody has noticed: the watcher will, and says more.
+            # The connection to a rank that ended breaks before the watcher notices: wait for the watcher, whose message
+            # says more.
             time.sleep(4 * LOOK)
             raise EnvironmentProblem(f"{self._name(self.rank)}: the connection to the others broke: {error}") from None
 
 
 def _report_unraisable(report: Callable[[Any], Any], caught: Any) -> None:
-    """Stopped may be raised where Python can only drop it (a finalizer, a weak reference's callback): it comes again."""
+    """Keeps Python from printing a Stopped raised where it is dropped (a finalizer, a weak reference's callback); it is
+    raised again."""
     if caught.exc_type is not Stopped:
         report(caught)

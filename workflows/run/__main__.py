@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             if reporter.directory is not None:
                 with suppress(KeyboardInterrupt):  # the run's own end is told; one more Ctrl-C ends the page alone
                     run.page.update(now=True)
-        ranks.leave()
+        ranks.end()
     if options.json and not options.dry_run and ranks.writes:
         print(json.dumps(_result(run, None), indent=2))
     return printed() if options.json or options.dry_run else 0
@@ -98,20 +98,20 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
         stages.require_shareable(run.recipe)
     if not ranks.writes:
         # Only calibration is shared out: the other stages are rank 0's alone.
-        if "calibrate" in chosen and not dry_run and not ranks.exchange("inspect", False)[0]:
+        if "calibrate" in chosen and not dry_run and not ranks.all_gather("inspect", False)[0]:
             stages.calibrate(run)
         return
     if dry_run:
         return _dry_run(run, as_json)
     done = stages.judged_before(run, chosen)
     if done is not None:
-        ranks.exchange("inspect", True)
+        ranks.all_gather("inspect", True)
         return _judge(run, done, as_json)
     # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
     with run.reporter.stage("inspect"):
         stages.inspect(run, chosen)
     if "calibrate" in chosen:
-        ranks.exchange("inspect", False)
+        ranks.all_gather("inspect", False)
     for name in chosen[1:] if chosen[0] == "inspect" else chosen:
         with run.reporter.stage(name), estimate.measured(run.took, name):
             getattr(stages, name)(run)
