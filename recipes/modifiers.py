@@ -1,7 +1,7 @@
 """llm-compressor's modifiers as a recipe spells them.
 
 Nothing here imports llm-compressor: its modifier names, argument names and preset schemes (in `recipes.fields`) are
-written out, and `tests/unit/test_recipes.py` compares them with the installed package. The modifiers that can run are
+written out, and `tests/unit/recipes/test_recipes.py` compares them with the installed package. The modifiers that can run are
 parsed in full; the others are refused by name, each with its reason.
 """
 

@@ -203,6 +203,15 @@ def test_nothing_imports_the_tests_and_no_test_another() -> None:
     assert [found for found, last in named if last.startswith("test_") or last == "conftest"] == []
 
 
+def test_unit_tests_lie_in_folders_named_as_what_they_test() -> None:
+    """Those of the tests' own models and benchmarks too; at the top stand those of the whole house."""
+    files = [path.relative_to(ROOT / "tests" / "unit") for path in sources("tests/unit").values()]
+    homes = {path.parts[0] for path in files if len(path.parts) > 1}
+    assert homes - {folder.rpartition("/")[2] for folder in ARROWS} == {"models", "benchmarks"}
+    top = {path.name for path in files if len(path.parts) == 1 and path.name.startswith("test_")}
+    assert top == {"test_directions.py", "test_docs.py"}
+
+
 def test_a_folder_says_in_a_docstring_what_it_holds_and_imports_nothing() -> None:
     """Who reads the state of a run must not wait for torch."""
     folders = {name: path for name, path in MODULES.items() if path.name == "__init__.py"}

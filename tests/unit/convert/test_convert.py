@@ -30,7 +30,7 @@ from tests.exported import EXPERTS, plan_of, task_of
 from tests.models import deepseek_v4, standard
 from tests.reference.compressed_tensors import of_compressed_tensors
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 #: All tensors of a V4 with few experts: no test here serves it.
 FEW = 8
 

@@ -13,7 +13,7 @@ from recipes.errors import SourceError
 from recipes.schema import Calibration
 from tests.models import standard
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 MODEL_TYPES = [model_type for family in FAMILIES for model_type in family.model_types]
 
 

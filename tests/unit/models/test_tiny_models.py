@@ -17,7 +17,7 @@ from tests.models import deepseek_v4, standard
 from tests.models.smollm2 import undo_rope_permutation
 from tests.models.tokenizer import SPECIAL_TOKENS, trained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STORED: tuple[deepseek_v4.Stored, ...] = get_args(deepseek_v4.Stored)
 FAMILIES: tuple[standard.Family, ...] = get_args(standard.Family)
 Header = dict[str, tuple[str, tuple[int, ...]]]

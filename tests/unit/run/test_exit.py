@@ -18,7 +18,7 @@ from recipes.streams import OUTPUT_LOST, Stream
 from tests.models import standard
 from workflows.run import __main__ as run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def into_a_closed_pipe(*arguments: str) -> tuple[int, bytes]:
@@ -40,8 +40,8 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 def test_every_command_line_ends_that_way() -> None:
     files = [path for package in ("workflows", "verify") for path in (ROOT / package).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if "\n    exit_with(main)" in path.read_text()}
-    commands = {"workflows/run/__main__.py", "workflows/batch/__main__.py", "workflows/inspect_checkpoint.py"}
-    assert found == {*commands, "verify/__main__.py"}
+    packages = {f"{package}/__main__.py" for package in ("workflows/run", "workflows/batch", "verify")}
+    assert found == {*packages, "workflows/inspect_checkpoint.py", "workflows/convert_dialect.py"}
     assert not [path for path in files if "sys.exit(main" in path.read_text()]
 
 

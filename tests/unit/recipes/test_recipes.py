@@ -28,7 +28,7 @@ from recipes.modifiers import (
 from recipes.schema import Recipe, json_schema_text
 from recipes.schemes import OBSERVERS, is_observer
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
 GROUPS = "modifiers.0.QuantizationModifier.config_groups"
 
