@@ -51,3 +51,11 @@ def inverse(scale: float | np.float32) -> np.float32:
 def returns(scale: float | np.float32) -> bool:
     """Whether the inverse of the inverse is the scale itself, bit for bit: float32 does not allow it for every scale."""
     return bool(inverse(inverse(scale)) == np.float32(scale))
+
+
+def is_nvidia(raw: object) -> bool:
+    """Whether a quantization_config is in NVIDIA's dialect."""
+    if not isinstance(raw, dict):
+        return False
+    method = raw.get("quant_method")
+    return (method == "fp8" and "moe_quant_algo" in raw) or (isinstance(method, str) and method.startswith("modelopt"))

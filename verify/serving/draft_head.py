@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.files import read_json_or_none
 from calibration.checkpoint.index import INDEX_NAME
 from calibration.families.registry import family_of
 from recipes.errors import WorkflowError
 from verify.checks import Check, unchecked
-from verify.structure.nvidia import is_nvidia
 
 _WHY = (
     "read from the headers (structure.mtp), not run: vLLM 0.32 has no draft model of this family for a CPU "

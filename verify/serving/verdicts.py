@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.source_config import routed_experts
 from recipes.schema import Serving
 from verify.checks import Check, Verdict
 from verify.serving import engine
 from verify.serving.samples import complaint
-from verify.structure.nvidia import is_nvidia
 
 #: id -> (what it proves, threshold, how).
 CHECKS = {

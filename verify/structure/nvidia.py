@@ -29,14 +29,6 @@ _FUSED = {
 _MOST_COMPARISONS, _MOST_PATTERNS = 10_000_000, 30_000
 
 
-def is_nvidia(raw: object) -> bool:
-    """Whether a quantization_config is in NVIDIA's dialect."""
-    if not isinstance(raw, dict):
-        return False
-    method = raw.get("quant_method")
-    return (method == "fp8" and "moe_quant_algo" in raw) or (isinstance(method, str) and method.startswith("modelopt"))
-
-
 class _LeftOut(Names):
     """Entries of `ignore`, `exclude_modules` or `ignored_layers`. A module is named by an entry equal to it, routed experts
     by any entry below theirs, and with `wildcards` also by shell patterns and, with `parts`, by a part of its name."""

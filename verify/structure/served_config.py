@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
+from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.family import Family
 from calibration.plan.nvidia_config import HYBRID_FIELDS
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 from verify.checks import Check, verdict
-from verify.structure.nvidia import is_nvidia
 
 _KEY = "quantization_config"
 #: Fields that say who wrote the file or how a training loop runs: no serving engine's output depends on them.

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.files import is_file, read_json
 from calibration.checkpoint.index import Checkpoint
 from calibration.plan.nvidia_config import HF_QUANT_CONFIG, agrees
 from recipes.errors import SourceError
 from verify.checks import Check, verdict
-from verify.structure.nvidia import is_nvidia
 
 #: Files that are executed, or unpickled, by whoever loads them.
 _RUNS = re.compile(

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA, Dialect
+from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA, Dialect, is_nvidia
 from calibration.checkpoint.files import read_json_object
 from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
@@ -25,7 +25,7 @@ from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
 from verify.known import Known
-from verify.structure.nvidia import is_nvidia, read_nvidia
+from verify.structure.nvidia import read_nvidia
 from verify.structure.served_config import config_check
 from verify.structure.side_files import files_check
 from verify.structure.stored import COMPANIONS, Stored, compare, stored_tensors
