@@ -41,9 +41,16 @@ def draft_head_doubts(formats: Formats, family: Family, dialect: Dialect, ignore
     if dialect is not NVIDIA:
         stored = {kind: module for kind, module in (experts | linears).items() if kind != "plain"}
         return [
-            f"{module} is stored as {_LABELS.get(kind, kind)}: under compressed-tensors vLLM builds the draft head plain; "
-            "the nvidia dialect keeps it readable"
+            f"{module} is stored as {_LABELS.get(kind, kind)}: under compressed-tensors vLLM builds the draft head plain"
+            f"{'; the nvidia dialect keeps it readable' if family.fp8_dialect is not None else ''}"
             for kind, module in stored.items()
+        ]
+    if family.fp8_dialect is None:  # modelopt's own form, whose list names a draft head that is plain
+        return [
+            f"{module} is stored as {_LABELS.get(kind, kind)}: under modelopt's config vLLM builds the draft head plain or as "
+            "NVFP4"
+            for kind, module in (experts | linears).items()
+            if kind not in ("plain", "modelopt_nvfp4")
         ]
     doubts = [
         f"{module} is stored as {_LABELS.get(kind, kind)}: under NVIDIA's dialect vLLM reads the draft's linear layers as FP8"

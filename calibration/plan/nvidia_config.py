@@ -136,8 +136,9 @@ def _hybrid(plan: Plan, words: FP8Dialect) -> tuple[dict[str, Any], dict[str, An
 def _modelopt(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     weight_only = any(scheme.name == "NVFP4A16" and plan.modules(name) for name, scheme in plan.groups.items())
     algorithm = "W4A16_NVFP4" if weight_only else "NVFP4"
-    excluded = _plain_modules(plan)
-    if not any(plan.family.place(name).part == "head" for name in plan.outputs):
+    excluded = [*_plain_modules(plan), *_plain_drafts(plan)]
+    places = map(plan.family.place, plan.outputs)
+    if not any(place.part == "head" and not place.mtp for place in places):
         excluded = [_HEAD, *excluded]  # tied to the embedding, and vLLM builds one that it would quantize
     described = {
         "config_groups": _groups(weight_only),
@@ -161,6 +162,15 @@ def _modules(plan: Plan, kind: str) -> list[str]:
     return [
         module for name, scheme in plan.groups.items() if scheme.name.lower() == kind for module in plan.modules(name)
     ]
+
+
+def _plain_drafts(plan: Plan) -> list[str]:
+    """A wildcard for each block of the draft head that is stored plain; without it an engine builds it as NVFP4."""
+    drafts: dict[str, set[str]] = {}
+    for output in plan.outputs.values():
+        if (match := re.search(plan.family.mtp, output.name)) is not None:
+            drafts.setdefault(match[0].rstrip("."), set()).add(output.dtype)
+    return [f"{block}.*" for block, dtypes in drafts.items() if dtypes <= _PLAIN]
 
 
 def _plain_modules(plan: Plan) -> list[str]:

@@ -389,6 +389,17 @@ def test_a_tied_head_that_no_entry_leaves_out_is_found(spelled: dict[str, Path],
     assert "lm_head: is not stored (tied)" in _verdicts(tmp_path / "out")["structure.targets"]
 
 
+def test_a_plain_draft_head_that_follows_the_blocks_is_left_out_of_modelopt_s_form(tmp_path: Path) -> None:
+    """Or vLLM builds it as NVFP4: `is_layer_excluded` takes these entries as shell patterns."""
+    source = standard.write(tmp_path / "source", "glm4_moe")
+    run(converting(source, tmp_path / "out", LINEAR, "NVFP4"))
+    assert respell(tmp_path / "out", tmp_path / "nvidia", "nvidia") == 0
+    listed = json.loads((tmp_path / "nvidia" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert [entry for entry in listed if "layers.3." in entry] == ["model.layers.3.*"]
+    assert "model.layers.1.mlp.gate" in listed and not any(entry.startswith("model.layers.2.self") for entry in listed)
+    assert _verdicts(tmp_path / "nvidia") == {}
+
+
 def _same(one: Path, other: Path) -> None:
     """Both hold the same tensors and the same configs."""
     ours, theirs = tensors(one), tensors(other)
