@@ -42,7 +42,7 @@ class Interrupts:
         finally:
             self._deferring = False
         if self.requested:
-            raise Interrupted("stopped behind the last block; the same command goes on from there")
+            raise Interrupted("stopped after the last block; run the same command to resume")
 
     def _handle(self, number: int, frame: object) -> None:
         if number == signal.SIGHUP:

@@ -36,6 +36,6 @@ def resolve_source(source: Source) -> Path:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
             f"source.checkpoint: {source.checkpoint}: no such directory, and the hub snapshot "
-            f"(revision {source.revision or 'main'}) cannot be had: {first}; check the name, the network and the token, "
+            f"(revision {source.revision or 'main'}) cannot be downloaded: {first}; check the name, the network and the token, "
             "or download it and name the directory"
         ) from None

@@ -190,7 +190,9 @@ class Work:
         assert callable(ready)
         self._changed.wait_for(lambda: self._stopped or ready())
         if self._stopped:
-            raise Interrupted("the conversion was stopped; the same command goes on from the last finished shard")
+            raise Interrupted(
+                "the conversion was stopped; run the same command to resume after the last finished shard"
+            )
 
     def _quantize(self, piece: Piece, stripe: Stripe, target: Bytes) -> Totals:
         step, rows = piece.step, piece.end - piece.begin

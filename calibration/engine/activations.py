@@ -201,7 +201,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
     def _problem(self, what: str, error: Exception) -> EnvironmentProblem:
         return EnvironmentProblem(
             f"{self._directory}: {what} cannot be written: {error}; give offload.directory more space, or use "
-            "fewer samples; the same command goes on from the last finished block"
+            "fewer samples; the same command resumes after the last finished block"
         )
 
 

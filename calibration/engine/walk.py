@@ -209,8 +209,8 @@ class Walk:
         self.cache.forget(before=index + 1)
         if number is not None and stop:
             total = len(source.blocks)
-            rest = "writes the index" if number + 1 == total else f"continues with block {number + 2}"
-            raise Interrupted(f"stopped behind block {number + 1} of {total}; the same command {rest}")
+            rest = "writes the index" if number + 1 == total else f"resumes with block {number + 2}"
+            raise Interrupted(f"stopped after block {number + 1} of {total}; the same command {rest}")
 
     def _work(self, part: Part, started: float) -> BlockResult:
         """Calibrates and checks what is loaded."""

@@ -57,7 +57,9 @@ def predict(
     up the seconds; `notes`: how each came about. Blocks that are `finished` cost nothing; `ranks` share the batches."""
     seen, notes = seen or Seen(), list[str]()
     if machine.write is None:
-        notes.append(f"writing is assumed to run at {ASSUMED_WRITE / 1e6:.0f} MB/s: no unnamed file can be had there")
+        notes.append(
+            f"writing is assumed to run at {ASSUMED_WRITE / 1e6:.0f} MB/s: the file system does not support O_TMPFILE"
+        )
     else:
         notes.append(f"writing measured: {1e-6 / max(machine.write.clock, 1e-12):,.0f} MB/s")
     notes.append(f"reading measured: {1e-6 / max(machine.read.clock, 1e-12):,.0f} MB/s")
@@ -76,7 +78,7 @@ def predict(
     if task.recipe.verify.structure or task.recipe.verify.fidelity:
         passes = task.plan.output_bytes * 2 + (task.source.total_bytes if task.recipe.verify.fidelity else 0)
         stages["verify"] = _told({"read": machine.read * passes}, passes, 0, None) | {"at_least": True}
-        notes.append("verify: reading alone; serving is not predicted")
+        notes.append("verify: reading only; serving is not predicted")
     return {"from": "rehearsal" if seen.rehearsal else "micro-benchmark", "stages": stages, "notes": notes,
             "blocks": sum(cost.number is not None for cost in costs), "output_bytes": written}  # fmt: skip
 

@@ -194,7 +194,7 @@ def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Pa
         if signals == 1:
             wait_for(lambda known=known: len(journal(tmp_path, "qwen")) > known, "a block")
         else:  # the block under way is the last one
-            wait_for(lambda: "tracing" in told.read_text().partition("going on with block 3")[2], "the last block")
+            wait_for(lambda: "tracing" in told.read_text().partition("resuming with block 3")[2], "the last block")
         for number in range(signals):
             notices = told.read_bytes().count(NOTICE)
             os.kill(process.pid or 0, signal.SIGINT)

@@ -91,7 +91,7 @@ def test_a_disk_fills_in_the_middle_and_space_comes_back(sources: dict[str, Path
     assert len(facts(batch, "qwen", "begun")) == 2
     assert [line["block"] for line in journal(disk, "qwen")] == [0, 1, 2]
     assert shards and {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in shards} == shards
-    assert "going on with block" in (batch / "runs/qwen/log.txt").read_text()
+    assert "resuming with block" in (batch / "runs/qwen/log.txt").read_text()
     assert files(disk, "qwen") == single_run(recipe, tmp_path / "alone")
 
 

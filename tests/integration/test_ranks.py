@@ -210,7 +210,7 @@ def test_first_signal_finishes_the_block_on_all_ranks_the_second_does_not(case: 
         assert end_ranks(attempt, ranks, since) == [INTERRUPTED, INTERRUPTED], attempt.text
         assert [line["block"] for line in attempt.journal()] == finished
         (message,) = messages(attempt)
-        assert ("stopped behind block 1 of 3" if signals == 1 else "interrupted: what is finished stays") in message
+        assert ("stopped after block 1 of 3" if signals == 1 else "interrupted: what is finished stays") in message
     assert go(attempt) == [0, 0]
     same(attempt, case)
 

@@ -47,7 +47,7 @@ def attempt(case: Case, request: pytest.FixtureRequest) -> Attempt:
 def test_goes_on_at_the_first_unfinished_block(case: Case, attempt: Attempt) -> None:
     assert attempt.go(partial(kill_behind, 1)) == KILLED
     attempt.go()
-    assert "2 of 3 blocks are finished; going on with block 3" in attempt.text
+    assert "2 of 3 blocks are finished; resuming with block 3" in attempt.text
     assert attempt.loaded() == [2]
     same(attempt, case)
     assert [line["block"] for line in attempt.journal()] == [0, 1, 2]
@@ -244,8 +244,8 @@ def test_first_signal_finishes_the_block_the_second_does_not(case: Case, number:
         assert [line["block"] for line in attempt.journal()] == list(range(blocks))
     text = attempt.log.read_text()
     assert "stopping behind the block under way" in text
-    assert "stopped behind block 1 of 3; the same command continues with block 2" in text
-    assert "run the same command again to go on" in text
+    assert "stopped after block 1 of 3; the same command resumes with block 2" in text
+    assert "run the same command again to resume" in text
     assert "Traceback" not in text
     attempt.go()
     same(attempt, case)
@@ -332,7 +332,7 @@ def test_vanished_source_file(case: Case, attempt: Attempt, tmp_path: Path) -> N
     assert attempt.go() == SOURCE and "missing shard" in attempt.text
     shard.with_suffix(".away").rename(shard)
     assert attempt.go() == 0
-    assert "2 of 3 blocks are finished; going on with block 3" in attempt.text
+    assert "2 of 3 blocks are finished; resuming with block 3" in attempt.text
     weights = {name: data for name, data in case.reference.files().items() if name.endswith(".safetensors")}
     assert {name: data for name, data in attempt.files().items() if name in weights} == weights
 
@@ -350,7 +350,7 @@ def test_data_set_that_ends_early(case: Case, attempt: Attempt, tmp_path: Path) 
     assert attempt.go() == ENVIRONMENT and "data: " in attempt.text, "what is finished is not mixed with other rows"
     data.write_text("".join(rows))
     assert attempt.go() == 0
-    assert "1 of 3 blocks are finished; going on with block 2" in attempt.text
+    assert "1 of 3 blocks are finished; resuming with block 2" in attempt.text
 
 
 def test_killed_between_the_last_block_and_the_index(case: Case, attempt: Attempt) -> None:

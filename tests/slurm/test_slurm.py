@@ -54,10 +54,10 @@ def test_preempted_in_the_middle(
     begun, over = facts(batch, "qwen", "begun"), facts(batch, "qwen", "ended")
     assert len(begun) == 2
     log = (batch / "runs" / "qwen" / "log.txt").read_text()
-    assert "going on with block" in log and blocks(tmp_path, "qwen") == [0, 1, 2]
+    assert "resuming with block" in log and blocks(tmp_path, "qwen") == [0, 1, 2]
     if how.startswith("scancel"):
         # The block under way was finished, once: nobody sent the signal that would have stopped it at once.
-        assert over[0]["outcome"] == "stopped" and "stopped behind block" in log
+        assert over[0]["outcome"] == "stopped" and "stopped after block" in log
         assert facts(batch, "qwen", "requeued")
 
 

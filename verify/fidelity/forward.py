@@ -106,7 +106,7 @@ def verify_forward(
     worst = min(blocks, key=lambda b: (b.cosine == b.cosine, b.cosine))
     figures = (
         (worst.cosine, f"worst {worst.cosine:.4f} (block {worst.block}) of {len(blocks)}"),
-        (blocks[-1].propagated, f"{blocks[-1].propagated:.4f} behind block {blocks[-1].block}"),
+        (blocks[-1].propagated, f"{blocks[-1].propagated:.4f} after block {blocks[-1].block}"),
     )
     how = _HOW.format(tokens=blocks[0].tokens, dataset=text.dataset)
     checks = []

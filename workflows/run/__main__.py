@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
             run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks)
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is finished stays; run the same command again to go on") from None
+            raise Interrupted("interrupted: what is finished stays; run the same command again to resume") from None
         except Exception as error:
             if ranks.size == 1 or isinstance(error, WorkflowError):
                 raise

@@ -226,7 +226,7 @@ def _say_where(resume: Resume, pending: list[int], plan: Plan, reporter: Reporte
         reporter.say(f"all {total} blocks are finished and intact: nothing to calibrate")
         return
     start = resume.starting_point(pending[0])
-    reporter.say(f"{len(resume.finished)} of {total} blocks are finished; going on with block {pending[0] + 1}")
+    reporter.say(f"{len(resume.finished)} of {total} blocks are finished; resuming with block {pending[0] + 1}")
     if start < pending[0]:
         origin = f"the saved activations of block {start + 1}" if start else "the text"
         reporter.say(

@@ -235,7 +235,7 @@ def _output_problems(run: Run, stages: Sequence[str]) -> list[str]:
     whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
     if begun and (run.restart or not complete or not whole):
         if not run.restart and not complete:
-            run.reporter.say(f"{run.output}: an unfinished run is there; this one goes on from what it finished")
+            run.reporter.say(f"{run.output}: an unfinished run is there; this one resumes it")
         return []
     return [
         f"{run.output}: output is not empty; name another, pass --overwrite, or verify what is there with --from verify"

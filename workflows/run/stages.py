@@ -71,7 +71,7 @@ def inspect(run: Run, stages: list[str]) -> None:
     problems = rehearsal.early_problems(run, stages)
     if problems and "rehearse" in stages:
         run.reporter.say(
-            f"problems so far: {len(problems)}; the rehearsal looks for more before they are told", "warning"
+            f"problems so far: {len(problems)}; the rehearsal looks for more before it reports them", "warning"
         )
         rehearsal.rehearse(run, problems)
     if problems:

@@ -75,7 +75,7 @@ def render_status(status: dict[str, Any]) -> list[str]:
     if error is not None:
         lines.append(f"last error, {clock(error['age'])} ago: {'; '.join(error['problems'])}")
     if status["state"] == "stopped":
-        lines.append("the same command without --status goes on from here")
+        lines.append("the same command without --status resumes")
     lines.append(f"run directory: {status['run_directory']}")
     return lines
 
