@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 from recipes.errors import Interrupted
 
-NOTICE = b"\nstopping behind the block under way; once more stops at once, and that block is lost\n"
+NOTICE = b"\nstopping after the block under way; once more stops at once, and that block is lost\n"
 
 
 def hears_hangup() -> bool:

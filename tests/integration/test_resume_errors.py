@@ -243,7 +243,7 @@ def test_first_signal_finishes_the_block_the_second_does_not(case: Case, number:
         assert process.exitcode == INTERRUPTED
         assert [line["block"] for line in attempt.journal()] == list(range(blocks))
     text = attempt.log.read_text()
-    assert "stopping behind the block under way" in text
+    assert "stopping after the block under way" in text
     assert "stopped after block 1 of 3; the same command resumes with block 2" in text
     assert "run the same command again to resume" in text
     assert "Traceback" not in text

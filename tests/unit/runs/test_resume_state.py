@@ -400,7 +400,7 @@ def test_a_lost_terminal_finishes_the_block_however_often_it_says_so(
         for _ in range(3):  # from the kernel, and from the shell
             signal.raise_signal(signal.SIGHUP)
         assert interrupts.requested
-    assert "stopping behind the block" in capfd.readouterr().err
+    assert "stopping after the block" in capfd.readouterr().err
     interrupts = Interrupts()
     interrupts.install()
     with pytest.raises(KeyboardInterrupt):
