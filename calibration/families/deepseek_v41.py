@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from calibration.families.deepseek_v4 import DEEPSEEK_V4, block_frame, dspark_ends
+from calibration.families.family import ROUTER, FP8Dialect
 from calibration.families.promised import ConfigReader, Wanted, linear, norm
 
 
@@ -129,8 +130,13 @@ DEEPSEEK_V41 = replace(
         (r"^head\b", "language_model.lm_head"),
     ),
     serving_config=(),
-    # NVIDIA's files of this model were not to be had; convert_dialect refuses it by its Engram tables.
-    fp8_dialect=None,
+    # As vllm 0.32 reads it (models/deepseek_v41/quant_config.py); NVIDIA's own files of this model were not to be had.
+    fp8_dialect=FP8Dialect(
+        ("*.attn.*", "*.ffn.shared_experts.*", "*.engram.*", "head"),
+        draft="mtp.*",
+        built_plain=frozenset({ROUTER, "head"}),
+        tile=(32, 32),
+    ),
     language="text_config",
     not_calibrated="transformers has no code of deepseek_v41, so that no forward pass can be made",
     encoding=None,

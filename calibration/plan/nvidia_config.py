@@ -127,7 +127,7 @@ def _hybrid(plan: Plan, words: FP8Dialect) -> tuple[dict[str, Any], dict[str, An
         "producer": dict(_PRODUCER),
         "quant_method": "fp8",
         "scale_fmt": "ue8m0",
-        "weight_block_size": list(FP8_BLOCK.weights["block_structure"]),
+        "weight_block_size": list(words.tile),
         **shared,
     }
     return described, shared | {"exclude_modules": excluded}

@@ -41,6 +41,9 @@ class _Planner:
         self.checkpoint, self.formats, self.recipe = checkpoint, formats, recipe
         self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
         self.dialect = DIALECTS[recipe.export.dialect]
+        native = self.family.fp8_dialect if self.dialect is NVIDIA else None
+        #: The FP8 tile that the output can keep.
+        self.tile = native.tile if native is not None else tuple(FP8_BLOCK.weights["block_structure"])
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self._undone_unasked: dict[str, list[str]] = defaultdict(list)
@@ -141,7 +144,7 @@ class _Planner:
             return never
         if place.part in NOT_LINEAR or len(stored.shape) != 2:
             return f"it is not a linear layer ({place.part})"
-        if re.search(self.family.not_observed, module) and not _keeps_tiles(scheme, stored):
+        if re.search(self.family.not_observed, module) and not self._keeps_tiles(scheme, stored):
             return "transformers does not run it as one matrix product, no observer would see its input"
         # A name or a regex asks for the module; `Linear` asks for what can be quantized.
         return scheme.problem(stored.shape) if target == "Linear" else None
@@ -198,7 +201,7 @@ class _Planner:
         """FP8 tiles that vLLM refuses to load: of projections that it fuses, all but the last (of routed experts all) must be
         whole tiles high (vllm 0.32, quantization/utils/fp8_utils.py, validate_fp8_block_shape and its MoE twin)."""
         tiled = {step.module for step in steps.values() if step.group and groups[step.group] is FP8_BLOCK}
-        side = FP8_BLOCK.weights["block_structure"][0]
+        side = self.tile[0]
         for fused in self.family.fused(module for module in self.weights if module in tiled):
             whole = fused if self.places[fused[0]].part == ROUTED else fused[:-1]
             for module in whole:
@@ -245,7 +248,7 @@ class _Planner:
         if group is None or place.mtp:
             return self._kept(name, place, groups)
         scheme = groups[group]
-        if _keeps_tiles(scheme, stored):
+        if self._keeps_tiles(scheme, stored):
             return self._keep_tiles(
                 name, group, "FP8 tiles of the source are FP8_BLOCK already: codes kept, scale respelled"
             )
@@ -266,7 +269,7 @@ class _Planner:
         elif stored.kind in _NOT_KEPT:
             self._undone_unasked[stored.label].append(name)
             return self._undone(name, place.part)
-        elif _keeps_tiles(FP8_BLOCK, stored):
+        elif self._keeps_tiles(FP8_BLOCK, stored):
             groups.setdefault(KEPT_FP8, FP8_BLOCK)
             return self._keep_tiles(name, KEPT_FP8, f"{place.part}: not a target, native FP8 codes kept")
         else:
@@ -284,6 +287,10 @@ class _Planner:
             header = self.checkpoint.tensors[source]
             copies[source] = Step(source, "copy", (OutputTensor(source, header.dtype, header.shape),), reason)
         return copies
+
+    def _keeps_tiles(self, scheme: Scheme, stored: StoredFormat) -> bool:
+        """Whether the stored FP8 tiles are what the scheme asks for, so that codes can stay."""
+        return scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == self.tile
 
     def _undone(self, name: str, part: str) -> dict[str, Step]:
         """A weight in the recipe's plain dtype under its plain name; its scale companions are used up."""
@@ -348,11 +355,6 @@ class _Planner:
             self.warnings.append(
                 f"no disk is saved: the quantized modules take {after:,} bytes in the output and {before:,} in the source"
             )
-
-
-def _keeps_tiles(scheme: Scheme, stored: StoredFormat) -> bool:
-    """Whether the stored FP8 tiles are what the scheme asks for, so that codes can stay."""
-    return scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == (128, 128)
 
 
 def _consumed(companions: list[str], reason: str) -> dict[str, Step]:

@@ -150,7 +150,7 @@ class _Respelling:
 
     def _steps(self, name: str) -> dict[str, Step]:
         stored, place = self.formats.of(name), self.family.place(name)
-        if stored.kind == "plain" or place.mtp:
+        if stored.kind == "plain" or place.mtp or place.part in self.family.native_parts:
             return self._copied(name, "the draft head is copied byte for byte" if place.mtp else place.part)
         if stored.kind in {dialect.kind for dialect in DIALECTS.values()}:
             scheme = NVFP4 if "input_scale" in stored.companions else NVFP4A16

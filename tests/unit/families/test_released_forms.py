@@ -165,6 +165,38 @@ def test_draft_heads_and_engram_tables_keep_their_bytes(
     assert verdicts(verify_structure(Path(plain.output))) == {"copies": "UNCHECKED"}
 
 
+def test_in_nvidias_dialect_everything_but_routed_experts_keeps_its_bytes(tmp_path: Path) -> None:
+    """vllm 0.32, models/deepseek_v41/quant_config.py: FP8 in tiles of `weight_block_size`, NVFP4 experts where `ignore` does
+    not name them, MXFP4 where it does."""
+    source = deepseek_v41.write(tmp_path / "source", sizes=replace(V41, q_lora_rank=96))
+    made = converting(source, tmp_path / "out", ROUTED, export={"dialect": "nvidia"})
+    run(made)
+    before, after = tensors(source), tensors(made.output)
+    for name, tensor in before.items():
+        if re.match(r"layers\.\d+\.ffn\.experts\.", name) is None:
+            assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    expert = "layers.0.ffn.experts.3.w1"
+    assert torch.equal(after[f"{expert}.weight"].view(torch.int8), before[f"{expert}.weight"])
+    declared = json.loads((tmp_path / "out" / "config.json").read_text())
+    quantization = declared["quantization_config"]
+    assert (declared["expert_dtype"], quantization["moe_quant_algo"], quantization["weight_block_size"]) == (
+        "fp4",
+        "NVFP4",
+        [32, 32],
+    )
+    assert "mtp.*" in quantization["ignore"] and "ignored_layers" not in quantization
+    alone = verify_structure(Path(made.output))
+    assert verdicts(alone) == {"copies": "UNCHECKED"}
+    assert verdicts(verify_structure(Path(made.output), Known(*plan_of(source, made)))) == {}
+
+
+def test_tiles_that_vllm_would_cut_in_a_fused_matrix_are_told_in_nvidias_dialect_too(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=r"wq_a\.weight: stays in FP8 tiles .* 80 is not divisible by block_n = 32"):
+        plan_of(sources["v41"], converting(sources["v41"], tmp_path / "out", ROUTED, export={"dialect": "nvidia"}))
+
+
 def test_plain_values_of_32x32_tiles_are_code_times_scale(sources: dict[str, Path]) -> None:
     formats, stored = Formats(Checkpoint.open(sources["v41"])), tensors(sources["v41"])
     name = "layers.1.attn.wq_b"
