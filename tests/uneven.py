@@ -1,14 +1,11 @@
 """Linear layers whose bits depend on the number of rows, as on AMX processors and GPUs, forced on any machine.
 
-`UNEVEN_PRODUCTS=1 pytest ...` runs a whole suite so, with the processes that its tests start. `python -m tests.uneven MODULE
-ARGUMENTS` is `python -m MODULE ARGUMENTS` for processes that only a foreign program (torchrun) can start.
+`UNEVEN_PRODUCTS=1 pytest ...` runs a whole suite so, with the processes that its tests start.
 """
 
 from __future__ import annotations
 
 import os
-import runpy
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,9 +43,3 @@ def install_if_asked() -> None:
     """For good, in this process, if the environment asks for it."""
     if os.environ.get(ASKED):
         F.linear = uneven_linear
-
-
-if __name__ == "__main__":
-    install_if_asked()
-    sys.argv = sys.argv[1:]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

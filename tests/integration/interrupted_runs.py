@@ -18,6 +18,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.forced import force_if_asked
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["tests.integration.interrupted_runs", "workflows.run.__main__", "workflows.run.calibrate", "verify.report.page"]
@@ -109,6 +111,7 @@ def _run_command(module: str, arguments: list[str], streams: list[Path]) -> None
     for descriptor, path in enumerate(streams, 1):
         with path.open("w") as file:
             os.dup2(file.fileno(), descriptor)
+    force_if_asked()
     sys.argv = [module, *arguments]
     warnings.simplefilter("ignore", RuntimeWarning)  # runpy's, of the module that is imported already
     runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -120,11 +123,10 @@ def _main(arguments: list[str], log: Path, prepare: Prepare | None) -> None:
         os.dup2(file.fileno(), 2)
     import torch
 
-    from tests.uneven import install_if_asked
     from workflows.run.__main__ import main
 
     torch.set_num_threads(1)
-    install_if_asked()
+    force_if_asked()
     if prepare is not None:
         prepare()
     sys.exit(main(arguments))

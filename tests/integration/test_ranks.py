@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from calibration.runs import torchrun as torchrun_module
+from tests import forced
 from tests.integration.attempts import (
     INTERRUPTED,
     KILLED,
@@ -31,7 +32,6 @@ from tests.integration.attempts import (
 from tests.integration.interrupted_runs import KillAt, finish, interrupt
 from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
 from tests.models import deepseek_v4, standard
-from tests.uneven import ASKED
 
 RECIPE, ENVIRONMENT = 2, 4
 DEEPSEEK = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
@@ -260,8 +260,7 @@ def test_what_ranks_cannot_share_is_refused_before_anything_starts(
 
 
 def torchrun(attempt: Attempt) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    command += ["tests.uneven", "workflows.run"] if os.environ.get(ASKED) else ["workflows.run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *forced.command("workflows.run")]
     with attempt.log.open("ab") as log:
         return subprocess.Popen([*command, str(attempt.recipe)], stdout=log, stderr=log, env=os.environ)
 

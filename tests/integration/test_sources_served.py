@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.converted import LINEAR
 from tests.integration.whole_runs import SERVING, run, write_recipe
 from tests.models import stored_forms
+from tests.reference.engine import PROCESSOR
 
 COMPARED = {"serving": SERVING | {"text": "bundled", "windows": 2, "compare": "auto"}}
 CASES: dict[str, dict[str, Any]] = {
@@ -35,7 +37,11 @@ def test_a_stored_form_is_quantized_and_served_beside_its_source(form: str, tmp_
     fidelity = {id for id, c in checks.items() if id.startswith("fidelity.") and c["verdict"] != "PASS"}
     assert fidelity == doubtful and not [c for c in checks.values() if c["verdict"] == "FAIL"]
     assert checks["serving.source"]["verdict"] == "PASS" and checks["serving.w4a4"]["verdict"] == "PASS"
-    served = json.loads((tmp_path / "output.run" / "serving.json").read_text())["source"]
+    result_of_engine = json.loads((tmp_path / "output.run" / "serving.json").read_text())
+    told = result_of_engine["engine"]["processor"]
+    has_amx = torch.cpu._is_amx_tile_supported()
+    assert told["amx"] == ("hidden" if PROCESSOR.get("amx", has_amx) != has_amx else "yes" if has_amx else "no")
+    served = result_of_engine["source"]
     # Random weights: 4-bit activations move the distributions, and not far.
     assert served["ok"] and 0 < served["agreement"]["kl"] < 0.5 and served["agreement"]["top1"] > 0.3
     print(form, served["agreement"], result["samples"][0])

@@ -9,14 +9,17 @@ from typing import Any
 
 import yaml
 
+from tests import forced
 from tests.integration.interrupted_runs import run_command
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import VLLM_PYTHON, claims_too_much
 
 ROOT = Path(__file__).parents[2]
 LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 SERVING: dict[str, Any] = {
     "python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"], "text": None, "compare": False,
 }  # fmt: skip
+if claims_too_much():  # in BF16 vLLM would run what this processor lacks, and end by SIGILL
+    SERVING["dtype"] = "float32"
 
 
 def write_recipe(directory: Path, source: Path, targets: list[str], **sections: Any) -> Path:
@@ -37,5 +40,5 @@ def run(recipe: Path, *arguments: str, fresh: bool = False) -> subprocess.Comple
     """`python -m workflows.run RECIPE ...` as a user runs it; `fresh` in an interpreter of its own."""
     if not fresh:
         return run_command("workflows.run", [str(recipe), *arguments])
-    command = [sys.executable, "-m", "workflows.run", str(recipe), *arguments]
+    command = [sys.executable, *forced.command("workflows.run"), str(recipe), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

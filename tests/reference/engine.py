@@ -15,12 +15,18 @@ from recipes.schema import Serving
 from tests.reference.compare import engine_logits
 from tests.reference.resident import run_resident
 from verify.checks import Check
+from verify.inside_vllm.processor import PROBES
 from verify.serving.engine import Run
 from verify.serving.serving import Experiment, verify_serving
 
 PROCESSOR: dict[str, bool] = json.loads(os.environ.get("TEST_PROCESSOR", "{}"))
 """What `serve` makes vLLM believe of the CPU: TEST_PROCESSOR='{"amx": true}' runs the tests as on a machine with AMX."""
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON", str(Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"))
+
+
+def claims_too_much() -> bool:
+    """Whether PROCESSOR has something that the processor at hand lacks."""
+    return any(has and not getattr(torch.cpu, PROBES[feature])() for feature, has in PROCESSOR.items())
 
 
 def random_prompts(vocab: int, lengths: tuple[int, ...] = (1, 3, 40, 300), seed: int = 0) -> list[dict[str, Any]]:
