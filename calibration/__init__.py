@@ -1,1 +1,1 @@
-"""Calibration: from a source checkpoint to an NVFP4 checkpoint, block by block, around llm-compressor."""
+"""Turns a source checkpoint into an NVFP4 checkpoint, block by block, with llm-compressor."""

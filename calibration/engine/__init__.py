@@ -1,1 +1,1 @@
-"""llm-compressor's sequential oneshot with one block in memory at a time."""
+"""Runs llm-compressor's sequential oneshot with one block in memory at a time."""

@@ -1,5 +1,5 @@
-"""Activations between blocks: one mapped file per batch, which the system's page cache holds as long as it can, or host
-memory up to a limit; kept on disk at every block boundary where a run must be able to go on from there."""
+"""Holds the activations between blocks, in host memory up to a limit or in one mapped file per batch, which the
+system's page cache keeps as long as it can. A run that can resume also saves them at every block boundary."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from recipes.errors import EnvironmentProblem
 
 
 def _load(path: Path, mmap: bool) -> dict[str, IntermediateValue]:
-    """The values of a batch, from a file that may have come with a run directory from elsewhere: tensors and plain values
-    alone, nothing in it is executed. Raises EnvironmentProblem."""
+    """The values of a batch. The file may come from elsewhere with its run directory, so only tensors and plain values
+    are loaded and nothing in it is executed. Raises EnvironmentProblem if it cannot be read."""
     try:
         with torch.serialization.safe_globals([IntermediateValue]):
             values: dict[str, IntermediateValue] = torch.load(path, weights_only=True, mmap=mmap)
@@ -38,14 +38,14 @@ def _load(path: Path, mmap: bool) -> dict[str, IntermediateValue]:
 
 
 class ActivationCache(IntermediatesCache):  # type: ignore[misc]
-    """llm-compressor's cache of a batch's named values, with a budget and with boundaries.
+    """llm-compressor's cache of the named values of each batch, with a memory limit and with boundaries.
 
-    A batch that would pass `limit` bytes of host memory lies in a file below `directory`, which is mapped for each use:
-    its pages belong to the page cache, and the system takes them where it has no other room. Without a `limit` all batches
-    lie in files with `lasting`, and in host memory else.
-    `aim` names the boundary that values belong to from now on: each boundary has a folder of its own, so that the one
-    before stays whole until the next is. With `lasting`, `directory` belongs to this run alone and boundaries that were
-    committed survive an error; else everything lies in a temporary folder inside it.
+    A batch that would exceed `limit` bytes of host memory is kept in a file below `directory`, mapped for each use: its
+    pages belong to the page cache, from which the system reclaims them if memory is short. Without a `limit`, all
+    batches are in files if `lasting`, else in host memory. `aim` names the boundary that the following values belong
+    to. Each boundary has its own folder, so that the previous one stays complete until the next one is. With `lasting`,
+    `directory` belongs to this run alone and committed boundaries survive an error; else everything is in a temporary
+    folder inside it.
     """
 
     def __init__(self, device: torch.device, directory: Path, limit: int | None = None, lasting: bool = False) -> None:
@@ -54,7 +54,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         self._directory = directory
         self._root: Path | None = directory if lasting else None
         self._number, self._saving = 0, False
-        #: Each batch's number in the run; other ranks hold the others.
+        #: Each batch's number in the run; other ranks hold the other numbers.
         self.numbers: list[int] = []
         self._bytes: list[int] = []
         self._files: dict[int, Path] = {}
@@ -72,7 +72,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of tensors in host memory."""
+        """Bytes of the tensors in host memory."""
         return sum(self._bytes)
 
     @property
@@ -81,7 +81,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         return list(self._files.values())
 
     def add(self, values: dict[str, Any], number: int | None = None) -> None:
-        """Appends a batch, the `number`-th of the run; its tensors come back on `device`."""
+        """Appends a batch, the `number`-th of the run; `fetch` returns its tensors on `device`."""
         self.numbers.append(len(self) if number is None else number)
         self.batch_intermediates.append({})
         self._bytes.append(0)
@@ -90,13 +90,13 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         self._keep(len(self) - 1, offloaded)
 
     def aim(self, number: int, save: bool) -> None:
-        """Values kept from now on belong to boundary `number`; with `save` every batch is written to its file as well,
-        for `commit`."""
+        """Sets the boundary that values kept from now on belong to; with `save` every batch is also written to its
+        file, for `commit`."""
         self._number, self._saving = number, save and self.lasting
         self._digests.clear()
 
     def commit(self) -> Boundary | None:
-        """Makes the boundary that was aimed at durable: every file fsynced and renamed. None when it is not saved."""
+        """Makes the current boundary durable: fsyncs and renames every file. None if it is not saved."""
         if not self._saving:
             return None
         folder, files = self._folder(), dict[str, str]()
@@ -118,7 +118,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         return Boundary(folder, files)
 
     def restore(self, boundary: Boundary) -> None:
-        """Replaces the values of all batches by those of a boundary whose digests were checked."""
+        """Replaces the values of all batches by those of `boundary`, whose digests were checked."""
         empty: list[dict[str, IntermediateValue]] = [{} for _ in self.numbers]
         self.batch_intermediates = empty
         self._files = {}
@@ -132,7 +132,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
                 del self._files[index]
 
     def forget(self, before: int) -> None:
-        """Removes the folders of the boundaries below number `before`."""
+        """Removes the folders of all boundaries with a number below `before`."""
         for folder in self._root.glob("boundary-*") if self._root is not None else ():
             number = folder.name.rpartition("-")[2]
             if number.isdecimal() and int(number) < before:
@@ -157,7 +157,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
         path = self._files.get(index)
         if path is None:
             return dict(self.batch_intermediates[index])
-        # Private pages: a block that writes to its input writes to a copy, not to the file.
+        # Mapped privately: a block that writes to its input writes to a copy, not to the file.
         return _load(path, mmap=True)
 
     def _keep(self, index: int, values: dict[str, IntermediateValue]) -> None:
@@ -183,7 +183,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("wb") as hashed.file:
                 torch.save(values, cast(IO[bytes], hashed))
-        except (OSError, RuntimeError) as error:  # torch.save hides the system's error behind one of its own
+        except (OSError, RuntimeError) as error:  # torch.save raises its own error instead of the system's
             path.unlink(missing_ok=True)
             raise self._problem(f"activations of batch {self.numbers[index]}", hashed.error or error) from None
         self._digests[index] = hashed.digest.hexdigest()
@@ -206,7 +206,7 @@ class ActivationCache(IntermediatesCache):  # type: ignore[misc]
 
 
 class _Hashed:
-    """A file that knows the sha256 of what was written to it, without reading it again."""
+    """A file that computes the sha256 of everything written to it, without reading it back."""
 
     file: BinaryIO
 

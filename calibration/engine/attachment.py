@@ -1,4 +1,4 @@
-"""Scales, observers and hooks of quantized modules, which are there only while their block is in memory."""
+"""Attaches scales, observers and hooks to quantized modules, only while their block is in memory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 
 class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
-    """llm-compressor's QuantizationModifier, which takes up the modules of a block when the block comes.
+    """llm-compressor's QuantizationModifier, but a block's modules are initialized when the block is loaded.
 
-    Its own way gives every module of the model scales (on meta), two observers and a hook before the first forward pass:
-    8 kB each. `schemes` maps the modules to quantize to one of `resolved_config`'s schemes. What the modules get is
-    llm-compressor's; their forward stays what it is, as calibration never emulates quantization.
+    The original gives every module of the model scales (on meta), two observers and a hook before the first forward
+    pass: 8 kB each. The modules get what llm-compressor gives them, except that their forward is unchanged, because
+    calibration never emulates quantization.
     """
 
     _schemes: dict[nn.Module, QuantizationScheme] = PrivateAttr(default_factory=dict)
@@ -39,9 +39,10 @@ class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
         fused: Iterable[Sequence[nn.Module]],
         keeps_weight: Callable[[nn.Module], bool] | None = None,
     ) -> None:
-        """Says which config group each module to quantize belongs to, which of one block share a weight global scale, and
-        which keep their weight's stored values: those get no weight scale. It is asked when the module's block comes,
-        and says the same of all modules that share a scale."""
+        """Chooses the modules to quantize. `groups` maps each to its config group; `fused` are groups of modules of one
+        block that share a weight global scale. `keeps_weight` says whether a module keeps its weight's stored values
+        and gets no weight scale: it is called when the module's block is loaded, and must answer the same for all
+        modules that share a scale."""
         self._keeps_weight = keeps_weight
         config_groups = self.resolved_config.config_groups
         self._schemes = {module: config_groups[group] for module, group in groups.items()}
@@ -52,8 +53,9 @@ class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
         return module in self._schemes
 
     def attach(self, roots: Iterable[nn.Module]) -> None:
-        """What llm-compressor does at its start for all modules, for those below `roots`: scales on the weight's device,
-        observers and hooks. Zero points only where the scheme is not symmetric: the output has none."""
+        """Initializes the modules below `roots` as llm-compressor initializes all modules at its start: scales on the
+        weight's device, observers and hooks. Only asymmetric schemes get zero points, which the output does not
+        have."""
         for root in roots:
             modules = [module for module in root.modules() if module in self._schemes]
             for module in modules:
@@ -72,10 +74,10 @@ class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
             link_fused(self._fused[module] for module in modules if module in self._fused)
 
     def detach(self) -> None:
-        """Takes everything off again."""
+        """Removes everything that `attach` added."""
         for module, hooks in self._attached.items():
             self.remove_hooks(hooks)
-            # Observers and handlers hold each other, and the garbage collector would come many blocks later.
+            # Observers and handlers refer to each other, and the garbage collector would run many blocks later.
             for observer in [child for child in module.children() if isinstance(child, Observer)]:
                 observer.fusion_handler._group.clear()
                 del observer.fusion_handler
@@ -92,11 +94,11 @@ class BlockQuantizationModifier(QuantizationModifier):  # type: ignore[misc]
         """Nothing yet."""
 
     def on_calibration_end(self, state: State, event: Event, **kwargs: Any) -> None:
-        """Nothing any more."""
+        """Does nothing: `detach` has done it block by block."""
 
 
 def link_fused(groups: Iterable[Sequence[nn.Module]]) -> None:
-    """Lets the weight observers of each group find one global scale for all of it, where the scheme has one."""
+    """Links the weight observers of each group, so that they compute one global scale for it if the scheme has one."""
     for modules in groups:
         found = [(getattr(module, "weight_observer", None), module) for module in modules]
         pairs = [(observer, module) for observer, module in found if isinstance(observer, Observer)]

@@ -1,7 +1,8 @@
-"""MXFP4 weights that NVFP4 holds bit for bit, in a calibrated block: which they are, and their bytes.
+"""Finds the MXFP4 weights of a calibrated block that NVFP4 represents exactly, and their NVFP4 bytes.
 
-An MXFP4 group scale is a power of two for 32 values; E4M3 holds 18 of them, so under one power of two as global scale both
-halves of a group keep codes and scale (`kernels.respell`). What a modifier edits has no exact form any more.
+An MXFP4 group scale is a power of two for 32 values. E4M3 represents 18 powers of two, so with a power of two as global
+scale both halves of a group keep their codes and scale (`kernels.respell`). Weights that a modifier edits have no exact
+form.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from recipes.errors import SourceError
 
 
 class ExactWeights:
-    """The source's MXFP4 weights as NVFP4, for an exporter. Holds one number per fused group."""
+    """The source's MXFP4 weights as NVFP4, for an exporter. Caches one number per fused group."""
 
     def __init__(self, task: Task) -> None:
         recipe, plan = task.recipe, task.plan
@@ -29,7 +30,7 @@ class ExactWeights:
         self._scales: dict[tuple[str, ...], np.float32 | None] = {}
 
     def is_mxfp4(self, step: Step) -> bool:
-        """Whether a step makes NVFP4 of a weight stored in MXFP4."""
+        """Whether `step` turns a weight stored in MXFP4 into NVFP4."""
         nvfp4 = step.action == "quantize" and self._plan.groups[str(step.group)] is not FP8_BLOCK
         return nvfp4 and self._formats.of(step.source).kind == "mxfp4"
 
@@ -51,8 +52,8 @@ class ExactWeights:
         return self._scales[key]
 
     def tensors(self, step: Step) -> list[torch.Tensor] | None:
-        """`weight_packed` uint8 `[M, K/2]`, `weight_scale` E4M3 `[M, K/16]` and `weight_global_scale` F32 `[1]` with the
-        source's very values; None if they have no such form. Raises SourceError for a NaN among the scales."""
+        """`weight_packed` uint8 `[M, K/2]`, `weight_scale` E4M3 `[M, K/16]` and `weight_global_scale` F32 `[1]` with
+        exactly the source's values; None if there is no such form. Raises SourceError if a scale is NaN."""
         scale = self.scale(step)
         if scale is None:
             return None
@@ -61,8 +62,8 @@ class ExactWeights:
         return [packed, scales.view(torch.float8_e4m3fn), torch.tensor([float(scale)])]
 
     def _span(self, step: Step) -> tuple[int, int] | None:
-        """`kernels.exponents` of the step's weight. The codes, 16 times as many bytes as the scales, are read only if the
-        scales lie so far apart that those of zeros have to be left out."""
+        """`kernels.exponents` of the step's weight. The codes, 16 times as many bytes as the scales, are only read if
+        the scales are so far apart that those of all-zero groups must be excluded."""
         span = kernels.scale_exponents(self._scales_of(step))
         return span if kernels.fits_e4m3(span) else kernels.exponents(self._stripe(step))
 

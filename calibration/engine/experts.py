@@ -1,8 +1,9 @@
-"""Calibration forward of linearized experts: every expert sees every token, and only what that needs is computed.
+"""Calibration forward of linearized experts: every expert observes every token, and only what observers and outputs
+need is computed.
 
 Stock llm-compressor runs each expert's whole MLP on all tokens and drops the outputs that were not routed. Observers
-need less: gate and up of all experts share one input, so it is observed once; the down projection must be observed on
-all tokens, but its output is needed for routed tokens alone. The statistics are bit-identical to stock's.
+need less: gate and up of all experts share one input, which is observed once; the input of the down projection must be
+observed on all tokens, but its output is needed only for routed tokens. The statistics are bit-identical to stock's.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from torch import nn
 from calibration.engine.observers import fast_extremes
 from calibration.engine.stacked_experts import Routing, Stack, is_plain
 
-#: Observers whose whole state is min_vals and max_vals, so that equal inputs mean equal states.
+#: Observers whose entire state is min_vals and max_vals, so that equal inputs give equal states.
 MIN_MAX = (StaticMinMaxObserver, MinMaxObserver, MemorylessMinMaxObserver)
 INPUT_SHARING = (("gate_proj", "up_proj"), ("down_proj",))
 
-#: Numbers of routed tokens are rounded up to a multiple of this before a matrix product.
+#: The number of routed tokens is rounded up to a multiple of this before a matrix product.
 ROWS = 16
 
 
 class Pass(Enum):
-    """What a forward pass is for: CALIBRATE observes; REPEAT computes the very same bits without observing (parity);
+    """The purpose of a forward pass: CALIBRATE observes; REPEAT computes the same bits without observing (parity);
     PROPAGATE computes only what the outputs need."""
 
     CALIBRATE = "calibrate"
@@ -46,7 +47,7 @@ class Pass(Enum):
 
 @dataclass(frozen=True)
 class _Call:
-    """What experts were given and made of it, and the versions of these tensors: they grow with every write."""
+    """The inputs and output of one call of the experts, with the tensors' versions, which grow with every write."""
 
     given: tuple[torch.Tensor, ...]
     made: torch.Tensor
@@ -57,7 +58,7 @@ class _Call:
         return cls(given, made, tuple(tensor._version for tensor in (*given, made)))
 
     def answers(self, given: tuple[torch.Tensor, ...]) -> bool:
-        """Whether `given` holds the same values, and nobody wrote to what is kept."""
+        """Whether `given` has the same values and the kept tensors were not written to."""
         untouched = self.versions == tuple(tensor._version for tensor in (*self.given, self.made))
         return untouched and all(map(_identical, self.given, given))
 
@@ -65,19 +66,19 @@ class _Call:
 class ExpertCalibration:
     """State of the calibration forward: the kind of pass that runs, and the tokens routed to each expert so far."""
 
-    #: Whether all experts are computed at once where they can be (stacked_experts.py); None: on accelerators.
+    #: Whether to compute all experts at once if possible (stacked_experts.py); None: only on accelerators.
     stacked: bool | None = None
 
     def __init__(self) -> None:
         self.kind = Pass.CALIBRATE
-        #: The last CALIBRATE call of each module: a REPEAT with the very same input has the very same output.
+        #: The last CALIBRATE call of each module: a REPEAT with the same input has the same output.
         self._last: dict[nn.Module, _Call] = {}
         self._tokens: dict[nn.Module, list[int]] = {}
         self._observers: dict[nn.Module, list[list[Observer]] | None] = {}
 
     @contextmanager
     def running(self, kind: Pass) -> Iterator[None]:
-        """Runs the passes inside as `kind`; llm-compressor's hooks are off unless it is CALIBRATE."""
+        """Runs the forward passes inside as `kind`; llm-compressor's hooks are disabled unless it is CALIBRATE."""
         with patch_attr(self, "kind", kind):
             if kind is Pass.CALIBRATE:
                 yield
@@ -87,8 +88,8 @@ class ExpertCalibration:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Replaces the forward of llm-compressor's LinearExperts2D class and how its observers find extremes; restores
-        both."""
+        """Replaces the forward of llm-compressor's LinearExperts2D and the way its observers find extremes; restores
+        both at the end."""
         calibration = self
 
         def forward(
@@ -106,16 +107,16 @@ class ExpertCalibration:
             yield
 
     def tokens(self, experts: nn.Module) -> dict[int, int]:
-        """Tokens routed to each expert of this module in CALIBRATE passes."""
+        """Expert number -> tokens routed to it in CALIBRATE passes."""
         return dict(enumerate(self._tokens.get(experts, ())))
 
     def count(self, experts: nn.Module, tokens: dict[int, int]) -> None:
-        """Replaces what `tokens` returns: the sums over all ranks."""
+        """Replaces what `tokens` returns, with the sums over all ranks."""
         if tokens:
             self._tokens[experts] = [tokens[number] for number in range(len(tokens))]
 
     def forget(self, experts: nn.Module) -> None:
-        """Drops what is known about a module whose block is done."""
+        """Drops the state of a module whose block is done."""
         self._last.pop(experts, None)
         self._tokens.pop(experts, None)
         self._observers.pop(experts, None)
@@ -151,7 +152,7 @@ class ExpertCalibration:
             elif all_experts:
                 out = expert(hidden)[tokens]
             else:
-                # Other modifiers' hooks may count rows: none is added where they run.
+                # Other modifiers' hooks may count rows, so none are added if such hooks run.
                 out = expert(hidden[_padded(tokens) if self.kind is Pass.PROPAGATE else tokens])[:count]
             output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
         return output
@@ -171,8 +172,8 @@ class ExpertCalibration:
         return self._tokens.get(experts) or [0] * experts.num_experts
 
     def _shared_observers(self, experts: LinearExperts2D) -> list[list[Observer]] | None:
-        """Input observers of gate and up of all experts, grouped by equal behaviour; None where the short way would
-        skip something: another modifier's hook (GPTQ), another observer, another expert class."""
+        """Input observers of gate and up of all experts, grouped by equal behavior; None if observing once would skip
+        something: another modifier's hook (GPTQ), another observer, another expert class."""
         if experts not in self._observers:
             self._observers[experts] = _group_observers(experts)
         return self._observers[experts]
@@ -181,9 +182,9 @@ class ExpertCalibration:
 def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int) -> list[int]:
     """Widens the input statistics of experts with fewer than `least` routed tokens to the extremes of their peers.
 
-    For routed-only calibration. gate/up and down are kept apart. Peers are the experts with at least `least` tokens,
-    or, where there are none, all with statistics. Must run before the scales are computed. Returns the expert numbers
-    that were filled.
+    For routed-only calibration. gate/up and down are handled separately. Peers are the experts with at least `least`
+    tokens, or, if there are none, all experts with statistics. Must run before the scales are computed. Returns the
+    numbers of the experts that were filled.
     """
     starving = [number for number in range(experts.num_experts) if tokens.get(number, 0) < max(least, 1)]
     filled = set()
@@ -198,8 +199,9 @@ def fill_from_peers(experts: LinearExperts2D, tokens: dict[int, int], least: int
 def fill_dead_experts(experts: LinearExperts2D) -> list[int]:
     """Gives experts whose inputs were zero throughout (the down projection of a pruned expert) the extremes of their peers.
 
-    compressed-tensors scales such inputs by 1.0, which admits 2688; if a block's experts share their input scale, all of
-    them would get it. Must run before the scales are computed. Returns the expert numbers that were filled.
+    compressed-tensors gives such inputs the scale 1.0, which admits 2688; if a block's experts share their input scale,
+    all of them would get it. Must run before the scales are computed. Returns the numbers of the experts that were
+    filled.
     """
     filled = set()
     for observers in _input_observers(experts):
@@ -212,7 +214,7 @@ def fill_dead_experts(experts: LinearExperts2D) -> list[int]:
 
 
 def _input_observers(experts: LinearExperts2D) -> Iterator[dict[int, list[Any]]]:
-    """The observers of each expert's inputs by expert number, for gate/up and for down."""
+    """Yields the input observers by expert number, first those of gate/up, then those of down."""
     for leaves in INPUT_SHARING:
         yield {
             number: [o for leaf in leaves if isinstance(o := _input_observer(experts[number], leaf), MIN_MAX)]
@@ -221,7 +223,7 @@ def _input_observers(experts: LinearExperts2D) -> Iterator[dict[int, list[Any]]]
 
 
 def _take_extremes(observers: dict[int, list[Any]], numbers: Iterable[int], donors: list[Any]) -> list[int]:
-    """Widens the extremes of the experts `numbers` to those of all `donors`; the numbers that were widened."""
+    """Widens the extremes of the experts `numbers` to those of all `donors`. Returns the numbers that were widened."""
     if not donors:
         return []
     low = torch.stack([observer.min_vals for observer in donors]).amin(0)
@@ -241,14 +243,14 @@ def _input_observer(expert: nn.Module, leaf: str) -> nn.Module | None:
 
 
 def _padded(tokens: torch.Tensor) -> torch.Tensor:
-    """On the CPU, `tokens` and its first again up to a multiple of ROWS: oneDNN compiles and keeps a matrix product for
-    every number of rows (0.6 ms and 0.7 MB each), which would make memory grow with every block."""
+    """On the CPU, `tokens` padded to a multiple of ROWS by repeating the first one: oneDNN compiles and keeps a matrix
+    product for every number of rows (0.6 ms and 0.7 MB each), so that memory would grow with every block."""
     extra = -len(tokens) % ROWS if tokens.device.type == "cpu" else 0
     return torch.cat([tokens, tokens[:1].expand(extra)]) if extra else tokens
 
 
 def _linear(linear: nn.Linear, value: torch.Tensor) -> torch.Tensor:
-    """The layer without its hooks, and without compressed-tensors' wrapper where that is switched off."""
+    """The layer without its hooks, and without compressed-tensors' wrapper if that is disabled."""
     if is_plain(linear):
         return F.linear(value, linear.weight, linear.bias)
     out: torch.Tensor = linear.forward(value)
@@ -290,6 +292,6 @@ def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether a hook other than the input observer's sits on the module."""
+    """Whether the module has a hook other than the input observer's."""
     others = [h for h in module._forward_pre_hooks.values() if getattr(h, "__wrapped__", h) is not calibrate_input_hook]
     return bool(module._forward_hooks or others)

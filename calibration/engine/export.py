@@ -1,4 +1,4 @@
-"""A finished block -> output shards; then the shards outside the blocks."""
+"""Writes the output shards of each finished block, then those outside the blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Exporter:
         self.task, self.plan, self.formats = task, task.plan, task.formats
         self.ranks = ranks or Ranks()
         self._owners = shares(task.plan, self.ranks.size)
-        #: Modules that are packed and not yet in a shard: this rank's share, and what the others sent.
+        #: Packed modules that are not yet in a shard: those this rank owns, and those that other ranks sent.
         self._packed: dict[str, dict[str, torch.Tensor]] = {}
         #: Relative rounding error of every module packed so far.
         self.errors: dict[str, float] = {}
@@ -39,9 +39,9 @@ class Exporter:
 
     def block(self, block: int, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
         """Writes the shards of one calibrated block; `modules` maps source module names to llm-compressor's calibrated
-        linear layers, loaded. Returns shard file name -> sha256. Raises WorkflowError where a scale is not finite and
-        positive or a fused group does not share its weight global scale. All ranks call it, each packs its share, and
-        rank 0 alone writes; the others return nothing."""
+        linear layers, loaded. Returns shard file name -> sha256. Raises WorkflowError if a scale is not finite and
+        positive or a fused group does not share its weight global scale. All ranks call it: each packs the modules it
+        owns, rank 0 alone writes, and the others return an empty dict."""
         return self._shards(block, modules)
 
     def rest(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
@@ -55,7 +55,7 @@ class Exporter:
         self._check_shared_weight_scales(own)
         if self.ranks.size == 1 or not modules:
             return {shard.name: self._shard(shard, modules, scales) for shard in shards if self.ranks.writes}
-        # All pack before any sends: what can fail has not failed, and no rank waits for one that did.
+        # All ranks pack before any rank sends: packing may fail, and no rank may wait for one that failed.
         for step in (self.plan.steps[source] for shard in shards for source in shard.sources):
             if step.action == "quantize" and step.module in own:
                 self._packed[step.module] = self._quantized(step, own[step.module], scales.get(step.module))
@@ -69,7 +69,7 @@ class Exporter:
     def _gathered(
         self, shard: PlannedShard, modules: Mapping[str, torch.nn.Module], scales: Mapping[str, torch.Tensor]
     ) -> str | None:
-        """Brings one shard's tensors to rank 0, which writes it and returns its digest."""
+        """Collects one shard's tensors on rank 0, which writes the shard and returns its digest."""
         self.ranks.all_gather(f"shard {shard.name}", None)
         for step in (self.plan.steps[source] for source in shard.sources):
             if step.action != "quantize" or not (owner := self._owners[step.module]):
@@ -126,7 +126,8 @@ class Exporter:
         check_finite(weight, f"{step.source} after calibration")
         _check_scale(f"{step.module}.weight_scale", scale)
         if scheme is FP8_BLOCK:
-            # compressed-tensors imports transformers: seconds that the stages without calibration need not wait.
+            # Imported late: compressed-tensors imports transformers, which takes seconds that stages without
+            # calibration save.
             from compressed_tensors.quantization.lifecycle.forward import quantize
 
             arguments = module.quantization_scheme.weights  # type: ignore[union-attr]
@@ -141,15 +142,16 @@ class Exporter:
         return dict(zip(names, self._spelled(values), strict=True))
 
     def _spelled(self, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Codes, group scales and global scales of an NVFP4 weight, the last in the output's dialect."""
+        """Codes, group scales and global scales of an NVFP4 weight, with global scales in the output's dialect."""
         dialect = DIALECTS[self.plan.dialect]
         if dialect is COMPRESSED_TENSORS:
             return values
         return values[:2] + [torch.from_numpy(np.array(inverse(value.item()))) for value in values[2:]]
 
     def _input_global_scales(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
-        """Module -> float32 `[1]`, the smallest of its sharing group: a global scale is a divisor of the largest
-        activation, so the smallest one covers every module of the group. The plan's headroom widens all of them."""
+        """Module -> float32 `[1]`, the smallest of its group: a global scale is a divisor, smaller for larger
+        activations, so that the smallest one covers every module of the group. The plan's headroom widens all of
+        them."""
         scales: dict[str, torch.Tensor] = {}
         for name, module in modules.items():
             step = self.plan.quantized.get(name)

@@ -1,4 +1,5 @@
-"""Checks of a calibration: mappings stay inside a block, nothing is unobserved or not finite, every scale was computed."""
+"""Checks of a calibration: mappings stay inside a block, every input was observed, values are finite, every scale was
+computed."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from recipes.errors import RecipeError, WorkflowError, collapsed
 
 
 def require_mappings_inside_blocks(modifiers: Iterable[Any], source: SourceModel) -> None:
-    """Raises RecipeError where AWQ or SmoothQuant scale one layer against others that are not in memory with it."""
+    """Raises RecipeError if AWQ or SmoothQuant would scale a layer against layers that are not in memory with it."""
     problems = []
     for modifier in modifiers:
         for attribute in ("_resolved_mappings", "resolved_mappings_"):
@@ -32,8 +33,8 @@ def require_mappings_inside_blocks(modifiers: Iterable[Any], source: SourceModel
 
 
 def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:
-    """Raises WorkflowError where an activation observer saw nothing; before the scales are computed, which drops the
-    statistics. Stock llm-compressor logs a warning and keeps an uninitialised scale."""
+    """Raises WorkflowError if an activation observer saw nothing. Must run before the scales are computed, which drops
+    the statistics. Stock llm-compressor logs a warning and keeps an uninitialized scale."""
     blind = [
         name
         for name, module in quantized.items()
@@ -49,7 +50,7 @@ def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:
 
 
 def require_scales(quantized: Mapping[str, nn.Module], where: str) -> None:
-    """Raises WorkflowError for every scale and global scale that is not finite and positive."""
+    """Raises WorkflowError that lists every scale and global scale that is not finite and positive."""
     problems = []
     for name, module in quantized.items():
         for leaf, scale in module.named_parameters(recurse=False):
@@ -62,7 +63,8 @@ def require_scales(quantized: Mapping[str, nn.Module], where: str) -> None:
 
 
 def first_non_finite(modules: Iterable[tuple[str, nn.Module]], forward: Callable[[], Any]) -> str | None:
-    """Runs `forward` and names the first of `modules` to return that gave NaN or Inf."""
+    """Runs `forward`. Returns the name of the first of `modules` whose output contains NaN or Inf; None if there is
+    none."""
     found: list[str] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:

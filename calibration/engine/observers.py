@@ -1,6 +1,6 @@
-"""The extremes that llm-compressor's min/max observers keep, in fewer passes over the values than torch needs for them.
+"""Finds the extremes that llm-compressor's min/max observers keep, in fewer passes over the values than torch needs.
 
-What an observer does with its extremes stays llm-compressor's own; only the function that finds them is replaced.
+Only the function that finds the extremes is replaced; what an observer does with them stays llm-compressor's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Extremes = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 @contextmanager
 def fast_extremes() -> Iterator[None]:
-    """Inside, the observers static_minmax, minmax and memoryless_minmax find the very same extremes faster."""
+    """Inside, the observers static_minmax, minmax and memoryless_minmax find the same extremes faster."""
     stock: Extremes = min_max._get_min_max
 
     def extremes(observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,13 +32,13 @@ def fast_extremes() -> Iterator[None]:
 
 
 def _extremes(observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """`observed` is `[observations, *shape of the scale, group]`: smallest and largest over its first and last dimension,
-    as `torch.amin` and `torch.amax` with `dim=(0, -1)`. None where there is no faster way."""
+    """`observed` is `[observations, *shape of the scale, group]`: smallest and largest over its first and last
+    dimension, as `torch.amin` and `torch.amax` with `dim=(0, -1)`. None if there is no faster way."""
     if observed.ndim == 2:
         low, high = torch.aminmax(observed)
         return low, high
     if observed.shape[0] > 1:
-        # Rows first: neighbours in memory are then reduced side by side.
+        # Rows first, so that neighbors in memory are reduced side by side.
         return observed.amin(0).amin(-1), observed.amax(0).amax(-1)
     dtype = native.TORCH_FLOATS.get(observed.dtype)
     fits = observed.shape[-1] == GROUP and observed.is_contiguous() and observed.device.type == "cpu"

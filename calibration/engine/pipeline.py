@@ -1,4 +1,4 @@
-"""llm-compressor's view of this engine: the pipeline that its registry knows, which walks one CalibrationRun."""
+"""Registers this engine with llm-compressor as a pipeline, which executes one CalibrationRun."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _current: ContextVar[CalibrationRun] = ContextVar("calibration run")
 
 @CalibrationPipeline.register(PIPELINE)
 class StreamingSequentialPipeline(CalibrationPipeline):  # type: ignore[misc]
-    """Registered with llm-compressor; `oneshot(pipeline=PIPELINE)` executes the run that `current` names."""
+    """The registered pipeline; `oneshot(pipeline=PIPELINE)` executes the run that `current` has set."""
 
     @staticmethod
     def __call__(model: nn.Module, dataloader: DataLoader[Any], dataset_args: Any) -> None:
@@ -41,7 +41,7 @@ class StreamingSequentialPipeline(CalibrationPipeline):  # type: ignore[misc]
 
 @contextmanager
 def current(run: CalibrationRun) -> Iterator[None]:
-    """The pipeline that llm-compressor calls inside works on `run`."""
+    """Inside, the pipeline that llm-compressor calls executes `run`."""
     token = _current.set(run)
     try:
         yield
@@ -57,14 +57,14 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         cache = ActivationCache(run.source.device, scratch, run.max_host_memory, lasting)
         stack.enter_context(cache)
         stack.enter_context(run.memory)
-        stack.callback(run.source.stop_reading)
+        stack.callback(run.source.stop_prefetch)
         batches = 0
         for number, batch in enumerate(without_padding(dataloader)):
             batches += 1
             if run.ranks.owns(number):
                 cache.add(batch, number)
         if not len(cache):
-            raise RecipeError("calibration: the data set gave no batch; give it more or longer samples")
+            raise RecipeError("calibration: the data set yields no batch; give it more or longer samples")
         samples = parity_samples(cache)
         run.tell("trace", blocks=len(run.source.blocks), batches=batches)
         subgraphs = run.trace(samples[0], tracing_ignore)
@@ -72,7 +72,7 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         LifecycleCallbacks.calibration_start()
         require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, run.source)
         link_fused([model.get_submodule(name) for name in group] for group in run.fused)
-        gc.collect()  # tracing leaves cycles of graphs behind
+        gc.collect()  # tracing leaves reference cycles of graphs
         run.calibrating = True
         stack.enter_context(calibration_forward_context(model))
         stack.enter_context(DisableQuantization(model))
@@ -83,6 +83,8 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
         Walk(run, cache, subgraphs, samples, edits, blockwise).walk()
         LifecycleCallbacks.calibration_end()
-        run.ranks.all_gather("end", None)  # activations on a shared disk are removed when nobody reads them any more
+        run.ranks.all_gather(
+            "end", None
+        )  # activations on a shared disk may only be removed after every rank has read them
     run.summary.blocks, run.summary.batches = len(run.source.blocks), batches
     run.summary.seconds = time.monotonic() - started

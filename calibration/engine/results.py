@@ -1,4 +1,4 @@
-"""What a calibration run tells its caller: a block as it is finished, the totals at the end."""
+"""What a calibration run reports to its caller: each finished block, and the totals at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BlockResult:
     """A calibrated block, valid during `on_block` only: its weights leave memory afterwards.
 
     `modules` maps source module names to the calibrated linear layers with their scales as parameters; `block` counts
-    from 0 and is None for what stands before the first block; what stands behind the last block comes with it.
+    from 0 and is None for the modules before the first block; modules after the last block come with the last block.
     `edited` holds source tensors outside `modules` that a modifier wrote to (AWQ, SmoothQuant). `parity` is the largest
     absolute difference to the model's own forward. Times in seconds; `peak_rss` in bytes of anonymous memory, the
     highest sample of this block.
@@ -36,7 +36,7 @@ class BlockResult:
     peak_rss: int
 
     def facts(self) -> dict[str, Any]:
-        """What the summary of a run needs of this block, as JSON; `CalibrationSummary.take` reads it back."""
+        """What the run's summary needs of this block, as JSON; `CalibrationSummary.take` reads it."""
         return {
             "modules": len(self.modules),
             "tokens_per_expert": {str(expert): count for expert, count in self.tokens_per_expert.items()},
@@ -49,12 +49,13 @@ class BlockResult:
 
 @dataclass
 class Callbacks:
-    """What a run tells its caller. `on_block` takes each block as it is finished, with its weights; `on_finished` comes
-    after it with the block's number, its `BlockResult.facts` (None where the block was finished before and only its
-    outputs were needed again) and the saved activations that enter the next block: from its return on the activations
-    before are gone. `on_progress` gets small JSON-ready facts, with `event` one of trace, load, batch, block, log.
-    Where `should_stop` says so, the run ends behind the block with Interrupted. `takes_edits` says that `on_block`
-    writes `BlockResult.edited` into the output as well; without it modifiers that need it are refused."""
+    """The functions through which a run reports to its caller. `on_block` receives each finished block with its
+    weights. `on_finished` follows with the block's number, its `BlockResult.facts` (None if the block was finished
+    before and only its outputs were computed again) and the saved activations that enter the next block; after it
+    returns, the previous activations are removed. `on_progress` receives small JSON-ready facts, with `event` one of
+    trace, load, batch, block, log. If `should_stop` returns true, the run ends after the block with Interrupted.
+    `takes_edits` says that `on_block` also writes `BlockResult.edited` into the output; without it, modifiers that need
+    this are refused."""
 
     on_block: Callable[[BlockResult], None]
     on_progress: Callable[[dict[str, Any]], None] = lambda event: None
@@ -65,7 +66,7 @@ class Callbacks:
 
 @dataclass
 class CalibrationSummary:
-    """Totals of a run; `tokens_per_expert` by block and expert, `parity` by block."""
+    """The totals of a run; `tokens_per_expert` by block and expert, `parity` by block."""
 
     blocks: int = 0
     batches: int = 0

@@ -1,9 +1,10 @@
-"""Matrix products over all experts of a block at once, for accelerators: the weights of a block lie in one stretch of memory
-(`source_model.Room`), so that the experts' weights are two stacks already, and no weight is copied to be stacked.
+"""Matrix products over all experts of a block at once, for accelerators. The weights of a block are in one weight
+buffer (`model.weight_buffer`), so that the experts' weights already form two stacks and no weight is copied.
 
-One batched product gives gate and up of many experts for all tokens, one grouped product the down projection of the routed
-tokens alone. Expert by expert it would be some ten launches and a wait each, 384 times a block and batch for V4-Pro. On the
-CPU products are faster expert by expert, and their bits are those of stock llm-compressor, so it is not used there.
+One batched product computes gate and up of many experts for all tokens, one grouped product the down projection of only
+the routed tokens. Expert by expert it would take about ten launches and a synchronization each, 384 times per block and
+batch for V4-Pro. The CPU does not use this: there, products are faster expert by expert, and bit-identical to stock
+llm-compressor.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ import torch.nn.functional as F
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from torch import nn
 
-#: Bytes of gate and up outputs at a time, on the accelerator; their activation takes as much again.
+#: Bytes of gate and up outputs at a time, on the accelerator; their activation takes the same amount.
 CHUNK = 2**30
-#: Grouped products need rows that begin at a multiple of 16 bytes.
+#: Grouped products need rows that start at a multiple of 16 bytes.
 ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which token goes to which expert, sorted by expert: R = T * k rows.
+    """The tokens of each expert, sorted by expert: R = T * k rows.
 
-    `rows` [R] token numbers, `weights` [R, 1], `counts` the rows of each expert (on the host), `order` [R] the place of
-    each row in the routing as it was given: `top_k_index.t().reshape(-1)`.
+    `rows` [R] token numbers, `weights` [R, 1], `counts` the rows of each expert (on the host), `order` [R] the position
+    of each row in `top_k_index.t().reshape(-1)`.
     """
 
     rows: torch.Tensor
@@ -38,8 +39,8 @@ class Routing:
     @classmethod
     def of(cls, tokens: int, experts: int, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Routing:
         """`top_k_index` and `top_k_weights` [T, k]. Rows of an expert are sorted by position among the top k, then by
-        token: the order of stock's torch.where, so that sums accumulate in the same order; one device synchronisation
-        instead of one per expert."""
+        token: the order of stock's torch.where, so that sums accumulate in the same order. Takes one device
+        synchronization instead of one per expert."""
         flat = top_k_index.t().reshape(-1)
         order = flat.argsort(stable=True)
         counts = torch.bincount(flat, minlength=experts).tolist()
@@ -48,8 +49,8 @@ class Routing:
     def summed(self, made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Adds up the k rows of each token: made [R, D] -> [T, D], of the dtype of `like` [T, D].
 
-        Expert after expert, as index_add_ of one expert at a time would, and the same in every run: index_add_ of all
-        rows at once uses atomic additions, in any order.
+        The order is that of index_add_ expert by expert, and the same in every run: index_add_ of all rows at once uses
+        atomic additions in arbitrary order.
         """
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(self.order), device=self.order.device)
@@ -61,7 +62,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class Stack:
-    """The weights of E experts: `gate_up` [E, 2 I, D] and `down` [E, D, I], views of the experts' own weights."""
+    """The weights of E experts as views: `gate_up` [E, 2 I, D] and `down` [E, D, I]."""
 
     gate_up: torch.Tensor
     down: torch.Tensor
@@ -69,8 +70,8 @@ class Stack:
 
     @classmethod
     def of(cls, experts: LinearExperts2D) -> Stack | None:
-        """None where the weights do not lie side by side (they were replaced), or a product would not be what the
-        experts compute: other expert classes, biases, quantization that is switched on, somebody who watches them."""
+        """None if the weights are not adjacent in memory (they were replaced), or if the experts compute more than
+        plain products: another expert class, biases, enabled quantization, hooks of others."""
         mlps = [experts[number] for number in range(experts.num_experts)]
         if any(type(mlp) is not ExpertMLPWithGate for mlp in mlps):
             return None
@@ -98,7 +99,7 @@ class Stack:
     def all_tokens(
         self, hidden: torch.Tensor, routing: Routing, observe: Callable[[int, torch.Tensor], None]
     ) -> torch.Tensor:
-        """hidden [T, D] -> [T, D]. `observe(expert, input of its down projection [T, I])` is told for every expert."""
+        """hidden [T, D] -> [T, D]. Calls `observe(expert, input of its down projection [T, I])` for every expert."""
         made = hidden.new_empty(len(routing.rows), hidden.shape[1])
         number_of_row = torch.repeat_interleave(
             torch.arange(len(routing.counts), device=hidden.device),
@@ -124,15 +125,14 @@ class Stack:
 
 
 def is_plain(linear: nn.Module) -> bool:
-    """Whether a layer is one matrix product: no other class, and compressed-tensors' wrapper absent or switched off."""
+    """Whether a layer is one plain matrix product: no subclass, and compressed-tensors' wrapper absent or disabled."""
     return type(linear) is nn.Linear and (
         "forward" not in vars(linear) or not getattr(linear, "quantization_enabled", True)
     )
 
 
 def _watched(linear: nn.Linear) -> bool:
-    """Whether a forward hook sits on the layer that is not llm-compressor's: those are switched off, or asked for
-    elsewhere."""
+    """Whether the layer has a forward hook that is not llm-compressor's (those are disabled, or checked elsewhere)."""
     return any(not hasattr(hook, "__wrapped__") for hook in linear._forward_hooks.values())
 
 

@@ -1,9 +1,9 @@
-"""The way of all batches through the blocks, whose weights stream from the source: one block in memory at a time.
+"""Walks all batches through the blocks, whose weights stream from the source: one block in memory at a time.
 
-Modelled on llmcompressor/pipelines/sequential/pipeline.py (0.14.0.1). It differs where weights come from the source
-instead of an offloaded model, where the second pass is left out (round to nearest never edits a weight, so the first
-pass's outputs are what the second would compute), and in its checks: every block is compared with the model's own
-forward, every observer must have seen something, every scale must be finite and positive.
+Modeled on llmcompressor/pipelines/sequential/pipeline.py (0.14.0.1), with three differences. Weights come from the
+source instead of an offloaded model. Without weight edits (round to nearest) there is no second pass, because its
+outputs would equal those of the first. There are more checks: every block is compared with the model's own forward,
+every observer must have seen something, every scale must be finite and positive.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
 
 @dataclass
 class CalibrationRun:
-    """One run of the pipeline: where weights come from, where activations may go, whom to tell.
+    """The settings and state of one run of the pipeline.
 
-    `fused` are groups of transformers module names that must share a weight global scale; `scratch` takes activations
-    beyond `max_host_memory` bytes. With `resume` the blocks it names are left out and every boundary is saved. Of
-    several `ranks` each takes its own batches, and the weights of the modules (source names) that `owners` gives it.
+    `fused` are groups of transformers module names that must share a weight global scale; `scratch` holds activations
+    beyond `max_host_memory` bytes. With `resume`, the blocks it names are skipped and every boundary is saved. Each of
+    several `ranks` takes its own batches, and the weights of the modules (source names) that `owners` assigns to it.
     """
 
     source: SourceModel
@@ -68,15 +68,16 @@ class CalibrationRun:
     experts: ExpertCalibration = field(default_factory=ExpertCalibration)
     summary: CalibrationSummary = field(default_factory=CalibrationSummary)
     memory: PeakMemory = field(default_factory=PeakMemory)
-    #: Whether the modifiers have been accepted and the forward passes have begun.
+    #: Whether the modifiers were accepted and the forward passes have started.
     calibrating: bool = False
 
     def tell(self, event: str, **facts: Any) -> None:
-        """Reports an event of the calibration with its facts."""
+        """Reports an event of the calibration through `on_progress`."""
         self.callbacks.on_progress({"event": event, **facts})
 
     def trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
-        """llm-compressor's trace of the model on one batch. Raises WorkflowError unless each block is a subgraph of its own."""
+        """Traces the model with llm-compressor on one batch. Raises WorkflowError unless each block becomes its own
+        subgraph."""
         blocks = list(self.source.blocks.values())
         try:
             with tracing.repaired_tracing():
@@ -87,21 +88,22 @@ class CalibrationRun:
         found = [self.blocks_in(subgraph) for subgraph in subgraphs]
         if [block for group in found for block in group] != blocks or any(len(group) > 1 for group in found):
             raise WorkflowError(
-                f"{type(self.source.model).__name__}: tracing gave {len(subgraphs)} parts that do not hold its "
-                f"{len(blocks)} blocks one each and in order; this model type is not supported"
+                f"{type(self.source.model).__name__}: tracing gave {len(subgraphs)} parts, not one for each of the "
+                f"{len(blocks)} blocks, in order; this model type is not supported"
             )
         return list(subgraphs)
 
     def blocks_in(self, subgraph: Subgraph) -> list[nn.Module]:
-        """The blocks that a subgraph calls: one, or none before the first and behind the last."""
+        """The blocks that a subgraph calls: one, or none before the first block and after the last."""
         blocks = set(self.source.blocks.values())
         return [module for module in called_modules(subgraph, self.source.model) if module in blocks]
 
 
 @dataclass(frozen=True)
 class Part:
-    """One subgraph of the traced model: its `index` and the modules whose weights it needs. `block` and its `number` are
-    None before the first block (or after the last); `name` is the source's; `where` names the part in messages."""
+    """One subgraph of the traced model: its `index` and `roots`, the modules whose weights it needs. `block` and its
+    `number` are None before the first block (or after the last); `name` is the source's; `where` names the part in
+    messages."""
 
     index: int
     roots: list[nn.Module]
@@ -113,22 +115,22 @@ class Part:
 
 @dataclass
 class Walk:
-    """The way of all batches through the subgraphs."""
+    """Takes all batches through the subgraphs, one subgraph at a time."""
 
     run: CalibrationRun
     cache: ActivationCache
     subgraphs: list[Subgraph]
     samples: dict[int, dict[str, Any]]
     edits: bool
-    #: The modifiers that take up and let go of the modules of each subgraph; others do all at the start and the end.
+    #: The modifiers that attach and detach the modules of each subgraph; the others initialize all at the start.
     blockwise: Sequence[BlockQuantizationModifier] = ()
-    #: Block number by subgraph; None for what stands before the first block (or behind the last).
+    #: Block number by subgraph; None for the subgraph before the first block (or after the last).
     numbers: list[int | None] = field(default_factory=list)
     entering: dict[int, torch.Tensor] = field(default_factory=dict)
     calls: dict[int, list[BlockCall]] = field(default_factory=dict)
 
     def walk(self) -> None:
-        """Takes every batch through every block that is not finished, from the nearest saved activations on."""
+        """Takes every batch through every unfinished block, starting at the nearest saved activations."""
         run, resume = self.run, self.run.resume or Resume(self.run.scratch)
         numbers = iter(range(len(run.source.blocks)))
         self.numbers = [next(numbers) if run.blocks_in(subgraph) else None for subgraph in self.subgraphs]
@@ -145,7 +147,7 @@ class Walk:
             self.step(index, following)
 
     def _route(self, where: dict[int, int], resume: Resume) -> list[tuple[int, Boundary | None]]:
-        """The subgraphs to step through, in order, each with the saved activations to take up before it. `where` maps
+        """The subgraphs to step through, in order, each with the saved activations to restore before it. `where` maps
         block numbers to subgraphs."""
         route: list[tuple[int, Boundary | None]] = []
         begin = 0
@@ -158,14 +160,14 @@ class Walk:
         return route + [(index, None) for index in range(begin, len(self.subgraphs)) if begin > max(where.values())]
 
     def _look_before_the_blocks(self) -> None:
-        """Records the model's own calls of its blocks, for parity, where the walk does not begin at the text."""
+        """Records the model's own calls of its blocks, for parity, if the walk does not start at the text."""
         roots = self.roots(0)
         self.run.source.load(roots)
         self.record_own_calls()
         self.run.source.unload(roots)
 
     def part(self, index: int, number: int | None) -> Part:
-        """The subgraph `index`, which holds block `number` if it holds one."""
+        """The part of subgraph `index`, which contains block `number` unless it contains none."""
         source = self.run.source
         block = next(iter(self.run.blocks_in(self.subgraphs[index])), None)
         name = "before the blocks" if block is None else source.source_block(source.module_name(block))
@@ -174,8 +176,8 @@ class Walk:
         return Part(index, self.roots(index), block, number, name, where)
 
     def step(self, index: int, following: int | None) -> None:
-        """Loads, calibrates, checks, hands over and unloads one subgraph while the `following` one's weights are read;
-        then makes its end durable."""
+        """Loads, calibrates, checks, reports and unloads one subgraph while the `following` one's weights are
+        prefetched; then makes its outputs durable."""
         run, source, started = self.run, self.run.source, time.monotonic()
         part = self.part(index, self.numbers[index])
         number, roots = part.number, part.roots
@@ -184,7 +186,7 @@ class Walk:
             modifier.attach(roots)
         run.tell("load", block=number, name=part.name)
         source.load(roots)
-        if following is not None and source.reads_ahead:
+        if following is not None and source.prefetches:
             source.prefetch(self.roots(following))
         self.cache.aim(index + 1, save=part.block is not None and index + 1 < len(self.subgraphs))
         if index == 0:
@@ -198,13 +200,15 @@ class Walk:
             modifier.detach()
         for module in [module for root in roots for module in root.modules()]:
             run.experts.forget(module)
-            freeze_module_quantization(module)  # calibration_end would do it: a thousand observers per block until then
+            freeze_module_quantization(
+                module
+            )  # calibration_end does it too late: a thousand observers per block until then
         source.unload(roots)
         if number is not None:
             facts = None if result is None else result.facts()
-            boundary = Boundary.whole(run.ranks.all_gather(f"activations behind {part.where}", self.cache.commit()))
+            boundary = Boundary.whole(run.ranks.all_gather(f"activations after {part.where}", self.cache.commit()))
             run.callbacks.on_finished(number, facts, boundary)
-        # Behind this meeting the block is finished for all ranks.
+        # After this barrier the block is finished for all ranks.
         stop = number is not None and run.ranks.any(f"end of {part.where}", run.callbacks.should_stop())
         self.cache.forget(before=index + 1)
         if number is not None and stop:
@@ -213,7 +217,7 @@ class Walk:
             raise Interrupted(f"stopped after block {number + 1} of {total}; the same command {rest}")
 
     def _work(self, part: Part, started: float) -> BlockResult:
-        """Calibrates and checks what is loaded."""
+        """Calibrates and checks the loaded part."""
         run, source, roots, where = self.run, self.run.source, part.roots, part.where
         quantized = {
             source.source_module(source.module_name(module)): module
@@ -245,7 +249,7 @@ class Walk:
         )  # fmt: skip
 
     def _share_statistics(self, quantized: dict[str, nn.Module], experts: list[LinearExperts2D], where: str) -> None:
-        """Every rank goes on with what all of them saw."""
+        """Combines the statistics and token counts of all ranks on every rank."""
         ranks, counted = self.run.ranks, self.run.experts
         found = (getattr(module, f"{base}_observer", None) for module in quantized.values() for base in ACTIVATION_OBS)
         all_reduce_extremes(ranks, [observer for observer in found if observer is not None])
@@ -268,7 +272,7 @@ class Walk:
         )  # fmt: skip
 
     def _repeat(self, part: Part) -> None:
-        """The pass that computes the outputs of a block again, to the same bits, and observes nothing."""
+        """Computes the outputs of a finished block again, with the same bits, without observing."""
         with self.run.experts.running(Pass.REPEAT):
             for batch, outputs, passed in self.forward(part, "repeat"):
                 if passed is not None:
@@ -280,7 +284,7 @@ class Walk:
         model = self.run.source.model
         roots = called_modules(self.subgraphs[index], model)
         if index == 0:
-            # The embedding is called inside wrapped code, which the graph does not show.
+            # The embedding is called inside wrapped code, where the graph does not show it.
             later = {module for subgraph in self.subgraphs[1:] for module in called_modules(subgraph, model)}
             roots += [module for module in self.run.source.outside_blocks() if module not in {*later, *roots}]
         # calibration_forward_context gives the head a forward that needs no weights.
@@ -289,7 +293,7 @@ class Walk:
         return [module for module in roots if module is not head or wanted]
 
     def record_own_calls(self) -> None:
-        """Runs the model's own forward with blocks that pass their input on, to learn how it calls them (for parity)."""
+        """Runs the model's own forward with identity blocks, to record how it calls them (for parity)."""
         source = self.run.source
         for batch, sample in self.samples.items():
             with self.run.experts.running(Pass.REPEAT):
@@ -297,7 +301,7 @@ class Walk:
             self.entering[batch], self.calls[batch] = calls
 
     def _calibrate(self, part: Part) -> float:
-        """The pass that observes. Returns the largest difference to the model's own forward."""
+        """Runs the pass that observes. Returns the largest difference to the model's own forward."""
         worst = 0.0
         with self.run.experts.running(Pass.CALIBRATE):
             for batch, outputs, passed in self.forward(part, "calibrate"):
@@ -311,7 +315,7 @@ class Walk:
         return worst
 
     def _propagate(self, part: Part) -> None:
-        """The pass that computes the outputs of the edited weights."""
+        """Runs the pass that computes the outputs with the edited weights."""
         with self.run.experts.running(Pass.PROPAGATE):
             for batch, outputs, passed in self.forward(part, "propagate"):
                 if passed is not None:
@@ -321,7 +325,7 @@ class Walk:
     def forward(
         self, part: Part, kind: str
     ) -> Iterator[tuple[int, dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
-        """Yields batch, outputs, and the hidden states that entered and left the block."""
+        """Yields for each batch its index, outputs, and the hidden states that entered and left the block."""
         subgraph, passed = self.subgraphs[part.index], list[tuple[torch.Tensor, torch.Tensor]]()
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -338,12 +342,13 @@ class Walk:
             yield batch, outputs, passed.pop() if passed else None
 
     def keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
-        """Hands a subgraph's outputs to the next one."""
+        """Keeps a subgraph's outputs for the next one."""
         if index + 1 < len(self.subgraphs):
             self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
 
     def check_parity(self, part: Part, batch: int, hidden: torch.Tensor, made: torch.Tensor) -> float:
-        """The largest difference of `made` to what the model's own call of the block makes of `hidden`. Raises ParityError."""
+        """The largest difference between `made` and the result of the model's own call of the block on `hidden`. Raises
+        ParityError."""
         block, number = part.block, part.number
         assert block is not None and number is not None
         worst = 0.0
@@ -354,7 +359,7 @@ class Walk:
         return max(worst, require_parity(f"block {number}", made, own))
 
     def require_finite(self, part: Part, made: torch.Tensor, batch: int) -> None:
-        """Raises SourceError, naming the first module that gave NaN or Inf, where a block did."""
+        """Raises SourceError that names the first module with NaN or Inf if the block's output is not finite."""
         if part.block is None or is_finite(made):
             return
         source, subgraph = self.run.source, self.subgraphs[part.index]
@@ -378,7 +383,8 @@ class Walk:
 
     @staticmethod
     def _round_to_nearest(quantized: dict[str, nn.Module]) -> list[str]:
-        """Gives weight scales to modules that the modifier left without: GPTQ skips an expert that saw no token."""
+        """Computes weight scales of modules that the modifier skipped: GPTQ skips an expert that saw no token. Returns
+        their names."""
         left = {n: m for n, m in quantized.items() if not is_finite(getattr(m, "weight_scale", torch.zeros(())))}
         observe(list(left.values()), "weight")
         update_qparams(list(left.values()), "weight")
@@ -393,7 +399,8 @@ class Walk:
 
 
 def _attach_again(modules: Iterable[nn.Module]) -> None:
-    """Observers that keep state of their own (imatrix) made it on meta: they start again beside loaded weights."""
+    """Attaches observers with state of their own (imatrix) again: they created it on meta, before the weights were
+    loaded."""
     for module in modules:
         for child in list(module.children()):
             if isinstance(child, Observer) and type(child).attach is not Observer.attach:

@@ -1,1 +1,2 @@
-"""The transformers model whose blocks are filled from the source one at a time; proof that it computes the same."""
+"""The transformers model, filled from the source one block at a time, and proof that it computes the same as the
+original."""

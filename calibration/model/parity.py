@@ -1,4 +1,4 @@
-"""Whether the traced blocks compute what the model's own forward computes."""
+"""Checks that the traced blocks compute what the model's own forward computes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch import nn
 
 from recipes.errors import WorkflowError
 
-#: Batches of a rank compared with the model's own forward: one per shape of batch, at most this many.
+#: Batches per rank that are compared with the model's own forward: one per shape of batch, at most this many.
 PARITY_SAMPLES = 2
-#: One BF16 rounding: a number's relative distance to its neighbour is at most 2^-7.
+#: One BF16 rounding: a number's relative distance to its neighbor is at most 2^-7.
 BF16_STEP = 2.0**-7
 
 
 class ParityError(WorkflowError):
-    """The traced model is not the model: calibrating it would give wrong scales."""
+    """The traced model differs from the original: calibrating it would give wrong scales."""
 
 
 @dataclass
 class BlockCall:
-    """The arguments that the model's own forward hands one block, but for the hidden states."""
+    """The arguments, except the hidden states, that the model's own forward passes to one block."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,7 +40,7 @@ class BlockCall:
         return kwargs.pop("hidden_states"), cls((), kwargs)
 
     def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states that `block` makes of `hidden` with these arguments."""
+        """The output hidden states of `block` for `hidden` with these arguments."""
         return hidden_of(block(hidden, *self.args, **self.kwargs))
 
 
@@ -59,8 +59,8 @@ def own_block_calls(
 ) -> tuple[torch.Tensor, list[BlockCall]]:
     """Runs the model's own, untraced forward on `sample` with every block replaced by the identity.
 
-    Only what stands before the blocks (embedding, rotary frequencies) must be loaded. Returns the hidden states that
-    enter the first block and the call of each block.
+    Only the modules before the blocks (embedding, rotary frequencies) must be loaded. Returns the hidden states that
+    enter the first block and the call of each block. Raises ParityError if the forward does not call every block.
     """
     calls: list[BlockCall] = []
     first: list[torch.Tensor] = []
@@ -100,8 +100,8 @@ def require_parity(what: str, traced: torch.Tensor, own: torch.Tensor) -> float:
 
 
 def parity_samples(cache: IntermediatesCache) -> dict[int, dict[str, Any]]:
-    """The batches that parity is checked with, by their index in `cache`: the first of each shape, at most
-    PARITY_SAMPLES, the first batch among them."""
+    """The batches to check parity with, by their index in `cache`: the first of each shape, at most PARITY_SAMPLES,
+    including the first batch."""
     samples: dict[int, dict[str, Any]] = {}
     shapes = set()
     for index in range(len(cache)):

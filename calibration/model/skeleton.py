@@ -1,4 +1,4 @@
-"""Builds the empty transformers model of a checkpoint and matches every tensor of it with the source."""
+"""Builds the empty transformers model of a checkpoint and matches each of its tensors with the source."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from recipes.errors import SourceError
 def build_skeleton(
     checkpoint: Checkpoint, run_directory: Path, trust_remote_code: bool, device: torch.device | None = None
 ) -> SourceModel:
-    """Builds the empty model of `checkpoint` and matches every tensor of it with the source's headers.
+    """Builds the empty model of `checkpoint` and matches each of its tensors with the source's headers.
 
     Writes `<run_directory>/skeleton/config.json`, the source's config without `quantization_config`: llm-compressor
-    reads the config that the model names on disk and refuses a quantized one. Compute dtype is BF16; what the source
-    stores in F32 and transformers keeps in F32 (mHC, sinks, router bias, compressor positions) stays F32, norms do not:
-    an F32 norm weight makes the next BF16 linear layer fail.
-    Raises SourceError for a family or config that transformers cannot build, and, all at once: model tensors without a source,
-    source tensors (outside MTP) without a destination, shapes that differ.
+    reads the config that the model names on disk and refuses a quantized one. The compute dtype is BF16. Tensors that
+    the source stores in F32 and transformers keeps in F32 (mHC, sinks, router bias, compressor positions) stay F32,
+    except norms: an F32 norm weight makes the next BF16 linear layer fail. Raises SourceError for a family or config
+    that transformers cannot build and, all at once, for model tensors without a source, source tensors (outside MTP)
+    without a destination, and shapes that differ.
     """
     family, formats = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME)), Formats(checkpoint)
     if family.not_calibrated:
@@ -69,8 +69,8 @@ def _clean_config(checkpoint: Checkpoint, run_directory: Path, trust_remote_code
 
 
 class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty` gives meta tensors where no device is named. accelerate moves a parameter to meta only once it is
-    allocated: V4-Pro's experts of one block would take 34 GB for that moment."""
+    """Makes `torch.empty` return meta tensors if no device is named. accelerate moves a parameter to meta only after
+    allocating it: the experts of one V4-Pro block would briefly take 34 GB."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -84,7 +84,7 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = _built(directory, trust_remote_code)
         for name, experts in get_non_linearized_moes(model):
-            # transformers' class patching would walk every lazy module of transformers; replacing the empty modules
+            # transformers' class patching would import every lazy module of transformers; replacing the empty modules
             # gives the same tree.
             linear = LinearExperts2D.get_linear_experts_cls(type(experts))
             model.set_submodule(name, _gate_first(linear(getattr(experts, "config", model.config))))
@@ -95,14 +95,14 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """transformers' model of the config in `directory`. Raises SourceError for whatever transformers makes of an odd one."""
+    """transformers' model of the config in `directory`. Raises SourceError for every error of transformers."""
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         config.dtype = torch.bfloat16
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # transformers, its validators and torch raise what they like
+    except Exception as error:  # transformers, its validators and torch raise all kinds of errors
         lines = str(error).strip().splitlines()
         raise SourceError(
             f"{directory / CONFIG_NAME}: transformers cannot build the model: {type(error).__name__}: "
@@ -112,17 +112,18 @@ def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
 
 
 def _check_padding(checkpoint: Checkpoint) -> None:
-    """Raises SourceError for a pad token that the embedding cannot have: torch asserts it when it builds the model."""
+    """Raises SourceError for a pad token outside the embedding: torch asserts this when it builds the model."""
     pad, rows = checkpoint.config.get("pad_token_id"), checkpoint.config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
         raise SourceError(
             f"{checkpoint.directory / CONFIG_NAME}: pad_token_id: {pad} has no row in an embedding of vocab_size {rows}; "
-            "transformers cannot load such a model. Set it to null, or to a token that there is"
+            "transformers cannot load such a model. Set it to null, or to an existing token"
         )
 
 
 def _gate_first(experts: LinearExperts2D) -> LinearExperts2D:
-    """gate before up, as `_apply_gate` takes them: their weights are read in this order, and lie in it in memory."""
+    """Puts gate before up, as `_apply_gate` expects them: weights are read, and are adjacent in memory, in this
+    order."""
     for expert in experts:
         if isinstance(expert, ExpertMLPWithGate):
             expert._modules = {leaf: expert._modules[leaf] for leaf in ("gate_proj", "up_proj", "down_proj")}

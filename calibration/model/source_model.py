@@ -1,7 +1,7 @@
-"""The transformers model of a source checkpoint, empty, whose weights come block by block straight from the shards.
+"""An empty transformers model of a source checkpoint, which loads its weights block by block straight from the shards.
 
-Nothing is expanded to BF16 on disk and nothing is offloaded: parameters and persistent buffers live on the meta device
-until `SourceModel.load` reads them, and go back there with `SourceModel.unload`.
+Nothing is expanded to BF16 on disk and nothing is offloaded: parameters and persistent buffers are on the meta device
+until `SourceModel.load` reads them; `SourceModel.unload` puts them back there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from calibration.checkpoint.dequantize import check_finite, dequantize
 from calibration.checkpoint.formats import Formats, logical_name
 from calibration.families.family import Family
-from calibration.model.weight_buffer import Ahead, Room
+from calibration.model.weight_buffer import Prefetch, WeightBuffer
 
 WEIGHT = ".weight"
 
@@ -50,18 +50,18 @@ class SourceModel:
             if name.endswith(WEIGHT)
         }
         self._versions: dict[str, int] = {}
-        #: Whether reading the next block ahead gains time: on the CPU it takes the time that the forward pass needs,
-        #: and the memory of a block on top.
-        self.reads_ahead = device.type != "cpu"
-        self._ahead: Ahead | None = None
+        #: Whether prefetching the next block gains time: on the CPU it competes with the forward pass and needs the
+        #: memory of one more block.
+        self.prefetches = device.type != "cpu"
+        self._prefetch: Prefetch | None = None
 
     def module_name(self, module: nn.Module) -> str:
-        """The name of a module of the skeleton in transformers' tree."""
+        """The transformers name of a module of the skeleton."""
         name: str = self._names[module]
         return name
 
     def source_module(self, name: str) -> str:
-        """The source checkpoint's spelling of a module (one with a weight) of transformers' tree."""
+        """The source checkpoint's name of the module (with a weight) that transformers calls `name`."""
         return self._modules[name]
 
     def model_modules(self) -> dict[str, str]:
@@ -81,17 +81,17 @@ class SourceModel:
         return [self.model.get_submodule(owner) for owner in owners]
 
     def load(self, roots: Iterable[nn.Module]) -> None:
-        """Reads every tensor below `roots` from the source onto `device`; those already there are kept.
+        """Reads every tensor below `roots` from the source onto `device`; loaded ones are kept.
 
         Tensors that the source does not know (scales and zero points that modifiers allocated on meta) become NaN, or
-        zero where integer, so that nothing uninitialised can reach the output. Raises SourceError for NaN or Inf.
+        zero if integer, so that nothing uninitialized can reach the output. Raises SourceError for NaN or Inf.
         """
-        ahead = {} if self._ahead is None else self._ahead.take()
-        self._ahead = None
+        prefetched = {} if self._prefetch is None else self._prefetch.take()
+        self._prefetch = None
         missing = [found for found in self._tensors(roots) if found[-1].is_meta]
-        reads = self._reads((full, tensor) for _, _, full, tensor in missing if full not in ahead)
+        reads = self._reads((full, tensor) for _, _, full, tensor in missing if full not in prefetched)
         for module, leaf, full, tensor in missing:
-            read, value = reads.get(full), ahead.pop(full, None)
+            read, value = reads.get(full), prefetched.pop(full, None)
             if value is None:
                 value = self._empty(leaf, tensor) if read is None else read()
             place(module, leaf, value)
@@ -99,19 +99,19 @@ class SourceModel:
                 self._versions[full] = _tensor(module, leaf)._version
 
     def prefetch(self, roots: Iterable[nn.Module]) -> None:
-        """Begins to read what `load` of the same roots will need, in a thread; it takes the memory of one more block.
-        Tensors that cannot be read are left to `load`, which raises where they are needed."""
-        self.stop_reading()
+        """Starts a thread that reads what `load` of the same roots will need; it takes the memory of one more block.
+        Tensors that cannot be read are left to `load`, which raises the error."""
+        self.stop_prefetch()
         reads = self._reads((full, tensor) for _, _, full, tensor in self._tensors(roots) if tensor.is_meta)
-        self._ahead = Ahead(self.device, reads)
-        self._ahead.start()
+        self._prefetch = Prefetch(self.device, reads)
+        self._prefetch.start()
 
-    def stop_reading(self) -> None:
-        """Ends `prefetch` and drops what it read."""
-        if self._ahead is not None:
-            self._ahead.stopped = True
-            self._ahead.take()
-            self._ahead = None
+    def stop_prefetch(self) -> None:
+        """Stops the prefetch and drops what it has read."""
+        if self._prefetch is not None:
+            self._prefetch.stopped = True
+            self._prefetch.take()
+            self._prefetch = None
 
     def unload(self, roots: Iterable[nn.Module]) -> None:
         """Puts every tensor below `roots` back on meta and returns the freed memory to the system."""
@@ -127,7 +127,7 @@ class SourceModel:
         return {full for _, _, full, tensor in everything if full in self.sources and not tensor.is_meta}
 
     def edited(self, roots: Iterable[nn.Module]) -> dict[str, torch.Tensor]:
-        """Source tensors below `roots` whose values were written to since `load` (GPTQ, AWQ, SmoothQuant)."""
+        """Source tensors below `roots` that were modified after `load` (GPTQ, AWQ, SmoothQuant)."""
         return {
             self.sources[full]: tensor.data
             for _, _, full, tensor in self._tensors(roots)
@@ -142,20 +142,24 @@ class SourceModel:
                     yield module, leaf, prefix + leaf, tensor
 
     def _reads(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Callable[[], torch.Tensor]]:
-        """How to read those of the named tensors that the source has; all of them into one room, in this order."""
+        """A read function for each of the named tensors that the source has; all of them read into one weight buffer,
+        in this order."""
         wanted = [(full, tensor) for full, tensor in tensors if full in self.sources]
-        # Formats.read gives integers as a tensor of its own.
+        # Formats.read returns integers in memory of their own.
         fitting = {full: tensor for full, tensor in wanted if tensor.is_floating_point() and tensor.numel()}
-        room = Room(self.device, fitting.values())
+        buffer = WeightBuffer(self.device, fitting.values())
         return {
-            full: partial(self._read, self.sources[full], tensor.dtype, room.take(tensor) if full in fitting else None)
+            full: partial(
+                self._read, self.sources[full], tensor.dtype, buffer.take(tensor) if full in fitting else None
+            )
             for full, tensor in wanted
         }
 
     def _read(self, source: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
         if self.device.type == "cpu":
             return self.formats.read(source, dtype, out)
-        # The raw bytes travel: they are a half to a quarter of the BF16 values, and the accelerator dequantizes faster.
+        # The raw bytes are transferred: they are a half to a quarter of the BF16 values, and the accelerator
+        # dequantizes faster.
         checkpoint, stored = self.formats.checkpoint, self.formats.of(source)
         raw = checkpoint.read(source).to(self.device)
         if not raw.is_floating_point() and stored.kind == "plain":
@@ -172,7 +176,7 @@ class SourceModel:
 
 
 def trim_memory() -> None:
-    """Returns freed heap pages to the system: glibc keeps them otherwise, and memory grows block by block."""
+    """Returns freed heap pages to the system: otherwise glibc keeps them, and memory grows block by block."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
@@ -180,7 +184,7 @@ def trim_memory() -> None:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of this module alone."""
+    """Yields the parameters and persistent buffers of this module, without its children's."""
     yield from ((leaf, tensor) for leaf, tensor in list(module._parameters.items()) if tensor is not None)
     for leaf, tensor in list(module._buffers.items()):
         if tensor is not None and leaf not in module._non_persistent_buffers_set:

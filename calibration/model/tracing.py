@@ -1,9 +1,9 @@
-"""Trace repair: a traced block must see the causal mask that the model's own forward hands it.
+"""Repairs tracing, so that a traced block gets the causal mask that the model's own forward passes to it.
 
 Stock llm-compressor loses the causal mask of models that write `mask_function = create_causal_mask if ... else ...`
-(Mixtral, Qwen3-MoE, Mistral in transformers 5.17): the call then is not wrapped with its surroundings but becomes a
-node of its own, whose config argument is rebuilt from `config.to_dict()`. The rebuilt config has forgotten
-`_attn_implementation`, the mask function takes it for SDPA and returns no mask, and eager attention runs without one.
+(Mixtral, Qwen3-MoE, Mistral in transformers 5.17): the call is then not wrapped with its surroundings but becomes a
+graph node, whose config argument is rebuilt from `config.to_dict()`. The rebuilt config lacks `_attn_implementation`,
+so the mask function assumes SDPA and returns no mask, and eager attention runs without one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from transformers.configuration_utils import PretrainedConfig
 
 
 class ConfigKeepingTracer(helpers.SequentialTracer):  # type: ignore[misc]
-    """llm-compressor's tracer, except that a config of the model itself is passed on as that very object."""
+    """llm-compressor's tracer, except that it passes on the model's config as the same object."""
 
     def create_arg(self, a: Any) -> Argument:
-        """The graph's form of one argument `a`."""
+        """The representation of the argument `a` in the graph."""
         if isinstance(a, PretrainedConfig):
             for name, module in self.root.named_modules():
                 for attribute, value in vars(module).items():
@@ -39,14 +39,14 @@ class ConfigKeepingTracer(helpers.SequentialTracer):  # type: ignore[misc]
 
 @contextmanager
 def repaired_tracing() -> Iterator[None]:
-    """llm-compressor's trace_subgraphs uses the repaired tracer inside."""
+    """Inside, llm-compressor's trace_subgraphs uses the repaired tracer."""
     with patch_attr(helpers, "SequentialTracer", ConfigKeepingTracer), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         yield
 
 
 def called_modules(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
-    """The modules a subgraph calls, and the owners of tensors it reads by itself."""
+    """The modules that a subgraph calls, and the owners of the tensors that it reads directly."""
     found: dict[nn.Module, None] = {}
     for node in subgraph.graph.nodes:
         if node.op == "call_module":

@@ -1,1 +1,1 @@
-"""What becomes of every tensor: the plan that a run executes and a verification checks."""
+"""Plans what happens to every tensor; a run executes the plan and a verification checks it."""

@@ -1,4 +1,4 @@
-"""Whether vLLM's draft model of DeepSeek-V4 can read a draft head (`mtp.*`) in the form in which it is stored.
+"""Checks whether vLLM's draft model of DeepSeek-V4 can read a draft head (`mtp.*`) in its stored format.
 
 Read in vLLM 0.32, not run: its CPU platform has no draft model of this family (models/deepseek_v4/cpu/mtp.py raises
 NotImplementedError). Under `quant_method: fp8` the draft's linear layers are FP8 in tiles, and its experts NVFP4 or, where
@@ -26,7 +26,7 @@ _LABELS = {
 
 
 def draft_head_doubts(formats: Formats, family: Family, dialect: Dialect, ignore: Iterable[str]) -> list[str]:
-    """Why vLLM would misread the draft head of a checkpoint in `dialect`, whose config has this `ignore`; nothing where there
+    """Why vLLM would misread the draft head of a checkpoint in `dialect` whose config has this `ignore`; empty if there
     is no draft head."""
     experts, linears = dict[str, str](), dict[str, str]()
     plain = NOT_LINEAR | (family.fp8_dialect.built_plain if family.fp8_dialect is not None else frozenset())

@@ -1,4 +1,4 @@
-"""Which modules of a source the targets and ignore entries of a recipe name."""
+"""Finds the modules of a source that the targets and ignore entries of a recipe match."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from calibration.families.family import NOT_LINEAR, Place
 from recipes.errors import without_numbers
 from recipes.patterns import Pattern, PatternError, TimeLimit
 
-#: Entries that name nothing get the closest names: the first ones, and those of a name's length.
+#: Limits for suggesting the closest names to an entry that matches nothing: entries per recipe, letters of an entry.
 _COMPARED, _COMPARED_LENGTH = 20, 300
 
 
 class Matcher:
-    """Matches entries against the modules of a source (by name, with their places). What is wrong goes into `problems`, what
-    changes nothing into `notes`."""
+    """Matches entries with the modules of a source (names -> places). Appends errors to `problems` and harmless
+    findings to `notes`."""
 
     def __init__(self, places: Mapping[str, Place], problems: list[str], notes: list[str]) -> None:
         self._places, self._problems, self._notes = places, problems, notes
         self._limit, self._names = TimeLimit(), sorted({without_numbers(module) for module in places})
 
     def targeted(self, where: str, entry: str) -> list[str]:
-        """The modules that a target names, in the source's order. None is a problem, and so is a pattern that takes too
-        long."""
+        """The modules that a target matches, in the source's order. No match is a problem, and so is a pattern that
+        takes too long."""
         hits = self._hits(where, entry)
         if hits == []:
             self._problems.append(f"{where}: {entry!r} matches no module of the source{self._closest(entry)}")
         return hits or []
 
     def ignored(self, entry: str) -> list[str]:
-        """The modules that an ignore entry names. None, as published lists have them, is a note; a pattern that takes too
-        long is a problem."""
+        """The modules that an ignore entry matches. No match is a note, because published lists have such entries; a
+        pattern that takes too long is a problem."""
         hits = self._hits("ignore", entry)
         if hits == []:
             self._notes.append(
@@ -53,9 +53,9 @@ class Matcher:
             return None
 
     def _closest(self, entry: str) -> str:
-        """A hint for an entry that matched nothing: names are those of the source, not of transformers."""
+        """A hint for an entry that matches nothing: names must be spelled as in the source, not as in transformers."""
         wanted = re.sub(r"[\\^$()]", "", entry.removeprefix("re:"))
-        # A long list of entries is not worth the minutes of comparing each.
+        # Comparing each entry of a long list would take minutes.
         look = len(wanted) <= _COMPARED_LENGTH and len(self._problems) + len(self._notes) < _COMPARED
         close = difflib.get_close_matches(wanted, self._names, n=2, cutoff=0.3) if look else []
         hint = f"; closest: {', '.join(close)}" if close else ""

@@ -1,7 +1,7 @@
 """The plan: for every source tensor exactly one action, for every output tensor its name, dtype, shape and shard.
 
-Made from headers, the recipe and the family's grammar; no tensor is read. Inspect prints it, calibration and
-conversion execute it, verification compares the output with it.
+Derived from headers, the recipe and the family's grammar, without reading a tensor. Inspect prints it, calibration and
+conversion execute it, and verification compares the output with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Action = Literal["copy", "cast", "quantize", "invert", "consume"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What happens to one source tensor, why, and what comes of it. `group` names the config group, if any."""
+    """What happens to one source tensor, the reason, and the resulting output tensors. `group` names the config group,
+    if any."""
 
     source: str
     action: Action
@@ -48,7 +49,7 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every step, by source tensor, and every output shard. `groups` maps a config group to its scheme."""
+    """Every step, by source tensor, and every output shard. `groups` maps a config group's name to its scheme."""
 
     family: Family
     steps: dict[str, Step]
@@ -57,16 +58,17 @@ class Plan:
     fused: tuple[tuple[str, ...], ...]
     warnings: tuple[str, ...]
     parameters: int
-    #: shared or per_expert, as the recipe says, or as_stored: no two scales are made equal.
+    #: shared or per_expert, as in the recipe, or as_stored: scales stay as they are.
     input_global_scale: str
     #: The spelling of the output's NVFP4 weights and of its `quantization_config`.
     dialect: DialectName = "compressed_tensors"
-    #: The factor on the largest calibrated input that an input global scale admits; None if none is calibrated.
+    #: The largest input that an input global scale admits, as a multiple of the largest calibrated one; None if no
+    #: input scale is calibrated.
     input_headroom: float | None = None
 
     @cached_property
     def quantized(self) -> dict[str, Step]:
-        """Module name -> step of every module that calibration quantizes."""
+        """Module name -> step, of every module that calibration quantizes."""
         return {step.module: step for step in self.steps.values() if step.action == "quantize"}
 
     @cached_property
@@ -97,11 +99,11 @@ class Plan:
         return sorted({shard.block for shard in self.shards if shard.block is not None})
 
     def modules(self, group: str) -> list[str]:
-        """Source modules of a config group, kept FP8 tiles included, in the order of the source."""
+        """Source modules of a config group, including those that keep FP8 tiles, in the order of the source."""
         return [step.module for step in self.steps.values() if step.group == group and step.action != "consume"]
 
     def shared_input_scales(self) -> list[tuple[str, ...]]:
-        """Groups of modules whose input global scale must be equal: gate/up and the other fused projections, and,
+        """Groups of modules that must have equal input global scales: gate/up and the other fused projections, and,
         unless the recipe says per_expert, w1/w3 and w2 across all routed experts of a block."""
         if self.input_global_scale == "as_stored":
             return []
@@ -125,7 +127,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of all that the plan says, as hex."""
+        """sha256 of the whole plan, as hex."""
         body: dict[str, Any] = {
             "family": self.family.name,
             "steps": [asdict(step) for step in self.steps.values()],
@@ -133,7 +135,7 @@ class Plan:
             "groups": {name: scheme.name for name, scheme in self.groups.items()},
             "input_global_scale": self.input_global_scale,
         }
-        if self.dialect != COMPRESSED_TENSORS.name:  # the digests of plans before there were two dialects stay
+        if self.dialect != COMPRESSED_TENSORS.name:  # keeps the digests of plans from before there were two dialects
             body["dialect"] = self.dialect
         if self.input_headroom not in (None, 1.0):
             body["input_headroom"] = self.input_headroom

@@ -1,4 +1,4 @@
-"""Makes the plan from headers, the recipe and the family's grammar; no tensor is read."""
+"""Makes the plan from headers, the recipe and the family's grammar, without reading a tensor."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
 from recipes.fields import KEPT_FP8
 from recipes.schema import Recipe
 
-#: Stored formats that the output never keeps: what no target matches is written plain, with a warning.
+#: Stored formats that the output never keeps: weights that are no target are written plain, with a warning.
 _NOT_KEPT = frozenset({"fp8_tensor", "fp8_channel", "int4"})
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
-    """Makes the plan. Raises RecipeError, all problems at once: a target or ignore entry that matches nothing, a
-    module in two groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only
-    in part, an unsupported scheme, a stored format that cannot be kept. Raises SourceError for tensors that the source's
-    own config.json does not promise (see `contradictions`)."""
+    """Makes the plan. Raises RecipeError with all problems at once: a target that matches nothing, a module in two
+    groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only in part, an
+    unsupported scheme, a stored format that cannot be kept. Raises SourceError if tensors contradict the source's own
+    config.json (see `contradictions`)."""
     return _Planner(checkpoint, formats, recipe).plan()
 
 
@@ -136,7 +136,7 @@ class _Planner:
         return assigned
 
     def _why_left_out(self, module: str, target: str, scheme: Scheme) -> str | None:
-        """Why a module that a target names stays as it is, or None if it is quantized."""
+        """Why a module that a target matches stays unchanged; None if it is quantized."""
         place, stored = self.places[module], self.formats.of(self.weights[module])
         if place.mtp:
             return "MTP modules are copied byte for byte"
@@ -146,11 +146,11 @@ class _Planner:
             return f"it is not a linear layer ({place.part})"
         if re.search(self.family.not_observed, module) and not self._keeps_tiles(scheme, stored):
             return "transformers does not run it as one matrix product, no observer would see its input"
-        # A name or a regex asks for the module; `Linear` asks for what can be quantized.
+        # A name or a regex asks for exactly these modules; `Linear` asks for all that can be quantized.
         return scheme.problem(stored.shape) if target == "Linear" else None
 
     def _note_left_out(self, target: str, left: dict[str, str]) -> None:
-        """A warning for each pattern of names; of `Linear` one in all."""
+        """Adds one warning per pattern of names; for `Linear` only one."""
         patterns: dict[str, list[str]] = defaultdict(list)
         for module, reason in left.items():
             if (pattern := without_numbers(module)) not in patterns[reason]:
@@ -198,8 +198,9 @@ class _Planner:
                 )
 
     def _check_fused_tiles(self, steps: dict[str, Step], groups: dict[str, Scheme]) -> None:
-        """FP8 tiles that vLLM refuses to load: of projections that it fuses, all but the last (of routed experts all) must be
-        whole tiles high (vllm 0.32, quantization/utils/fp8_utils.py, validate_fp8_block_shape and its MoE twin)."""
+        """Adds a problem for FP8 tiles that vLLM refuses to load: all but the last of the projections that it fuses (of
+        routed experts, all) must be whole tiles high (vllm 0.32, quantization/utils/fp8_utils.py,
+        validate_fp8_block_shape and its MoE twin)."""
         tiled = {step.module for step in steps.values() if step.group and groups[step.group] is FP8_BLOCK}
         side = self.tile[0]
         for fused in self.family.fused(module for module in self.weights if module in tiled):
@@ -281,7 +282,7 @@ class _Planner:
         return self._copied(name, reason)
 
     def _copied(self, name: str, reason: str) -> dict[str, Step]:
-        """A tensor and its scale companions, byte for byte."""
+        """Steps that copy a tensor and its scale companions byte for byte."""
         copies: dict[str, Step] = {}
         for source in (name, *self.formats.of(name).companions.values()):
             header = self.checkpoint.tensors[source]
@@ -289,11 +290,12 @@ class _Planner:
         return copies
 
     def _keeps_tiles(self, scheme: Scheme, stored: StoredFormat) -> bool:
-        """Whether the stored FP8 tiles are what the scheme asks for, so that codes can stay."""
+        """Whether the stored FP8 tiles have the form of the scheme already, so that codes can be kept."""
         return scheme is FP8_BLOCK and stored.kind == "fp8_tiles" and stored.tile == self.tile
 
     def _undone(self, name: str, part: str) -> dict[str, Step]:
-        """A weight in the recipe's plain dtype under its plain name; its scale companions are used up."""
+        """Steps that write a weight in the recipe's plain dtype under its plain name and consume its scale
+        companions."""
         stored, dtype = self.formats.of(name), _SAFETENSORS_DTYPE[self.recipe.export.plain_dtype]
         output = OutputTensor(f"{module_of(name)}.weight", dtype, stored.shape)
         consumed = _consumed(list(stored.companions.values()), f"used up by {name}")
@@ -306,8 +308,8 @@ class _Planner:
         return {name: weight, scale: tile_scale_step(name, self.checkpoint.tensors[scale], self.family, self.dialect)}
 
     def _respelled(self, name: str, group: str, scheme: Scheme) -> dict[str, Step]:
-        """modelopt's NVFP4 in the output's dialect: packed bytes and group scales as they are, global scales inverted where
-        that is compressed-tensors'."""
+        """Steps that respell modelopt's NVFP4 in the output's dialect: packed bytes and group scales are unchanged;
+        global scales are inverted if the dialect is compressed-tensors'."""
         if scheme.input_scale and "input_scale" not in self.formats.of(name).companions:
             self.problems.append(
                 f"{self.checkpoint.path(name)}: {name} has no input_scale, {scheme.name} of {group} needs one; use NVFP4A16"
@@ -316,7 +318,7 @@ class _Planner:
         return respelled_steps(self.formats, name, group, scheme, self.dialect)
 
     def _shards(self, steps: dict[str, Step]) -> list[PlannedShard]:
-        """Shards in the order: outside the blocks, block by block, MTP; split where max_shard_size is passed."""
+        """Shards in the order: outside the blocks, block by block, MTP; split if they exceed max_shard_size."""
         bins: dict[tuple[int, int], list[str]] = defaultdict(list)
         for name in steps:
             place = self.family.place(name)

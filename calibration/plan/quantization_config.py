@@ -1,4 +1,5 @@
-"""config.json of the output: the source's, but for `quantization_config` and what the serving engine needs."""
+"""Makes the output's config.json: the source's, except for `quantization_config` and fields that the serving engine
+needs."""
 
 from __future__ import annotations
 
@@ -16,10 +17,9 @@ FORMAT_VERSION = "0.19.0"
 
 
 def output_config(plan: Plan, source_config: dict[str, Any]) -> dict[str, Any]:
-    """The output's config: every field of the source's in its order, `quantization_config` replaced, and the fields
-    of the family's `serving_config`. A plan that quantizes nothing and keeps nothing quantized (method plain) has
-    neither, and loses the fields of `serving_config`, which describe quantized experts. In NVIDIA's dialect it is
-    `nvidia_config`'s."""
+    """The output's config: the source's fields in their order, with `quantization_config` replaced and the fields of
+    the family's `serving_config` added. If nothing in the output is quantized (method plain), both are absent, even if
+    the source has them. In NVIDIA's dialect `nvidia_config` makes it."""
     if plan.dialect == NVIDIA.name:
         return nvidia_config(plan, source_config)[0]
     config = dict(source_config)
@@ -31,8 +31,8 @@ def output_config(plan: Plan, source_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_config(plan: Plan) -> dict[str, Any]:
-    """compressed-tensors' `quantization_config`: one config group per group of the plan, targets that resolve in
-    vLLM's own module names (see `targets`)."""
+    """compressed-tensors' `quantization_config`: one config group per group of the plan, with targets that match vLLM's
+    own module names (see `targets`)."""
     groups = {name: _group(scheme, targets(plan, name)) for name, scheme in plan.groups.items() if plan.modules(name)}
     formats = {group["format"] for group in groups.values()}
     return {
@@ -50,11 +50,11 @@ def quantization_config(plan: Plan) -> dict[str, Any]:
 
 
 def targets(plan: Plan, group: str) -> list[str]:
-    """Regexes for a config group, exact in blocks and projections and general in expert numbers.
+    """The regexes of a config group: exact for blocks and projections, general for expert numbers.
 
-    vLLM puts its own prefix before a name (`model.`) and resolves fused and expert modules under other leaf names, so
-    each leaf is joined by its `serving_leaves`. Block numbers are listed, so that MTP modules, which vLLM numbers
-    behind the last block, never match.
+    vLLM puts its own prefix before a name (`model.`) and looks up fused and expert modules under other leaf names, so
+    each leaf is accompanied by its `serving_leaves`. Block numbers are listed, so that MTP modules, which vLLM numbers
+    after the last block, never match.
     """
     further = dict(plan.family.serving_leaves)
     blocks_of: dict[tuple[str, str], list[int]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""The quantization schemes this project writes: their output tensors and their words in `quantization_config`.
+"""The quantization schemes that this project writes: their output tensors and their entries in `quantization_config`.
 
 Names and shapes follow compressed-tensors' formats `nvfp4-pack-quantized` and `float-quantized` (0.17 to 0.19).
 """
@@ -20,8 +20,8 @@ _TILES = [128, 128]
 
 @dataclass(frozen=True)
 class Scheme:
-    """One scheme: `format` as compressed-tensors names it, whether activations need calibrated input scales, and the
-    arguments of its config group."""
+    """One scheme: `format` in compressed-tensors' words, whether it needs calibrated input scales, and the arguments of
+    its config group."""
 
     name: str
     format: str
@@ -30,7 +30,7 @@ class Scheme:
     input_activations: dict[str, Any] | None
 
     def problem(self, shape: tuple[int, ...]) -> str | None:
-        """Why a weight of this shape cannot take the scheme, or None."""
+        """Why a weight of this shape cannot have the scheme, or None."""
         if len(shape) != 2:
             return f"needs a 2-D weight, it has {len(shape)} dimensions"
         if self.name.startswith("NVFP4") and shape[1] % GROUP:
@@ -38,8 +38,8 @@ class Scheme:
         return None
 
     def outputs(self, module: str, shape: tuple[int, ...], dialect: Dialect = COMPRESSED_TENSORS) -> Outputs:
-        """(name, safetensors dtype, shape) of every tensor that a `[M, K]` weight becomes; of NVFP4 in this order: packed
-        codes, group scales, global scale, input scale."""
+        """(name, safetensors dtype, shape) of every tensor that a `[M, K]` weight becomes; for NVFP4 in the order
+        packed codes, group scales, global scale, input scale."""
         rows, columns = shape
         if self.name == "FP8_BLOCK":
             grid = (math.ceil(rows / _TILES[0]), math.ceil(columns / _TILES[1]))

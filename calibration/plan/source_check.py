@@ -1,7 +1,7 @@
-"""A source checkpoint against its own config.json, from headers: names, shapes and dtypes that contradict it.
+"""Compares a source checkpoint with its own config.json, from headers: names, shapes and dtypes.
 
-What a family's grammar does not know is nobody's target and no loader's tensor: it is an error by name, unless it is
-known to be harmless (`is_left_out`, `is_carried`).
+A tensor that the family's grammar does not know can be no target, and no loader reads it: it is an error that names it,
+unless it is known to be harmless (`is_left_out`, `is_carried`).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _SHOWN = 3
 
 
 def is_left_out(name: str) -> bool:
-    """Whether a tensor is a table that every loader computes (rotary frequencies of old exports): the output has none."""
+    """Whether a tensor is a table that every loader computes (rotary frequencies of old exports) and the output
+    omits."""
     return re.search(LEFT_OUT, name) is not None
 
 
 def is_carried(name: str) -> bool:
-    """Whether a tensor that no config promises is known to loaders (scales of the KV cache): the output keeps it."""
+    """Whether loaders know a tensor that no config promises (scales of the KV cache): the output keeps it."""
     return re.search(CARRIED, name) is not None
 
 
 def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[str]]:
-    """What the source has otherwise than its config.json promises. First what leaves nothing to trust: fields missing in
-    the config, a format declared and not found, tensors unknown to the family, tensors that are absent.
-    Then other shapes, and integers instead of values.
-    MTP is copied byte for byte and not looked at."""
+    """How the source differs from what its config.json promises. First the problems after which no target can be right:
+    fields missing in the config, a declared format that no weight has, unknown tensors, absent tensors. Then differing
+    shapes, and integers instead of values. MTP is copied byte for byte and not checked."""
     checkpoint = formats.checkpoint
     where = checkpoint.directory
     wanted, lacking = expected_tensors(checkpoint.config)
@@ -62,7 +62,7 @@ def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[st
 
 
 def _differing(formats: Formats, stored: dict[str, str], wanted: dict[str, Wanted], model: str) -> list[str]:
-    """Shapes and dtypes that are not the promised ones, those alike in one line."""
+    """Shapes and dtypes that differ from the promised ones, one line for equal differences."""
     alike: dict[str, list[str]] = defaultdict(list)
     for name in stored.keys() & wanted.keys():
         found, header = formats.of(stored[name]), formats.checkpoint.tensors[stored[name]]
@@ -74,7 +74,7 @@ def _differing(formats: Formats, stored: dict[str, str], wanted: dict[str, Wante
 
 
 def _spelling(unknown: list[str], absent: list[str]) -> str:
-    """The likely reason of unknown names: another prefix before a promised tensor's name, or a misspelling."""
+    """The likely reason for unknown names: another prefix before a promised tensor's name, or a misspelling."""
     for name in unknown[:_SHOWN]:
         parts = name.split(".")
         for begin in range(len(parts)):

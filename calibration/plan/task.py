@@ -1,4 +1,4 @@
-"""What a run works on: its recipe, its source and the plan that follows from both."""
+"""What a run works on: a recipe, a source and the plan that follows from both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recipes.schema import Recipe
 
 @dataclass(frozen=True)
 class Task:
-    """A recipe, the source with its stored formats, and the plan. Nothing in it changes while a run is under way."""
+    """A recipe, the source with its stored formats, and the plan. It does not change during a run."""
 
     recipe: Recipe
     formats: Formats
@@ -39,7 +39,7 @@ class Task:
 
     @property
     def family(self) -> Family:
-        """The family whose names the source bears."""
+        """The family of the source, whose grammar names its tensors."""
         return self.plan.family
 
     @property

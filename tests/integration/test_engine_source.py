@@ -175,7 +175,7 @@ def test_prefetched_weights_are_the_same_and_read_once(monkeypatch: pytest.Monke
     assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in ahead.items())
 
 
-def test_what_cannot_be_read_ahead_is_told_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_prefetched_is_reported_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     source = skeleton("llama")
     first, second = source.blocks.values()
     original = source.formats.checkpoint.read
@@ -193,9 +193,9 @@ def test_what_cannot_be_read_ahead_is_told_when_it_is_needed(monkeypatch: pytest
         source.load([second])
 
 
-def test_a_run_that_reads_ahead_gives_the_same_scales() -> None:
+def test_a_run_that_prefetches_gives_the_same_scales() -> None:
     plain, ahead = skeleton("mixtral"), skeleton("mixtral")
-    ahead.reads_ahead = True
+    ahead.prefetches = True
     one, two = ours(recipe("mixtral"), plain), ours(recipe("mixtral"), ahead)
     assert differing(one.parameters, two.parameters) == [] and ahead.loaded() == set()
 
@@ -212,7 +212,7 @@ def test_a_run_that_computes_all_experts_at_once_gives_the_same_scales(
     monkeypatch.setattr(ExpertCalibration, "stacked", True)
     monkeypatch.setattr(Stack, "all_tokens", lambda *given: used.append(1) or all_tokens(*given))
     source = skeleton(name)
-    source.reads_ahead = ahead
+    source.prefetches = ahead
     two = ours(recipe(name), source)
     if even_products(one):
         assert differing(one.parameters, two.parameters) == []

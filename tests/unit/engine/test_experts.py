@@ -21,7 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from calibration.engine.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
 from calibration.engine.stacked_experts import Stack
-from calibration.model.weight_buffer import Room
+from calibration.model.weight_buffer import WeightBuffer
 
 EXPERTS, HIDDEN, TOP_K = 8, 64, 3
 
@@ -127,9 +127,9 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def side_by_side(experts: LinearExperts2D) -> LinearExperts2D:
     """The same experts with their weights in one room, in the order in which SourceModel reads them."""
     linears = [getattr(experts[n], f"{leaf}_proj") for n in range(EXPERTS) for leaf in ("gate", "up", "down")]
-    room = Room(torch.device("cpu"), [linear.weight for linear in linears])
+    buffer = WeightBuffer(torch.device("cpu"), [linear.weight for linear in linears])
     for linear in linears:
-        linear.weight.data = room.take(linear.weight).copy_(linear.weight)
+        linear.weight.data = buffer.take(linear.weight).copy_(linear.weight)
     return experts
 
 
