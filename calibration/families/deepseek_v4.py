@@ -118,6 +118,13 @@ def _compressor(prefix: str, ratio: int, head_dim: int, hidden: int) -> Iterator
     yield f"{prefix}.wgate.weight", Wanted((width, hidden), "plain")
 
 
+NVIDIA_WORDS = FP8Dialect(
+    ("*.attn.*", "*.ffn.shared_experts.*", "head"),
+    draft="mtp.*",
+    built_plain=frozenset({ROUTER, "head", "Markov head", "confidence head"}),
+    # With another value vLLM does not look at moe_quant_algo.
+    config=(("expert_dtype", "fp4"),),
+)
 DEEPSEEK_V4 = Family(
     name="deepseek_v4",
     model_types=("deepseek_v4",),
@@ -182,10 +189,6 @@ DEEPSEEK_V4 = Family(
     ),
     # With "fp4" or no value vLLM renames every `.weight_scale` outside the experts and then misses it.
     serving_config=(("expert_dtype", "nvfp4"),),
-    fp8_dialect=FP8Dialect(
-        ("*.attn.*", "*.ffn.shared_experts.*", "head"),
-        draft="mtp.*",
-        built_plain=frozenset({ROUTER, "head", "Markov head", "confidence head"}),
-    ),
+    fp8_dialect=NVIDIA_WORDS,
     encoding=ENCODING,
 )

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from calibration.families.deepseek_v4 import DEEPSEEK_V4, block_frame, dspark_ends
-from calibration.families.family import ROUTER, FP8Dialect
+from calibration.families.deepseek_v4 import DEEPSEEK_V4, NVIDIA_WORDS, block_frame, dspark_ends
 from calibration.families.promised import ConfigReader, Wanted, linear, norm
 
 
@@ -130,13 +129,9 @@ DEEPSEEK_V41 = replace(
         (r"^head\b", "language_model.lm_head"),
     ),
     serving_config=(),
-    # As vllm 0.32 reads it (models/deepseek_v41/quant_config.py); NVIDIA's own files of this model were not to be had.
-    fp8_dialect=FP8Dialect(
-        ("*.attn.*", "*.ffn.shared_experts.*", "*.engram.*", "head"),
-        draft="mtp.*",
-        built_plain=frozenset({ROUTER, "head"}),
-        tile=(32, 32),
-    ),
+    # By the published descriptions of nvidia/DeepSeek-V4.1-Flash-NVFP4 (revision 3431dde): 188,245 tensors, tiles of 32x32,
+    # `ignore` as in DeepSeek-V4. Its MXFP4 draft experts are read so by vllm 0.32, models/deepseek_v41/quant_config.py.
+    fp8_dialect=replace(NVIDIA_WORDS, tile=(32, 32)),
     language="text_config",
     not_calibrated="transformers has no code of deepseek_v41, so that no forward pass can be made",
     encoding=None,

@@ -41,13 +41,14 @@ class Place:
 class FP8Dialect:
     """NVIDIA's dialect of a family that keeps `quant_method: fp8`: its routed experts are NVFP4, its other linear layers
     FP8 in tiles with E8M0 scales. `not_nvfp4` and `draft` name, in the words of NVIDIA's own files, what stays FP8 and the
-    draft head; `built_plain` are the parts that the engine builds without a quantization; `tile` is an FP8 tile's rows and
-    columns (`weight_block_size`)."""
+    draft head; `built_plain` are the parts that the engine builds without a quantization, `tile` is the one that it takes
+    for every layer, and `config` what it needs in config.json before it looks for NVFP4."""
 
     not_nvfp4: tuple[str, ...]
     draft: str
     built_plain: frozenset[str]
     tile: tuple[int, int] = (128, 128)
+    config: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

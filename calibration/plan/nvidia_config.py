@@ -21,8 +21,6 @@ from calibration.plan.plan import Plan, Step
 from calibration.plan.schemes import FP8_BLOCK, NVFP4
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
-#: Fields of config.json that a family with an `fp8_dialect` needs: with another value vLLM does not look at moe_quant_algo.
-HYBRID_FIELDS: dict[str, Any] = {"expert_dtype": "fp4"}
 #: vLLM 0.32 takes the file for modelopt's by this name alone; the version says who wrote it.
 _PRODUCER = {"name": "modelopt", "version": "nvfp4-workflows"}
 _FOUR_BITS = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": GROUP}
@@ -79,8 +77,11 @@ def nvidia_config(plan: Plan, source_config: dict[str, Any]) -> tuple[dict[str, 
     """config.json and hf_quant_config.json of the output of `plan`; every other field of config.json is the source's."""
     config = {key: value for key, value in source_config.items() if key != "quantization_config"}
     if plan.family.fp8_dialect is not None:
-        config |= HYBRID_FIELDS
+        config |= dict(plan.family.fp8_dialect.config)
         described, beside = _hybrid(plan, plan.family.fp8_dialect)
+        declared = source_config.get("quantization_config")
+        if isinstance(declared, dict) and declared.get("quant_method") == "fp8":
+            described = declared | described  # what the source says of its FP8 still holds
     else:
         described, beside = _modelopt(plan)
     return config | {"quantization_config": described}, {"producer": dict(_PRODUCER), "quantization": beside}

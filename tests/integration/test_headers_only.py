@@ -105,6 +105,17 @@ def test_an_engram_table_of_v41_is_copied_in_pieces(hollow: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_v41_in_nvidia_s_dialect_is_as_large_as_nvidia_s_own(hollow: Path) -> None:
+    """nvidia/DeepSeek-V4.1-Flash-NVFP4 (revision 3431dde): 188,245 tensors, 527.27 GB by the headers of its shards."""
+    source = write(hollow / "v41", MODELS["v4.1-flash"])
+    checkpoint = Checkpoint.open(source)
+    ours = [f"source.checkpoint={source}", f"output={hollow / 'out'}", "export.dialect=nvidia", "export.kept=native"]
+    plan = make_plan(checkpoint, Formats(checkpoint), load_recipe(V41_RECIPE, ours))
+    assert len(plan.outputs) == 188_245
+    assert round(plan.output_bytes / 1e9, 2) == 527.27
+
+
 def test_v4_pro_plans_in_a_minute_and_initialises_in_two_gigabytes(hollow: Path) -> None:
     source = write(hollow / "pro", ProSizes())
     command = [sys.executable, "-m", "tests.benchmarks.start_once", str(source), str(RECIPE), str(hollow / "run")]

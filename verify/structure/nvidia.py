@@ -14,7 +14,6 @@ from typing import Any
 
 from calibration.checkpoint.nvfp4 import GROUP
 from calibration.families.family import Family
-from calibration.plan.nvidia_config import HYBRID_FIELDS
 from calibration.plan.schemes import FP8_BLOCK, NVFP4, NVFP4A16
 from verify.structure.targets import NVFP4_FORMAT, Group, Names, Quantization
 
@@ -117,7 +116,7 @@ def _read_hybrid(raw: dict[str, Any], config: dict[str, Any], family: Family, fo
         problems.append(f"{_KEY}: moe_quant_algo beside quant_method 'fp8' is read for DeepSeek-V4 alone")
     if str(raw["moe_quant_algo"]).upper() != "NVFP4":
         problems.append(f"{_KEY}: moe_quant_algo is {raw['moe_quant_algo']!r:.60}, NVFP4 is needed")
-    for key, value in HYBRID_FIELDS.items():
+    for key, value in family.fp8_dialect.config if family.fp8_dialect is not None else ():
         if config.get(key, value) != value:
             problems.append(f"{key} is {config[key]!r:.60}: vLLM looks at moe_quant_algo where it is {value!r} alone")
     if raw.get("activation_scheme") != "dynamic":

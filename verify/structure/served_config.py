@@ -10,7 +10,6 @@ from typing import Any
 from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.family import Family
-from calibration.plan.nvidia_config import HYBRID_FIELDS
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 from verify.checks import Check, verdict
@@ -94,7 +93,9 @@ def config_check(
     doubts += [f"{key}: {_short(config.get(key))}, the source's in other words" for key in respelled]
     for key in different:
         text = f"{key}: {_short(config.get(key))}, planned {_short(wanted.get(key))}"
-        served = dict(family.serving_config) if not nvidia else HYBRID_FIELDS
+        served = dict(family.serving_config)
+        if nvidia:
+            served = dict(family.fp8_dialect.config) if family.fp8_dialect is not None else {}
         if key == _KEY and (_KEY in wanted if plan is not None else found is None or isinstance(found, dict)):
             # Which modules it means is judged by structure.targets; other writers spell it otherwise.
             doubts.append(text)
