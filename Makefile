@@ -11,13 +11,17 @@ export TOKENIZERS_PARALLELISM = false
 # Without bytecode every start of Python pays for compiling torch, transformers and vLLM again: 23 s instead of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow test-gpu test-browser test-slurm lint venv venv-vllm schema clean
+.PHONY: demo test test-families test-slow test-gpu test-browser test-slurm lint venv venv-vllm schema clean
 
 demo: venv venv-vllm $(DEMO)/config.json
 	$(RUN) -m workflows.run recipes/quickstart.yaml --overwrite
 
 test: venv venv-vllm lint
 	$(RUN) -m pytest -n auto
+
+# Every family of docs/families.md, calibrated and converted, served in vLLM; about an hour on 2 cores.
+test-families: venv venv-vllm
+	$(RUN) -m pytest -n auto -m "slow or not slow" tests/integration/test_families.py
 
 test-slow: venv venv-vllm
 	$(RUN) -m pytest -n auto -m "slow and not gpu and not slurm"

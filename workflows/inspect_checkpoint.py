@@ -52,7 +52,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
     parts = Counter((places[n].part, places[n].mtp) for n in checkpoint.tensors if n.endswith(".weight"))
     return {
         "checkpoint": str(checkpoint.directory),
-        "family": family.name,
+        "family": family.described,
         "model_type": checkpoint.config.get("model_type"),
         "shards": len(checkpoint.shards),
         "tensors": len(checkpoint.tensors),

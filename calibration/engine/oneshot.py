@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import warnings
@@ -102,6 +103,10 @@ def calibrate(
         stack.enter_context(create_session())
         stack.enter_context(current(run))
         stack.enter_context(quiet(callbacks.on_progress))
+        # It replaces zero-centered norms by others, computed from weights that are not in memory yet, for modifiers that
+        # scale a norm's weight. The model's own norms stay.
+        entrypoint = importlib.import_module("llmcompressor.entrypoints.oneshot")
+        stack.enter_context(patch_attr(entrypoint, "norm_calibration_context", contextlib.nullcontext))
         if not accelerator.is_available():
             # AWQ pins its cache, which fails without an accelerator and gains nothing there.
             stack.enter_context(patch_attr(IntermediatesCache, "pin_memory", lambda *_, **__: None))

@@ -90,6 +90,8 @@ class Family:
     not_calibrated: str = ""
     #: The chat format of its own, if its tokenizers bring no template.
     encoding: Encoding | None = None
+    #: Whether this grammar is read from transformers for one config (`calibration.families.derived`), and no table's.
+    derived: bool = False
 
     def of_config(self, config: dict[str, Any]) -> Family:
         """This family with what a config alone tells of its grammar: which numbers are those of MTP blocks."""
@@ -98,6 +100,12 @@ class Family:
             return self
         numbers = "|".join(str(number) for number in range(first, first + count))
         return replace(self, mtp=self.block.replace(r"(\d+)", f"({numbers})"))
+
+    @property
+    def described(self) -> str:
+        """The name, and for a derived grammar what it rests on: no test of this project says anything of it."""
+        proofs = "derived from transformers' model; proven by this run: names, shapes, blocks, verification"
+        return f"{self.name} ({proofs})" if self.derived else self.name
 
     def place(self, tensor: str) -> Place:
         """The place of a source tensor or module name."""

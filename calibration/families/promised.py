@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["linear", "plain", "float32", "table", "fp8"]
+Kind = Literal["linear", "plain", "float", "float32", "table", "fp8"]
 Shape = tuple[int, ...]
 #: Tensors that some writers add and that no config promises: scales of the KV cache, which vLLM reads in these spellings
 #: (model_loader/weight_utils.py, maybe_remap_kv_scale_name), and rotary tables of old exports, which every loader computes.
@@ -22,7 +22,8 @@ ADDED = ("k_scale", "v_scale", "q_scale", "kv_scale", "inv_freq")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A logical tensor that the config promises. linear may be stored quantized, plain and float32 may not, table holds
+    """A logical tensor that the config promises. linear may be stored quantized, plain (in the config's
+    dtype), float (in any) and float32 may not, table holds
     integers, fp8 is E4M3 with scales in every checkpoint. `optional`: may be left out (a tied head)."""
 
     shape: Shape

@@ -11,7 +11,6 @@ from calibration.families.deepseek_v4 import DEEPSEEK_V4
 from calibration.families.deepseek_v41 import DEEPSEEK_V41
 from calibration.families.family import Family
 from calibration.families.promised import ConfigReader, Wanted
-from recipes.errors import SourceError
 
 FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, DEEPSEEK_V41, *huggingface.FAMILIES)
 #: The chat formats that a recipe may name and a tokenizer may have the special tokens of.
@@ -24,8 +23,9 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family.of_config(config)
-    known = ", ".join(sorted(t for family in FAMILIES for t in family.model_types))
-    raise SourceError(f"{where}: model_type {model_type!r} has no grammar here; supported: {known}")
+    from calibration.families.derived import derive  # imports transformers, which no family of the table needs
+
+    return derive(config, where)
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import time
+import traceback
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from calibration.engine.walk import CalibrationRun, Part, Walk
 from calibration.forecast.speed import Spent, Watch
 from calibration.model.source_model import SourceModel
 from calibration.runs.memory import PeakMemory
-from recipes.errors import EnvironmentProblem
+from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 
 #: No further kind of block is begun once the rehearsal has taken this long.
 SECONDS = 120.0
@@ -81,9 +82,23 @@ def rehearse_blocks(
             f"out of memory in the rehearsal, with one batch of {rehearsal.tokens} tokens: {error}; lower "
             "calibration.batch_size or calibration.max_seq_length"
         ) from None
+    except Exception as error:  # a model's code raises what it likes of a config that does not fit it
+        if isinstance(error, WorkflowError) or not _raised_by_the_model(error):
+            raise
+        raise SourceError(
+            f"{source.formats.checkpoint.directory}: transformers' {type(source.model).__name__} fails on one batch: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}; does config.json describe this model?"
+        ) from error
     finally:
         source.unload([source.model])
     return rehearsal
+
+
+def _raised_by_the_model(error: BaseException) -> bool:
+    """Whether the innermost code that is not torch's is a model's of transformers, and none of this project's."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    last = next((file for file in reversed(files) if "/torch/" not in file), "")
+    return "/transformers/" in last
 
 
 def kinds(source: SourceModel) -> list[tuple[int, ...]]:

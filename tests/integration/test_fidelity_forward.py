@@ -67,12 +67,14 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_a_copy_of_the_source_has_cosine_one_and_quantization_costs(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
     source, output = mixtral
     opened = Checkpoint.open(source)
-    same = measure_blocks(source, opened, TEXT, 200)
+    same = measure_blocks(source, opened, TEXT, Fidelity(tokens=200))
     assert [b.block for b in same] == [0, 1] and all(b.tokens == 256 for b in same)
     assert all(b.cosine == pytest.approx(1, abs=1e-5) and b.propagated == pytest.approx(1, abs=1e-5) for b in same)
     weights_only = tmp_path / "a16"
     export(source, weights_only, recipe(source, weights_only, LINEAR, "NVFP4A16"))
-    w4a16, w4a4 = (measure_blocks(directory, opened, TEXT, 200) for directory in (weights_only, output))
+    w4a16, w4a4 = (
+        measure_blocks(directory, opened, TEXT, Fidelity(tokens=200)) for directory in (weights_only, output)
+    )
     assert all(0.9 < both.cosine < alone.cosine < 1 for both, alone in zip(w4a4, w4a16, strict=True))
     assert w4a4[-1].propagated < w4a16[-1].propagated < 1
 
@@ -115,6 +117,24 @@ def test_the_spelling_of_the_source_changes_no_verdict_and_no_figure(tmp_path: P
             assert numbers == pytest.approx(usual[id][1], rel=1e-2), id
 
 
+def test_a_low_cosine_is_a_warning_if_rounding_alone_costs_as_much(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
+    """Random weights lose more than a trained model's: the threshold says nothing about those."""
+    source, output = mixtral
+    strict = Fidelity(tokens=64, min_block_cosine=0.9999)
+    checks, blocks = verify_forward(output, Checkpoint.open(source), strict, TEXT)
+    assert checks[0].verdict == "WARN" and "is what the source's block rounded to nearest has" in checks[0].figure
+    assert all(block.rounded is not None and 0.9 < block.rounded < 0.9999 for block in blocks)
+    damaged = Path(shutil.copytree(output, tmp_path / "damaged"))
+    for shard in damaged.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, value in tensors.items():
+            if name.endswith("layers.1.self_attn.o_proj.weight_packed"):
+                value ^= 0x88  # every sign
+        save_file(tensors, shard, metadata={"format": "pt"})
+    checks, blocks = verify_forward(damaged, Checkpoint.open(source), strict, TEXT)
+    assert checks[0].verdict == "FAIL" and blocks[1].cosine < (blocks[1].rounded or 0) - 0.02
+
+
 def test_deepseek_v4_passes(tmp_path: Path) -> None:
     source, output = deepseek_v4.write(tmp_path / "source", "fp8_mxfp4"), tmp_path / "output"
     export(source, output, recipe(source, output, EXPERTS))
@@ -150,7 +170,7 @@ def scales(directory: Path, edit: Callable[[str, float], float], name: str) -> P
 @pytest.fixture(scope="module")
 def calibrated(mixtral: tuple[Path, Path]) -> Path:
     """Input scales as a calibration on the very text makes them, every expert its own."""
-    blocks = measure_blocks(mixtral[1], Checkpoint.open(mixtral[0]), TEXT, 200)
+    blocks = measure_blocks(mixtral[1], Checkpoint.open(mixtral[0]), TEXT, Fidelity(tokens=200))
     largest = {seen.module: seen.seen for block in blocks for seen in block.inputs}
     assert len(largest) == 2 * (4 + 4 * 3) and all(largest.values())
     return scales(mixtral[1], lambda module, _: 2688 / largest[module], "calibrated")
@@ -190,7 +210,7 @@ def test_input_scales_are_judged_by_the_inputs_that_the_source_has(
 def test_text_that_calibration_did_not_see_is_run_through_the_source_too(
     mixtral: tuple[Path, Path], calibrated: Path
 ) -> None:
-    blocks = measure_blocks(calibrated, Checkpoint.open(mixtral[0]), TEXT, 200)
+    blocks = measure_blocks(calibrated, Checkpoint.open(mixtral[0]), TEXT, Fidelity(tokens=200))
     for block in blocks:
         assert not any(seen.beyond for seen in block.inputs), "the text that these scales were made for"
         assert sum(seen.values for seen in block.unseen) == sum(seen.values for seen in block.inputs)

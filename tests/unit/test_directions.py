@@ -21,7 +21,8 @@ PROJECT = ("workflows", "verify", "calibration", "recipes")
 MOST_PARAMETERS = 6
 
 #: What a verification needs of calibration to know a checkpoint, a family and a plan.
-KNOWING = ("calibration/checkpoint", "calibration/families", "calibration/plan")
+FAMILIES = ("calibration/checkpoint", "calibration/families", "calibration/families/registry")
+KNOWING = (*FAMILIES, "calibration/plan")
 #: The same as a run needs it, with what it keeps in its directory.
 RUNNING = (*KNOWING, "calibration/runs")
 #: Folder, or module that differs from its folder -> what it may import beside itself. All may import `recipes`.
@@ -31,8 +32,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "calibration/checkpoint": (),
     "calibration/checkpoint/writer": ("calibration/checkpoint",),
     "calibration/families": ("calibration/checkpoint",),
-    "calibration/plan": ("calibration/checkpoint", "calibration/families"),
-    "calibration/data": ("calibration/checkpoint", "calibration/families"),
+    "calibration/families/derived": ("calibration/checkpoint", "calibration/families"),
+    "calibration/families/registry": ("calibration/checkpoint", "calibration/families", "calibration/families/derived"),
+    "calibration/plan": FAMILIES,
+    "calibration/data": FAMILIES,
     "calibration/model": KNOWING,
     "calibration/runs": KNOWING,
     "calibration/engine": (*RUNNING, "calibration/data", "calibration/model", "calibration/checkpoint/writer"),
@@ -67,7 +70,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 PACKAGES = {
     "llmcompressor": ("calibration/model", "calibration/engine", "calibration/forecast"),
     "compressed_tensors": ("calibration/model", "calibration/engine", "calibration/forecast", "calibration/convert"),
-    "transformers": ("calibration/data", "calibration/model", "verify/structure"),
+    "transformers": ("calibration/data", "calibration/model", "calibration/families/derived", "verify/structure"),
     "vllm": ("verify/inside_vllm",),
     "submitit": ("workflows/batch/cluster",),
 }

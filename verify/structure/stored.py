@@ -20,7 +20,7 @@ COMPANIONS = frozenset({
 })  # fmt: skip
 _PLAIN = ("BF16", "F16", "F32")
 _ALLOWED: dict[Kind, tuple[str, ...]] = {
-    "float32": ("F32",), "table": ("I64", "I32"), "plain": _PLAIN, "linear": tuple(FLOATS), "fp8": ("F8_E4M3",),
+    "float32": ("F32",), "table": ("I64", "I32"), "plain": _PLAIN, "float": _PLAIN, "linear": tuple(FLOATS), "fp8": ("F8_E4M3",),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str]) ->
     groups = "; ".join(f"{name}: {s.name}, {len(plan.modules(name)):,} modules" for name, s in plan.groups.items())
     rows = {
         "source": recipe.source.checkpoint + (f" @ {recipe.source.revision}" if recipe.source.revision else ""),
-        "family": plan.family.name,
+        "family": plan.family.described,
         "quantized": groups,
         "parameters": f"{plan.parameters:,}",
         "size": f"{plan.output_bytes:,} bytes (source {source.total_bytes:,}), {plan.bits_per_parameter:.3f} bits per parameter",

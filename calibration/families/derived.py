@@ -1,0 +1,288 @@
+"""A family that no table names, read from transformers' own model and conversion objects.
+
+transformers knows which hub tensors fill a model: what it does at loading has an inverse, which saving uses. Run on the
+empty model's meta tensors that inverse yields every hub name with its shape, and the storage, offset and strides of each
+result say which parameter it is a view of, and so which expert and which of its projections. No tensor is read, no name
+is guessed: what cannot be derived is refused. Sources: transformers/core_model_loading.py, conversion_mapping.py (5.17).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from calibration.families.family import ROUTED, ROUTER, SHARED, Family
+from calibration.families.promised import ConfigReader, Kind, Promise, Wanted
+from recipes.errors import SourceError
+
+#: Projections that vLLM runs as one matrix, by their leaves on the hub (`packed_modules_mapping` of its models, 0.32).
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
+)  # fmt: skip
+#: Parts by the class of a module: the first that its name contains, of the module itself or the nearest one above it.
+_CLASSES = (
+    ("norm", ("norm",)),
+    ("linear attention", ("deltanet", "linearattention", "lightningattention", "kimidelta")),
+    ("mamba", ("mamba", "mixer2")),
+    ("convolution", ("shortconv",)),
+    ("attention", ("attention",)),
+)
+#: Fields of a config that count the blocks of its draft head, which the hub numbers after the last block.
+_DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A hub tensor: its shape, part and kind, and the tensor of transformers' tree with linearized experts that it fills."""
+
+    wanted: Wanted
+    part: str
+    fills: str
+
+
+class _Underivable(Exception):
+    """Why a grammar cannot be derived."""
+
+
+def derive(config: dict[str, Any], where: str) -> Family:
+    """The family of a config that transformers can build a model of. Raises SourceError, naming what cannot be derived."""
+    try:
+        return _derived(json.dumps(config, sort_keys=True))
+    except _Underivable as problem:
+        raise SourceError(
+            f"{where}: model_type {config.get('model_type')!r} has no grammar here, and none can be derived: {problem}"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _derived(text: str) -> Family:
+    config = json.loads(text)
+    model = _empty_model(config)
+    tensors = _tensors(model)
+    blocks = _block_pattern(model, tensors)
+    return Family(
+        name=str(config["model_type"]),
+        model_types=(str(config["model_type"]),),
+        block=blocks,
+        parts=_parts(tensors),
+        fused_leaves=_fused_leaves(tensors),
+        promised=_promise(tensors),
+        renames=_renames(tensors),
+        mtp=_draft(model, config, tensors, blocks),
+        never_quantized=_never_quantized(model, tensors),
+        derived=True,
+    )
+
+
+def _empty_model(config: dict[str, Any]) -> PreTrainedModel:
+    """transformers' model of the config on meta; no code of the checkpoint is run."""
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise _Underivable("transformers has no such model")
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+    try:
+        built = CONFIG_MAPPING[model_type].from_dict(plain)
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                built, dtype=torch.bfloat16, attn_implementation="eager"
+            )
+    except Exception as error:  # transformers, its validators and torch raise what they like
+        first = str(error).strip().partition("\n")[0] or "no message"
+        raise _Underivable(
+            f"transformers cannot build its causal language model: {type(error).__name__}: {first}"
+        ) from error
+    finally:
+        logging.getLogger("transformers").setLevel(level)
+    return model
+
+
+class _Views(TorchFunctionMode):
+    """`contiguous` keeps a view one: a copy would hide of which parameter it is a part."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
+
+
+def _tensors(model: PreTrainedModel) -> dict[str, _Tensor]:
+    """Every tensor of the hub checkpoint, by name."""
+    state: dict[str, torch.Tensor] = dict(model.state_dict())
+    with _Views(), torch.no_grad():
+        hub: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+    owners: dict[int, str] = {}
+    for name, tensor in state.items():
+        owners.setdefault(tensor.untyped_storage()._cdata, name)
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    experts = _expert_modules(model)
+    modules = dict(model.named_modules())
+    found: dict[str, _Tensor] = {}
+    for name, tensor in hub.items():
+        parameter = name if name in state else owners.get(tensor.untyped_storage()._cdata, "")
+        if not parameter:
+            raise _Underivable(
+                f"{name} of the hub is no part of one parameter in transformers: such names are not read yet"
+            )
+        owner, _, leaf = parameter.rpartition(".")
+        if owner in experts:
+            expert, projection = _slice(name, tensor, parameter, state[parameter])
+            fills = f"{owner}.{expert}.{projection}.weight"
+            found[name] = _Tensor(Wanted(tuple(tensor.shape)), ROUTED, fills)
+            continue
+        if tensor.shape != state[parameter].shape:
+            raise _Underivable(
+                f"{name} of the hub is a part of {parameter} in transformers: such names are not read yet"
+            )
+        linear = isinstance(modules[owner], nn.Linear) and leaf == "weight"
+        wanted = Wanted(tuple(tensor.shape), "linear" if linear else _kind(tensor), parameter in tied)
+        found[name] = _Tensor(wanted, _part(model, modules, experts, owner), parameter)
+    return found
+
+
+def _kind(tensor: torch.Tensor) -> Kind:
+    """What a tensor that is no linear layer may be: transformers keeps some in float32 whatever the
+    model's dtype, and the hub has them in either."""
+    return "table" if not tensor.is_floating_point() else "float" if tensor.dtype == torch.float32 else "plain"
+
+
+def _expert_modules(model: PreTrainedModel) -> set[str]:
+    """Modules that hold the weights of all routed experts of a block in tensors of three dimensions."""
+    found = set()
+    for name, module in model.named_modules():
+        stacked = [tensor for tensor in module._parameters.values() if tensor is not None and tensor.dim() == 3]
+        if len(stacked) > 1 and len({len(tensor) for tensor in stacked}) == 1:
+            found.add(name)
+    return found
+
+
+def _slice(name: str, tensor: torch.Tensor, parameter: str, stacked: torch.Tensor) -> tuple[int, str]:
+    """Expert and projection of a hub tensor that is a view of the stacked weight `[E, M, K]`."""
+    if tensor.dim() != 2 or stacked.dim() != 3 or tensor.stride() != stacked.stride()[1:]:
+        raise _Underivable(f"{name} holds all experts of a block in one tensor: such checkpoints are not read yet")
+    expert, rest = divmod(int(tensor.storage_offset()), stacked.stride(0))
+    first, leaf = rest // stacked.stride(1), parameter.rpartition(".")[2]
+    if leaf == "gate_up_proj" and len(tensor) * 2 == stacked.shape[1] and first in (0, len(tensor)):
+        return expert, "up_proj" if first else "gate_proj"
+    if leaf in ("up_proj", "down_proj") and tensor.shape == stacked.shape[1:]:
+        return expert, leaf
+    raise _Underivable(f"{name} is rows {first} on of {parameter}: such a projection is not known here")
+
+
+def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[str], owner: str) -> str:
+    if modules[owner] is model.get_input_embeddings():
+        return "embedding"
+    if modules[owner] is model.get_output_embeddings():
+        return "head"
+    moe = next((name.rpartition(".")[0] for name in experts if owner.startswith(name.rpartition(".")[0] + ".")), None)
+    if moe is not None:
+        child = f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"
+        return SHARED if _is_mlp(modules[child]) else ROUTER
+    while owner:
+        kind = type(modules[owner]).__name__.lower()
+        for part, classes in _CLASSES:
+            if any(text in kind for text in classes):
+                return part
+        owner = owner.rpartition(".")[0]
+    return "mlp"
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Whether a module beside the routed experts is an expert itself: it goes to some width and back. A router, or a gate of
+    one row, is one product."""
+    return sum(isinstance(inner, nn.Linear) for inner in module.modules()) > 1
+
+
+def _generalized(name: str) -> str:
+    return "^" + r"\d+".join(re.escape(part) for part in re.split(r"(?<=\.)\d+(?=\.|$)", name))
+
+
+def _parts(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+    """Patterns of module names, the longer ones before those that they begin with."""
+    patterns: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        pattern = _generalized(name.rpartition(".")[0])
+        if patterns.setdefault(pattern, tensor.part) != tensor.part:
+            raise _Underivable(f"{name} is {tensor.part}, and others of its name are {patterns[pattern]}")
+    longest = sorted(patterns.items(), key=lambda item: (-item[0].count("."), item[0]))
+    return tuple((part, rf"{pattern}(?:\.|$)") for pattern, part in longest)
+
+
+def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+    """Hub names -> transformers' tree, those that differ, as patterns of whole names."""
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if name == tensor.fills:
+            continue
+        number = r"(?<=\.)\d+(?=\.|$)"
+        source, target = name.removesuffix(".weight"), tensor.fills.removesuffix(".weight")
+        if re.findall(number, source) != re.findall(number, target):
+            raise _Underivable(f"{name} fills {tensor.fills}: the numbers are in another order")
+        pattern = "^" + r"(\d+)".join(re.escape(part) for part in re.split(number, source)) + r"(?=\.|$)"
+        parts = re.split(number, target)
+        replacement = parts[0] + "".join(rf"\{group}{part}" for group, part in enumerate(parts[1:], 1))
+        if found.setdefault(pattern, replacement) != replacement:
+            raise _Underivable(f"{name} fills {tensor.fills}, and others of its name fill {found[pattern]}")
+    return tuple(found.items())
+
+
+def _block_pattern(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> str:
+    """The pattern of a block's tensors on the hub."""
+    number = model.config.get_text_config().num_hidden_layers
+    stacks = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == number
+    ]
+    for stack in stacks:
+        inside = [name for name, tensor in tensors.items() if tensor.fills.startswith(f"{stack}.0.")]
+        prefixes = {name.partition(".0.")[0] for name in inside}
+        if len(prefixes) == 1 and all(".0." in name for name in inside):
+            return rf"^{re.escape(prefixes.pop())}\.(\d+)\."
+    raise _Underivable(f"no list of {number} decoder blocks is in transformers' {type(model).__name__}")
+
+
+def _fused_leaves(tensors: dict[str, _Tensor]) -> tuple[tuple[str, ...], ...]:
+    leaves = {name.split(".")[-2] for name in tensors if name.count(".") > 1}
+    return tuple(group for group in _FUSED if len(leaves & set(group)) > 1)
+
+
+def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, _Tensor], blocks: str) -> str:
+    """The pattern of the draft head: what transformers ignores of the hub's tensors, and blocks after the last one."""
+    ignored = [
+        pattern
+        for pattern in model._keys_to_ignore_on_load_unexpected or ()
+        if not any(re.search(pattern, name) for name in tensors)
+    ]
+    last = int(model.config.get_text_config().num_hidden_layers)
+    count = max((value for key in _DRAFT_BLOCKS if isinstance(value := config.get(key), int)), default=0)
+    if count > 0:
+        numbers = "|".join(str(last + number) for number in range(min(count, 1_000)))
+        ignored.insert(0, blocks.replace(r"(\d+)", f"({numbers})"))
+    return "|".join(ignored) or r"(?!)()"
+
+
+def _never_quantized(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+    rows = {
+        _generalized(name.removesuffix(".weight")) + "$"
+        for name, tensor in tensors.items()
+        if tensor.wanted.kind == "linear" and tensor.wanted.shape[0] == 1
+    }
+    return tuple((pattern, "engines run a gate of one row as it is") for pattern in sorted(rows))
+
+
+def _promise(tensors: dict[str, _Tensor]) -> Promise:
+    promised = {name: tensor.wanted for name, tensor in tensors.items()}
+
+    def read(config: ConfigReader) -> Iterator[tuple[str, Wanted]]:
+        yield from promised.items()
+
+    return read

@@ -1,0 +1,93 @@
+"""Tiny checkpoints of families that no table names, through calibration, verification and vLLM; the table of docs/families.md.
+
+python -m tests.families --directory DIR [FAMILY ...] > docs/families.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.models import any_family
+from tests.reference.engine import VLLM_PYTHON
+from workflows.run.__main__ import main as run_command
+
+#: The checks that a good tiny checkpoint may not pass as a whole: what of them remains is said in the table.
+LEVELS = ("structure", "fidelity", "serving")
+METHODS = ("calibrate", "convert")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to: exit code, a verdict for each level, the checks that failed or warned, and its messages."""
+
+    family: str
+    method: str
+    exit_code: int
+    verdicts: dict[str, str]
+    notes: dict[str, str]
+    cosine: str
+    seconds: float
+    messages: str
+
+
+def run(family: str, method: str, directory: Path, serve: bool) -> Outcome:
+    """Makes the checkpoint (once) and quantizes its linear layers as a user would; verified, and served if asked."""
+    source = directory / family
+    if not source.is_dir():
+        any_family.write(source, family)
+    recipe: dict[str, Any] = {
+        "source": {"checkpoint": str(source)},
+        "output": str(directory / f"{family}-{method}"),
+        "method": method,
+        "modifiers": [{"QuantizationModifier": {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["lm_head"]}}],
+        "verify": {"serving": {"python": VLLM_PYTHON, "max_tokens": 4, "windows": 1} if serve else None},
+    }
+    if method == "calibrate":
+        recipe["calibration"] = {"dataset": "bundled", "num_samples": 8, "max_seq_length": 64, "batch_size": 4}
+    path = directory / f"{family}-{method}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    began, said = time.monotonic(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        code = run_command([str(path), "--overwrite"])
+    found = directory / f"{family}-{method}.run" / "verify.json"
+    judged = json.loads(found.read_text()) if found.is_file() else {"verdicts": {}, "checks": []}
+    checks = {check["id"]: check for check in judged["checks"]}
+    return Outcome(
+        family, method, code, judged["verdicts"],
+        {id: f"{check['verdict']}: {check['figure']}" for id, check in checks.items()
+         if check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales"},
+        checks.get("fidelity.block_cosine", {}).get("figure", "").partition(" (")[0].removeprefix("worst "),
+        time.monotonic() - began, said.getvalue(),
+    )  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="of tests.models.any_family; all of them without")
+    parser.add_argument("--directory", type=Path, required=True, help="where checkpoints and outputs go")
+    options = parser.parse_args(arguments)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    print("| family | method | structure | fidelity | serving | worst block cosine | what warned or failed |")
+    print("|---|---|---|---|---|---|---|")
+    for family in options.families or any_family.FAMILIES:
+        for method in METHODS:
+            done = run(family, method, options.directory, serve=True)
+            verdicts = " | ".join(done.verdicts.get(level, f"exit {done.exit_code}") for level in LEVELS)
+            notes = "; ".join(f"{id} {text}" for id, text in done.notes.items()).replace("|", "\\|")
+            print(f"| {family} | {method} | {verdicts} | {done.cosine} | {notes[:300]} |", flush=True)
+            print(f"{family} {method}: exit {done.exit_code}, {done.seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Families whose grammar is derived, from checkpoint to verified NVFP4: each kind of them once, all of them when asked
+(`make test-families`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests import families
+from tests.models import any_family
+
+#: A gate of one row beside the router, served; zero-centered norms, which llm-compressor would replace; latent attention with
+#: a dense block and a fused pair of its own.
+KINDS = {"qwen2_moe": True, "gemma3_text": False, "deepseek_v3": False}
+
+
+def judged_good(done: families.Outcome, levels: tuple[str, ...]) -> None:
+    assert done.exit_code == 0, done.messages
+    assert {level: done.verdicts[level] for level in levels} == {
+        level: done.verdicts[level] for level in levels if done.verdicts[level] in ("PASS", "WARN")
+    }, done.notes
+    assert not [text for text in done.notes.values() if text.startswith("FAIL")]
+
+
+@pytest.mark.parametrize(("family", "served"), KINDS.items())
+def test_a_derived_family_is_calibrated_and_verified(family: str, served: bool, tmp_path: Path) -> None:
+    done = families.run(family, "calibrate", tmp_path, serve=served)
+    judged_good(done, families.LEVELS if served else families.LEVELS[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", families.METHODS)
+@pytest.mark.parametrize("family", any_family.FAMILIES)
+def test_every_family_of_the_matrix(family: str, method: str, tmp_path: Path) -> None:
+    judged_good(families.run(family, method, tmp_path, serve=True), families.LEVELS[:2])

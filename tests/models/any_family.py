@@ -1,0 +1,116 @@
+"""Tiny hub-form BF16 checkpoints of any family that transformers can build, made from the family's own config class.
+
+transformers' own saving writes the hub's names. Fields of config.json that the hub has and transformers' save drops, which
+vLLM reads, are put back (`_HUB`). Values are random, and depend on the tensor's name alone.
+
+    python -m tests.models.any_family OUT --family glm4_moe
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from tests.models.storage import new_directory, normal
+from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
+
+VOCAB = 1024
+#: What most families take; each config class keeps what it knows.
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+    "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+_MOE: dict[str, Any] = {
+    "num_experts": 8, "n_routed_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+}  # fmt: skip
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64,
+    "v_head_dim": 64, "head_dim": 64,
+}  # fmt: skip
+#: Families that the matrix tries, with what their config class wants beside the shapes.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "phi3": {},
+    "gemma3_text": {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "glm4": {},
+    "granite": {},
+    "smollm3": {},
+    "ministral3": {},
+    "seed_oss": {},
+    "starcoder2": {"sliding_window": None},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 128, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "glm4_moe": _MOE,
+    "olmoe": {**_MOE, "intermediate_size": 128},
+    "dots1": {**_MOE, "layer_types": ["full_attention", "full_attention"]},
+    "ernie4_5_moe": {
+        "moe_num_experts": 8, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+        "moe_layer_end_index": 1, "moe_layer_interval": 1,
+    },
+    "hunyuan_v1_moe": {**_MOE, "moe_topk": 2, "num_shared_expert": 1},
+    "exaone_moe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    "minimax_m2": {**_MOE, "rotary_dim": 32},
+    "deepseek_v3": {**_MOE, **_MLA},
+}  # fmt: skip
+#: Fields of the hub's config.json that transformers' classes rename or drop.
+_HUB: dict[str, dict[str, Any]] = {
+    "glm4_moe": {"head_dim": 64, "partial_rotary_factor": 0.5},
+    "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+}
+
+
+def write(directory: Path, family: str, *, seed: int = 0) -> Path:
+    """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it. Raises FileExistsError
+    if the directory holds something."""
+    new_directory(directory)
+    model = _model(family, seed)
+    model.save_pretrained(directory, max_shard_size="300KB")
+    made = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
+    write_tokenizer(directory, VOCAB, chat_template=True)
+    write_sidecars(directory)
+    return directory
+
+
+def _model(family: str, seed: int) -> Any:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    kind = CONFIG_MAPPING[family]
+    known = kind().to_dict().keys() | (kind.attribute_map or {}).keys() | FAMILIES[family].keys() - _MOE.keys()
+    config = kind(**{key: value for key, value in {**_SHAPE, **FAMILIES[family]}.items() if key in known})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            tensor.zero_()
+            continue
+        norm = "norm" in name
+        fan = tensor.shape[-1] if tensor.dim() > 1 else 1
+        std = 0.1 if norm or tensor.dim() == 1 else (1.0 if "embed" in name else fan**-0.5)
+        zero_centered = type(model).__name__.startswith(("Gemma", "Qwen3Next"))
+        tensor.copy_(normal(seed, name, tensor.shape, 1.0 if norm and not zero_centered else 0.0, std))
+    return model
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--family", choices=FAMILIES, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    print(write(options.directory, options.family, seed=options.seed))
+
+
+if __name__ == "__main__":
+    main()

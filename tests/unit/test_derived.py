@@ -1,0 +1,109 @@
+"""The grammar that is read from transformers: equal to the table where there is one, and refused where it cannot be had."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from calibration.checkpoint.formats import Formats, logical_name
+from calibration.checkpoint.index import Checkpoint
+from calibration.families.derived import derive
+from calibration.families.family import Family
+from calibration.families.registry import expected_tensors, family_of
+from recipes.errors import SourceError
+from tests.exported import recipe, task_of
+from tests.models import any_family, standard
+
+SMALL: dict[str, Any] = {
+    "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300, "num_experts": 4, "n_routed_experts": 4,
+    "num_local_experts": 4, "first_k_dense_replace": 1, "pad_token_id": None,
+}  # fmt: skip
+
+
+def derived(model_type: str, **fields: Any) -> Family:
+    return derive(SMALL | {"model_type": model_type} | fields, "config.json")
+
+
+def promised(family: Family) -> dict[str, Any]:
+    return dict(family.promised(None))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", get_args(standard.Family))
+def test_what_is_written_by_hand_is_derived_too(name: standard.Family, tmp_path: Path) -> None:
+    source = Checkpoint.open(standard.write(tmp_path / "source", name))
+    table, read = family_of(source.config), derive(source.config, "config.json")
+    weights = [tensor for tensor in source.tensors if tensor not in Formats(source).companions]
+    assert [read.place(tensor).mtp for tensor in weights] == [table.place(tensor).mtp for tensor in weights]
+    tensors = [
+        tensor for tensor in weights if not table.place(tensor).mtp
+    ]  # the draft head is nobody's in transformers
+    assert [read.place(tensor) for tensor in tensors] == [table.place(tensor) for tensor in tensors]
+    names = [logical_name(tensor) for tensor in tensors]
+    assert [read.model_name(tensor) for tensor in names] == [table.model_name(tensor) for tensor in names]
+    kept = {tensor: want for tensor, want in expected_tensors(source.config)[0].items() if not table.place(tensor).mtp}
+    shapes = {tensor: (want.shape, want.optional) for tensor, want in promised(read).items()}
+    assert shapes == {tensor: (want.shape, want.optional) for tensor, want in kept.items()}
+
+
+def test_parts_beside_the_routed_experts() -> None:
+    family = derived("qwen2_moe", shared_expert_intermediate_size=64, decoder_sparse_step=1, mlp_only_layers=[])
+    block = "model.layers.1.mlp"
+    leaves = ("gate", "shared_expert_gate", "shared_expert.up_proj")
+    parts = {leaf: family.place(f"{block}.{leaf}.weight").part for leaf in leaves}
+    assert parts == {"gate": "router", "shared_expert_gate": "router", "shared_expert.up_proj": "shared expert"}
+    ((pattern, _),) = family.never_quantized
+    assert re.search(pattern, f"{block}.shared_expert_gate") and not re.search(
+        pattern, f"{block}.shared_expert.up_proj"
+    )
+
+
+def test_the_draft_head_is_what_comes_after_the_last_block() -> None:
+    family = derived("deepseek_v3", num_nextn_predict_layers=1, q_lora_rank=32)
+    assert family.place("model.layers.2.mlp.experts.0.up_proj.weight").mtp
+    assert not any(family.place(name).mtp for name in promised(family))
+    assert family.mtp_blocks(["model.layers.2.eh_proj.weight"]) == {"2"}
+
+
+def test_names_that_transformers_changes_are_followed() -> None:
+    family = derived("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=1, moe_layer_end_index=1)
+    name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
+    assert name in promised(family)
+    assert family.model_name(name) == "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("gpt_oss", r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds all experts of a block in one tensor"),
+        ("kimi_linear", "is a part of .*conv1d.weight in transformers"),
+        ("gpt9", "transformers has no such model"),
+    ],
+)
+def test_what_cannot_be_derived_is_refused_by_tensor(model_type: str, why: str) -> None:
+    with pytest.raises(SourceError, match=f"config.json: model_type '{model_type}' has no grammar here, .*{why}"):
+        derived(model_type)
+
+
+def test_a_config_that_transformers_refuses_is_a_message() -> None:
+    with pytest.raises(SourceError, match="transformers cannot build its causal language model: "):
+        derived("olmo2", num_attention_heads="many")
+
+
+@pytest.mark.parametrize("lost", [r"mlp\.experts\.3\.up_proj", r"mlp\.gate\.weight"])
+def test_every_tensor_has_one_place_or_no_plan_is_made(tmp_path: Path, lost: str) -> None:
+    source = any_family.write(tmp_path / "source", "qwen2_moe")
+    made = recipe(source, tmp_path / "out", ["Linear"], calibration=None, method="convert")
+    assert task_of(made).plan.quantized
+    for shard in source.glob("*.safetensors"):
+        tensors = load_file(shard)
+        renamed = {re.sub(lost, "mlp.elsewhere", name): tensor for name, tensor in tensors.items()}
+        save_file(renamed, shard, metadata={"format": "pt"})
+    index = source / "model.safetensors.index.json"
+    index.write_text(re.sub(lost, "mlp.elsewhere", index.read_text()))
+    with pytest.raises(SourceError, match=r"tensors are unknown to the qwen2_moe model .*elsewhere"):
+        task_of(made)
