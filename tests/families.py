@@ -1,6 +1,7 @@
-"""Tiny checkpoints of families that no table names, through calibration, verification and vLLM; the table of docs/families.md.
+"""Tiny checkpoints of families that no table names, through calibration, verification and vLLM; the rows of
+docs/families.md.
 
-python -m tests.families --directory DIR [FAMILY ...] > docs/families.md
+python -m tests.families --directory DIR [--method M] [FAMILY ...]
 """
 
 from __future__ import annotations
@@ -75,13 +76,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="of tests.models.any_family; all of them without")
+    parser.add_argument("--method", action="append", choices=METHODS, help="both of them without")
     parser.add_argument("--directory", type=Path, required=True, help="where checkpoints and outputs go")
     options = parser.parse_args(arguments)
     options.directory.mkdir(parents=True, exist_ok=True)
     print("| family | method | structure | fidelity | serving | worst block cosine | what warned or failed |")
     print("|---|---|---|---|---|---|---|")
     for family in options.families or any_family.FAMILIES:
-        for method in METHODS:
+        for method in options.method or METHODS:
             done = run(family, method, options.directory, serve=True)
             verdicts = " | ".join(done.verdicts.get(level, f"exit {done.exit_code}") for level in LEVELS)
             notes = "; ".join(f"{id} {text}" for id, text in done.notes.items()).replace("|", "\\|")
