@@ -1,4 +1,4 @@
-"""Checkpoints as bytes: headers, index, stored formats, family grammar, plan, NVFP4 arithmetic, writer.
+"""Reads and writes checkpoints: headers, index, stored formats, NVFP4 arithmetic, side files.
 
 Knows no llm-compressor and no transformers. `verify` imports everything here but `writer`.
 """

@@ -1,11 +1,11 @@
-"""One stored weight: its format, and its values.
+"""Describes the stored format of one weight and dequantizes it.
 
-Each is dequantized as the library that made it does, bit for bit:
-FP8 tiles, MXFP4: value times scale in float32, rounded once to the wanted dtype (transformers 5.17's Fp8Dequantize,
-integrations/finegrained_fp8.py). FP8 per tensor and per channel, INT4: in the scale's dtype, then rounded to the wanted one
-(compressed_tensors 0.19's quantization/lifecycle/forward_helpers.py, _dequantize; packing in
-compressors/pack_quantized/helpers.py). modelopt's NVFP4: E2M1 times the float32 product of both scales, element 0 in the low
-nibble (Model-Optimizer's modelopt/torch/quantization/qtensor/nvfp4_tensor.py, dequantize).
+Each format is dequantized bit for bit as by the library that wrote it: FP8 tiles, MXFP4: value times scale in float32,
+rounded once to the wanted dtype (transformers 5.17's Fp8Dequantize, integrations/finegrained_fp8.py). FP8 per tensor
+and per channel, INT4: in the scale's dtype, then rounded to the wanted one (compressed_tensors 0.19's
+quantization/lifecycle/forward_helpers.py, _dequantize; packing in compressors/pack_quantized/helpers.py). modelopt's
+NVFP4: E2M1 times the float32 product of both scales, element 0 in the low nibble (Model-Optimizer's
+modelopt/torch/quantization/qtensor/nvfp4_tensor.py, dequantize).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from recipes.errors import SourceError
 Kind = Literal["plain", "fp8_tiles", "fp8_tensor", "fp8_channel", "mxfp4", "int4", "nvfp4", "modelopt_nvfp4"]
 
 MXFP4_GROUP = 32
-#: INT4 values in an int32; where zero points are packed too, they are so along the rows.
+#: INT4 values in an int32; zero points, if packed too, are packed along the rows.
 INT4_PACKED = 8
-#: Roles of companions that no value depends on: what activations were quantized with, and a shape that headers tell.
+#: Roles of companions that do not affect the values: how activations were quantized, and a shape that headers contain.
 _VALUELESS = frozenset({"input_scale", "input_bound", "shape"})
 _LABELS = {
     "plain": "plain", "fp8_tensor": "FP8 per tensor", "fp8_channel": "FP8 per channel", "mxfp4": "MXFP4", "int4": "INT4",
@@ -50,12 +50,12 @@ class StoredFormat:
 
     @property
     def scales(self) -> dict[str, str]:
-        """The companions that the values depend on."""
+        """Role -> tensor name of the companions that affect the values."""
         return {role: name for role, name in self.companions.items() if role not in _VALUELESS}
 
     def companion_rows(self, role: str, begin: int, end: int) -> tuple[int, int] | None:
-        """Rows [first, last) of a companion that belong to the weight's rows [begin, end), which begin at a tile and at a
-        multiple of 8; None: the whole companion does."""
+        """Rows [first, last) of a companion that belong to the weight's rows [begin, end), where `begin` is a multiple
+        of the tile height and of 8; None if the whole companion belongs to them."""
         height = {"group_scale": 1, "channel_scale": 1, "zero_point": INT4_PACKED}.get(role)
         if role == "tile_scale" and self.tile is not None:
             height = self.tile[0]
@@ -69,11 +69,11 @@ def dequantize(
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Undoes a stored format on the tensor's device: float `[M, K]` of `dtype`, one rounding from float32; into `out`,
-    where one is given (contiguous, of that shape and dtype). The result is the caller's own memory: a plain tensor is
-    copied even where it has the dtype, since `tensor` may be the file's memory map."""
+    """Dequantizes on the tensor's device to float `[M, K]` of `dtype`, with one rounding from float32, into `out` if it
+    is given (contiguous, of that shape and dtype). The result never shares memory with `tensor`, which may be the
+    file's memory map."""
     if tensor.device.type == "cpu" and dtype == torch.bfloat16 and native.compiled() and tensor.is_contiguous():
-        # Of a weight that is cut into stripes the tensor is some rows.
+        # If the weight is processed in stripes, the tensor has only some of its rows.
         into = torch.empty((tensor.shape[0], stored.shape[-1]), dtype=dtype) if out is None else out
         if _dequantize_compiled(stored, tensor, scales, into):
             return into
@@ -86,7 +86,7 @@ def dequantize(
 def _dequantize_compiled(
     stored: StoredFormat, tensor: torch.Tensor, scales: dict[str, torch.Tensor], out: torch.Tensor
 ) -> bool:
-    """Fills `out` `[M, K]` (BF16) where C knows the stored format."""
+    """Fills `out` `[M, K]` (BF16) if the C code supports the stored format; returns whether it did."""
     codes, into = tensor.data_ptr(), out.data_ptr()
     if stored.kind == "fp8_tiles" and stored.tile is not None:
         grid = scales["tile_scale"].to(torch.float32).contiguous()
@@ -109,7 +109,7 @@ def _dequantize(
         expanded = grid.repeat_interleave(stored.tile[0], 0)[:rows].repeat_interleave(stored.tile[1], 1)[:, :columns]
         return (tensor.to(torch.float32) * expanded).to(dtype)
     if stored.kind == "mxfp4":
-        # float8_e8m0fnu -> float32 already is 2^(e-127): the exponent must not be applied again.
+        # float8_e8m0fnu -> float32 is already 2^(e-127): the exponent must not be applied again.
         return _scaled(tensor, scales["group_scale"].to(torch.float32), MXFP4_GROUP).to(dtype)
     if stored.kind == "nvfp4":
         return nvfp4.dequantize(tensor, scales["group_scale"], scales["global_scale"]).to(dtype)
@@ -126,7 +126,7 @@ def _dequantize(
 
 
 def _int4_values(packed: torch.Tensor, scales: dict[str, torch.Tensor]) -> torch.Tensor:
-    """int32 `[M, K/8]` -> `[M, K]` in the scale's dtype. A column whose group is none becomes NaN."""
+    """int32 `[M, K/8]` -> `[M, K]` in the scale's dtype. A column without a group becomes NaN."""
     scale, shifts = scales["group_scale"], torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
     offset = 1 << 3
     rows, columns = packed.shape[0], packed.shape[1] * INT4_PACKED
@@ -136,7 +136,7 @@ def _int4_values(packed: torch.Tensor, scales: dict[str, torch.Tensor]) -> torch
         zero = (scales["zero_point"].unsqueeze(1) >> shifts.unsqueeze(-1) & 0xF) - offset
         zero = zero.reshape(-1, scale.shape[1])[:rows].to(scale.dtype)
     group = scales.get("group_index")
-    if group is not None and not bool((group == -1).all()):  # -1 throughout: no order was chosen
+    if group is not None and not bool((group == -1).all()):  # all -1: columns were not reordered
         known, at = (group >= 0) & (group < scale.shape[1]), group.clamp(0, scale.shape[1] - 1).long()
         codes = codes - zero[:, at] if zero is not None else codes
         return codes * torch.where(known, scale[:, at], torch.nan)
@@ -151,13 +151,14 @@ def _scaled(packed: torch.Tensor, group_scale: torch.Tensor, group: int) -> torc
 
 
 def cast_dtype(written: str, plain: torch.dtype) -> torch.dtype:
-    """The dtype in which a cast makes an output tensor of safetensors dtype `written`: tile scales in their own, everything
-    else in the recipe's `plain` one."""
+    """The dtype in which a cast computes an output tensor of safetensors dtype `written`: tile scales keep theirs,
+    everything else gets the recipe's `plain` dtype."""
     return TORCH[written] if written in ("F32", "F8_E8M0") else plain
 
 
 def is_finite(value: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf. Both show in the extremes, which cost a twentieth of torch.isfinite."""
+    """Whether a tensor contains neither NaN nor Inf. Both show in the extremes, which cost a twentieth of
+    torch.isfinite."""
     if not value.is_floating_point() or not value.numel():
         return True
     low, high = torch.aminmax(value.to(torch.float32) if value.element_size() == 1 else value)
@@ -165,7 +166,7 @@ def is_finite(value: torch.Tensor) -> bool:
 
 
 def is_positive(scale: torch.Tensor) -> bool:
-    """Whether all values are finite and above zero."""
+    """Whether all values are finite and positive."""
     if not scale.numel():
         return True
     low, high = torch.aminmax(scale.to(torch.float32))
@@ -173,11 +174,11 @@ def is_positive(scale: torch.Tensor) -> bool:
 
 
 def check_finite(value: torch.Tensor, where: str) -> None:
-    """Raises SourceError naming `where` and the first bad position when a floating tensor holds NaN or Inf."""
+    """Raises SourceError that names `where` and the first bad position if a floating tensor contains NaN or Inf."""
     if is_finite(value):
         return
     bad = (~torch.isfinite(value.to(torch.float32))).nonzero()
     raise SourceError(
         f"{where}: {len(bad)} of {value.numel()} values are NaN or Inf, the first at {bad[0].tolist()}; "
-        "the source is damaged or was made with an overflow: get a whole copy"
+        "the source is damaged or its values overflowed when it was made: get a whole copy"
     )

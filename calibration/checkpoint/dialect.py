@@ -1,9 +1,9 @@
-"""The two spellings of an NVFP4 weight, and the global scales of one as the other has them.
+"""The two dialects (spellings) of an NVFP4 weight, and the conversion of their global scales.
 
-compressed-tensors divides by its global scales (`448 * 6 / amax`, F32 `[1]`). modelopt, whose spelling NVIDIA's own
-checkpoints have, multiplies by the inverse (F32 scalars). Packed codes and group scales have the same bytes in both.
-Sources: compressed-tensors 0.19, compressors/nvfp4; Model-Optimizer, modelopt/torch/quantization/qtensor/nvfp4_tensor.py
-and examples/deepseek/deepseek_v4/quantize_to_nvfp4.py.
+compressed-tensors divides by its global scales (`448 * 6 / amax`, F32 `[1]`). modelopt, whose dialect NVIDIA's own
+checkpoints use, multiplies by the inverse (F32 scalars). Packed codes and group scales have the same bytes in both.
+Sources: compressed-tensors 0.19, compressors/nvfp4; Model-Optimizer,
+modelopt/torch/quantization/qtensor/nvfp4_tensor.py and examples/deepseek/deepseek_v4/quantize_to_nvfp4.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ DialectName = Literal["compressed_tensors", "nvidia"]
 
 @dataclass(frozen=True)
 class Dialect:
-    """One spelling. `packed`, `group_scale`, `global_scale` and `input_scale` are the leaves of the four tensors of a
-    module, `scalar` is the shape of the last two, `kind` what `formats` calls such a weight."""
+    """One dialect. `packed`, `group_scale`, `global_scale` and `input_scale` are the leaf names of a module's four
+    tensors, `scalar` is the shape of the last two, `kind` is the stored format of such a weight in `formats`."""
 
     name: DialectName
     kind: Literal["nvfp4", "modelopt_nvfp4"]
@@ -31,7 +31,7 @@ class Dialect:
 
     @property
     def companions(self) -> dict[str, str]:
-        """Role -> leaf of the scales that every weight has."""
+        """Role -> leaf name of the scales that every weight has."""
         return {"group_scale": self.group_scale, "global_scale": self.global_scale}
 
 
@@ -43,13 +43,14 @@ DIALECTS = {dialect.name: dialect for dialect in (COMPRESSED_TENSORS, NVIDIA)}
 
 
 def inverse(scale: float | np.float32) -> np.float32:
-    """A global scale of one dialect as the other has it: `1 / scale` in float32. Infinite or zero if float32 has none."""
+    """Converts a global scale to the other dialect: `1 / scale` in float32. Infinite or zero if that is out of
+    float32's range."""
     with np.errstate(all="ignore"):
         return np.float32(1) / np.float32(scale)
 
 
 def returns(scale: float | np.float32) -> bool:
-    """Whether the inverse of the inverse is the scale itself, bit for bit: float32 does not allow it for every scale."""
+    """Whether the inverse of the inverse equals the scale, bit for bit, which is not so for every float32."""
     return bool(inverse(inverse(scale)) == np.float32(scale))
 
 

@@ -1,7 +1,7 @@
-"""Reading and writing past the page cache (O_DIRECT) with reused, page-aligned buffers.
+"""Reads and writes past the page cache (O_DIRECT) with reused, page-aligned buffers.
 
-Buffered copies of hundreds of gigabytes cost several times the processor time of direct ones and push everything else
-out of memory. Where a file system refuses O_DIRECT the same code goes through the page cache.
+Buffered copies of hundreds of gigabytes cost several times the CPU time of direct ones and evict everything else from
+memory. If a file system refuses O_DIRECT, the same code goes through the page cache.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from calibration.checkpoint.files import PARTIAL, explain, fsync_directory
 from recipes.errors import EnvironmentProblem, SourceError
 
 PAGE = 4096
-#: Neighbouring extents closer than this are read in one go.
+#: Neighboring extents closer than this (bytes) are read together.
 _GAP = 64 * 1024
-#: CRC-32's polynomial and the polynomial 1, bits reflected.
+#: CRC-32's polynomial and the polynomial 1, with reflected bits.
 _POLYNOMIAL, _ONE = 0xEDB88320, 1 << 31
 _DIRECT = getattr(os, "O_DIRECT", 0)
 Bytes = npt.NDArray[np.uint8]
 
 
 class Buffer:
-    """Page-aligned memory that keeps its pages: `array` is uint8 `[capacity]`."""
+    """Page-aligned memory whose pages stay allocated: `array` is uint8 `[capacity]`."""
 
     def __init__(self, capacity: int) -> None:
         self._map = mmap.mmap(-1, max(-(-capacity // PAGE) * PAGE, PAGE))
@@ -75,7 +75,7 @@ class DirectReader:
         self._lock = threading.Lock()
 
     def read(self, extents: Iterable[Extent], buffer: Buffer) -> dict[Extent, Bytes]:
-        """Extent -> its bytes, uint8, as views into `buffer`. Raises SourceError where a file ends early."""
+        """Extent -> its bytes, uint8, as views into `buffer`. Raises SourceError if a file ends early."""
         wanted = list(extents)
         at, found = 0, {}
         spans = runs(wanted)
@@ -97,7 +97,7 @@ class DirectReader:
         return found
 
     def _fill(self, run: Extent, target: Bytes) -> int:
-        """Bytes read; fewer than asked for at the end of the file alone."""
+        """Returns the number of bytes read: fewer than requested only at the end of the file."""
         got, view = 0, memoryview(target.data)
         while got < len(target):
             try:
@@ -123,34 +123,34 @@ class DirectReader:
 
 
 class DirectWriter:
-    """Writes one file front to back as `<path>.partial`; `finish` makes it durable and renames it.
+    """Writes one file sequentially as `<path>.partial`; `finish` makes it durable and renames it.
 
-    A piece comes in a Buffer whose first page is the file's page of the piece's first byte: what the piece before left
-    of that page is copied in front of it, and nothing else is ever copied.
+    Each piece comes in a Buffer whose first page corresponds to the file's page that contains the piece's first byte.
+    Only the end of the previous piece in that page is copied in front of it.
     """
 
     def __init__(self, path: Path, nbytes: int) -> None:
-        """Creates the file and reserves `nbytes`. Raises EnvironmentProblem where it cannot."""
+        """Creates the file and reserves `nbytes`. Raises EnvironmentProblem if that fails."""
         self.path, self.nbytes, self.crc = path, nbytes, 0
         self._partial = path.with_name(path.name + PARTIAL)
         self._position = 0
         self._last = Buffer(PAGE)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._partial.unlink(missing_ok=True)  # a link there would have its target overwritten
+            self._partial.unlink(missing_ok=True)  # if a link were there, its target would be overwritten
             self._file = _open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         except OSError as error:
             raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from None
         try:
             os.posix_fallocate(self._file, 0, max(nbytes, 1))
         except OSError as error:
-            # EINVAL: the C library imitates it with single bytes, which O_DIRECT refuses.
+            # EINVAL: the C library emulates it by writing single bytes, which O_DIRECT refuses.
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 self.abandon()
                 raise EnvironmentProblem(explain(path, error, nbytes, error.errno == errno.ENOSPC)) from None
 
     def append(self, buffer: Buffer, nbytes: int, crc: int) -> None:
-        """Writes `nbytes` that begin at `buffer.array[position % PAGE]`; `crc` is their CRC-32."""
+        """Writes `nbytes` that start at `buffer.array[position % PAGE]`; `crc` is their CRC-32."""
         begin = self._position % PAGE
         self.crc = join_crc(self.crc, crc, nbytes)
         buffer.array[:begin] = self._last.array[:begin]
@@ -161,7 +161,7 @@ class DirectWriter:
         self._position += nbytes
 
     def finish(self) -> str:
-        """The file is on disk under its name; returns its digest (see `digest`)."""
+        """Makes the file durable under its final name; returns its digest (see `digest`)."""
         assert self._position == self.nbytes, f"{self.path}: {self._position} of {self.nbytes} bytes: a defect here"
         if self._position % PAGE:
             self._write(self._last.array, self._position // PAGE * PAGE)
@@ -191,8 +191,8 @@ class DirectWriter:
 
 
 def digest(path: Path, buffer: Buffer) -> str:
-    """CRC-32 and size of a file, `crc32:<hex>:<bytes>`: tells a torn or altered shard from a finished one at a sixth of
-    the processor time of SHA-256, which would cost as much as the conversion itself."""
+    """CRC-32 and size of a file, `crc32:<hex>:<bytes>`. It detects a torn or altered shard at a sixth of the CPU time
+    of SHA-256, which would cost as much as the conversion itself."""
     reader, size, crc = DirectReader(path.parent), path.stat().st_size, 0
     step = len(buffer.array) // PAGE * PAGE
     try:
@@ -205,8 +205,8 @@ def digest(path: Path, buffer: Buffer) -> str:
 
 
 def join_crc(front: int, back: int, nbytes: int) -> int:
-    """CRC-32 of two byte strings in a row from the CRC-32 of each; `nbytes` is the second one's length. So that every
-    worker takes the CRC of its own output and the writer writes. Source: zlib's crc32_combine."""
+    """CRC-32 of two concatenated byte strings, from the CRC-32 of each; `nbytes` is the length of the second. Thereby
+    each worker computes the CRC of its own output and the writer only writes. Source: zlib's crc32_combine."""
     return _multiply(_shift(nbytes), front) ^ back
 
 

@@ -1,10 +1,10 @@
-"""Files: those of strangers are read within bounds, our own are written so that no broken one ever bears its final name.
+"""Reads untrusted files within bounds, and writes our own so that no incomplete file ever has its final name.
 
-A file of a checkpoint is a stranger's: it may be a FIFO that never answers, a device without an end, of any size, nested
-a hundred thousand deep, or no text at all. Every reader here opens without waiting, reads regular files alone, bounds
-what it takes, and says what is wrong in a SourceError; nothing else leaves these functions.
+A file of a checkpoint is a stranger's: it may be a FIFO that never answers, an endless device, of any size, nested a
+hundred thousand levels deep, or not text at all. Every reader here opens without waiting, reads only regular files,
+bounds what it reads, and reports every error as a SourceError.
 
-A file of our own is written beside its place, fsynced and renamed: a kill or a full disk leaves the old one or none.
+Our own files are written as `.partial`, fsynced and renamed: a kill or a full disk leaves the old file or none.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from pydantic_core import from_json
 from recipes import files
 from recipes.errors import EnvironmentProblem, SourceError
 
-#: Ends the name of a file that is being written.
+#: Suffix of a file that is being written.
 PARTIAL = ".partial"
-#: Bytes of a text or JSON file. The largest honest ones: the index of a 1.6 T model in NVFP4 with its experts apart
-#: takes about 40 MB, a tokenizer.json of 262,144 tokens about 35 MB.
+#: Largest text or JSON file, in bytes. The largest legitimate ones: the index of a 1.6 T model in NVFP4 with separate
+#: experts takes about 40 MB, a tokenizer.json with 262,144 tokens about 35 MB.
 MAX_BYTES = 256 << 20
-#: Commas and opening brackets of a JSON file: what bounds the memory that its objects take (a 256 MiB file of empty lists
+#: Most commas and opening brackets of a JSON file: bounds the memory of its objects (a 256 MiB file of empty lists
 #: would take 6 GiB). A safetensors header of 100 MB, the longest that the library reads, has about six million.
 MAX_VALUES = 20_000_000
 
 
 class MissingFile(SourceError):
-    """There is no file of this name."""
+    """Raised if there is no file of this name."""
 
 
 def open_regular(path: Path, remedy: str = "check the path and the permissions") -> BinaryIO:
-    """Opens a regular file for reading, its size unbounded. Raises SourceError for a FIFO, a device, a directory, a name
-    that no file can have, a file that cannot be opened; MissingFile if there is none."""
+    """Opens a regular file of any size for reading. Raises SourceError for a FIFO, a device, a directory, an impossible
+    name or a file that cannot be opened; MissingFile if there is none."""
     try:
         return files.open_regular(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -51,7 +51,7 @@ def open_regular(path: Path, remedy: str = "check the path and the permissions")
 
 
 def no_link(path: str, flags: int) -> int:
-    """An opener for `open`: a link in the place of a file of our own is an OSError, and what it leads to is not written to."""
+    """An opener for `open` of our own files: raises OSError for a link, whose target would otherwise be overwritten."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
@@ -91,7 +91,7 @@ def read_text(path: Path, *, max_bytes: int = MAX_BYTES, errors: str = "strict")
 def read_json(
     path: Path, *, max_bytes: int = MAX_BYTES, constants: bool = False, remedy: str = "a checkpoint needs it"
 ) -> Any:
-    """The value in a JSON file. `constants` allows NaN and Infinity, which are not JSON and which Python writes. Raises
+    """The value in a JSON file. `constants` allows NaN and Infinity, which are not JSON but which Python writes. Raises
     SourceError (MissingFile if there is none)."""
     return parse_json(read_bytes(path, max_bytes=max_bytes, remedy=remedy), str(path), constants=constants)
 
@@ -113,8 +113,8 @@ def read_json_or_none(path: Path) -> dict[str, Any] | None:
 
 
 def parse_json(raw: bytes, where: str, *, constants: bool = False) -> Any:
-    """The value of JSON bytes (UTF-8); `where` begins the message. pydantic's parser bounds the depth (200) and the digits
-    of a number (4,300) and names line and column. Raises SourceError."""
+    """The value of JSON bytes (UTF-8); `where` begins the message. pydantic's parser limits the depth (200) and the
+    digits of a number (4,300) and reports line and column. Raises SourceError."""
     if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
         raise SourceError(f"{where}: holds more than {MAX_VALUES:,} values; no checkpoint needs as many")
     try:
@@ -124,19 +124,19 @@ def parse_json(raw: bytes, where: str, *, constants: bool = False) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8). A lone surrogate, which a name of other bytes than UTF-8 has in Python, is spelled."""
+    """Writes a text file (UTF-8). A lone surrogate, which Python uses for file names that are not UTF-8, is escaped."""
     write_safely(path, lambda partial: partial.write_bytes(text.encode(errors="backslashreplace")), len(text))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as transformers writes a config: two spaces, a newline at the end."""
+    """Writes JSON in the style of transformers' configs: two spaces of indentation, a final newline."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_safely(path: Path, write: Callable[[Path], object], nbytes: int) -> None:
-    """Calls `write` with `<path>.partial`, which is not there, fsyncs it and renames it to `path`.
+    """Calls `write` with `<path>.partial`, which does not exist yet, then fsyncs the file and renames it to `path`.
 
-    Raises EnvironmentProblem naming the file, the bytes wanted and the bytes free; the partial file is removed.
+    Raises EnvironmentProblem that names the file, the bytes needed and the bytes free, and removes the partial file.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -162,7 +162,7 @@ def file_digest(path: Path) -> str:
 
 
 def explain(path: Path, error: Exception, nbytes: int, full: bool) -> str:
-    """What went wrong while `path` was written, in one sentence with its remedy; `full`: the disk is."""
+    """The message for an `error` while `path` was written, with its remedy; `full` says that the disk is full."""
     if not full:
         return f"{path}: cannot be written: {error}; check the path and the permissions"
     place = next(parent for parent in path.absolute().parents if parent.exists())
@@ -179,7 +179,8 @@ def explain(path: Path, error: Exception, nbytes: int, full: bool) -> str:
 
 
 def free_inodes(place: Path) -> int | None:
-    """How many more files the file system of an existing directory takes; None if it does not count them (btrfs)."""
+    """The number of further files that fit on the file system of an existing directory; None if it has no limit
+    (btrfs)."""
     disk = os.statvfs(place)
     return disk.f_favail if disk.f_files else None
 

@@ -1,5 +1,5 @@
-"""Stored formats that are not undone here, recognized by their tensors, and what config.json declares against what is
-stored. Nothing of theirs passes as plain: the weight would be missing, or its integers be taken for values."""
+"""Recognizes stored formats that this project cannot dequantize, and declarations in config.json that no weight
+matches. Such tensors must not pass as plain: the weight would be missing, or its integers would be taken for values."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from calibration.checkpoint.files import MissingFile, read_json_object
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 
 REMEDY = "start from the original checkpoint, or have the library that made this one write BF16"
-#: A format and what the names of its tensors end in, by the quantizers and integrations of transformers (5.17) and the
-#: formats of compressed-tensors (0.19). `qweight` is GPTQ's and AWQ's: see `_packed_by`.
+#: A format and the regex of its tensors' names, from the quantizers and integrations of transformers (5.17) and the
+#: formats of compressed-tensors (0.19). `qweight` is used by GPTQ and AWQ: see `_packed_by`.
 _ENDS = tuple((name, re.compile(rf"\.(?:{ends})$")) for name, ends in (
     ("bitsandbytes", r"weight\.(?:nested_)?(?:absmax|quant_map)|weight\.quant_state\..+|SCB|weight_format"),
     ("HQQ", "W_q"),
@@ -26,7 +26,7 @@ _ENDS = tuple((name, re.compile(rf"\.(?:{ends})$")) for name, ends in (
     ("sparse-bitmask (compressed-tensors)", "bitmask"),
     ("MXFP4 of stacked experts (gpt-oss)", "experts\\.\\w+_blocks"),
 ))  # fmt: skip
-#: What config.json may declare, and the kinds of stored weights that bear it out.
+#: What config.json may declare, and the kinds of stored weights that confirm it.
 _METHODS = {
     "fp8": {"fp8_tiles", "fp8_tensor", "fp8_channel", "mxfp4", "modelopt_nvfp4"},
     "fbgemm_fp8": {"fp8_channel"},
@@ -34,7 +34,7 @@ _METHODS = {
     "modelopt": {"fp8_tiles", "fp8_tensor", "fp8_channel", "modelopt_nvfp4"},
     "modelopt_fp4": {"modelopt_nvfp4"},
 }
-#: compressed-tensors' formats, likewise.
+#: The same for compressed-tensors' formats.
 _FORMATS = {
     "float-quantized": {"fp8_tiles", "fp8_tensor", "fp8_channel"},
     "naive-quantized": {"fp8_tiles", "fp8_tensor", "fp8_channel"},
@@ -47,7 +47,7 @@ _MODELOPT_CONFIG = "hf_quant_config.json"
 
 
 def foreign_formats(checkpoint: Checkpoint) -> list[str]:
-    """One problem for each format among the tensors that is not undone here."""
+    """One problem for each format among the tensors that cannot be dequantized here."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.tensors:
         if name.endswith(".qweight"):
@@ -63,7 +63,8 @@ def foreign_formats(checkpoint: Checkpoint) -> list[str]:
 
 
 def _packed_by(checkpoint: Checkpoint, qweight: str) -> str:
-    """GPTQ packs rows, `[K/8, M]`, and AWQ columns, `[K, M/8]`; AWQ has as many columns as its zero points have."""
+    """Whether GPTQ or AWQ wrote a tensor: GPTQ packs rows, `[K/8, M]`, AWQ columns, `[K, M/8]`; with AWQ, weight and
+    zero points have equally many columns."""
     module = qweight.removesuffix("qweight")
     packed, zeros = checkpoint.tensors[qweight], checkpoint.tensors.get(f"{module}qzeros")
     is_awq = f"{module}g_idx" not in checkpoint.tensors and zeros is not None and zeros.shape[-1:] == packed.shape[-1:]
@@ -71,8 +72,8 @@ def _packed_by(checkpoint: Checkpoint, qweight: str) -> str:
 
 
 def undeclared(checkpoint: Checkpoint, kinds: Iterable[str]) -> list[str]:
-    """What config.json (or modelopt's own file beside it) declares of quantization and the weights, stored in `kinds`, do
-    not bear out, or what is not known here. Raises SourceError for a file that cannot be read."""
+    """Problems with the quantization that config.json (or modelopt's own file beside it) declares: it is unknown here,
+    or no weight (they have `kinds`) matches it. Raises SourceError if a file cannot be read."""
     where, declared = _declaration(checkpoint)
     method, form = declared.get("quant_method"), declared.get("format")
     if not declared or declared.get("config_groups") == {}:

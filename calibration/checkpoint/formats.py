@@ -1,4 +1,4 @@
-"""Stored formats: how a source keeps each weight, found from headers."""
+"""Finds from headers in which format a source stores each weight, and reads weights through it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from calibration.checkpoint.index import TORCH, Checkpoint
 from recipes.errors import SourceError, collapsed
 
 FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
-#: Codes of larger weights get memory of their own; an expert of DeepSeek-V4-Pro takes 22 MB.
+#: Largest weight, in bytes, whose codes share a thread's buffer; an expert of DeepSeek-V4-Pro takes 22 MB.
 _CODE_BYTES = 64 << 20
-#: Scale companions of an E4M3 weight, by their suffix behind the module name: DeepSeek-V4's, DeepSeek-V3's and
-#: compressed-tensors' spelling (FP8_BLOCK, per tensor, per channel; modelopt's and fbgemm's too).
+#: Scale companions of an E4M3 weight, by the suffix after the module name: the spellings of DeepSeek-V4, DeepSeek-V3
+#: and compressed-tensors (FP8_BLOCK, per tensor, per channel; also modelopt's and fbgemm's).
 FP8_SCALES = ("scale", "weight_scale_inv", "weight_scale")
 TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-#: Sides of a tile that is not named.
+#: Possible sides of a tile if config.json names none.
 _SIDES = (16, 32, 64, 128, 256, 512)
 
 
@@ -33,16 +33,16 @@ def module_of(tensor: str) -> str:
 
 
 def logical_name(tensor: str) -> str:
-    """The name under which a tensor stands in any stored format: a packed weight is a weight."""
+    """The name of a tensor independent of its stored format: a packed weight's name ends with `weight`."""
     return f"{module_of(tensor)}.weight" if tensor.endswith(".weight_packed") else tensor
 
 
 class Formats:
-    """The stored format of every tensor of a checkpoint, and reading through it."""
+    """The stored format of every tensor of a checkpoint; reads tensors dequantized."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Finds every format from the headers. Raises SourceError, all at once, for low-bit weights without a
-        complete and fitting set of companions, and for formats that are not undone here, by their names."""
+        """Finds every format from the headers. Raises SourceError, all at once, for low-bit weights without complete
+        and fitting companions and for formats that cannot be dequantized here."""
         self.checkpoint = checkpoint
         self._memory = threading.local()
         self._formats: dict[str, StoredFormat] = {}
@@ -65,16 +65,16 @@ class Formats:
 
     @property
     def parameters(self) -> int:
-        """Logical values in all tensors but the scale companions."""
+        """The number of logical values in all tensors except scale companions."""
         return sum(math.prod(found.shape) for name, found in self._formats.items() if name not in self.companions)
 
     def read(
         self, name: str, dtype: torch.dtype | None = torch.bfloat16, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Tensor `name` in `dtype`, its stored format undone; `dtype=None` leaves plain tensors as stored and gives
-        BF16 for the others. Integer tensors are never cast. The tensor is the caller's own; values
-        that are not integers lie in `out`, where one is given (of the logical shape and of `dtype`). Raises SourceError
-        for NaN or Inf, by tensor name."""
+        """Tensor `name`, dequantized, in `dtype`; with `dtype=None` plain tensors keep their dtype and others become
+        BF16. Integer tensors are never cast. The tensor has memory of its own, or that of `out` (of the logical shape
+        and `dtype`) if it is given and the values are not integers. Raises SourceError that names the tensor for NaN or
+        Inf."""
         stored, kept = self._formats[name], TORCH[self.checkpoint.tensors[name].dtype]
         if stored.kind == "plain" and out is not None and out.dtype == kept:
             value = self.checkpoint.read(name, out)
@@ -91,8 +91,8 @@ class Formats:
         return value
 
     def _codes(self, name: str) -> torch.Tensor:
-        """The codes of a weight, in memory of this thread that the next call overwrites: fresh pages for every weight cost a
-        third of the time that undoing FP8 takes."""
+        """The codes of a weight, in a buffer of this thread that the next call overwrites: fresh pages for every weight
+        would cost a third of the time of dequantizing FP8."""
         header = self.checkpoint.tensors[name]
         if header.nbytes > _CODE_BYTES:
             return self.checkpoint.read(name)
@@ -119,7 +119,7 @@ class Formats:
         return StoredFormat("plain", header.shape)
 
     def _found(self, name: str, leaves: dict[str, str]) -> dict[str, str]:
-        """Role -> tensor name of those companions that the checkpoint has, beside tensor `name`."""
+        """Role -> tensor name of those companions of tensor `name` that the checkpoint has."""
         found = {role: f"{module_of(name)}.{leaf}" for role, leaf in leaves.items()}
         return {role: companion for role, companion in found.items() if companion in self.checkpoint.tensors}
 
@@ -136,7 +136,7 @@ class Formats:
         if scale is None:
             raise SourceError(f"{where}: F8_E4M3 weight without a scale (.scale, .weight_scale_inv or .weight_scale)")
         further = self._found(header.name, {"input_scale": "input_scale", "input_bound": "input_scale_ub"})
-        # Tables whose rows are looked up one by one have a scale for each part of a row, whatever tile the others have.
+        # Lookup tables have a scale for each part of a row, whatever tile the other weights have.
         tiles = (self._tile or _tile_of(shape, scale.shape), _row_group(shape, scale.shape))
         tile = next((tile for tile in tiles if tile is not None and scale.shape == _grid(shape, tile)), None)
         if tile is not None:
@@ -154,7 +154,7 @@ class Formats:
         )
 
     def _four_bits(self, where: str, header: TensorHeader) -> StoredFormat:
-        """A weight of bytes that each hold two E2M1 codes."""
+        """The format of a weight whose bytes each hold two E2M1 codes."""
         tensors, (rows, columns) = self.checkpoint.tensors, (header.shape[0], header.shape[1] * 2)
         leaves = {"mxfp4": "scale", **NVIDIA.companions, "input_scale": NVIDIA.input_scale}
         found = self._found(header.name, leaves)
@@ -188,15 +188,16 @@ class Formats:
         raise SourceError(f"{where}: {header.dtype} weight {why}; {REMEDY}")
 
     def _int4(self, where: str, header: TensorHeader) -> StoredFormat:
-        """compressed-tensors' pack-quantized with 4 bits: eight values of a row in an int32, the first in the low bits, each
-        8 too large; scales `[M, K/group]`, perhaps zero points packed along the rows and a group for each column."""
+        """compressed-tensors' pack-quantized with 4 bits: eight values of a row in an int32, the first in the low bits,
+        each with an offset of 8; scales `[M, K/group]`, optionally zero points packed along the rows and a group index
+        for each column."""
         tensors, (rows, columns) = self.checkpoint.tensors, (header.shape[0], header.shape[1] * INT4_PACKED)
         bits = {weights.get("num_bits") for weights in _weights_arguments(self.checkpoint.config, "int")}
         if bits != {4}:
             said = (
                 f"num_bits {', '.join(map(str, bits))}"
                 if bits
-                else "no config group of integers, which would tell num_bits"
+                else "no config group of integers, which would give num_bits"
             )
             raise SourceError(
                 f"{where}: pack-quantized, and config.json has {said}; num_bits 4 alone is undone here; {REMEDY}"
@@ -239,7 +240,7 @@ def _grid(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
 
 
 def _row_group(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int] | None:
-    """A tile of one row, where each row has several scales, for groups of a power of two of columns; None elsewhere.
+    """A one-row tile if each row has several scales, each for a power-of-two number of columns; else None.
     DeepSeek-V4.1's Engram tables (`engram.embed.weight` `[rows, 256]`, scales `[rows, 8]`, beside tiles of 32x32)."""
     if len(grid) != 2 or grid[0] != shape[0] or grid[1] < 2:
         return None
@@ -247,8 +248,8 @@ def _row_group(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int]
 
 
 def _tile_of(shape: tuple[int, ...], grid: tuple[int, ...]) -> tuple[int, int] | None:
-    """The tile of a weight whose config names none: 128x128 where that fits, otherwise the one pair of powers of two that
-    cuts the weight into this grid of scales; None where there are none or several."""
+    """The tile of a weight whose config names none: 128x128 if that fits, otherwise the only pair of powers of two that
+    cuts the weight into this grid of scales; None if there is no such pair or more than one."""
     if len(grid) != 2 or grid == _grid(shape, (128, 128)):
         return (128, 128)
     sides = [{t for t in _SIDES if -(-n // t) == parts} for n, parts in zip(shape, grid, strict=True)]

@@ -1,4 +1,4 @@
-"""The header of one safetensors file, read and checked without reading a tensor.
+"""Reads and checks the header of one safetensors file, without reading a tensor.
 
 Format: 8 bytes little-endian header length, a JSON object of that length
 (`{name: {dtype, shape, data_offsets}, "__metadata__": {...}}`), then the tensors' bytes.
@@ -25,21 +25,22 @@ DTYPE_BYTES = {
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 
-#: The safetensors library refuses longer headers (its MAX_HEADER_SIZE).
+#: Longest header in bytes; the safetensors library refuses longer ones (its MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
-#: Sizes of a shape; models have up to 5.
+#: Most dimensions of a shape; models have up to 5.
 MAX_DIMENSIONS = 32
-#: Letters of a tensor name; the longest ones of real models have about 120.
+#: Most letters of a tensor name; the longest names of real models have about 120.
 MAX_NAME = 1_000
-#: Largest number in a shape or an offset: that of a file.
+#: Largest number in a shape or an offset: the largest size of a file.
 MAX_SIZE = (1 << 63) - 1
-#: Problems of one file that a message lists.
+#: Most problems of one file that a message lists.
 MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """Where one tensor lies: `dtype` in safetensors' spelling, `begin`/`end` as byte offsets in the file `shard`."""
+    """The location of one tensor: `dtype` in safetensors' spelling, `begin`/`end` as byte offsets in the file
+    `shard`."""
 
     name: str
     dtype: str
@@ -78,10 +79,10 @@ def tensor_bytes(dtype: str, shape: tuple[int, ...]) -> int:
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """Reads and checks the header of one safetensors file.
 
-    Returns tensor name -> header, in the order of the bytes. Raises SourceError, listing the first problems: no regular
-    file, a file too short for its own header (truncated), a header that is not JSON, a name that is no text of printable
-    letters, an unknown dtype, a shape that does not fit its offsets, overlapping or gapped offsets, bytes missing at the
-    end or left over.
+    Returns tensor name -> header, in the order of the bytes. Raises SourceError that lists the first problems: not a
+    regular file, a file shorter than its own header (truncated), a header that is not JSON, a name with unprintable
+    characters, an unknown dtype, a shape that does not fit its offsets, overlapping or gapped offsets, missing or extra
+    bytes at the end.
     """
     with open_regular(path, "copy or download the shard again") as file:
         try:
@@ -132,12 +133,12 @@ def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorHeader]:
 
 
 def shown_name(name: str) -> str:
-    """A tensor name for a message: as it is, or quoted and cut where it is none."""
+    """A tensor name for a message: unchanged, or quoted and shortened if it is invalid."""
     return name if name_problem(name) is None else f"{name!r:.100}"
 
 
 def name_problem(name: str) -> str | None:
-    """Why a text is no tensor name, or None. Control characters and what turns the direction of text would act on a
+    """Why a text is not a valid tensor name, or None. Control characters and bidirectional marks would affect a
     terminal, a page or a log; no model has such a name."""
     if not 0 < len(name) <= MAX_NAME:
         return f"the name has {len(name):,} letters, 1 to {MAX_NAME:,} are allowed"
@@ -145,7 +146,7 @@ def name_problem(name: str) -> str | None:
 
 
 def _entry_problem(name: str, entry: Any) -> str | None:
-    """What is wrong with one entry of a header by itself, or None."""
+    """What is wrong with one entry of a header, regardless of the others; None if nothing is."""
     problem = name_problem(name)
     if problem is not None:
         return problem
@@ -167,7 +168,7 @@ def _entry_problem(name: str, entry: Any) -> str | None:
 
 
 def _are_sizes(numbers: list[Any], most: int) -> bool:
-    # `type`: True and 1.0 are no sizes.
+    # `type`, because True and 1.0 are not sizes.
     return len(numbers) <= most and all(type(n) is int and 0 <= n <= MAX_SIZE for n in numbers)
 
 
@@ -176,7 +177,7 @@ def _is_metadata(value: Any) -> bool:
 
 
 def _layout_problems(path: Path, tensors: list[TensorHeader], data_begin: int, size: int) -> list[str]:
-    """Gaps and overlaps of tensors in the order of their bytes, and a file that is shorter or longer than they say."""
+    """Gaps and overlaps between tensors, and a file that is shorter or longer than its header says."""
     problems, position = list[str](), data_begin
     for tensor in tensors:
         if tensor.begin != position:

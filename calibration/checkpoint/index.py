@@ -1,4 +1,5 @@
-"""A checkpoint directory: config, index and the headers of every shard, checked together before any tensor is read."""
+"""Opens a checkpoint directory: checks config, index and the headers of every shard together, before any tensor is
+read."""
 
 from __future__ import annotations
 
@@ -25,10 +26,10 @@ TORCH = {
     "F16": torch.float16, "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32,
     "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64,
 }  # fmt: skip
-#: What a pointer begins with and how long it is at most (git-lfs, docs/spec.md), and the files that matter here.
+#: The beginning and largest size of a git-lfs pointer (git-lfs, docs/spec.md), and the files to check.
 _LFS_HEAD, _LFS_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _LFS_SUFFIXES = frozenset({".safetensors", ".json", ".model", ".jinja", ".txt", ".tiktoken"})
-#: The longest honest ones list every module that is not quantized.
+#: The longest legitimate ones list every module that is not quantized.
 MAX_CONFIG_BYTES = 16 << 20
 
 
@@ -36,8 +37,8 @@ class Checkpoint:
     """A safetensors checkpoint in hub form, opened for reading.
 
     `tensors` maps every tensor name to its header, `shards` lists the file names in the order of the index, and
-    `config` is the parsed config.json; the fields of it that are read have the types that `source_config` says. `state` is
-    what `shard_state` said before the headers were read. Nothing is ever written, no file is kept open or mapped.
+    `config` is the parsed config.json, whose fields have the types that `source_config` requires. `state` is the result
+    of `shard_state` before the headers were read. Nothing is ever written, and no file is kept open or mapped.
     """
 
     def __init__(
@@ -52,10 +53,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
-        """Opens `directory` from its headers alone. Raises SourceError with every problem at once: no such
-        directory, git-lfs pointers in the place of its files, no config.json, an index that names absent files or a path
-        outside the directory, damaged or
-        truncated shards, tensors that index and shards do not agree on.
+        """Opens `directory`, reading only its headers. Raises SourceError with every problem at once: no such
+        directory, git-lfs pointers instead of files, no config.json, an index that names absent files or a path outside
+        the directory, damaged or truncated shards, tensors on which index and shards disagree.
         """
         directory = Path(directory)
         if not is_directory(directory):
@@ -67,7 +67,7 @@ class Checkpoint:
                 f"{directory}: {len(pointers)} files are git-lfs pointers, not the files themselves ({_some(pointers)}): run "
                 f"`git lfs pull` in it, or download the checkpoint again"
             )
-        # transformers reads NaN and Infinity too, and some configs (Mamba's time_step_limit) have them.
+        # transformers also reads NaN and Infinity, and some configs (Mamba's time_step_limit) contain them.
         config = read_json_object(directory / CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES, constants=True)
         check_config(config, directory / CONFIG_NAME)
         promised, shards = _weight_map(directory)
@@ -83,7 +83,7 @@ class Checkpoint:
                 continue
             for name, header in headers.items():
                 if name in tensors:
-                    problems.append(f"{directory}: {name} stands both in {tensors[name].shard} and in {shard}")
+                    problems.append(f"{directory}: {name} is both in {tensors[name].shard} and in {shard}")
                 tensors[name] = header
             if promised is not None:
                 problems += _disagreements(directory, shard, headers, promised[shard])
@@ -96,11 +96,12 @@ class Checkpoint:
         return self.directory / self.tensors[name].shard
 
     def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The tensor as stored, on the CPU, in memory of its own, or in `out` (contiguous, of the stored dtype and shape).
+        """The tensor as stored, on the CPU, in memory of its own or in `out` (contiguous, of the stored dtype and
+        shape).
 
-        A file is read, never mapped: the kernel ends a process that touches a map beyond the end of a truncated file, or
-        whose disk fails, without a word. Raises SourceError if the file cannot be read, ends early or is not the one that
-        was opened.
+        The file is read, never mapped: if a process touches a map beyond the end of a truncated file, or the disk
+        fails, the kernel kills it without a message. Raises SourceError if the file cannot be read, ends early or is
+        not the one that was opened.
         """
         header = self.tensors[name]
         if out is None:
@@ -137,15 +138,15 @@ class Checkpoint:
 
 
 def _refuse_special_files(directory: Path) -> None:
-    """Raises SourceError for a FIFO, a device or a socket beside the shards: a library that reads the tokenizer or a copy of
-    the side files would wait for it for ever."""
+    """Raises SourceError for a FIFO, a device or a socket beside the shards: a library that reads the tokenizer, or a
+    copy of the side files, would wait for it forever."""
     problems = list[str]()
     try:
         with os.scandir(directory) as entries:
             for path in (Path(entry.path) for entry in entries if not entry.is_file() and not entry.is_dir()):
                 try:
                     open_regular(path, "remove it").close()
-                except MissingFile:  # a link to nothing
+                except MissingFile:  # a broken link
                     continue
                 except SourceError as error:
                     problems += error.problems
@@ -156,8 +157,9 @@ def _refuse_special_files(directory: Path) -> None:
 
 
 def shard_state(directory: Path, shards: Iterable[str]) -> dict[str, list[int]]:
-    """Shard -> [bytes, time of the last change in ns]: what tells that a source changed under a run or between two. Not the
-    inode: a copy that keeps times (rsync -a, cp -p, a move to another disk) is the same source. Raises SourceError."""
+    """Shard -> [bytes, time of the last change in ns], to detect that a source changed during a run or between two. The
+    inode is not included: a copy that keeps times (rsync -a, cp -p, a move to another disk) is the same source. Raises
+    SourceError if a shard cannot be read."""
     state = {}
     for shard in shards:
         try:
@@ -168,7 +170,7 @@ def shard_state(directory: Path, shards: Iterable[str]) -> dict[str, list[int]]:
 
 
 def changed_shards(before: Mapping[str, Sequence[int]], now: Mapping[str, Sequence[int]]) -> list[str]:
-    """The shards of `now` whose state is not what it was, each as `name (1,024 bytes -> 1,000 bytes, ...)`."""
+    """The shards of `now` whose state differs from `before`, each as `name (1,024 bytes -> 1,000 bytes, ...)`."""
     changed = []
     for shard, state in now.items():
         known = list(before.get(shard, ()))
@@ -185,11 +187,12 @@ def _state(stat: os.stat_result) -> list[int]:
 
 
 def _lfs_pointers(directory: Path) -> list[str]:
-    """Names of the weight, JSON and tokenizer files that `git clone` without git-lfs left as pointers of about 130 bytes."""
+    """The weight, JSON and tokenizer files that are git-lfs pointers of about 130 bytes, after `git clone` without
+    git-lfs."""
     found = []
     for path in sorted(directory.iterdir()):
         if path.suffix in _LFS_SUFFIXES and is_file(path) and path.stat().st_size <= _LFS_BYTES:
-            # What cannot be read is told where it is needed.
+            # Whatever needs an unreadable file reports it.
             with contextlib.suppress(SourceError), open_regular(path) as file:
                 if file.read(len(_LFS_HEAD)) == _LFS_HEAD:
                     found.append(path.name)
@@ -201,7 +204,7 @@ def _some(names: list[str]) -> str:
 
 
 def _weight_map(directory: Path) -> tuple[dict[str, set[str]] | None, list[str]]:
-    """Shard -> the tensors that the index promises in it, None without an index; and the shards."""
+    """Shard -> the tensors that the index places in it (None if there is no index), and the list of shards."""
     index_path = directory / INDEX_NAME
     if not os.path.lexists(index_path):
         if os.path.lexists(directory / SINGLE_NAME):
@@ -226,7 +229,7 @@ def _weight_map(directory: Path) -> tuple[dict[str, set[str]] | None, list[str]]
             )
         elif not is_file(directory / shard):
             problems.append(
-                f"{directory / shard}: missing shard: {len(names)} tensors of the index lie in it; download it"
+                f"{directory / shard}: missing shard: {len(names)} tensors of the index are in it; download it"
             )
     if problems:
         raise SourceError(first_of(problems))

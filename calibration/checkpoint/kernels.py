@@ -1,8 +1,9 @@
-"""Weight statistics and NVFP4 quantization of stored weights, stripe by stripe, without a dequantized copy where C runs.
+"""Computes statistics of stored weights and quantizes them to NVFP4, stripe by stripe; the C code needs no dequantized
+copy.
 
-A stripe is some whole rows of one weight as it is stored: uint8 `[rows, bytes of a row]` and its scale companion. The
-bytes equal those of compressed-tensors in float32 for the same global scale:
-code = e4m3(gs * (amax / 6)), 0 becomes 0.125; effective = code / gs; v = x / effective; ties to even.
+A stripe is some whole rows of one stored weight: uint8 `[rows, bytes of a row]` and its scale companion. The output
+bytes equal those of compressed-tensors in float32 with the same global scale: code = e4m3(gs * (amax / 6)), 0 becomes
+0.125; effective = code / gs; v = x / effective; ties to even.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ Floats = npt.NDArray[np.float32]
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).numpy()
 E8M0 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e8m0fnu).to(torch.float32).numpy()
 _E2M1 = np.array(nvfp4.E2M1, np.float32)
-#: E4M3 code of 2^-9 ... 2^8, and the largest of these exponents.
+#: E4M3 codes of 2^-9 ... 2^8, and the largest of these exponents.
 _POWERS = torch.exp2(torch.arange(-9.0, 9.0)).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 LARGEST_POWER, POWERS = 8, len(_POWERS)
-#: Rows that torch dequantizes at a time; a multiple of every usual tile height.
+#: Rows that torch dequantizes at a time; a multiple of every common tile height.
 _TORCH_ROWS = 128
 _E8M0_BIAS, E8M0_NAN = 127, 0xFF
 
 
 class NotFinite(ValueError):
-    """A weight or its scale holds NaN, Inf or a negative scale; the caller adds the tensor's name."""
+    """Raised if a weight or its scale is NaN or Inf, or a scale is negative; the caller adds the tensor's name."""
 
 
 @dataclass
 class Stripe:
     """Whole rows of a stored weight. `codes` is uint8 `[rows, row bytes]`; `scales` is float32 `[tile rows, tile
     columns]` for FP8 tiles (the stripe begins at a tile), uint8 E8M0 codes `[rows, K/32]` for MXFP4, otherwise None;
-    `companions` are those of every other format, as stored, by role, of the stripe's rows where they have rows.
-    `maxima` is filled by `amax` and spares `quantize` a second look at FP8 codes; `moved` is the codes on the GPU."""
+    `companions` are those of every other format, as stored, by role, cut to the stripe's rows if they have rows. `amax`
+    fills `maxima`, so that `quantize` need not scan FP8 codes again; `moved` holds the codes on the GPU."""
 
     stored: StoredFormat
     dtype: str
@@ -64,7 +65,7 @@ class Stripe:
 
     @property
     def compiled(self) -> bool:
-        """Whether C does the work: it knows this format (torch knows them all) and no GPU is there."""
+        """Whether the C code handles the stripe: it supports this format (torch supports all) and there is no GPU."""
         if native.level() == "cuda" or not native.compiled():
             return False
         if self.stored.kind == "fp8_tiles":
@@ -73,8 +74,8 @@ class Stripe:
 
 
 def global_scale(amax: float) -> np.float32:
-    """The weight global scale of a largest magnitude: compressed-tensors' generate_gparam, whose `2688 / amax` is a
-    float32 reciprocal times 2688; 1.0 where that overflows (all weights zero)."""
+    """The weight global scale for a largest magnitude, as compressed-tensors' generate_gparam computes it: the float32
+    reciprocal of `amax` times 2688; 1.0 if that overflows (all weights zero)."""
     with np.errstate(over="ignore"):
         scale = np.float32(1) / np.float32(max(amax, float(np.finfo(np.float32).tiny))) * np.float32(RANGE)
     return scale if np.isfinite(scale) else np.float32(1)
@@ -90,7 +91,7 @@ def amax(stripe: Stripe) -> float:
     elif stripe.stored.kind == "mxfp4":
         assert stripe.scales is not None
         maxima = _mxfp4_maxima(stripe)
-        # 2^127 * 6 overflows to Inf, which is then refused.
+        # 2^127 * 6 overflows to Inf, which is refused below.
         with np.errstate(over="ignore"):
             largest = float((_E2M1[maxima] * E8M0[stripe.scales.reshape(-1)]).max(initial=0))
     else:
@@ -105,8 +106,8 @@ def amax(stripe: Stripe) -> float:
 
 
 def quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
-    """Quantizes with global scale `scale` into `packed` uint8 `[rows, K/2]` and `group_scales` uint8 (E4M3)
-    `[rows, K/16]`, both C-contiguous. The stripe must have gone through `amax`."""
+    """Quantizes with global scale `scale` into `packed` uint8 `[rows, K/2]` and `group_scales` uint8 (E4M3) `[rows,
+    K/16]`, both C-contiguous. `amax` must have processed the stripe before."""
     if not stripe.compiled:
         _torch_quantize(stripe, scale, packed, group_scales)
         return
@@ -128,8 +129,8 @@ def quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Byt
 
 
 def exponents(stripe: Stripe) -> tuple[int, int] | None:
-    """Smallest and largest exponent of two among an MXFP4 stripe's group scales that scale anything but zeros; None
-    where all is zero. Raises NotFinite."""
+    """Smallest and largest power-of-two exponent among the group scales of an MXFP4 stripe, ignoring all-zero groups;
+    None if all values are zero. Raises NotFinite."""
     assert stripe.scales is not None
     scales = stripe.scales.view(np.uint8)
     span = scale_exponents(scales)
@@ -140,26 +141,26 @@ def exponents(stripe: Stripe) -> tuple[int, int] | None:
 
 
 def scale_exponents(scales: Bytes) -> tuple[int, int]:
-    """Smallest and largest exponent of two among E8M0 codes. Raises NotFinite."""
+    """Smallest and largest power-of-two exponent among E8M0 codes. Raises NotFinite."""
     if bool((scales == E8M0_NAN).any()):
         raise NotFinite("has a NaN among its group scales")
     return int(scales.min()) - _E8M0_BIAS, int(scales.max()) - _E8M0_BIAS
 
 
 def fits_e4m3(span: tuple[int, int]) -> bool:
-    """Whether E4M3 holds all powers of two of a span under one global scale."""
+    """Whether E4M3 represents all powers of two of a span under one global scale."""
     return span[1] - span[0] < POWERS
 
 
 def common_lossless_scale(spans: Iterable[tuple[int, int] | None]) -> np.float32 | None:
-    """The `lossless_scale` that serves several weights, given the `exponents` of each; 1.0 if all of them are zero."""
+    """The `lossless_scale` of several weights together, from the `exponents` of each; 1.0 if all weights are zero."""
     found = [span for span in spans if span is not None]
     return lossless_scale(min(s[0] for s in found), max(s[1] for s in found)) if found else np.float32(1)
 
 
 def lossless_scale(low: int, high: int) -> np.float32 | None:
-    """The power-of-two global scale that makes every 2^low ... 2^high an exact E4M3 group scale, or None: E4M3 holds
-    the powers 2^-9 ... 2^8, and the global scale must be a normal float32."""
+    """The power-of-two global scale that makes every 2^low ... 2^high an exact E4M3 group scale, or None: E4M3
+    represents 2^-9 ... 2^8, and the global scale must be a normal float32."""
     exponent = LARGEST_POWER - high
     if not fits_e4m3((low, high)) or not -126 <= exponent <= 127:
         return None
@@ -167,10 +168,11 @@ def lossless_scale(low: int, high: int) -> np.float32 | None:
 
 
 def respell(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
-    """MXFP4 -> NVFP4 without loss: codes verbatim, each E8M0 scale twice as E4M3 under `scale` (see lossless_scale)."""
+    """Converts MXFP4 to NVFP4 without loss: copies codes, writes each E8M0 scale twice as E4M3 under `scale` (see
+    lossless_scale)."""
     assert stripe.scales is not None
     shift = int(np.log2(scale)) - _E8M0_BIAS - (LARGEST_POWER - POWERS + 1)
-    # A group of zeros may have any scale; it gets the nearest that E4M3 holds.
+    # A group of zeros may have any scale; it gets the nearest one in E4M3.
     table = _POWERS[np.clip(np.arange(256) + shift, 0, POWERS - 1)]
     packed[:] = stripe.codes
     spelled = group_scales.reshape(stripe.rows, -1, MXFP4_GROUP // GROUP)
@@ -178,7 +180,7 @@ def respell(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Byte
 
 
 def check_scales(stripe: Stripe) -> None:
-    """Raises NotFinite where a scale companion is NaN, Inf or negative."""
+    """Raises NotFinite if a scale companion is NaN, Inf or negative."""
     if stripe.stored.kind == "mxfp4":
         assert stripe.scales is not None
         if bool((stripe.scales == E8M0_NAN).any()):
@@ -191,7 +193,7 @@ def check_scales(stripe: Stripe) -> None:
 
 
 def finite(dtype: str, data: Bytes) -> bool:
-    """Whether all values are finite; integers always are. `data` is flat and whole elements long."""
+    """Whether all values are finite; integers always are. `data` is flat and contains whole elements."""
     if not data.size:
         return True
     if native.compiled() and dtype in native.FLOATS:
@@ -232,8 +234,8 @@ def _mxfp4_maxima(stripe: Stripe) -> Bytes:
 
 
 def parts(stripe: Stripe) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, float32 values): in steps small enough for the cache, or at level cuda all rows at once on the GPU,
-    where their bytes go once and are dequantized."""
+    """Yields (first row, float32 values) in steps that fit the cache; at level cuda all rows at once, dequantized on
+    the GPU, to which their bytes are copied once."""
     tile_rows = stripe.stored.tile[0] if stripe.stored.tile else 1
     step = stripe.rows if native.level() == "cuda" else math.lcm(_TORCH_ROWS, tile_rows)
     if stripe.moved is None:
@@ -259,8 +261,8 @@ def _values(stripe: Stripe, codes: torch.Tensor, begin: int, end: int) -> torch.
 
 
 def _torch_quantize(stripe: Stripe, scale: np.float32, packed: Bytes, group_scales: Bytes) -> None:
-    # Both on the values' device: by a number, or a scalar that lies on the processor, CUDA divides as it multiplies by
-    # the reciprocal, up to 1 ulp off (ATen's BinaryDivTrueKernel.cu).
+    # Both are on the values' device: CUDA divides by a number, or by a scalar on the CPU, by multiplying with the
+    # reciprocal, up to 1 ulp off (ATen's BinaryDivTrueKernel.cu).
     glob = torch.tensor([scale], device=native.device())
     six = torch.tensor([6.0], device=native.device())
     for begin, values in parts(stripe):

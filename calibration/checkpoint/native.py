@@ -1,4 +1,5 @@
-"""The compiled loops of `_kernels.c`, where they were built and the processor can run them; `level()` says which.
+"""Calls the compiled loops of `_kernels.c` if they were built and the CPU can run them; `level()` returns the level in
+use.
 
 Levels: torch (no compiled code), portable, avx2, avx512 (C on the CPU), cuda (torch on the first GPU). All give the same bytes.
 """
@@ -15,7 +16,7 @@ from functools import cache
 import torch
 
 LEVELS = ("portable", "avx2", "avx512")
-#: Dtypes of the C float loops, by safetensors' spelling.
+#: Dtypes that the C float loops support, by safetensors' spelling.
 FLOATS = {"F32": 0, "BF16": 1, "F16": 2}
 TORCH_FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -43,7 +44,7 @@ _device = "cuda"
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled module, None where pip built none (no compiler) or an older one (installed before an update)."""
+    """The compiled module; None if pip built none (no compiler) or it is outdated (installed before an update)."""
     try:
         module = importlib.import_module("calibration.checkpoint._kernels")
         library = ctypes.CDLL(str(module.__file__))
@@ -52,7 +53,7 @@ def _library() -> ctypes.CDLL | None:
         return None
     except AttributeError as error:
         warnings.warn(
-            f"{module.__file__}: built from older sources ({error}): torch does its work, many times slower; run pip "
+            f"{module.__file__}: built from older sources ({error}): torch replaces it, many times slower; run pip "
             "install again (make venv)",
             stacklevel=2,
         )
@@ -64,21 +65,21 @@ def _library() -> ctypes.CDLL | None:
 
 @cache
 def levels() -> tuple[str, ...]:
-    """Every level that runs on this machine, slowest first."""
+    """Every level that this machine supports, slowest first."""
     library = _library()
     compiled = LEVELS[: library.kernels_level() + 1] if library is not None else ()
     return ("torch", *compiled, *(("cuda",) if torch.cuda.is_available() else ()))
 
 
 def level() -> str:
-    """The level in use: the fastest, unless `use` says otherwise."""
+    """The level in use: the fastest, unless inside `use`."""
     return _forced or levels()[-1]
 
 
 @contextlib.contextmanager
 def use(name: str, device: str = "cuda") -> Iterator[None]:
-    """Takes level `name` inside the `with` block, in every thread. `device` is where level cuda computes: `cpu` runs the
-    very same code without a GPU. Raises ValueError where the level does not run here."""
+    """Uses level `name` inside the `with` block, in every thread. `device` is where level cuda computes: `cpu` runs the
+    same code without a GPU. Raises ValueError if the level does not run here."""
     global _forced, _device
     if name not in levels() and (name, device) != ("cuda", "cpu"):
         raise ValueError(f"level {name!r} does not run here; these do: {', '.join(levels())}")
@@ -90,18 +91,19 @@ def use(name: str, device: str = "cuda") -> Iterator[None]:
 
 
 def device() -> str:
-    """Where torch computes: the GPU at level cuda, otherwise the processor."""
+    """The device on which torch computes: the GPU at level cuda, otherwise the CPU."""
     return _device if level() == "cuda" else "cpu"
 
 
 def compiled() -> bool:
-    """Whether the C functions may be called: not at level torch, nor where they were not built."""
+    """Whether the C functions may be called: they were built, and the level is not torch."""
     return _compiled_level() is not None
 
 
 def call(name: str, *arguments: object) -> float:
     """Calls a C function (see `_kernels.c`) at the level in use, without the interpreter lock. Pointers are integers
-    (`ndarray.ctypes.data`, `Tensor.data_ptr()`); the caller keeps the arrays alive and right in size and dtype."""
+    (`ndarray.ctypes.data`, `Tensor.data_ptr()`); the caller guarantees that the arrays stay alive and have the right
+    size and dtype."""
     library, chosen = _library(), _compiled_level()
     assert library is not None and chosen is not None
     result: float = getattr(library, name)(LEVELS.index(chosen), *arguments)
@@ -109,7 +111,8 @@ def call(name: str, *arguments: object) -> float:
 
 
 def _compiled_level() -> str | None:
-    """The C level in use; at level cuda the fastest one, for what stays on the processor (checks of copied tensors)."""
+    """The C level in use; at level cuda the fastest C level, for work that stays on the CPU (checks of copied
+    tensors)."""
     if level() == "cuda":
         return next((name for name in reversed(levels()) if name in LEVELS), None)
     return level() if level() in LEVELS else None

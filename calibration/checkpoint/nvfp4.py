@@ -19,14 +19,15 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 #: Largest E4M3 times largest E2M1 value: the numerator of a global scale.
 RANGE = 448.0 * 6.0
 
-#: Rows per step: the working set of a step stays inside a core's cache.
+#: Rows per step, so that the working set of a step fits a core's cache.
 _ROWS = 64
 
 
 def e2m1_codes(values: torch.Tensor) -> torch.Tensor:
     """E2M1 code (uint8, 0..15) nearest to each float32 value, ties to even, saturating at +-6.
 
-    The grid is uniform in three pieces, so the magnitude code is the least of three round-to-nearest-even results.
+    The grid is uniform in three pieces, so that the magnitude code is the smallest of three round-to-nearest-even
+    results.
     """
     magnitude = values.abs()
     codes = torch.round(magnitude * 2)
@@ -45,7 +46,7 @@ def pack(weight: torch.Tensor, group_scale: torch.Tensor, global_scale: torch.Te
     """Packs a weight: `[M, K]` float, group scale `[M, K/16]`, global scale `[1]` -> uint8 `[M, K/2]` and the relative
     error `|dequantized - weight| / |weight|` (Frobenius norms).
 
-    Raises ValueError where K is not a multiple of 16.
+    Raises ValueError if K is not a multiple of 16.
     """
     rows, columns = weight.shape
     if columns % GROUP:

@@ -1,7 +1,8 @@
-"""What the files of a checkpoint ask a library to do beyond reading them: run code, fetch something, open another path.
+"""Finds what the files of a checkpoint ask a library to do beyond reading them: run code, download something, open
+another path.
 
-A checkpoint is a stranger: it may name such things, and nothing here grants them. Code runs only if the recipe or the
-command line says so; a download or a path outside the checkpoint never happens on a checkpoint's word.
+A checkpoint is a stranger: it may ask, but it cannot grant permissions. Code runs only if the recipe or the command
+line allows it; downloads and paths outside the checkpoint are never followed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from calibration.checkpoint.files import read_json
 from recipes.errors import SourceError
 
-#: JSON files that transformers and vLLM read from a checkpoint's directory.
+#: The JSON files that transformers and vLLM read from a checkpoint's directory.
 _FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "processor_config.json",
     "preprocessor_config.json", "video_preprocessor_config.json",
@@ -31,7 +32,7 @@ _KERNELS = frozenset(
 
 @dataclass(frozen=True)
 class Request:
-    """One thing that `file` asks for: `code` is run only on trust, `fetch` and `path` are never followed."""
+    """One request of `file`: `code` runs only if it is trusted; `fetch` and `path` are never followed."""
 
     file: str
     key: str
@@ -44,8 +45,8 @@ class Request:
 
 
 def requests(directory: Path) -> list[Request]:
-    """Everything that the JSON files of a checkpoint ask for, in the order of the files. A file that is no JSON asks for
-    nothing: whoever needs it reports it."""
+    """All requests in the JSON files of a checkpoint, in the order of the files. A file that is not JSON has none:
+    whatever needs the file reports it."""
     found: list[Request] = []
     for name in _FILES:
         path = directory / name
@@ -60,14 +61,14 @@ def requests(directory: Path) -> list[Request]:
 
 
 def refuse_outside(directory: Path) -> None:
-    """Raises SourceError, all at once, if a file of the checkpoint names a path outside the checkpoint."""
+    """Raises SourceError that lists every path outside the checkpoint that a file of the checkpoint names."""
     problems = [f"{directory}/{request}" for request in requests(directory) if request.kind == "path"]
     if problems:
         raise SourceError([*problems, "Remedy: remove these keys; a checkpoint holds all that it needs"])
 
 
 def without_choices(config: Any) -> Any:
-    """A config without the keys, at any depth, that choose which code computes a layer: they may name a download."""
+    """A config without the keys, at any depth, that choose the code of a layer: they may name a download."""
     if isinstance(config, dict):
         return {key: without_choices(inner) for key, inner in config.items() if key not in _KERNELS}
     return [without_choices(item) for item in config] if isinstance(config, list) else config

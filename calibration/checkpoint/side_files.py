@@ -1,6 +1,6 @@
-"""The files beside the weights that travel from a source to its output: by a list of what the hub repository of a finished
-model needs, for everything else (training states, other weight formats, a description of the source's own quantization) is
-heavy, misleading or somebody's own."""
+"""Selects the files beside the weights that are copied from a source to its output. Only what the hub repository of a
+finished model needs is listed; everything else (training states, other weight formats, a description of the source's
+own quantization) is large, misleading or private."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from calibration.checkpoint.files import open_regular
 from recipes.errors import SourceError, first_of
 
-#: What a tokenizer consists of.
+#: The files of a tokenizer.
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 #: Files at the top of a repository, lower case.
 _KINDS = re.compile(
@@ -25,10 +25,10 @@ _KINDS = re.compile(
     r"|[\w-]*licen[cs]e[\w.-]*|(notice|copying|copyright|use_policy|usage_policy|acceptable_use)[\w.-]*"
     r"|[\w.-]+\.(py|md)|requirements[\w-]*\.txt"
 )
-#: Directories that belong to a model, and what travels of them: code and text.
+#: Directories that belong to a model, and the files copied from them: code and text.
 _DIRECTORIES = ("encoding", "inference", "tokenizer", "processor", "chat_templates", "additional_chat_templates")
 _TEXT = re.compile(r"[\w.-]+\.(py|md|json|jsonl|txt|jinja|model|tiktoken|yaml|yml|toml|sh)|license|notice")
-#: Of these kinds by their names, and never a side file: weights, and what describes those of the source.
+#: Match the kinds above, but are never side files: weights, and descriptions of the source's weights.
 _NEVER = re.compile(
     r"[\w.-]*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|npz|partial)|.*\.index\.json|.*quant\w*_config\.json"
 )
@@ -44,9 +44,10 @@ class SideFiles:
 
 
 def side_files(directory: Path) -> SideFiles:
-    """The side files of the checkpoint in `directory`, each opened for reading once: one that cannot be read is told before
-    anything is computed. Not among them, and not named: the weights and their index, config.json, the model card, hidden
-    files and caches. Raises SourceError with every file that cannot be read or is a link out of the source."""
+    """The side files of the checkpoint in `directory`. Each is opened once, so that an unreadable one is reported
+    before anything is computed. Weights and their index, config.json, the model card, hidden files and caches are
+    neither copied nor reported as left out. Raises SourceError that lists every file that cannot be read or is a link
+    out of the source."""
     found, problems = SideFiles(), list[str]()
     for path, name, why in _candidates(directory):
         if why is None and (target := _leads_out(path, directory)) is not None:
@@ -78,7 +79,7 @@ def side_files(directory: Path) -> SideFiles:
 
 
 def _candidates(directory: Path) -> Iterator[tuple[Path, str, str | None]]:
-    """(path, name relative to the source, why it is left out) of everything that is worth naming."""
+    """Yields (path, name relative to the source, why it is left out) for every file and directory to report."""
     for path in _entries(directory):
         name = path.name.lower()
         if path.is_dir():
@@ -104,8 +105,8 @@ def _why_not(path: Path, kinds: re.Pattern[str]) -> str | None:
 
 
 def _leads_out(path: Path, source: Path) -> str | None:
-    """What a link leads to if that is neither in the source nor, of a snapshot, in the hub's cache: a stranger's
-    `LICENSE -> ~/.ssh/id_rsa` would be published with the output."""
+    """The target of a link that is neither in the source nor, for a snapshot, in the hub's cache: a stranger's `LICENSE
+    -> ~/.ssh/id_rsa` would be published with the output."""
     target, real = Path(os.path.realpath(path)), Path(os.path.realpath(source))
     inside = target.is_relative_to(real) or (
         real.parent.name == "snapshots" and target.parent == real.parents[1] / "blobs"
@@ -114,7 +115,7 @@ def _leads_out(path: Path, source: Path) -> str | None:
 
 
 def _files(directory: Path) -> Iterator[Path]:
-    """Every file below a directory, through no link."""
+    """Yields every file below a directory, without following links."""
     left = [directory]
     while left:
         for path in _entries(left.pop()):
@@ -125,7 +126,7 @@ def _files(directory: Path) -> Iterator[Path]:
 
 
 def _entries(directory: Path) -> list[Path]:
-    """What is in a directory, sorted, but for hidden files and caches. Raises SourceError."""
+    """The entries of a directory, sorted, except hidden files and caches. Raises SourceError if it cannot be read."""
     try:
         return sorted(path for path in directory.iterdir() if not path.name.startswith((".", "__pycache__")))
     except OSError as error:

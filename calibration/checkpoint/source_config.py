@@ -1,8 +1,8 @@
-"""The fields of a config.json that this project reads, checked once, before anything is derived from them.
+"""Checks the fields of a config.json that this project reads, once, before anything is derived from them.
 
-A config is a stranger's: a field may be absent, which what needs it says, but never of a type or size that arithmetic
-with it could fail on. Fields that are not named here are not read and stay as they are, whatever they hold; code that
-reads a further field adds it here.
+A config is a stranger's. A field may be absent (the code that needs it reports that) but never has a type or size on
+which arithmetic could fail. Fields not listed here are never read and may hold anything; code that reads another field
+must add it here.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recipes.errors import SourceError, first_of
 
-#: Blocks times routed experts of a block; a 1.6 T model has about 25,000. What is expected is made from this number.
+#: Most routed experts of a model, over all blocks; a 1.6 T model has about 25,000. The expected tensors are generated
+#: from this number.
 MOST_EXPERTS = 100_000
-#: Fields that say how many routed experts a block has; families differ in which one they write.
+#: Fields that contain the number of routed experts per block; families use different ones.
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
-#: Problems that one message lists.
+#: Most problems that one message lists.
 _MOST_PROBLEMS = 20
 
 Width = Annotated[int, Field(ge=0, le=1 << 31)]
@@ -59,7 +60,7 @@ class ConfigGroup(_Part):
 
 
 class Quantization(_Part):
-    """`quantization_config`, the parts of it that are read here: FP8 tiles and compressed-tensors' groups."""
+    """The parts of `quantization_config` that are read here: FP8 tiles and compressed-tensors' groups."""
 
     quant_method: Text | None = None
     weight_block_size: Tile | None = None
@@ -69,7 +70,7 @@ class Quantization(_Part):
 
 
 class VisionConfig(_Part):
-    """`vision_config` of a checkpoint that sees."""
+    """`vision_config` of a multimodal checkpoint."""
 
     num_hidden_layers: Blocks | None = None
     hidden_size: Width | None = None
@@ -79,7 +80,8 @@ class VisionConfig(_Part):
 
 
 class LanguageConfig(_Part):
-    """The fields that are read of a language model, in a config.json itself or nested there. None is what an absent field is."""
+    """The fields of a language model that are read, at the top level of config.json or nested. An absent field is
+    None."""
 
     model_type: Text | None = None
     num_hidden_layers: Blocks | None = None
@@ -129,7 +131,7 @@ class LanguageConfig(_Part):
 
 
 class SourceConfig(LanguageConfig):
-    """The fields that are read of a config.json."""
+    """The fields of a config.json that are read."""
 
     text_config: LanguageConfig | None = None
     vision_config: VisionConfig | None = None
@@ -138,12 +140,12 @@ class SourceConfig(LanguageConfig):
 
 
 def routed_experts(config: dict[str, Any]) -> int | None:
-    """Routed experts of a block, None if the config says nothing of them."""
+    """The number of routed experts per block; None if the config has no such field."""
     return max((value for key in EXPERT_COUNTS if isinstance(value := config.get(key), int)), default=None)
 
 
 def check_config(config: dict[str, Any], where: Path) -> None:
-    """Raises SourceError with every field of `config` that is of a wrong type or size; `where` is its file."""
+    """Raises SourceError that lists every field of `config` with a wrong type or size; `where` is its file."""
     problems = list[str]()
     try:
         found = SourceConfig.model_validate(config)
@@ -171,7 +173,7 @@ def _too_many_experts(found: LanguageConfig) -> Iterator[str]:
 
 
 def _field(location: tuple[int | str, ...]) -> str:
-    # pydantic puts the member of a union into the path (`list[constrained-int]`).
+    # pydantic adds the member of a union to the path (`list[constrained-int]`).
     return ".".join(str(part)[:100] for part in location if "constrained" not in str(part))
 
 

@@ -1,5 +1,6 @@
-"""Token ids of a tokenizer.json, looked at before the tokenizers library is: it allocates four bytes for every id below the
-largest one when it writes a vocabulary, and ends the process where it gets none (tokenizers 0.23, OrderedVocabIter)."""
+"""Checks the token ids of a tokenizer.json before the tokenizers library reads it: when the library writes a
+vocabulary, it allocates four bytes for every id below the largest one, and aborts the process if that fails (tokenizers
+0.23, OrderedVocabIter)."""
 
 from __future__ import annotations
 
@@ -10,12 +11,12 @@ from typing import Any
 from calibration.checkpoint.files import is_file, read_json_object
 from recipes.errors import SourceError, first_of
 
-#: The largest vocabularies have some 260,000 tokens.
+#: Largest id that is accepted; the largest vocabularies have about 260,000 tokens.
 MAX_TOKEN_ID = (1 << 24) - 1
 
 
 def check_token_ids(directory: Path) -> None:
-    """Raises SourceError if the tokenizer.json of a checkpoint is no JSON object or numbers a token as no tokenizer does."""
+    """Raises SourceError if the tokenizer.json of a checkpoint is not a JSON object or has an impossible token id."""
     path = directory / "tokenizer.json"
     if not is_file(path):
         return
@@ -25,7 +26,7 @@ def check_token_ids(directory: Path) -> None:
 
 
 def token_id_problems(content: dict[str, Any]) -> list[str]:
-    """The tokens that the content of a tokenizer.json numbers as no tokenizer does."""
+    """One problem for each token with an impossible id in the content of a tokenizer.json."""
     return [
         f"token {token!r:.80} has the id {id!r:.80}, whole numbers from 0 to {MAX_TOKEN_ID:,} are allowed"
         for token, id in _numbered(content)

@@ -1,4 +1,4 @@
-"""A checkpoint in NVIDIA's dialect read as if it were spelled as compressed-tensors does."""
+"""Presents a checkpoint in NVIDIA's dialect as one in compressed-tensors' dialect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from calibration.checkpoint.index import Checkpoint
 
 
 class _Respelled(Checkpoint):
-    """`inverted` names the tensors whose float32 is the inverse of the stored one."""
+    """A checkpoint under other tensor names. `inverted` names the tensors whose values are the inverse of the stored
+    float32."""
 
     def __init__(self, stored: Checkpoint, tensors: dict[str, TensorHeader], inverted: frozenset[str]) -> None:
         super().__init__(stored.directory, stored.config, tensors, stored.shards, stored.state)
@@ -25,8 +26,8 @@ class _Respelled(Checkpoint):
 
 
 def as_compressed_tensors(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with the NVFP4 weights of NVIDIA's dialect under compressed-tensors' names, and their global scales inverted
-    when they are read; itself where it has none. Files, config and every other tensor are what they are."""
+    """`checkpoint` with NVIDIA's NVFP4 weights under compressed-tensors' names and their global scales inverted on
+    reading; the same object if it has no such weights. Files, config and every other tensor are unchanged."""
     tensors, inverted = dict[str, TensorHeader](), set[str]()
     for name, header in checkpoint.tensors.items():
         module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""One safetensors shard of the output, byte for byte as safetensors itself would write it."""
+"""Writes one safetensors shard of the output, byte for byte as safetensors itself would."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calibration.checkpoint.files import file_digest, write_safely
 from calibration.checkpoint.header import OutputTensor
 from recipes.errors import WorkflowError
 
-#: The order in which safetensors (0.8) puts the dtypes of a file; within one, tensors stand by name.
+#: The order of dtypes in a file of safetensors (0.8); tensors of one dtype are sorted by name.
 DTYPE_ORDER = (
     "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8",
     "BOOL",
@@ -25,9 +25,9 @@ DTYPE_ORDER = (
 def write_shard(path: Path, outputs: Iterable[OutputTensor], tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Writes one safetensors shard of exactly `outputs` and returns its sha256 (hex).
 
-    Each tensor goes to its place when `tensors` yields it, in any order, so that no more than one of them need be in
-    memory; the file's bytes are those of safetensors' own save_file. Raises EnvironmentProblem when it cannot be
-    written, WorkflowError for a tensor that is missing or not what `outputs` says.
+    Each tensor is written to its place as soon as `tensors` yields it, in any order, so that only one needs to be in
+    memory; the bytes are those of safetensors' own save_file. Raises EnvironmentProblem if the file cannot be written,
+    WorkflowError if a tensor is missing or differs from `outputs`.
     """
     header, places = _layout(outputs)
 
@@ -41,7 +41,7 @@ def write_shard(path: Path, outputs: Iterable[OutputTensor], tensors: Iterable[t
 
 
 def _layout(outputs: Iterable[OutputTensor]) -> tuple[bytes, dict[str, tuple[OutputTensor, int]]]:
-    """The header of a shard, and the place of each tensor's first byte in the file."""
+    """The header of a shard, and each tensor's offset in the file."""
     ordered = sorted(outputs, key=lambda output: (DTYPE_ORDER.index(output.dtype), output.name))
     ends = list(itertools.accumulate(output.nbytes for output in ordered))
     begins = [0, *ends[:-1]]
