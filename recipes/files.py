@@ -20,7 +20,7 @@ def open_regular(path: Path) -> BufferedReader:
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, f"is no regular file ({_kind(mode)})")
+        raise OSError(errno.EINVAL, f"is not a regular file ({_kind(mode)})")
     return os.fdopen(handle, "rb")
 
 

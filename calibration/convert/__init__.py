@@ -1,1 +1,1 @@
-"""Conversion without calibration: a plan executed shard by shard."""
+"""Executes a plan without calibration, shard by shard."""

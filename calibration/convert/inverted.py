@@ -1,4 +1,5 @@
-"""Global scales of one dialect as the other spells them: 1 / x in float32, one for all that a serving engine fuses."""
+"""Converts global scales to the other dialect: 1 / x in float32, one scale for all projections that a serving engine
+fuses."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ from recipes.errors import SourceError, collapsed
 
 @dataclass(frozen=True)
 class Inverted:
-    """`values` maps a source scale to its float32 reciprocal. `inexact` counts the reciprocals that float32 rounds, `worst`
-    is the largest relative change of a scale by that; `one_way` names the source scales that their reciprocal does not give
-    back bit for bit; `widened` counts input scales that took the larger one of theirs that share one."""
+    """`values` maps a source scale's name to its float32 reciprocal. `inexact` counts the reciprocals that float32
+    rounds, `worst` is the largest relative change of a scale by rounding; `one_way` names the source scales that are
+    not the reciprocal of their reciprocal, bit for bit; `widened` counts input scales that were replaced by the larger
+    one of their group."""
 
     values: dict[str, np.float32] = field(default_factory=dict)
     inexact: int = 0
@@ -26,8 +28,8 @@ class Inverted:
 
 
 def invert_scales(plan: Plan, formats: Formats) -> Inverted:
-    """The reciprocals of every scale that `plan` inverts. Raises SourceError, all at once: a scale that is not finite and
-    positive in both spellings, weights of a fused group under different scales."""
+    """The reciprocals of every scale that `plan` inverts. Raises SourceError, all at once, for scales that are not
+    finite and positive in both dialects, and for fused weights with different scales."""
     problems: list[str] = []
     weights: dict[str, tuple[str, float]] = {}
     inputs: dict[str, tuple[str, float]] = {}

@@ -1,8 +1,9 @@
-"""The layout of an output shard and the jobs that fill it front to back.
+"""Lays out an output shard and divides the work into jobs that fill it front to back.
 
-A shard is: header (known before any byte is read, padded to a page), then the tensors whose size keeps 8-byte alignment,
-in the order of the work (the projections of a fused group beside each other), then those of odd sizes, so that every
-tensor lies aligned for its dtype. Global scales are 4 bytes each and therefore last, when they are known.
+A shard consists of the header (known before any byte is read, padded to a page), the tensors whose size keeps 8-byte
+alignment, in the order of the work (with the projections of a fused group adjacent), and the tensors of other sizes, so
+that every tensor is aligned for its dtype. Global scales take 4 bytes each and therefore come last, when they are
+known.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from calibration.checkpoint.header import OutputTensor, TensorHeader
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.schemes import FP8_BLOCK
 
-#: Source bytes (or output bytes, where there are more) of an ordinary job, and of a fused group that is worked on in one
-#: piece so that it is read once; a larger group is read twice, first for its maxima.
+#: Source bytes (or output bytes, if there are more) of an ordinary job, and of a fused group that becomes one job so
+#: that it is read only once; a larger group is read twice, first for its maxima.
 JOB, FUSED = 16 * 2**20, 64 * 2**20
 _ALIGNMENT = 8
 
 
 @dataclass(slots=True)
 class Piece:
-    """Rows [begin, end) of a weight, or for a copy its bytes [begin, end).
+    """Rows [begin, end) of a weight; for a copy, its bytes [begin, end).
 
-    `kind`: copy, cast, quantize; statistics (maxima alone, no output); scales (group scales that `quantize` pieces of
-    the same step kept back); constant (a global scale). `inline`: group scales directly follow the packed rows.
-    `measures`: the worker takes the maxima of this piece itself; otherwise statistics pieces before it do."""
+    `kind`: copy, cast, quantize; statistics (only maxima, no output); scales (group scales that `quantize` pieces of
+    the same step have kept for later); constant (a global scale). `inline`: group scales directly follow the packed
+    rows. `measures`: the worker computes the maxima of this piece itself; otherwise earlier statistics pieces do."""
 
     kind: str
     step: Step
@@ -47,7 +48,7 @@ class Piece:
 
 @dataclass(slots=True)
 class Job:
-    """Pieces that one worker does together; their outputs are contiguous. `last` ends its shard."""
+    """Pieces that one worker processes together; their outputs are contiguous. `last` marks the last job of a shard."""
 
     shard: PlannedShard
     pieces: list[Piece]
@@ -81,7 +82,7 @@ class ShardLayout:
         self.nbytes = len(self.header) + sum(output.nbytes for _, output in (*self.front, *self.back))
 
     def jobs(self) -> Iterator[Job]:
-        """The jobs in the order of the file. The first one's output begins behind the header."""
+        """Yields the jobs in the order of the file. The first one's output begins after the header."""
         position, pieces = len(self.header), list(self._pieces())
         batch: list[Piece] = []
         size = 0
@@ -96,7 +97,7 @@ class ShardLayout:
         yield Job(self.shard, batch, position, last=True)
 
     def _units(self) -> list[list[Step]]:
-        """The shard's steps; those of a fused group that lie in this shard together, at the place of the first."""
+        """The shard's steps; those of a fused group in this shard are together, at the place of the first."""
         steps = [self.plan.steps[source] for source in self.shard.sources if self.plan.steps[source].outputs]
         quantized = {step.module: step for step in steps if step.action == "quantize"}
         units: list[list[Step]] = []
@@ -112,7 +113,7 @@ class ShardLayout:
         return units
 
     def _pieces(self) -> Iterator[list[Piece]]:
-        """Lists of pieces that must be in one job."""
+        """Yields lists of pieces that must be in one job."""
         measured: set[str] = set()
         for unit in self.units:
             if unit[0].action != "quantize":
@@ -166,7 +167,7 @@ class ShardLayout:
             yield [Piece("copy", step, begin, end, end - begin, {"weight": extent})]
 
     def _whole(self, step: Step, output: OutputTensor) -> Piece:
-        """The cast of a tensor of any shape in one piece."""
+        """One piece that casts a tensor of any shape."""
         header = self.formats.checkpoint.tensors[step.source]
         if len(output.shape) == 2:
             return next(self._rows(step, "cast", 0, None))
@@ -179,7 +180,7 @@ class ShardLayout:
         return Piece("scales", step, 0, 1, self._scales(step).nbytes)
 
     def _striped(self, step: Step, kind: str) -> Iterator[Piece]:
-        """Pieces of about JOB bytes, whole tiles each."""
+        """Yields pieces of about JOB bytes, in whole tiles."""
         stored = self.formats.of(step.source)
         rows = stored.shape[0]
         # FP8_BLOCK is written in tiles of 128 rows.
@@ -222,7 +223,7 @@ class ShardLayout:
 
 
 def _part(header: TensorHeader, begin: int, end: int | None) -> Extent:
-    """The bytes of rows [begin, end); of everything without an end."""
+    """The bytes of rows [begin, end); if `end` is None, of all rows."""
     if end is None:
         return Extent(header.shard, header.begin, header.end)
     row = header.nbytes // header.shape[0]

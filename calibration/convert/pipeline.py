@@ -1,9 +1,9 @@
-"""The calibration-free execution of a plan (methods convert and plain): weight statistics alone, no model is loaded.
+"""Executes a plan without calibration (methods convert and plain): from weight statistics, without loading a model.
 
-Workers take jobs in the order of the output files, read their bytes past the page cache, convert them and hand them to
-one writer that keeps that order. A finished shard is on disk under its name before its journal line; the same call
-after a kill goes on behind the last journaled shard and gives the same bytes. Memory is the buffers: at most
-`workers` inputs and `workers + 2` outputs of one job each (see `layout`), whatever the checkpoint's size.
+Workers take jobs in the order of the output files, read their bytes past the page cache, convert them and pass them to
+one writer, which keeps that order. A finished shard has its final name before its journal line is written; after a
+kill, the same call resumes after the last journaled shard and writes the same bytes. Memory is limited to the buffers:
+at most `workers` inputs and `workers + 2` outputs of one job each (see `layout`), whatever the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -30,19 +30,20 @@ from calibration.runs.journal import RunDirectory
 from calibration.runs.output import remove_unfinished, start_over
 from recipes.errors import EnvironmentProblem, SourceError
 
-#: `on_progress(done, total)` in bytes of output, shards that were finished before included; called a few times a second.
+#: `on_progress(done, total)` in bytes of output, including shards that were finished before; called a few times per
+#: second.
 Progress = Callable[[int, int], None]
 _TICK = 0.2
-#: Workers where the recipe names none: one more than processors, so that the disk is busy while they compute; no more
-#: than this, because a dozen outrun any disk and each holds a buffer.
+#: Most workers by default, which is one more than processors, so that the disk is busy while they compute. A dozen
+#: outrun any disk, and each holds a buffer.
 _MOST_WORKERS = 16
-#: Disk left over for headers, config, tokenizer and the run directory.
+#: Disk bytes reserved for headers, config, tokenizer and the run directory.
 _SPARE = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What one call did. Bytes are of this call; counts are of the whole output."""
+    """The result of one call. Bytes are those of this call; counts are those of the whole output."""
 
     shards: int
     resumed: int
@@ -55,10 +56,10 @@ class Conversion:
     cast: int
     copied: int
     consumed: int
-    #: MXFP4 modules whose values are kept exactly, and those that were quantized again.
+    #: MXFP4 modules whose values were kept exactly, and those that were requantized.
     lossless: int
     requantized: int
-    #: modelopt's scales that became compressed-tensors', or the other way (see `Inverted`).
+    #: Global scales converted to the other dialect (see `Inverted`).
     inverted: int
     inexact: int
     worst: float
@@ -68,10 +69,10 @@ class Conversion:
 
 def convert(task: Task, directory: RunDirectory, on_progress: Progress | None = None) -> Conversion:
     """Writes every shard of the task's plan into its output and journals each in the opened run directory; shards whose
-    digest matches the journal of the same plan, settings and source are left as they are.
+    digest matches the journal of the same plan, settings and source are kept.
 
-    Side files, config and index are `finish_output`'s. Raises SourceError (NaN or Inf by tensor name, a source that
-    changed since the run began or while it is read) and EnvironmentProblem (disk full, not writable).
+    `finish_output` writes side files, config and index. Raises SourceError (NaN or Inf, with the tensor's name; a
+    source that changed after the run began) and EnvironmentProblem (disk full, not writable).
     """
     started, plan = time.monotonic(), task.plan
     layouts = [ShardLayout(plan, task.formats, shard) for shard in plan.shards]
@@ -102,7 +103,7 @@ def convert(task: Task, directory: RunDirectory, on_progress: Progress | None = 
 
 
 def _kept(task: Task, layouts: list[ShardLayout], directory: RunDirectory) -> set[str]:
-    """Names of the shards that an earlier call finished; starts over if the run there is another's."""
+    """Names of the shards that an earlier call finished; starts over if that was a different run."""
     recipe, plan, output = task.recipe, task.plan, task.output
     settings = recipe.convert.model_dump(mode="json", exclude={"workers"})
     settings |= {"mxfp4": recipe.export.mxfp4, "method": recipe.method}
@@ -136,7 +137,7 @@ class _Done:
 
 
 class _Line:
-    """Workers, their buffers, and the writer behind them."""
+    """The workers, their buffers, and the writer."""
 
     def __init__(self, task: Task, layouts: list[ShardLayout], directory: RunDirectory, workers: int) -> None:
         self.task, self.directory = task, directory
@@ -144,7 +145,7 @@ class _Line:
         self.work = Work(task)
         self.layouts = {layout.shard.name: layout for layout in layouts}
         self.workers = workers
-        # Buffers of one size each, the largest that any job needs: found now, so that memory is known at the start.
+        # All buffers have the size of the largest job, computed now, so that memory use is known at the start.
         inputs = outputs = 0
         for job in self._jobs():
             inputs, outputs = max(inputs, job.input_bytes), max(outputs, job.output_bytes)
@@ -158,7 +159,8 @@ class _Line:
         self.written = self.bytes_read = 0
 
     def run(self, tick: Callable[[int], object]) -> None:
-        """Runs to the end; `tick(bytes written)` in the calling thread. Raises the first failure of any thread."""
+        """Runs to the end and calls `tick(bytes written)` in the calling thread. Raises the first failure of any
+        thread."""
         if not self.layouts:
             tick(0)
             return
@@ -172,7 +174,7 @@ class _Line:
             while threads[-1].is_alive():
                 threads[-1].join(_TICK)
                 tick(self.written)
-            tick(self.written)  # the writer may be faster than the first look
+            tick(self.written)  # the writer may finish before the first check
         except BaseException as error:
             self._fail(error)
         for thread in threads:
@@ -264,12 +266,13 @@ class _Line:
         self.written += len(layout.header)
 
     def _finish(self, writer: DirectWriter, layout: ShardLayout, totals: Totals) -> None:
-        """Journals a shard that is on disk, unless the source changed while it was made."""
+        """Journals a durable shard, unless the source changed while it was written."""
         source = self.task.source
         changed = changed_shards(source.state, shard_state(source.directory, source.shards))
         if changed:
             raise SourceError(
-                f"{source.directory}: changed while it was converted: {changed[0]}; pass --restart when it no longer does"
+                f"{source.directory}: changed while it was converted: {changed[0]}; pass --restart when it no longer "
+                "changes"
             )
         mark = writer.finish()
         facts: dict[str, Any] = {"lossless": totals.lossless, "requantized": totals.requantized}

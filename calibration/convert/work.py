@@ -1,4 +1,4 @@
-"""What a conversion worker does with one job: statistics, then the output bytes. No input or output happens here."""
+"""Computes one job of a conversion: statistics, then the output bytes. Does no input or output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _E4M3_MAX = 448.0
 
 @dataclass
 class Totals:
-    """Counts of MXFP4 modules by what became of them."""
+    """Counts of MXFP4 modules by result."""
 
     lossless: int = 0
     requantized: int = 0
@@ -40,7 +40,7 @@ class Totals:
 
 @dataclass
 class _Statistic:
-    """Of one weight: largest magnitude, exponents of its MXFP4 scales, and which row ranges have been looked at."""
+    """Statistics of one weight: largest magnitude, exponents of its MXFP4 scales, and the row ranges seen so far."""
 
     rows: int
     amax: float = 0.0
@@ -61,8 +61,8 @@ class _Decision:
 
 
 class Work:
-    """Executes jobs of one plan, from any number of threads. Holds a few numbers per weight, and the group scales of
-    weights that are cut into stripes until they are written."""
+    """Executes jobs of one plan, from any number of threads. Keeps a few numbers per weight, and the group scales of
+    striped weights until they are written."""
 
     def __init__(self, task: Task) -> None:
         recipe, plan, formats = task.recipe, task.plan, task.formats
@@ -80,18 +80,18 @@ class Work:
         self._input_scale = np.float32(RANGE) / np.float32(self.settings.input_amax)
 
     def stop(self) -> None:
-        """Wakes every thread that waits in `do`; it raises Interrupted."""
+        """Wakes every thread that waits in `do`, which then raises Interrupted."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def needed(self, job: Job) -> list[Piece]:
-        """The pieces of `job` whose bytes must be read: statistics that are known already need none."""
+        """The pieces of `job` whose bytes must be read: statistics that are already known need none."""
         with self._changed:
             return [p for p in job.pieces if p.kind != "statistics" or not self._statistic(p.step).complete]
 
-    def do(self, job: Job, data: dict[Extent, Bytes], room: Bytes | None) -> Totals:
-        """Fills `room`, uint8 `[job.output_bytes]`. Raises SourceError by tensor name for NaN and Inf."""
+    def do(self, job: Job, data: dict[Extent, Bytes], output: Bytes | None) -> Totals:
+        """Fills `output`, uint8 `[job.output_bytes]`. Raises SourceError that names the tensor for NaN and Inf."""
         stripes = {}
         for number, piece in enumerate(job.pieces):
             if piece.kind in ("quantize", "statistics") and piece.extents["weight"] in data:
@@ -105,8 +105,8 @@ class Work:
         for number, piece in enumerate(job.pieces):
             if not piece.output_bytes:
                 continue
-            assert room is not None
-            target = room[at : at + piece.output_bytes]
+            assert output is not None
+            target = output[at : at + piece.output_bytes]
             at += piece.output_bytes
             try:
                 if piece.kind == "quantize":
@@ -152,7 +152,7 @@ class Work:
         return stripe
 
     def _companion(self, piece: Piece, role: str, data: dict[Extent, Bytes]) -> torch.Tensor:
-        """A scale companion's rows as stored; scalars as `[1]`."""
+        """A scale companion's rows as stored; scalars have shape `[1]`."""
         header = self.formats.checkpoint.tensors[self.formats.of(piece.step.source).companions[role]]
         tensor = torch.from_numpy(data[piece.extents[role]].copy()).view(TORCH[header.dtype])
         return tensor.reshape(-1, header.shape[1]) if len(header.shape) == 2 else tensor
@@ -174,7 +174,7 @@ class Work:
         return self._statistics.setdefault(step.module, _Statistic(rows))
 
     def _decision(self, step: Step) -> _Decision:
-        """Waits until every member of the fused group has been looked at."""
+        """Waits until the statistics of every member of the fused group are complete."""
         members = [m for m in self._fused.get(step.module, (step.module,)) if m in self.plan.quantized]
         with self._changed:
             statistics = [self._statistic(self.plan.quantized[module]) for module in members]
@@ -204,17 +204,17 @@ class Work:
         else:
             first, last = piece.begin, piece.end
         if piece.inline:
-            room = target[rows * row :].reshape(last - first, scale_row)
+            output = target[rows * row :].reshape(last - first, scale_row)
         else:
             with self._changed:
                 whole = self._kept_back.setdefault(step.module, np.empty((scales.shape[0], scale_row), np.uint8))
-            room = whole[first:last]
+            output = whole[first:last]
         totals = Totals()
         if self.plan.groups[str(step.group)] is FP8_BLOCK:
-            _quantize_tiles(stripe, packed, room)
+            _quantize_tiles(stripe, packed, output)
         else:
             decision = self._decision(step)
-            (kernels.respell if decision.lossless else kernels.quantize)(stripe, decision.scale, packed, room)
+            (kernels.respell if decision.lossless else kernels.quantize)(stripe, decision.scale, packed, output)
             if stripe.stored.kind == "mxfp4" and piece.begin == 0:
                 totals = Totals(int(decision.lossless), int(not decision.lossless))
         if not piece.inline:
@@ -247,14 +247,14 @@ class Work:
     def _named(self, piece: Piece, problem: kernels.NotFinite) -> SourceError:
         name = piece.step.source
         return SourceError(
-            f"{self.formats.checkpoint.path(name)}: {name}: {problem}; the source is damaged or was made with an "
-            "overflow: get a whole copy"
+            f"{self.formats.checkpoint.path(name)}: {name}: {problem}; the source is damaged or its values overflowed "
+            "when it was made: get a whole copy"
         )
 
 
 def _quantize_tiles(stripe: Stripe, codes: Bytes, scales: Bytes) -> None:
     """FP8_BLOCK: E4M3 codes and a float32 scale per 128x128 tile, as compressed-tensors computes them."""
-    # Takes a second to import, and few recipes need it.
+    # Imported late: it takes a second, and few recipes need it.
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
 

@@ -1,1 +1,1 @@
-"""Calibration data as people have it, made into batches of token ids."""
+"""Reads calibration data in the forms people have it, and turns it into batches of token ids."""

@@ -1,4 +1,5 @@
-"""Calibration text: a data set and a tokenizer become batches of token ids, the same ones for the same recipe."""
+"""Turns a data set into batches of token ids with the source's tokenizer; the same recipe always gives the same
+batches."""
 
 from __future__ import annotations
 
@@ -30,10 +31,10 @@ from recipes.schema import Calibration
 class CalibrationData:
     """Token batches of one calibration run.
 
-    `batches` yields dicts of `input_ids` and `attention_mask`, both int64 [batch, T]: the samples of a batch all have T
-    tokens, so that there is no padding (calibration.data.padding), and the mask is 1 everywhere. `digest` is the sha256 of the
-    token rows in order, whatever the batch size: two runs with the same digest calibrate on the same tokens. `regrouped`
-    says that batches of consecutive samples would have been padded.
+    `batches` yields dicts of `input_ids` and `attention_mask`, both int64 [batch, T]: all samples of a batch have T
+    tokens, so that there is no padding (calibration.data.padding) and the mask is all 1. `digest` is the sha256 of the
+    token rows in order, whatever the batch size: two runs with the same digest calibrate on the same tokens.
+    `regrouped` says that batches of consecutive samples would have needed padding.
     """
 
     batches: DataLoader[dict[str, torch.Tensor]]
@@ -46,7 +47,7 @@ class CalibrationData:
 
 
 def embedding_rows(source: Checkpoint) -> dict[str, int]:
-    """Rows of the source's embedding by where they are written: config.json, and the header of its tensor."""
+    """Where the source states the rows of its embedding (config.json, the tensor's header) -> the number of rows."""
     rows = {"vocab_size in config.json": language_config(source.config).get("vocab_size")}
     family = family_of(source.config, str(source.directory / CONFIG_NAME))
     for name, tensor in source.tensors.items():
@@ -66,9 +67,7 @@ def load_tokenizer(source_directory: Path, trust_remote_code: bool) -> PreTraine
         return AutoTokenizer.from_pretrained(
             str(source_directory), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (
-        BaseException
-    ) as error:  # whatever a tokenizer's files or its own code raise; a panic of Rust is no Exception
+    except BaseException as error:  # a tokenizer's files or code can raise anything; a Rust panic is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise SourceError(
@@ -85,16 +84,16 @@ def load_batches(
     source_directory: Path,
     embedding: Mapping[str, int] | None = None,
 ) -> CalibrationData:
-    """`options.num_samples` samples of 2 to `options.max_seq_length` tokens each; fewer, with a warning, where the data
-    set gives fewer and `options.exact` is false.
+    """Loads `options.num_samples` samples of 2 to `options.max_seq_length` tokens each; fewer, with a warning, if the
+    data set yields fewer and `options.exact` is false.
 
-    Rows of a table are one sample each, cut at the end. Books (.txt) are cut into windows of max_seq_length, drawn from
-    all windows. Rows of the bundled set are packed: joined in shuffled order, each closed by EOS, and cut into windows.
-    Rows with fewer than 2 tokens are skipped and counted in the description.
+    Each row of a table is one sample, truncated at the end. Books (.txt) are cut into windows of max_seq_length, and
+    samples are drawn from all windows. Rows of the bundled set are packed: joined in shuffled order, each with EOS at
+    its end, and cut into windows. Rows with fewer than 2 tokens are skipped and counted in the description.
 
     Raises SourceError for a data set that is missing, unreachable, damaged, without the column, or empty (with `exact`:
-    too small), and for a token that has no row in the `embedding` (see `embedding_rows`);
-    RecipeError for a chat format that the tokenizer does not have.
+    too small), and for a token without a row in the `embedding` (see `embedding_rows`); RecipeError for a chat format
+    that the tokenizer does not have.
     """
     return _batches(load_table(options), options, tokenizer, source_directory, embedding)
 
@@ -215,13 +214,14 @@ def _digest(samples: list[list[int]]) -> str:
 
 
 def _order(options: Calibration, count: int) -> list[int]:
-    """Row numbers in drawing order: what datasets' own shuffle does, but errors can still name the original row."""
+    """Row numbers in drawing order: the order of datasets' own shuffle, but errors can still name the original row."""
     order = np.random.default_rng(options.seed).permutation(count) if options.shuffle else np.arange(count)
     return [int(i) for i in order]
 
 
 def _windows(tokens: Iterable[int], length: int, begin: int | None) -> Iterator[list[int]]:
-    """Consecutive windows of `length` tokens, the last one shorter, each opened by `begin` where that is given."""
+    """Yields consecutive windows of `length` tokens, the last one maybe shorter, each starting with `begin` if it is
+    given."""
     stream = iter(tokens)
     for first in stream:
         head = [first] if begin in (None, first) or length < MIN_TOKENS else [begin, first]

@@ -1,9 +1,9 @@
-"""A function that runs a stranger's program (a chat template, the regexes of a tokenizer), called in a forked process with
+"""Calls a function that runs a stranger's program (a chat template, a tokenizer's regexes) in a forked process with
 bounds on time and memory.
 
-A signal handler interrupts no single long operation of the interpreter (`'x' * 10**10`), and a thread cannot be ended. A
-process can: its address space, its processor time and the size of its answers are limited by the system, and whatever
-it does otherwise (endless loop, crash of the interpreter) ends the process and not the run.
+A signal handler cannot interrupt a single long operation of the interpreter (`'x' * 10**10`), and a thread cannot be
+killed. A process can: the system limits its address space and CPU time, and anything else it does (endless loop, crash
+of the interpreter) ends the process, not the run.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ from pathlib import Path
 from typing import Any, Self
 
 SECONDS, BYTES_A_SECOND = 10, 100_000
-"""Processor time of one call, and the bytes of arguments that give it one second more."""
+"""CPU seconds of one call, and the bytes of arguments that add one second."""
 WALL_SECONDS = 600
-"""Of one call on a machine that has no processor time to give, on top of the seconds above."""
+"""Additional wall-clock seconds of one call, for a machine without idle processors."""
 MEMORY, MEMORY_SHARE = 1 << 30, 1000
-"""Bytes that the process may take on top of what it has when it begins, and those for every byte of the arguments."""
+"""Bytes that the process may allocate after its start, and additional bytes per byte of arguments."""
 ANSWER, ANSWER_SHARE = 1 << 20, 10
-"""Bytes of an answer at most, and those for every byte of the arguments."""
+"""Largest answer in bytes, and additional bytes per byte of arguments."""
 _DONE, _RAISED = b"=", b"!"
 
 
 class Exceeded(Exception):
-    """The function broke a bound or its process; the message says which."""
+    """Raised if the function exceeded a bound or its process died; the message says which."""
 
 
 class Bounded:
-    """`function(*arguments) -> bytes` in a process of its own, forked at the first call and again after one that broke it.
+    """`function(*arguments) -> bytes` in a process of its own, forked at the first call and again after a call that
+    killed it.
 
     Arguments are pickled; answers come back as bytes, never as pickles. Use as a context manager: leaving it ends the
-    process. The function sees this process as it was at the fork.
+    process. The function sees the state of this process at the time of the fork.
     """
 
     def __init__(self, function: Callable[..., bytes]) -> None:
@@ -54,8 +55,8 @@ class Bounded:
         self._end()
 
     def __call__(self, *arguments: Any) -> bytes:
-        """The function's answer. Raises Exceeded for a broken bound, and ValueError with the type and first line of
-        what the function raised."""
+        """The function's answer. Raises Exceeded if a bound is exceeded, and ValueError with the type and first line of
+        an exception of the function."""
         connection, sent = self._connection or self._start(), ForkingPickler.dumps(arguments)
         most = ANSWER + ANSWER_SHARE * len(sent)
         try:
@@ -65,7 +66,7 @@ class Bounded:
             answer = connection.recv_bytes(most + 1)
         except (EOFError, ConnectionError):
             raise Exceeded(self._why(_seconds(sent))) from None
-        except OSError:  # recv_bytes, of an answer that is too long
+        except OSError:  # raised by recv_bytes if the answer is too long
             self._end()
             raise Exceeded(f"an answer of more than {most:,} bytes") from None
         except BaseException:
@@ -85,13 +86,13 @@ class Bounded:
         return ours
 
     def _why(self, seconds: int) -> str:
-        """How the process ended, which it has or is about to."""
+        """How the process ended; waits for its end."""
         self._process.join(WALL_SECONDS)
         code = self._process.exitcode
         self._end()
         if code == -signal.SIGXCPU:
             return f"no end within {seconds} seconds of processor time"
-        if code == -signal.SIGABRT:  # what Rust code does when it gets none
+        if code == -signal.SIGABRT:  # Rust code aborts if an allocation fails
             return "its process ended with SIGABRT, as for want of memory"
         return f"its process ended with {signal.Signals(-code).name if code and code < 0 else f'exit code {code}'}"
 
@@ -105,10 +106,10 @@ class Bounded:
 
 
 def _serve(function: Callable[..., bytes], connection: Connection, parents: Connection) -> None:
-    """The process: answers calls until the parent closes its end, or is gone."""
+    """Main function of the process: answers calls until the parent closes its end of the pipe or is gone."""
     parents.close()
     faulthandler.disable()
-    # Ctrl-C goes to the whole terminal; this process ends with its parent. What it prints is nobody's.
+    # Ctrl-C reaches every process of the terminal, but this process ends with its parent. Its output is discarded.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGXCPU):
         signal.signal(number, signal.SIG_DFL)
@@ -133,7 +134,7 @@ def _answer(function: Callable[..., bytes], arguments: tuple[Any, ...]) -> bytes
         return _DONE + function(*arguments)
     except MemoryError:
         return _RAISED + f"MemoryError: more than {MEMORY >> 20} MiB of memory".encode()
-    except BaseException as error:  # the program's own, of any type: a panic of Rust code is no Exception
+    except BaseException as error:  # the program can raise anything; a Rust panic is not an Exception
         first = (str(error).strip().splitlines() or [""])[0]
         return _RAISED + f"{type(error).__name__}: {first}"[:500].encode("utf-8", errors="replace")
 
@@ -143,7 +144,7 @@ def _seconds(arguments: Any) -> int:
 
 
 def _limit(kind: int, value: int) -> None:
-    """The soft limit, at most the hard one."""
+    """Sets the soft limit, at most to the hard limit."""
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
 

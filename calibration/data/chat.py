@@ -1,4 +1,5 @@
-"""Messages -> the text of a conversation: the tokenizer's chat template, a family's own encoding, or a transcript."""
+"""Turns messages into the text of a conversation: by the tokenizer's chat template, a family's own encoding, or as a
+transcript."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ _PROBE = "a text to be found"
 
 
 class Chat:
-    """One way to write a conversation. `name` is what a recipe and the description call it, `takes_parts` whether it takes
-    content as a list of text parts (None: to be tried out).
+    """One way to write a conversation. `name` is its name in recipes and descriptions; `takes_parts` says whether it
+    accepts content as a list of text parts (None: not yet tried).
 
-    A chat template is a stranger's program: transformers runs it in jinja2's immutable sandbox, without files and
-    attributes, but with all the time and memory that there is. Whoever renders must bound those (calibration.data.bounded).
+    A chat template is a stranger's program: transformers runs it in jinja2's immutable sandbox, without access to files
+    and attributes, but with unlimited time and memory. The caller of `render` must bound those
+    (calibration.data.bounded).
     """
 
     def __init__(
@@ -39,15 +41,15 @@ class Chat:
         self._takes_parts = takes_parts
 
     def render(self, messages: Messages, tools: Tools | None = None) -> str:
-        """The conversation as text. Content is text or a list of text parts; parts are joined by a newline, as vLLM
-        does it, unless the template takes them itself. Raises what the template raises."""
+        """The conversation as text. Content is text or a list of text parts; parts are joined by a newline, as in vLLM,
+        unless the template accepts them itself. Raises whatever the template raises."""
         parted = any(isinstance(message["content"], list) for message in messages)
         if parted and not self._parts_are_taken():
             messages = [message | {"content": joined(message["content"])} for message in messages]
         return self._write(messages, tools)
 
     def _parts_are_taken(self) -> bool:
-        """Whether the template writes a list of one text part as it writes the text, and not as Python's repr of it."""
+        """Whether the template writes a list of one text part like the text itself, not as Python's repr."""
         if self._takes_parts is None:
             try:
                 text, parts = (
@@ -55,19 +57,19 @@ class Chat:
                     for content in (_PROBE, [{"type": "text", "text": _PROBE}])
                 )
                 self._takes_parts = text == parts and _PROBE in text
-            except Exception:  # the template's own, of any type; the row itself will say
+            except Exception:  # a template can raise anything; rendering the row reports it
                 self._takes_parts = False
         return self._takes_parts
 
 
 def joined(content: str | list[dict[str, Any]]) -> str:
-    """Text, or text parts with a newline between them."""
+    """`content` as one text: text parts are joined by newlines."""
     return content if isinstance(content, str) else "\n".join(str(part["text"]) for part in content)
 
 
 def choose_chat(options: Calibration, tokenizer: PreTrainedTokenizerBase) -> Chat | None:
-    """The chat format that the recipe names or the tokenizer has; None for `auto` and a tokenizer that has none.
-    Raises RecipeError for one that the recipe names and the tokenizer lacks."""
+    """The chat format that the recipe names or the tokenizer has; None for `auto` if the tokenizer has none. Raises
+    RecipeError if the tokenizer lacks the format that the recipe names."""
     template = bool(tokenizer.chat_template)
     if options.chat == "template" and not template:
         raise RecipeError(
@@ -98,7 +100,7 @@ def _encoded(encoding: Encoding, messages: Messages, _: Tools | None) -> str:
 
 
 def transcript() -> Chat:
-    """`User: ...` and `Assistant: ...` on lines of their own, for tokenizers that know no chat format."""
+    """The format `User: ...`, `Assistant: ...` on lines of their own, for tokenizers without a chat format."""
 
     def write(messages: Messages, _: Tools | None) -> str:
         return "\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages) + "\n"

@@ -1,4 +1,4 @@
-"""Rows of a data set -> token ids, in a process with bounds on time and memory."""
+"""Encodes rows of a data set as token ids, in a process with bounds on time and memory."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from recipes.errors import RecipeError, SourceError
 from recipes.schema import Calibration
 
 MIN_TOKENS = 2
-"""A sample of one token attends to nothing but itself."""
+"""Fewest tokens of a sample: a single token would attend only to itself."""
 SLICE_CHARS = 1 << 20
-"""Characters of a book tokenised at a time."""
+"""Characters of a book that are tokenized at a time."""
 
 
 class Encoder:
-    """Rows of a table -> token ids. `skipped` counts rows that gave fewer than 2 tokens. Use as a context manager."""
+    """Encodes rows of a table as token ids. `skipped` counts rows with fewer than 2 tokens. Use as a context
+    manager."""
 
     def __init__(self, options: Calibration, tokenizer: PreTrainedTokenizerBase, table: Table, bundled: bool) -> None:
         self.tokenizer = tokenizer
@@ -63,7 +64,7 @@ class Encoder:
 
     @property
     def notes(self) -> list[str]:
-        """What the description says about columns, chat and skipped rows."""
+        """The parts of the description about columns, chat format and skipped rows."""
         notes = [self.columns.description]
         if self.chat is not None:
             notes.append(f"chat: {self.chat.name}")
@@ -74,7 +75,7 @@ class Encoder:
         return notes + ([f"{self.skipped} rows skipped with fewer than {MIN_TOKENS} tokens"] if self.skipped else [])
 
     def rows(self, order: list[int]) -> Iterator[list[int]]:
-        """Token ids of the rows in `order`, the skipped ones left out."""
+        """Yields the token ids of the rows in `order`, without the skipped ones."""
         found = self.table.rows(list(self.columns.uses.values()), order)
         for index, row in zip(order, found, strict=True):
             place = f"{self.table.place}, row {index + 1}"
@@ -89,7 +90,7 @@ class Encoder:
                 yield ids
 
     def book(self, row: Mapping[str, Any]) -> Iterator[int]:
-        """Token ids of a whole text without special tokens."""
+        """Yields the token ids of a whole text, without special tokens."""
         text, start = str(row[self.columns.text or "text"]), 0
         while start < len(text):
             newline = text.rfind("\n", start, start + SLICE_CHARS)
@@ -99,7 +100,7 @@ class Encoder:
             start = stop
 
     def closed(self, ids: list[int]) -> list[int]:
-        """`ids` with EOS at the end, where the tokenizer has one."""
+        """`ids` with EOS at the end, if the tokenizer has an EOS token."""
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1] == end else [*ids, end]
 
@@ -148,10 +149,10 @@ def _encode(
     tools: list[dict[str, Any]] | None,
     special: bool,
 ) -> bytes:
-    """Token ids, int64, of a text or of messages; never a second BOS in front of one that the text already spells out.
+    """Token ids (int64 bytes) of a text or of messages; does not add a BOS if the text already starts with one.
 
-    Runs bounded: a chat template is a program, and a tokenizer.json holds regexes, which can take for ever or make Rust
-    code panic.
+    Runs in the bounded process: a chat template is a program, and the regexes of a tokenizer.json can take forever or
+    make Rust code panic.
     """
     if not isinstance(text, str):
         assert chat is not None

@@ -1,4 +1,5 @@
-"""JSON files: what would end the process in the library that reads them, and the forms that it does not read."""
+"""Reads JSON files: guards the library that reads them against input that would kill the process, and reads the forms
+that it does not support."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ import pyarrow.json  # type: ignore[import-untyped]
 from datasets.packaged_modules.json import json as library  # type: ignore[import-untyped]
 
 MAX_DEPTH = 200
-"""Of brackets inside each other; pyarrow 26 ends the process with SIGSEGV somewhere above 3000."""
+"""Most nested brackets; pyarrow 26 crashes with SIGSEGV somewhere above 3000."""
 MOST_BYTES = 2 << 30
-"""Of a file that is read as a whole."""
+"""Largest file, in bytes, that is read as a whole."""
 _GZIP = b"\x1f\x8b"
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _NULL_LINE = re.compile(rb"^[ \t]*null[ \t\r]*$", re.MULTILINE)
@@ -30,8 +31,8 @@ _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 
 @contextmanager
 def guarded_reader() -> Iterator[None]:
-    """Inside, datasets' JSON builder gives pyarrow nothing that ends the process (deep nesting, a row that is null),
-    and takes no chat for a trace of an agent, which a package that nobody has would read."""
+    """Inside, datasets' JSON builder does not pass input to pyarrow that would kill the process (deep nesting, null
+    rows), and does not mistake a chat for an agent trace, which needs another package."""
     arrow, markers = library.paj, library.has_agent_traces_markers
     library.paj, library.has_agent_traces_markers = _Guard, lambda features: False
     try:
@@ -41,7 +42,7 @@ def guarded_reader() -> Iterator[None]:
 
 
 class _Guard:
-    """Stands where the builder expects the module pyarrow.json."""
+    """Replaces the module pyarrow.json in the builder."""
 
     ReadOptions = pyarrow.json.ReadOptions
 
@@ -57,23 +58,23 @@ class _Guard:
 
 
 def _depth(bare: bytes) -> int:
-    """The deepest nesting of JSON without strings."""
+    """The deepest nesting in JSON whose strings were removed."""
     brackets = np.frombuffer(bare.translate(None, _NO_BRACKETS), dtype=np.uint8)
     return int(_STEP[brackets].cumsum().max(initial=0))
 
 
 def open_expanded(file: Path) -> IO[bytes]:
-    """The file's bytes, those of a gzip file expanded: its content says what it is, as datasets has it."""
+    """Opens a file, decompressing gzip, which is recognized by content, as in datasets."""
     with file.open("rb") as opened:
         packed = opened.read(2) == _GZIP
     return cast("IO[bytes]", gzip.open(file)) if packed else file.open("rb")
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file (or .gz) of one JSON value, or one a line: objects as they are, a text as {text}, a list of
-    messages as {messages}, a list of numbers as {input_ids}, null as {}. All of it in memory.
+    """The rows of a file (or .gz) with one JSON value, or one per line: an object is a row, a text becomes {text}, a
+    list of messages {messages}, a list of numbers {input_ids}, null {}. Reads the whole file into memory.
 
-    Raises ValueError with the file, the line and what is wrong there.
+    Raises ValueError with the file, the line and the problem.
     """
     try:
         with open_expanded(file) as opened:
@@ -95,12 +96,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def as_rows(values: list[Any], place: str) -> list[dict[str, Any]]:
-    """`read_rows` of values that are there already."""
+    """The rows of parsed values, as in `read_rows`."""
     return [_row(value, f"{place}, entry {number}") for number, value in enumerate(values, start=1)]
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """Where a text stops being UTF-8, and what to do."""
+    """The message for a text that is not UTF-8: where it stops being so, and what to do."""
     line, data = error.object.count(b"\n", 0, error.start) + 1, error.object[: error.start + 2]
     kind = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
     return (
@@ -110,7 +111,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def _is_one_value(file: Path, lines: list[tuple[int, str]]) -> bool:
-    """Whether the file is one document, and not one value a line."""
+    """Whether the file is one document, not one value per line."""
     if not lines:
         return False
     if len(lines) == 1:
@@ -132,7 +133,8 @@ def _parsed(file: Path, number: int, text: str) -> Any:
         return value
     except UnicodeEncodeError:
         raise ValueError(
-            f"{file}, line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; correct or remove "
+            f"{file}, line {number} holds half of a surrogate pair (\\ud800 to \\udfff), which is not text; correct or "
+            "remove "
             "the line"
         ) from None
     except RecursionError:
@@ -144,7 +146,7 @@ def _parsed(file: Path, number: int, text: str) -> Any:
 
 
 def _is_row(value: Any) -> bool:
-    """Whether a list is one row: messages or token ids."""
+    """Whether a list is a single row: messages or token ids."""
     if not isinstance(value, list) or not value:
         return False
     return all(type(entry) is int for entry in value) or all(
@@ -160,5 +162,6 @@ def _row(value: Any, place: str) -> dict[str, Any]:
     if _is_row(value):
         return {"input_ids" if type(value[0]) is int else "messages": value}
     raise ValueError(
-        f"{place} is no row but {type(value).__name__}; a row is an object, a text, a list of messages or of token ids"
+        f"{place} is not a row but {type(value).__name__}; a row is an object, a text, a list of messages or of token "
+        "ids"
     )

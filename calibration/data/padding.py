@@ -1,8 +1,8 @@
-"""Batches without padding: nothing behind them (observers, Hessians, importance, routing, counts, the comparison of blocks)
-can mistake a pad token for text, whatever modifier, observer or model comes.
+"""Makes batches without padding, so that nothing that sees them (observers, Hessians, importance, routing, counts, the
+comparison of blocks) can mistake a pad token for text, with any modifier, observer or model.
 
-Stock llm-compressor 0.14 observes padding like text (datasets/utils.py says so of its collator; `use_loss_mask` concerns
-AWQ's loss alone), so its scales depend on the pad token and on the batch size.
+Stock llm-compressor 0.14 observes padding like text (datasets/utils.py says so about its collator; `use_loss_mask` only
+affects AWQ's loss), so that its scales depend on the pad token and the batch size.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 
 def batches_of_one_length(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """The numbers of all rows in batches of at most `size` rows of one length each, ordered by their first rows. Rows that
-    are all as long are cut in their order."""
+    """Divides row numbers into batches of at most `size` rows of equal length, ordered by their first rows. If all rows
+    have the same length, batches are consecutive rows."""
     filling: dict[int, list[int]] = {}
     batches: list[list[int]] = []
     for row, length in enumerate(lengths):
@@ -28,9 +28,9 @@ def batches_of_one_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 def without_padding(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of `batches`, without the positions at either end that `attention_mask` (`[batch, tokens]`) rules out: a
-    padded batch becomes one batch for each length of its rows; one without padding stays the object that it is. Tensors
-    that begin with the mask's two dimensions are cut, those that begin with its first are divided.
+    """Yields the rows of `batches` without the positions at either end that `attention_mask` (`[batch, tokens]`)
+    excludes. A padded batch becomes one batch for each length of its rows; a batch without padding is yielded
+    unchanged. Tensors whose first two dimensions are the mask's are cut, those that share only its first are divided.
 
     Raises ValueError for a mask with holes between tokens.
     """
@@ -50,7 +50,7 @@ def without_padding(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any
 
 
 def _part(batch: dict[str, Any], shape: torch.Size, spans: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """The rows of a batch of `shape` that `spans` names, each as (row, first token, tokens)."""
+    """The part of a batch of `shape` that `spans` lists as (row, first token, number of tokens)."""
 
     def cut(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.shape[:1] != shape[:1]:

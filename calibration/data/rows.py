@@ -1,4 +1,4 @@
-"""What the columns of a data set mean, and its rows as token ids, text or messages in one spelling."""
+"""Interprets the columns of a data set, and reads its rows as token ids, text or messages in one normalized form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ID_COLUMN, MASK_COLUMN, TOOLS_COLUMN = "input_ids", "attention_mask", "tools"
 QUESTION_COLUMNS = ("prompt", "instruction", "question")
 ANSWER_COLUMNS = ("response", "completion", "output", "answer")
 CONTEXT_COLUMNS = ("input", "context")
-"""Further text of an instruction (Alpaca, Dolly)."""
+"""Columns with further text of an instruction (Alpaca, Dolly)."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ROLE_ALIASES = {
     alias: role
@@ -33,20 +33,19 @@ ROLE_ALIASES = {
     for alias in aliases
 }  # fmt: skip
 CONTENT_KEYS = ("value", "text", "message")
-"""Where a message without `content` has it."""
+"""Keys with the content of a message that has no `content`."""
 TEXT_PARTS = ("text", "input_text", "output_text")
 _COUNTED = 10_000
-"""Rows looked at for the count in a message about roles."""
+"""Rows that are scanned for the count in a message about roles."""
 
 
 class UnknownRole(SourceError):
-    """Nothing but roles that are not known is wrong with the messages of a row."""
+    """Raised if unknown roles are the only problem with the messages of a row."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The column that each use is taken from; None where there is none. With messages and text both, text serves the
-    rows without messages."""
+    """The column for each use, or None. If there are both messages and text, text is used for rows without messages."""
 
     messages: str | None = None
     text: str | None = None
@@ -60,7 +59,7 @@ class Columns:
 
     @property
     def uses(self) -> dict[str, str]:
-        """Use -> column, of those that there are."""
+        """Use -> column, for all uses that have a column."""
         return {use: column for use, column in vars(self).items() if column is not None}
 
     @property
@@ -70,7 +69,7 @@ class Columns:
 
 
 def choose_columns(options: Calibration, table: Table) -> Columns:
-    """The columns by their usual names, or the one that the recipe names. Raises SourceError where there is none."""
+    """The columns by their usual names, or the one that the recipe names. Raises SourceError if there is none."""
     there = table.columns
 
     def first(names: Iterable[str]) -> str | None:
@@ -118,7 +117,7 @@ def _named(options: Calibration, table: Table) -> Columns:
 
 
 def token_ids(row: Mapping[str, Any], columns: Columns, place: str) -> list[int]:
-    """The row's own token ids, padding left out where a mask says what it is."""
+    """The row's own token ids, without padding if a mask marks it."""
     ids, mask = row[columns.ids or ""], row[columns.mask] if columns.mask else None
     if ids is None:
         return []
@@ -132,7 +131,7 @@ def token_ids(row: Mapping[str, Any], columns: Columns, place: str) -> list[int]
 
 
 def plain_text(row: Mapping[str, Any], column: str, place: str) -> str:
-    """The row's text; empty where there is none."""
+    """The row's text; empty if there is none."""
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise SourceError(
@@ -143,8 +142,8 @@ def plain_text(row: Mapping[str, Any], column: str, place: str) -> str:
 
 
 def pair_messages(row: Mapping[str, Any], columns: Columns, place: str) -> list[dict[str, Any]]:
-    """System, user and assistant messages of the row's columns; those without text are left out. A column may hold
-    messages itself."""
+    """System, user and assistant messages from the row's columns; those without text are skipped. A column may itself
+    hold messages."""
     messages: list[dict[str, Any]] = []
     for role, names in (
         ("system", [columns.system]),
@@ -164,7 +163,7 @@ def pair_messages(row: Mapping[str, Any], columns: Columns, place: str) -> list[
 
 
 def row_tools(row: Mapping[str, Any], column: str, place: str) -> list[dict[str, Any]] | None:
-    """The row's tool schemas, given as a list or as JSON text; None where there are none."""
+    """The row's tool schemas, given as a list or as JSON text; None if there are none."""
     tools = row[column]
     if isinstance(tools, str):
         try:
@@ -180,8 +179,8 @@ def row_tools(row: Mapping[str, Any], column: str, place: str) -> list[dict[str,
 
 
 def normalise(messages: Any, place: str) -> list[dict[str, Any]]:
-    """Messages as {role, content, ...}, content text or a list of text parts, roles in the spelling of templates,
-    without the nulls that a table fills in. Raises SourceError with every problem of the row."""
+    """Messages as {role, content, ...}: content is text or a list of text parts, roles are spelled as templates expect,
+    and nulls that a table fills in are removed. Raises SourceError with every problem of the row."""
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise SourceError(
             f"{place}: must be a list of {{role, content}}, is {type(messages).__name__}; set calibration.format: text "
@@ -217,7 +216,7 @@ def normalise(messages: Any, place: str) -> list[dict[str, Any]]:
 
 
 def unknown_roles(table: Table, column: str, order: Sequence[int]) -> str | None:
-    """A line that counts the rows whose messages have roles that nothing is known of; None where there is none."""
+    """A message that counts the rows with unknown roles; None if there are none."""
     rows, names, looked = 0, Counter[str](), order[:_COUNTED]
     for row in table.rows([column], looked):
         messages = row[column] if isinstance(row[column], list) else []
@@ -228,7 +227,7 @@ def unknown_roles(table: Table, column: str, order: Sequence[int]) -> str | None
     if not rows:
         return None
     most = ", ".join(f"{name} ({count})" for name, count in names.most_common(5))
-    return f"{table.place}: {rows} of {len(looked)} rows have roles that are not known: {most}; rename or remove them"
+    return f"{table.place}: {rows} of {len(looked)} rows have unknown roles: {most}; rename or remove them"
 
 
 def without_nulls(value: Any) -> Any:
@@ -253,7 +252,7 @@ def _roles() -> str:
 
 
 def _text_parts(parts: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Parts that are text as {type: text, text}, and the kinds of those that are not."""
+    """The text parts as {type: text, text}, and the kinds of all other parts."""
     texts: list[dict[str, Any]] = []
     strange: dict[str, None] = {}
     for part in parts:

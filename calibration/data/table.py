@@ -1,4 +1,4 @@
-"""The data set that a recipe names, read with Hugging Face datasets: bundled, local files, a directory, the hub.
+"""Reads the data set that a recipe names with Hugging Face datasets: bundled, local files, a directory, the hub.
 
 No code of a data set runs: datasets 5 refuses loading scripts and pickles.
 """
@@ -25,27 +25,28 @@ from recipes.errors import SourceError
 from recipes.schema import Calibration
 
 BUNDLED = Path(__file__).parent / "bundled" / "texts.jsonl"
-"""The text set that ships with the project; its NOTICE names sources and licences."""
+"""The text set that ships with the project; its NOTICE names sources and licenses."""
 BUILDERS = {
     ".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".csv": "csv",
     ".tsv": "csv",
 }  # fmt: skip
 COMPRESSED = ".gz"
-"""May follow the suffix of a JSON or CSV file."""
+"""Suffixes that may follow the suffix of a JSON or CSV file."""
 MAX_ENTRIES = 100_000
-"""Files and directories below a data set's directory at most."""
+"""Most files and directories below a data set's directory."""
 
 
 EXPANSION, EXPANDED = 200, 1 << 30
-"""A compressed file of this many bytes and times its size is none of text, which gzip makes 3 to 20 times smaller."""
+"""A file that expands to more than this many bytes and this many times its size is not text, which gzip shrinks 3 to 20
+times."""
 LOOKED_INTO = 1 << 30
-"""Bytes of files that are read again to say what is wrong with a data set."""
+"""Bytes of files that are read again to describe what is wrong with a data set."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a data set. `books`: each is a whole .txt file. `place` begins every message about it; `files` are the
-    local ones, None for the hub."""
+    """The rows of a data set. With `books` each row is a whole .txt file. `place` begins every message about the data
+    set; `files` are its local files, None for the hub."""
 
     data: Any
     place: str
@@ -60,16 +61,16 @@ class Table:
         return list(self.data.column_names)
 
     def rows(self, columns: list[str], order: Iterable[int]) -> Iterator[Mapping[str, Any]]:
-        """The rows `order` of these columns. Raises SourceError for a row that cannot be read, and for a column of
-        images, audio or whatever else datasets would decode."""
+        """Yields these columns of the rows in `order`. Raises SourceError for a row that cannot be read, and for a
+        column of images, audio or anything else that datasets would decode."""
         wanted = self.data.select_columns(columns)
         for column, feature in (wanted.features or {}).items():
             if kind := _decoded(feature):
-                raise SourceError(f"{self.place}: column {column!r} holds {kind} and no text; name another column")
+                raise SourceError(f"{self.place}: column {column!r} holds {kind}, not text; name another column")
         for index in order:
             try:
                 row = wanted[index]
-            except Exception as error:  # Arrow reads the values here for the first time
+            except Exception as error:  # Arrow first reads the values here
                 problems = _damages(self.files) or [
                     f"row {index + 1} cannot be read: {first_line(error)}; is it UTF-8?"
                 ]
@@ -77,7 +78,8 @@ class Table:
             yield row
 
     def unfolded(self) -> Table:
-        """The rows in the one list of a table of one row (`{"version": 1, "data": [...]}`); else this table."""
+        """If the table has one row with one list (`{"version": 1, "data": [...]}`), the rows in that list; else this
+        table."""
         if len(self) != 1:
             return self
         (row,) = self.rows(self.columns, [0])
@@ -92,7 +94,7 @@ class Table:
 
 
 class _Rows:
-    """Rows that datasets does not read, with what `Table` needs of a datasets.Dataset."""
+    """Rows that datasets cannot read, with the methods of datasets.Dataset that `Table` needs."""
 
     features = None
 
@@ -113,7 +115,7 @@ class _Rows:
 def load_table(options: Calibration) -> Table:
     """The rows of the recipe's data set and split.
 
-    Raises SourceError for a data set that is missing, unreachable, damaged or empty, that holds anything but regular
+    Raises SourceError for a data set that is missing, unreachable, damaged or empty, that contains anything but regular
     files, and for an unknown split.
     """
     path = BUNDLED if options.dataset == "bundled" else Path(options.dataset).expanduser()
@@ -136,7 +138,7 @@ def load_table(options: Calibration) -> Table:
 
         return _guarded(options, files, read_directory)
     if mode is not None:
-        raise SourceError(f"calibration.dataset {options.dataset}: is no regular file (a device, pipe or socket)")
+        raise SourceError(f"calibration.dataset {options.dataset}: is not a regular file (a device, pipe or socket)")
     if builder_of(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", options.dataset):
         raise SourceError(
             f"calibration.dataset {options.dataset}: no such file or directory (relative paths start at "
@@ -152,7 +154,7 @@ def text_table(text: str) -> Table:
 
 
 def builder_of(path: Path) -> str | None:
-    """The builder of datasets that reads a file of this name; None for another kind of file."""
+    """The datasets builder for a file of this name; None for other kinds of files."""
     name = path.name.lower()
     builder = BUILDERS.get(Path(name.removesuffix(COMPRESSED)).suffix)
     return None if name.endswith(COMPRESSED) and builder not in ("json", "csv") else builder
@@ -163,12 +165,13 @@ def _mode(path: Path, options: Calibration) -> int | None:
         return path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # a loop of links, a name too long, no permission
+    except (OSError, ValueError) as error:  # a loop of links, a too long name, no permission
         raise SourceError(f"calibration.dataset {options.dataset}: cannot be read: {error}") from None
 
 
 def _look_through(directory: Path, options: Calibration) -> None:
-    """Raises SourceError for what would never end: links back to a directory above, pipes and devices, too many files."""
+    """Raises SourceError for anything that would never end: links to a parent directory, pipes and devices, too many
+    files."""
     place = f"calibration.dataset {options.dataset}"
     entries = 0
     above: dict[str, tuple[str, ...]] = {str(directory): (os.path.realpath(directory),)}
@@ -186,14 +189,14 @@ def _look_through(directory: Path, options: Calibration) -> None:
         for file in (Path(folder, name) for name in files):
             try:
                 regular = stat.S_ISREG(file.stat().st_mode)
-            except OSError:  # a link to nothing
+            except OSError:  # a broken link
                 continue
             if not regular:
-                raise SourceError(f"{place}: {file} is no regular file (a device, pipe or socket); remove it")
+                raise SourceError(f"{place}: {file} is not a regular file (a device, pipe or socket); remove it")
 
 
 def _check_inside(directory: Path, options: Calibration) -> None:
-    """Raises ValueError for files that the README.md of a directory names outside of it, or at another address."""
+    """Raises ValueError if the README.md of a directory names files outside it or at another address."""
     found = datasets.load_dataset_builder(str(directory), name=options.config_name).config.data_files or {}
     inside = tuple(f"{real}/" for real in (os.path.abspath(directory), os.path.realpath(directory)))
     for file in (str(file) for files in found.values() for file in files):
@@ -211,7 +214,7 @@ def _load_file(options: Calibration, path: Path) -> Table:
             f"{COMPRESSED}), not {path.suffix!r}"
         )
     if builder == "json" and _begins(path) == b"[[":
-        # The library would make one row of every message.
+        # The library would make each message a row.
         return _guarded(options, [path], lambda: _Rows(read_rows(path)))
     return _load_files(options, builder, [path])
 
@@ -230,15 +233,15 @@ def _load_files(options: Calibration, builder: str, files: list[Path]) -> Table:
         except datasets.exceptions.DatasetBuildError:
             if builder != "json":
                 raise
-            # What the library cannot put into one table (lists of messages, values of several types).
+            # The library cannot put these into one table (lists of messages, values of several types).
             return _Rows([row for file in files for row in read_rows(file)])
 
     return _guarded(options, files, read, books=builder == "text")
 
 
 def _check_expansion(file: Path) -> None:
-    """Raises ValueError for an archive, and for a small file that would fill disk and memory. datasets expands a file by
-    its content, whatever its name is."""
+    """Raises ValueError for an archive, and for a small file that would fill disk and memory. datasets decompresses a
+    file by its content, whatever its name."""
     packed = Extractor.infer_extractor_format(str(file))
     if packed is None:
         return
@@ -249,11 +252,11 @@ def _check_expansion(file: Path) -> None:
         while block := opened.read(1 << 20):
             size += len(block)
             if size > most:
-                raise ValueError(f"{file} expands to more than {most:,} bytes, which no text does")
+                raise ValueError(f"{file} expands to more than {most:,} bytes, which text never does")
 
 
 def _begins(path: Path) -> bytes:
-    """The first two bytes that are no space, after a byte order mark; nothing of a file that cannot be read."""
+    """The first two bytes that are not whitespace, after a byte order mark; empty if the file cannot be read."""
     try:
         with open_expanded(path) as file:
             return b"".join(file.read(4096).removeprefix(b"\xef\xbb\xbf").split())[:2]
@@ -271,14 +274,15 @@ def _from_disk(path: Path, split: str) -> datasets.Dataset:
 
 
 def _guarded(options: Calibration, files: list[Path] | None, read: Callable[[], Any], books: bool = False) -> Table:
-    """`read()` as a table, its many exceptions as one SourceError. `files` are the local ones, None for the hub."""
+    """The result of `read()` as a table; turns its many exceptions into one SourceError. `files` are the local files,
+    None for the hub."""
     place = f"calibration.dataset {options.dataset!r}"
     if files and not any(file.stat().st_size for file in files):
         raise SourceError([f"{place}: {file} is empty" for file in files])
     try:
         with _quiet(progress=files is None), guarded_reader():
             data = read()
-    except Exception as error:  # datasets raises a dozen types, some of them only from its dependencies
+    except Exception as error:  # datasets raises a dozen types, some only from its dependencies
         raise SourceError([f"{place}: {line}" for line in _explain(error, files, options.split)]) from error
     if len(data) == 0:
         raise SourceError(f"{place}: split {options.split!r} has no rows; name another split or data set")
@@ -303,14 +307,14 @@ def _explain(error: Exception, files: list[Path] | None, split: str) -> list[str
 
 
 def _damages(files: list[Path] | None) -> list[str]:
-    """What is wrong with the local files, of the first five where something is."""
+    """One problem for each damaged local file, at most five."""
     sizes = itertools.accumulate(file.stat().st_size for file in files or [])
     looked_into = [file for file, size in zip(files or [], sizes, strict=True) if size <= LOOKED_INTO]
     return list(itertools.islice((problem for file in looked_into if (problem := _damaged(file))), 5))
 
 
 def _damaged(file: Path) -> str | None:
-    """What is wrong with a file of text: the first line that does not parse or is not UTF-8; None if nothing is."""
+    """The problem of a text file: the first line that does not parse or is not UTF-8; None if there is none."""
     builder = builder_of(file)
     if builder == "json":
         try:
@@ -329,7 +333,8 @@ def _damaged(file: Path) -> str | None:
 
 
 def _decoded(feature: Any) -> str | None:
-    """The kind of a column that datasets decodes from files or addresses, which a data set would choose; else None."""
+    """The kind of a column that datasets decodes from files or addresses, which the data set could choose; else
+    None."""
     if isinstance(feature, dict):
         return next((kind for inner in feature.values() if (kind := _decoded(inner))), None)
     if isinstance(feature, list):
@@ -348,7 +353,7 @@ def first_line(error: BaseException | None) -> str:
 
 @contextmanager
 def _quiet(*, progress: bool) -> Iterator[None]:
-    """Keeps the libraries' own error logs from repeating what our one message says."""
+    """Silences the libraries' own error logs, which would repeat our message."""
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
     levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
     for logger in loggers:

@@ -1,1 +1,1 @@
-"""What a model family calls its tensors, which of them belong together, and which its config promises."""
+"""The model families: names of their tensors, groups of tensors, and the tensors that a config promises."""

@@ -1,4 +1,4 @@
-"""DeepSeek-V4: its grammar, the tensors that its config promises, its chat encoding.
+"""DeepSeek-V4: its grammar, the tensors that its config promises, and its chat encoding.
 
 Names and shapes are those of the hub's headers (DeepSeek-V4-Flash and -Pro). The draft head under `mtp.*` has one of two
 layouts. The first releases have MTP blocks. DeepSeek-V4-Flash-0731 and V4-Pro-0813 have DSpark: names by vllm 0.32
@@ -14,7 +14,7 @@ from calibration.families.deepseek_v4_encoding import ENCODING
 from calibration.families.family import EXPERT_LEAVES, ROUTER, Family, FP8Dialect
 from calibration.families.promised import ConfigReader, Wanted, linear, norm
 
-#: Scales of a block's hyper-connection: of what it reads, of what it writes, of how its streams mix.
+#: The scales of a block's hyper-connection: for reading, for writing, and for mixing its streams.
 _MHC_SCALES = 3
 
 
@@ -30,7 +30,8 @@ def _promised(c: ConfigReader) -> Iterator[tuple[str, Wanted]]:
     for block in range(blocks):
         yield from _block(c, f"layers.{block}", ratios[block] if ratios else 0, block < hashed)
     if any(key in c.values for key in ("dspark_target_layer_ids", "dspark_markov_rank", "dspark_block_size")):
-        # num_nextn_predict_layers stays 1 beside three blocks: vLLM takes n_mtp_layers, SGLang one for each target layer.
+        # num_nextn_predict_layers is 1 although there are three blocks: vLLM reads n_mtp_layers, SGLang takes one per
+        # target layer.
         count = c.number("n_mtp_layers", 0) or len(c.numbers("dspark_target_layer_ids", 1))
         for number in range(count):
             yield from _block(c, f"mtp.{number}", 0, False)
@@ -47,8 +48,9 @@ def _promised(c: ConfigReader) -> Iterator[tuple[str, Wanted]]:
 
 
 def dspark_ends(c: ConfigReader, blocks: int, markov: tuple[str, str]) -> Iterator[tuple[str, Wanted]]:
-    """What a DSpark draft head has beside its blocks: the first takes the target's hidden states in, the last gives tokens.
-    `markov` are the leaves of the Markov head's two factors, [vocabulary, rank] each."""
+    """The tensors of a DSpark draft head besides its blocks: input of the target's hidden states before the first
+    block, output of tokens after the last. `markov` are the leaf names of the Markov head's two factors, [vocabulary,
+    rank] each."""
     d, vocab, rank = c.number("hidden_size"), c.number("vocab_size"), c.number("dspark_markov_rank")
     last, (embed, head) = f"mtp.{blocks - 1}", markov
     yield from linear("mtp.0.main_proj", d, d * len(c.numbers("dspark_target_layer_ids", 1)))
@@ -67,7 +69,8 @@ def hyper_connection(prefix: str, outputs: int, scales: int, width: int) -> Iter
 
 
 def block_frame(c: ConfigReader, prefix: str, experts: int) -> Iterator[tuple[str, Wanted]]:
-    """What every block has, whatever it compresses and however it routes: norms, attention, hyper-connections, experts."""
+    """The tensors that every block has, regardless of compression and routing: norms, attention, hyper-connections,
+    experts."""
     d, heads, head_dim = c.number("hidden_size"), c.number("num_attention_heads"), c.number("head_dim")
     rank, groups, width = c.number("q_lora_rank"), c.number("o_groups"), c.number("moe_intermediate_size")
     attn, ffn, mhc = f"{prefix}.attn", f"{prefix}.ffn", c.number("hc_mult")

@@ -1,10 +1,10 @@
 """DeepSeek-V4.1 (`deepseek_v41`): DeepSeek-V4's experts and hyper-connections, compressed keys and values that blocks share,
 Engram tables, a vision tower, a DSpark draft head.
 
-Names and shapes: vllm 0.32, models/deepseek_v41 (attention.py, compressor.py, common/engram.py, nvidia/dspark.py, the weights
-mapper of nvidia/model.py) and models/deepseek_v4/common/vision.py. They give the 96,085 tensors and 510,286,023,000 bytes of
-the published DeepSeek-V4.1-Flash (revision dba1be0; EfficientMoE/MoE-Infinity pull request 210). transformers 5.17 has no code
-of it.
+Names and shapes: vllm 0.32, models/deepseek_v41 (attention.py, compressor.py, common/engram.py, nvidia/dspark.py, the
+weights mapper of nvidia/model.py) and models/deepseek_v4/common/vision.py. They give the 96,085 tensors and
+510,286,023,000 bytes of the published DeepSeek-V4.1-Flash (revision dba1be0; EfficientMoE/MoE-Infinity pull request
+210). transformers 5.17 does not support this model.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def _layers(c: ConfigReader, key: str) -> list[int]:
 
 def _block(c: ConfigReader, prefix: str, experts: int, seeing: bool) -> Iterator[tuple[str, Wanted]]:
     yield from block_frame(c, prefix, experts)
-    # Image tokens are routed with a bias of their own.
+    # Image tokens have a routing bias of their own.
     for bias in ("bias", "bias_vl") if seeing else ("bias",):
         yield f"{prefix}.ffn.gate.{bias}", Wanted((experts,), "float32")
 
 
 def _owned(c: ConfigReader, attn: str, ratio: int) -> Iterator[tuple[str, Wanted]]:
-    """Compressed keys and values that this block and those after it read."""
+    """The compressed keys and values that this block and later ones read."""
     d, width, index = c.number("hidden_size"), c.number("head_dim"), c.number("index_head_dim")
     yield norm(f"{attn}.compressor.norm", width)
     for name in ("wkv", "wgate") if ratio > 1 else ("wkv",):
@@ -96,7 +96,8 @@ def _unquantized(name: str, rows: int, columns: int) -> Iterator[tuple[str, Want
 
 
 def _draft(c: ConfigReader, experts: int, seeing: bool) -> Iterator[tuple[str, Wanted]]:
-    """DSpark as in DeepSeek-V4, but for its own number of experts, the Markov head's names, and no learned hc_head."""
+    """DSpark as in DeepSeek-V4, except that it has its own number of experts, other names in the Markov head, and no
+    learned hc_head."""
     count = c.number("num_nextn_predict_layers", 0)
     for number in range(count):
         yield from _block(c, f"mtp.{number}", c.number("dspark_n_routed_experts", 0) or experts, seeing)
@@ -121,7 +122,7 @@ DEEPSEEK_V41 = replace(
         (r"^(vision|aligner)\.", "vLLM runs the vision tower unquantized"),
     ),
     native_parts=("Engram table",),
-    # No class of transformers has these modules, and vLLM hides the vision tower's wrapper in one more prefix.
+    # No class of transformers has these modules, and vLLM adds a prefix for the vision tower's wrapper.
     renames=(),
     serving_renames=(
         (r"^(layers|norm)\b", r"language_model.model.\1"),

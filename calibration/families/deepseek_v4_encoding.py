@@ -1,14 +1,15 @@
-"""DeepSeek-V4's chat format, which its tokenizer has no template for.
+"""DeepSeek-V4's chat format, for which its tokenizer has no template.
 
-An own rendering of the public format of `encoding/encoding_dsv4.py` in the hub repositories DeepSeek-V4-Flash and -Pro,
-as vLLM carries it in `vllm/tokenizers/deepseek_v4_encoding.py`; equal to that file's `encode_messages` for the roles
-below, without a reasoning-effort preface. A copy that a checkpoint ships is never executed: a source is data.
+An independent implementation of the public format of `encoding/encoding_dsv4.py` in the hub repositories
+DeepSeek-V4-Flash and -Pro, which vLLM contains as `vllm/tokenizers/deepseek_v4_encoding.py`. It equals that file's
+`encode_messages` for the roles below, without a reasoning-effort preface. The copy in a checkpoint is never executed: a
+source is data.
 
     BOS {system} <User> {content} <Assistant> </think> {content} EOS                         a plain answer
     BOS {system} <User> {content} <Assistant> <think> {reasoning} </think> {content} EOS     an answer with reasoning
 
-(without the blanks). As there, reasoning before the last user message is dropped. Not rendered, because a calibration
-set has no use for them: tool schemas, response formats, images, internal tasks.
+(without the blanks). As in vLLM, reasoning before the last user message is dropped. Tool schemas, response formats,
+images and internal tasks are not rendered, because a calibration set does not use them.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ DSML = "\uff5cDSML\uff5c"
 def render(messages: Sequence[Mapping[str, Any]]) -> str:
     """The conversation as one string, beginning with BOS.
 
-    A message is {role, content}, role one of ROLES; an assistant's may carry `reasoning_content` (or `reasoning`) and
-    `tool_calls` in OpenAI's form. The conversation is in thinking mode when its last answer carries reasoning.
-    Raises ValueError for another role, a key that is not rendered, and content that is not text.
+    A message is {role, content}, with a role in ROLES; an assistant's message may have `reasoning_content` (or
+    `reasoning`) and `tool_calls` in OpenAI's form. The conversation is in thinking mode if its last answer has
+    reasoning. Raises ValueError for another role, a key that is not rendered, and content that is not text.
     """
     turns = _turns(messages)
     last_user = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
@@ -59,7 +60,7 @@ def render(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The messages checked, with tool results and consecutive user messages joined into one user turn."""
+    """Checks the messages; joins tool results and consecutive user messages into one user turn."""
     turns: list[dict[str, Any]] = []
     joinable = False
     order: dict[str, int] = {}
@@ -100,7 +101,7 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _in_call_order(pieces: list[tuple[int | None, str]]) -> list[str]:
-    """Tool results in the order of the calls they answer; text stays where it is."""
+    """Sorts tool results in the order of the calls they answer; text keeps its place."""
     results = iter(sorted((piece for piece in pieces if piece[0] is not None), key=lambda piece: piece[0] or 0))
     return [text if call is None else next(results)[1] for call, text in pieces]
 

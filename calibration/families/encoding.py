@@ -1,4 +1,4 @@
-"""A family's own chat format, for tokenizers that bring no template."""
+"""A family's own chat format, for tokenizers without a template."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-#: Who may speak in a conversation.
+#: The roles of messages in a conversation.
 ROLES = frozenset({"system", "developer", "user", "tool", "assistant"})
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a family writes a conversation. `name` is what a recipe calls it, `title` what a message calls it. `render` makes
-    the text of messages {role, content: text or text parts, ...} and raises ValueError for what it has no form for.
-    `shipped` is the code that the family's checkpoints bring for it, which is never executed."""
+    """A family's chat format. `name` is its name in recipes, `title` in messages. `render` turns messages {role,
+    content: text or text parts, ...} into text and raises ValueError for anything it cannot express. `shipped` is the
+    code for it in the family's checkpoints, which is never executed."""
 
     name: str
     title: str

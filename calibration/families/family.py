@@ -1,4 +1,4 @@
-"""What is known of a model family, as one value: its grammar, the tensors that its config promises, what serves it.
+"""Describes a model family as one value: its grammar, the tensors that its config promises, and how it is served.
 
 Source names are those of the hub checkpoint. The families themselves are in modules of their own, listed in
 `calibration.families.registry`; nothing outside this folder knows how a family spells its modules.
@@ -18,12 +18,12 @@ from calibration.families.promised import Promise
 
 ROUTED, SHARED, ROUTER = "routed expert", "shared expert", "router"
 
-#: Parts whose weights are not linear layers; `Linear` in a recipe never means them.
+#: Parts whose weights are not linear layers; `Linear` in a recipe never matches them.
 NOT_LINEAR = frozenset({
     "embedding", "router", "norm", "mHC", "sink", "compressor position", "Engram table", "Markov head", "confidence head",
 })  # fmt: skip
 
-#: The projections of an expert on the hub, as DeepSeek and Mixtral have them, and in transformers.
+#: The projections of an expert as DeepSeek and Mixtral name them on the hub, and as transformers names them.
 EXPERT_LEAVES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
 
 
@@ -39,10 +39,10 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class FP8Dialect:
-    """NVIDIA's dialect of a family that keeps `quant_method: fp8`: its routed experts are NVFP4, its other linear layers
-    FP8 in tiles with E8M0 scales. `not_nvfp4` and `draft` name, in the words of NVIDIA's own files, what stays FP8 and the
-    draft head; `built_plain` are the parts that the engine builds without a quantization, `tile` is the one that it takes
-    for every layer, and `config` what it needs in config.json before it looks for NVFP4."""
+    """NVIDIA's dialect of a family that keeps `quant_method: fp8`: its routed experts are NVFP4, its other linear
+    layers FP8 in tiles with E8M0 scales. `not_nvfp4` and `draft` are the patterns in NVIDIA's own files for what stays
+    FP8 and for the draft head; `built_plain` are the parts that the engine builds unquantized, `tile` is the tile that
+    it assumes for every layer, and `config` the fields of config.json that it needs before it looks for NVFP4."""
 
     not_nvfp4: tuple[str, ...]
     draft: str
@@ -53,7 +53,7 @@ class FP8Dialect:
 
 @dataclass(frozen=True)
 class Family:
-    """One family. Patterns are searched in source names; the first part that fits wins."""
+    """One family. Patterns are searched in source names; the first matching part wins."""
 
     name: str
     model_types: tuple[str, ...]
@@ -63,12 +63,12 @@ class Family:
     #: Yields the tensors that a config.json of this family promises.
     promised: Promise
     renames: tuple[tuple[str, str], ...] = ()
-    #: Matches the tensors of MTP blocks; its group, if it took part, is the block's number.
+    #: Matches the tensors of MTP blocks; its group, if it matched, is the block's number.
     mtp: str = r"(?!)()"
-    #: MTP blocks are numbered after the others, as many as the config says (`of_config`).
+    #: Whether MTP blocks are numbered after the others; the config has their number (`of_config`).
     mtp_follows: bool = False
     expert: str = r"\.experts\.(\d+)\."
-    #: Linear layers that must stay as they are, each pattern with its reason.
+    #: Linear layers that must stay unquantized, each pattern with its reason.
     never_quantized: tuple[tuple[str, str], ...] = ()
     #: Linear layers that transformers does not run as one matrix product, so that no observer sees their input.
     not_observed: str = r"(?!)"
@@ -76,25 +76,25 @@ class Family:
     serving_leaves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     #: vLLM's module tree from source modules, as `renames`.
     serving_renames: tuple[tuple[str, str], ...] = ()
-    #: Parts beside the linear layers that vLLM quantizes where a target names them.
+    #: Parts, besides linear layers, that vLLM quantizes if a target matches them.
     serving_quantizes: tuple[str, ...] = ()
-    #: Fields of config.json that the serving engine needs changed once routed experts are NVFP4.
+    #: Fields of config.json that the serving engine needs changed if routed experts are NVFP4.
     serving_config: tuple[tuple[str, Any], ...] = ()
     #: None if modelopt's own form describes it.
     fp8_dialect: FP8Dialect | None = None
-    #: Parts that every engine reads in their stored form alone: copied byte for byte with their scales, whatever the method.
+    #: Parts that engines only read in their stored format: copied byte for byte with their scales, whatever the method.
     native_parts: tuple[str, ...] = ()
     #: The field of config.json that holds the language model's fields, if they are nested.
     language: str = ""
-    #: Why no forward pass can be made, and so no calibration, if that is so.
+    #: Why the family cannot be calibrated (there is no forward pass), or empty.
     not_calibrated: str = ""
-    #: The chat format of its own, if its tokenizers bring no template.
+    #: The family's own chat format, if its tokenizers have no template.
     encoding: Encoding | None = None
-    #: Whether this grammar is read from transformers for one config (`calibration.families.derived`), and no table's.
+    #: Whether this grammar is derived from transformers for one config (`calibration.families.derived`), not from a table.
     derived: bool = False
 
     def of_config(self, config: dict[str, Any]) -> Family:
-        """This family with what a config alone tells of its grammar: which numbers are those of MTP blocks."""
+        """This family with the part of its grammar that only a config contains: the numbers of its MTP blocks."""
         first, count = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
         if not (self.mtp_follows and isinstance(first, int) and isinstance(count, int) and count > 0):
             return self
@@ -116,13 +116,13 @@ class Family:
         return Place(int(block[1]) if block else None, part, int(expert[1]) if expert else None, mtp)
 
     def mtp_blocks(self, tensors: Iterable[str]) -> set[str]:
-        """The numbers of the MTP blocks that these source tensors are of."""
+        """The numbers of the MTP blocks to which these source tensors belong."""
         found = (re.search(self.mtp, tensor) for tensor in tensors)
         return {match[1] for match in found if match is not None and match[1] is not None}
 
     def model_name(self, name: str) -> str | None:
         """The name in transformers' module tree with linearized experts (llm-compressor's LinearExperts2D) of a source
-        tensor or module; None where transformers has no such module (MTP)."""
+        tensor or module; None if transformers has no such module (MTP)."""
         if re.search(self.mtp, name):
             return None
         for pattern, replacement in self.renames:
@@ -130,9 +130,9 @@ class Family:
         return name
 
     def serving_names(self, module: str) -> tuple[str, ...]:
-        """The names under which vLLM resolves quantization targets for a source module, its own tree's first: routed
-        experts through expert 0 alone and by one spelling or the other (its CUDA and CPU models differ), a fused
-        projection by its own leaf, another one by the tree's. Empty for MTP."""
+        """The names with which vLLM looks up the quantization target of a source module, the name in its own module
+        tree first. It looks up routed experts only through expert 0, under either of two spellings (its CUDA and CPU
+        models differ), a fused projection under its own leaf, and others under the tree's. Empty for MTP."""
         if re.search(self.mtp, module):
             return ()
         tree = re.sub(self.expert, ".experts.0.", module)

@@ -1,5 +1,5 @@
-"""Families that name their modules as most of the hub does, `model.layers.N.self_attn.q_proj`: Llama, Mistral, Qwen3,
-Qwen3-MoE, GLM-4.5 to 4.7, Mixtral. What their configs promise follows transformers/models/*/modeling_*.py (5.17)."""
+"""Families with the hub's most common module names, `model.layers.N.self_attn.q_proj`: Llama, Mistral, Qwen3,
+Qwen3-MoE, GLM-4.5 to 4.7, Mixtral. The promised tensors follow transformers/models/*/modeling_*.py (5.17)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class Experts:
-    """What a family calls its routed experts: their module in a block, the projections of each, and the config's fields
-    for their number (the first that is there) and their width (None: that of a dense MLP)."""
+    """How a family names its routed experts: their module in a block, the projections of each, and the config's fields
+    for their number (the first one present) and their width (None: that of a dense MLP)."""
 
     module: str = "mlp"
     gate: str = "gate_proj"
@@ -40,9 +40,10 @@ class Experts:
     down: str = "down_proj"
     number: tuple[str, ...] = ("num_experts",)
     width: str | None = "moe_intermediate_size"
-    #: The field that counts shared experts, which are one MLP of so many times the width; None: there are none.
+    #: The field with the number of shared experts, which form one MLP of that many times the width; None: there are
+    #: none.
     shared: str | None = None
-    #: The field that counts the dense blocks before the first one with experts; None: there are none.
+    #: The field with the number of dense blocks before the first one with experts; None: there are none.
     dense_before: str | None = None
     #: Whether the router has DeepSeek-V3's bias on its scores.
     scores_bias: bool = False
@@ -50,7 +51,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of a config, each read once: what one lacks is one problem."""
+    """The numbers of a config, each read once, so that a missing one is only one problem."""
 
     hidden: int
     heads: int
@@ -71,9 +72,9 @@ class _Sizes:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The tensors that the config of such a model promises. `head_norms`: whether q and k have norms, or the field that
-    says so. `usual_head_dim` instead of the hidden width by heads if the config names none. `output_bias`: whether
-    attention_bias means o_proj too."""
+    """Generates the tensors that the config of such a model promises. `head_norms`: whether q and k have norms, or the
+    field with that flag. `usual_head_dim` replaces hidden width / heads if the config names no head_dim. `output_bias`:
+    whether attention_bias includes o_proj."""
 
     experts: Experts | None = None
     head_norms: bool | str = False

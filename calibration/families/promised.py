@@ -1,6 +1,6 @@
-"""What the families say with: the tensors that a checkpoint's own config.json promises, by names, shapes and kinds.
+"""The vocabulary of the families for the tensors that a checkpoint's own config.json promises: names, shapes and kinds.
 
-A logical tensor is a source's: a weight is `<module>.weight` `[M, K]` however it is stored, its scales are companions.
+A logical tensor is independent of the stored format: a weight is `<module>.weight` `[M, K]`, its scales are companions.
 Shapes follow transformers' modules of each family (5.17) and, for DeepSeek-V4, the hub checkpoints' headers.
 """
 
@@ -22,9 +22,9 @@ ADDED = ("k_scale", "v_scale", "q_scale", "kv_scale", "inv_freq")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A logical tensor that the config promises. linear may be stored quantized, plain (in the config's
-    dtype), float (in any) and float32 may not, table holds
-    integers, fp8 is E4M3 with scales in every checkpoint. `optional`: may be left out (a tied head)."""
+    """A logical tensor that the config promises. `kind`: linear may be stored quantized; plain (in the config's dtype),
+    float (in any float dtype) and float32 may not; table contains integers; fp8 is E4M3 with scales in every
+    checkpoint. `optional`: may be absent (a tied head)."""
 
     shape: Shape
     kind: Kind = "linear"
@@ -32,22 +32,22 @@ class Wanted:
 
 
 class ConfigReader:
-    """Reads fields of a config. `problems` is what it missed or found of a wrong type, as messages. `within` is the field that
-    holds these, if they are nested."""
+    """Reads fields of a config. `problems` collects messages about fields that are missing or of a wrong type. `within`
+    is the field that contains these, if they are nested."""
 
     def __init__(self, values: dict[str, Any], within: str = "") -> None:
         self.values, self.problems = values, list[str]()
         self._where = f"config.json: {within}." if within else "config.json: "
 
     def part(self, key: str) -> ConfigReader:
-        """A reader of the mapping in a field, an empty one if there is none; its problems are this one's."""
+        """A reader of the mapping in a field, or of an empty one; it shares this reader's `problems`."""
         value = self.values.get(key)
         reader = ConfigReader(value if isinstance(value, dict) else {}, key)
         reader.problems = self.problems
         return reader
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 0; 0 and a problem if there is none and no default."""
+        """A whole number of at least 0; 0 and a problem if it is missing and has no default."""
         value = self.values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -57,7 +57,7 @@ class ConfigReader:
         return value
 
     def numbers(self, key: str, least: int) -> list[int]:
-        """At least `least` whole numbers; an empty list and a problem if there are none."""
+        """A list of at least `least` whole numbers; an empty list and a problem if it is missing."""
         value = self.values.get(key)
         if not isinstance(value, list) or len(value) < least or not all(isinstance(n, int) for n in value):
             found = "is missing" if value is None else f"is {str(value)[:60]}"
@@ -70,7 +70,7 @@ class ConfigReader:
         return self.values.get(key) is True
 
 
-#: Yields the logical tensors, name by name, that a config promises; what it misses in the config it leaves to the reader.
+#: Yields the logical tensors that a config promises; missing fields become the reader's problems.
 Promise = Callable[[ConfigReader], Iterator[tuple[str, Wanted]]]
 
 

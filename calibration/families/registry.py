@@ -1,5 +1,5 @@
-"""The families that are known here. A model type that is none of theirs raises: another family's grammar or promised
-tensors say nothing about it."""
+"""The known families. An unknown model type raises SourceError: another family's grammar or promised tensors say
+nothing about it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from calibration.families.family import Family
 from calibration.families.promised import ConfigReader, Wanted
 
 FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, DEEPSEEK_V41, *huggingface.FAMILIES)
-#: The chat formats that a recipe may name and a tokenizer may have the special tokens of.
+#: The chat formats that a recipe may name; a tokenizer with their special tokens has them.
 ENCODINGS = tuple(dict.fromkeys(family.encoding for family in FAMILIES if family.encoding is not None))
 
 
 def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """The family of a checkpoint by its `model_type`. Raises SourceError for one that was never checked here."""
+    """The family of a checkpoint by its `model_type`. Raises SourceError for an unknown one."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -29,8 +29,8 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the language model: those of config.json, and for a family that nests them (`Family.language`) the nested
-    ones before them. A family that is not known nests nothing."""
+    """The fields of the language model: those of config.json, overridden by the nested ones if the family nests them
+    (`Family.language`). An unknown family nests nothing."""
     nested = next((family.language for family in FAMILIES if config.get("model_type") in family.model_types), "")
     inner = config.get(nested)
     return (
@@ -39,10 +39,10 @@ def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, Wanted], list[str]]:
-    """Every logical tensor of a checkpoint with this config, and what the config itself lacks or has wrong. Without a whole
-    config the tensors are empty: nothing can be derived from it. Raises SourceError for a model_type of no family here."""
+    """Every logical tensor of a checkpoint with this config, and the problems of the config. If it has problems, the
+    tensors are empty, because nothing can be derived from it. Raises SourceError for an unknown model_type."""
     family = family_of(config)
     reader = ConfigReader(language_config(config), family.language)
     tensors = dict(family.promised(reader))
-    # A field that every block needs is missed once for each.
+    # A field that every block needs is reported once per block.
     return ({}, list(dict.fromkeys(reader.problems))) if reader.problems else (tensors, [])

@@ -1,1 +1,1 @@
-"""What a run costs, told before it starts."""
+"""Predicts what a run costs before it starts."""

@@ -1,6 +1,6 @@
-"""What a run must compute, move and hold, from headers and the recipe alone: operations, bytes and counts, no seconds.
+"""Counts what a run must compute, move and hold, from headers and the recipe: operations and bytes, no seconds.
 
-The formulas stand in docs/cost-model.md; `tests/benchmarks/cost_model.py` applies them to DeepSeek-V4-Flash and -Pro.
+docs/cost-model.md has the formulas; `tests/benchmarks/cost_model.py` applies them to DeepSeek-V4-Flash and -Pro.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from recipes.schema import Recipe
 Shapes = Sequence[tuple[int, int]]
 #: Bytes per value of activations and of dequantized weights: BF16.
 BF16 = 2
-#: Bytes per token of what travels beside the hidden states: ids, mask and positions (int64), rotary tables not counted.
+#: Bytes per token of values besides the hidden states: ids, mask and positions (int64), without rotary tables.
 _BESIDE = 24
 
 
 @dataclass(frozen=True, order=True)
 class Product:
-    """A matrix product that a block makes: `[tokens * share, columns] x [columns, rows]`. `share` is below 1 where only
-    routed tokens enter (the mean over the experts). `use`: gate and up of a routed expert, which all read one input; its
+    """A matrix product of a block: `[tokens * share, columns] x [columns, rows]`. `share` is below 1 if only routed
+    tokens enter (the mean over the experts). `use`: gate or up of a routed expert, all of which read one input; its
     down; any other layer."""
 
     rows: int
@@ -39,15 +39,15 @@ class Product:
 
     @property
     def operations(self) -> float:
-        """Per token of the batch."""
+        """Operations per token of the batch."""
         return 2.0 * self.rows * self.columns * self.share
 
 
 @dataclass(frozen=True)
 class BlockCost:
-    """One block, or with `number` None all that stands outside the blocks. `products` counts equal matrix products;
-    `values` are logical weights, `quantized` those that become NVFP4 or FP8 tiles, in `modules` modules; `reads` are
-    source bytes by stored format."""
+    """The cost of one block; with `number` None, of everything outside the blocks. `products` counts equal matrix
+    products; `values` is the number of logical weights, `quantized` of those that become NVFP4 or FP8 tiles, in
+    `modules` modules; `reads` maps stored formats to source bytes."""
 
     number: int | None
     products: Counter[Product] = field(default_factory=Counter)
@@ -63,13 +63,13 @@ class BlockCost:
         return sum(self.reads.values())
 
     def operations(self, length: int) -> float:
-        """Per token of samples of `length` tokens: 2 per weight and product, and eager attention over the whole sample
-        (scores and values, `4 heads head_dim length`)."""
+        """Operations per token of samples of `length` tokens: 2 per weight and product, and eager attention over the
+        whole sample (scores and values, `4 heads head_dim length`)."""
         heads, dim = self.attention
         return sum(p.operations * count for p, count in self.products.items()) + 4.0 * heads * dim * length
 
     def outside_experts(self, length: int) -> float:
-        """The share of `operations` that is not in routed experts."""
+        """The fraction of `operations` outside routed experts."""
         inside = sum(p.operations * count for p, count in self.products.items() if p.use != "layer")
         return 1 - inside / self.operations(length) if inside else 1.0
 
@@ -83,8 +83,9 @@ def products(
 ) -> dict[int, Counter[Product]]:
     """Block number -> its matrix products, from weight shapes by source tensor name.
 
-    With `all_experts` every token passes gate and up of every routed expert; down only the experts it is routed to, or
-    all with `everything` (stock llm-compressor). Routers and what is no linear layer are left out.
+    With `all_experts` every token passes gate and up of every routed expert, but down only of the experts it is routed
+    to, or of all with `everything` (stock llm-compressor). Routers and modules that are not linear layers are not
+    counted.
     """
     layers: dict[int, Counter[Product]] = {}
     gated = {leaf for group in family.fused_leaves for leaf in group}
@@ -113,14 +114,14 @@ def products(
 
 
 def attention(config: Mapping[str, Any]) -> tuple[int, int]:
-    """Heads and their dimension."""
+    """The number of attention heads and their dimension."""
     config = language_config(config)
     heads = int(config.get("num_attention_heads") or 0)
     return heads, int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
 
 
 def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[BlockCost]:
-    """Every block of a plan in order, then (number None) the rest; `all_experts` as in `products`."""
+    """The cost of every block of a plan in order, then (number None) of the rest; `all_experts` as in `products`."""
     checkpoint, family = formats.checkpoint, plan.family
     weights = {name: formats.of(name).shape for name in checkpoint.tensors if name not in formats.companions}
     per_block = products(family, weights, checkpoint.config, all_experts=all_experts)
@@ -153,14 +154,14 @@ def hidden_width(config: Mapping[str, Any]) -> int:
 
 
 def boundary_bytes(width: int, batches: Sequence[tuple[int, int]]) -> int:
-    """Activations between two blocks of batches `(samples, tokens each)`: hidden states and the causal mask in BF16, ids
-    and positions."""
+    """Bytes of the activations between two blocks for batches `(samples, tokens each)`: hidden states and the causal
+    mask in BF16, ids and positions."""
     return sum(n * t * (BF16 * width + _BESIDE) + n * t * t * BF16 for n, t in batches)
 
 
 def scratch_bytes(boundary: int, blocks: int, max_host_memory: int | None) -> int:
-    """Most bytes of activations on disk at any time: those that enter and leave a block. What enters the first one is
-    there only as far as it passes `max_host_memory`, nothing leaves the last."""
+    """Most bytes of activations on disk at any time: those that enter and those that leave a block. Those that enter
+    the first block are only on disk as far as they exceed `max_host_memory`; none leave the last."""
     first = max(boundary - (max_host_memory or 0), 0)
     return max(first + (boundary if blocks > 1 else 0), boundary * min(2, max(blocks - 1, 0)))
 
@@ -175,12 +176,12 @@ def nominal_shapes(recipe: Recipe) -> list[tuple[int, int]]:
 
 
 def needs(task: Task) -> dict[str, int]:
-    """Disk and memory that a run needs, in bytes, from headers alone: its output, what it reads, the largest block in
-    BF16, and the activations between two blocks."""
+    """Disk and memory that a run needs, in bytes, from headers: its output, what it reads, the largest block in BF16,
+    and the activations between two blocks."""
     block_bytes: dict[int, int] = {}
     for name in task.source.tensors:
         place = task.family.place(name)
-        # What is copied in its stored form is never in memory as a whole.
+        # Tensors copied in their stored format are never in memory as a whole.
         native = place.part in task.family.native_parts
         if place.block is not None and name not in task.formats.companions and not native:
             block_bytes[place.block] = block_bytes.get(place.block, 0) + BF16 * math.prod(task.formats.of(name).shape)

@@ -1,7 +1,8 @@
-"""What a run takes, stage by stage, before it runs.
+"""Predicts what a run takes, stage by stage.
 
-A stage's cost is counts (`calibration.forecast.cost`) times seconds per unit, measured now (`calibration.forecast.speed`),
-or, once a block of every kind has been rehearsed, that block's own seconds. Formulas and errors: docs/cost-model.md.
+A stage's cost is counts (`calibration.forecast.cost`) times seconds per unit, measured now
+(`calibration.forecast.speed`), or, after a rehearsal of a block of every kind, that block's own seconds. Formulas and
+errors: docs/cost-model.md.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from calibration.runs.memory import anonymous_memory
 if TYPE_CHECKING:  # llm-compressor takes seconds to import
     from calibration.forecast.rehearsal import Rehearsal
 
-#: Processor seconds per quantized module before the first forward pass: empty model, observers, trace. Measured on the
+#: CPU seconds per quantized module before the first forward pass: empty model, observers, trace. Measured on the
 #: headers of V4-Pro (docs/cost-model.md), 49.0 s for 70,455 modules.
 _START = 0.0007
-#: Batches per block that are run twice, to compare with the model's own forward (calibration.model.parity).
+#: Batches per block that run twice, for the comparison with the model's own forward (calibration.model.parity).
 _PARITY = 2
-#: Passes over the hidden states of a block beside its products: norms, residuals, rotary positions.
+#: Passes over the hidden states in a block besides its products: norms, residuals, rotary positions.
 _NORMS = 8
 #: Anonymous memory of a run of a tiny model: libraries, tokenizer, data set. Measured (2-block Llama, 0.4 MB).
 _IMPORTED = 380_000_000
@@ -42,8 +43,8 @@ _IMPORTED = 380_000_000
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of a run beyond its headers: the `shapes` of its batches (`(samples, tokens each)`), the bytes of the
-    activations at a `boundary` between blocks, and what a block of every kind took in the `rehearsal`."""
+    """What is known about a run beyond its headers: the `shapes` of its batches (`(samples, tokens each)`), the bytes
+    of the activations at a `boundary` between blocks, and the `rehearsal` of a block of every kind."""
 
     shapes: Shapes | None = None
     boundary: int | None = None
@@ -53,8 +54,9 @@ class Seen:
 def predict(
     task: Task, machine: Machine, seen: Seen | None = None, finished: Collection[int] = (), ranks: int = 1
 ) -> dict[str, Any]:
-    """`stages`: per stage `seconds`, `cpu_seconds`, `bytes_read`, `bytes_written`, `peak_memory` and the `terms` that make
-    up the seconds; `notes`: how each came about. Blocks that are `finished` cost nothing; `ranks` share the batches."""
+    """The prediction as JSON. `stages`: per stage `seconds`, `cpu_seconds`, `bytes_read`, `bytes_written`,
+    `peak_memory` and the `terms` that make up the seconds; `notes`: how the figures were obtained. Blocks that are
+    `finished` cost nothing; batches are divided among `ranks`."""
     seen, notes = seen or Seen(), list[str]()
     if machine.write is None:
         notes.append(
@@ -68,7 +70,7 @@ def predict(
     costs = [cost for cost in every if cost.number not in finished or cost.number is None]
     if task.recipe.method == "calibrate":
         if seen.shapes is None:
-            notes.append("every sample is taken to be max_seq_length tokens long: at most this")
+            notes.append("every sample is assumed to have max_seq_length tokens: this is an upper bound")
             seen = replace(seen, shapes=nominal_shapes(task.recipe))
         work = _Calibration(task, machine, costs, seen, ranks).work(notes)
     else:
@@ -98,7 +100,7 @@ class _Calibration:
         blocks = [cost for cost in costs if cost.number is not None]
         largest = max(shapes, key=lambda shape: shape[0] * shape[1])
         tokens = sum(n * t for n, t in shapes)
-        # The passes of this rank's batches, and those of the parity samples, in units of the largest batch.
+        # The passes of this rank's batches and of the parity samples, in units of the largest batch.
         passes = (1 if _one_pass(self.task) else 2) / self.ranks
         passed = passes * tokens / (largest[0] * largest[1])
         squares = passes * sum(n * t * t for n, t in shapes) / (largest[0] * largest[1] ** 2)
@@ -108,9 +110,7 @@ class _Calibration:
         terms = dict.fromkeys(("start", "load", "forward", "observe", "quantize", "write", "activations"), Spent())
         terms["start"] = Spent(_START, _START) * sum(cost.modules for cost in costs)
         if self.ranks > 1:
-            notes.append(
-                f"{self.ranks} ranks, as if each had this machine to itself; loads and writes are not shared out"
-            )
+            notes.append(f"{self.ranks} ranks, as if each had a machine of its own; loads and writes are not divided")
         for cost in costs:
             known = None if cost.number is None else rehearsed.get(cost.number)
             load = Spent()
@@ -119,9 +119,9 @@ class _Calibration:
             terms["load"] += known.load if known else load
             count = largest[0] * largest[1]
             for product, equal in cost.products.items():
-                if product.use != "expert gate":  # one input for all of them, observed once
+                if product.use != "expert gate":  # all have one input, which is observed once
                     terms["observe"] += machine.observe(count, product.columns) * (equal * passed)
-            # The model's own forward takes over what the traced one's experts made of the same input.
+            # The model's own forward reuses the outputs of the traced forward's experts for the same input.
             times = passed + again * cost.outside_experts(largest[1])
             if known:
                 terms["forward"] += known.forward * times
@@ -131,7 +131,7 @@ class _Calibration:
             terms["quantize"] += machine.pack * (cost.quantized / self.ranks)
             terms["write"] += write * cost.written
         held = min(boundary, self.task.recipe.offload.max_host_memory or 0)
-        # What enters the first block goes to disk only where memory does not hold it.
+        # The activations that enter the first block go to disk only if memory cannot hold them.
         first = boundary - held if any(cost.number == 0 for cost in blocks) else 0
         kept = first + boundary * max(len(blocks) - 1, 0)
         terms["activations"] = write * kept
@@ -143,7 +143,7 @@ class _Calibration:
 
 
 def _forward(machine: Machine, cost: BlockCost, tokens: int, width: int) -> Spent:
-    """One batch through a block, but for the scores of attention."""
+    """One batch through a block, without the attention scores."""
     spent = machine.norm(tokens, width) * _NORMS
     for product, times in cost.products.items():
         spent += machine.product(product, tokens) * times
@@ -158,9 +158,9 @@ def _conversion(task: Task, machine: Machine, costs: list[BlockCost]) -> dict[st
     compute = machine.conversion * written
     parts = {"read": machine.read * read, "compute": Spent(compute.clock / workers, compute.cpu),
              "write": _writing(machine) * written}  # fmt: skip
-    # Reading, computing and writing overlap, as far as there are processors for it.
+    # Reading, computing and writing overlap, as far as there are enough processors.
     clocks = max(max(part.clock for part in parts.values()), sum(p.cpu for p in parts.values()) / (os.cpu_count() or 1))
-    # One input buffer for each worker, and two outputs more than workers (calibration.convert.pipeline).
+    # One input buffer per worker, and two more output buffers than workers (calibration.convert.pipeline).
     peak = anonymous_memory() + (2 * workers + 2) * min(JOB, task.plan.output_bytes)
     told = _told(parts, read, written, peak)
     return told | {"seconds": round(clocks, 3)}
@@ -175,8 +175,8 @@ def _writing(machine: Machine) -> Spent:
 
 
 def _peak(costs: list[BlockCost], block: int, largest: tuple[int, int], rehearsal: Rehearsal | None) -> int:
-    """Anonymous memory: what the process holds without a block, a block in BF16 and as much again while it is observed and
-    packed, the shards made of it, the scores of attention. Growth from block to block is not in it."""
+    """Anonymous memory in bytes: what the process holds without a block, a block in BF16 and the same again while it is
+    observed and packed, its shards, and the attention scores. Does not include growth from block to block."""
     made = max((cost.written for cost in costs if cost.number is not None), default=0)
     if rehearsal is not None:
         return rehearsal.peak_memory + block + made

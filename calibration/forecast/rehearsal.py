@@ -1,5 +1,5 @@
-"""One batch through the embedding and one block of every kind, before the long run: finite values, trace parity, and
-what they take. Nothing is observed, quantized or kept."""
+"""Runs one batch through the embedding and one block of every kind before the long run: checks for finite values and
+trace parity, and measures time and memory. Nothing is observed, quantized or kept."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from calibration.model.source_model import SourceModel
 from calibration.runs.memory import PeakMemory
 from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 
-#: No further kind of block is begun once the rehearsal has taken this long.
+#: Seconds after which the rehearsal starts no further kind of block.
 SECONDS = 120.0
 
 
 @dataclass(frozen=True)
 class RehearsedBlock:
-    """One block of a kind: `blocks` are the numbers of all blocks of its kind; what it took to load its weights, and the
-    faster of two forward passes (the traced one, and the model's own)."""
+    """The measurements of one block: `blocks` are the numbers of all blocks of its kind; further the cost of loading
+    its weights, and of the faster of two forward passes (the traced one and the model's own)."""
 
     block: int
     name: str
@@ -48,8 +48,9 @@ class RehearsedBlock:
 
 @dataclass
 class Rehearsal:
-    """What was tried. `tokens` is the size of the batch; `boundary_bytes` what the batch keeps between
-    two blocks; `left_out` are the first blocks of kinds that there was no time for; `peak_memory` in bytes, anonymous."""
+    """The result of a rehearsal. `tokens` is the size of the batch; `boundary_bytes` the size of its activations
+    between two blocks; `left_out` are the first blocks of the kinds for which there was no time; `peak_memory` is
+    anonymous memory in bytes."""
 
     tokens: int
     blocks: list[RehearsedBlock] = field(default_factory=list)
@@ -66,7 +67,7 @@ def rehearse_blocks(
     seconds: float = SECONDS,
 ) -> Rehearsal:
     """Runs the largest of `batches` through the traced embedding and the first block of every kind, in the order of the
-    model; the blocks between them pass their input on. Weights are read as the calibration reads them, and leave memory.
+    model; the blocks between them pass their input on. Weights are read as in calibration, and freed afterwards.
 
     Raises SourceError (values that are not finite, weights that cannot be read), ParityError, WorkflowError (a model
     that cannot be traced) and EnvironmentProblem (out of memory).
@@ -102,8 +103,8 @@ def _raised_by_the_model(error: BaseException) -> bool:
 
 
 def kinds(source: SourceModel) -> list[tuple[int, ...]]:
-    """The numbers of the blocks that are alike (class, tensors with their shapes, attention type of the config), kind by
-    kind in the order of their first block."""
+    """The numbers of equal blocks (by class, tensors with their shapes, and the config's attention type), kind by kind
+    in the order of their first block."""
     types = getattr(source.model.config, "layer_types", None) or ()
     found: dict[Any, list[int]] = {}
     for number, block in enumerate(source.blocks.values()):
@@ -153,8 +154,8 @@ def _walk(
 
 
 def _step(walk: Walk, part: Part, skipped: bool) -> tuple[Spent, Spent, float] | None:
-    """One subgraph: what loading and the forward pass took, and the difference to the model's own forward. A `skipped`
-    block is not loaded and passes its input on."""
+    """Runs one subgraph. Returns the cost of loading and of the forward pass, and the difference to the model's own
+    forward. A `skipped` block is not loaded and passes its input on."""
     source, worst, watch = walk.run.source, 0.0, Watch()
     roots = [root for root in part.roots if not skipped or root is not part.block]
     source.load(roots)

@@ -1,5 +1,5 @@
-"""How fast this machine is at what a run does: a micro-benchmark of seconds, at the model's own shapes and on the source's
-own bytes. It leaves no file behind: what is written goes into an unnamed one, which no directory ever shows."""
+"""Measures how fast this machine is at the operations of a run, in seconds, with the model's own shapes and the
+source's own bytes. It leaves no file: writes go to an unnamed file (O_TMPFILE)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from calibration.forecast.cost import Product
 from calibration.plan.task import Task
 from calibration.runs.disk import existing
 
-#: Bounds of one measurement: it is repeated until `_LEAST` seconds have passed, and made on at most so much.
+#: Bounds of one measurement: it is repeated until `_LEAST` seconds have passed, on at most this many bytes and
+#: operations.
 _LEAST, _SAMPLE_BYTES, _OPERATIONS, _WRITTEN = 0.02, 32 << 20, 4e9, 16 << 20
-#: Written per second where no unnamed file can be had. Assumed, and said so.
+#: Bytes written per second if the file system does not support O_TMPFILE. An assumption, and reported as one.
 ASSUMED_WRITE = 500e6
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of the clock and of the processors (all threads)."""
+    """Wall-clock seconds and CPU seconds (all threads)."""
 
     clock: float = 0.0
     cpu: float = 0.0
@@ -44,13 +45,13 @@ class Spent:
 
 
 class Watch:
-    """A stopwatch of both kinds of seconds."""
+    """A stopwatch for wall-clock and CPU seconds."""
 
     def __init__(self) -> None:
         self._clock, self._cpu = time.perf_counter(), time.process_time()
 
     def lap(self) -> Spent:
-        """What has been spent since the last lap; waits for an accelerator's work."""
+        """The time since the last lap; waits for an accelerator's work."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         clock, cpu = time.perf_counter(), time.process_time()
@@ -60,8 +61,8 @@ class Watch:
 
 
 def timed(call: Callable[[], object]) -> Spent:
-    """What one call takes, the mean of as many as fill `_LEAST` seconds; the first one is for warming up, unless it is
-    long."""
+    """The time of one call, as the mean of the calls that fit `_LEAST` seconds; the first call only warms up, unless it
+    is long."""
     for warm in (False, True):
         count, clock, cpu = 0, time.perf_counter(), time.process_time()
         while not count or time.perf_counter() - clock < (_LEAST if warm else 0):
@@ -74,7 +75,7 @@ def timed(call: Callable[[], object]) -> Spent:
 
 
 class Machine:
-    """Measurements for one plan, each made when it is first asked for. `device` is where the blocks compute."""
+    """The measurements for one plan, each made when first requested. `device` is where the blocks compute."""
 
     def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self.task = task
@@ -95,7 +96,7 @@ class Machine:
             return timed(synchronised)
 
     def _product(self, product: Product, tokens: int) -> Spent:
-        """One call of the product on a batch of `tokens`, and where it belongs to a routed expert its share of them."""
+        """The time of one product on a batch of `tokens`; of a routed expert's product, on its share of them."""
         rows = max(round(tokens * product.share), 1)
         tried = min(rows, max(64, int(_OPERATIONS / (2 * product.rows * product.columns))))
         left = torch.randn(tried, product.columns, dtype=torch.bfloat16, device=self.device)
@@ -103,7 +104,7 @@ class Machine:
         return self._time(lambda: functional.linear(left, right)) * (rows / tried)
 
     def _attention(self, heads: int, dim: int, length: int) -> Spent:
-        """Eager attention of one sample: scores, mask, softmax in float32, values."""
+        """The time of eager attention of one sample: scores, mask, softmax in float32, values."""
         tried = max(1, min(heads, int(_OPERATIONS / (4 * dim * length**2 + 1))))
         query, key, value = torch.randn(3, tried, length, dim, dtype=torch.bfloat16, device=self.device)
         mask = torch.zeros(1, length, length, dtype=torch.bfloat16, device=self.device)
@@ -115,7 +116,7 @@ class Machine:
         return self._time(attend) * (heads / tried)
 
     def _norm(self, tokens: int, width: int) -> Spent:
-        """One normalisation in float32 of `[tokens, width]`."""
+        """The time of one normalization of `[tokens, width]` in float32."""
         tried = max(1, min(tokens, (1 << 24) // max(width, 1)))
         hidden = torch.randn(tried, width, dtype=torch.bfloat16, device=self.device)
         weight = torch.ones(width, device=self.device)
@@ -124,8 +125,8 @@ class Machine:
         )
 
     def _expert(self, down: Product, tokens: int) -> Spent:
-        """What an expert does on a batch of `tokens` beside its products: activation of all of them, and the rows that
-        are routed to it gathered, weighed and added up."""
+        """The time of an expert on a batch of `tokens` besides its products: activation of all tokens, and gathering,
+        weighting and adding up the rows that are routed to it."""
         gate = torch.randn(tokens, down.columns, dtype=torch.bfloat16, device=self.device)
         output = torch.zeros(tokens, down.rows, dtype=torch.bfloat16, device=self.device)
         routed = torch.arange(max(round(tokens * down.share), 1), device=self.device)
@@ -139,13 +140,13 @@ class Machine:
         return self._time(work)
 
     def _observe(self, tokens: int, width: int) -> Spent:
-        """The extremes of `[tokens, width]`, which an observer of activations takes."""
+        """The time in which an activation observer finds the extremes of `[tokens, width]`."""
         hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=self.device)
         return self._time(lambda: torch.aminmax(hidden))
 
     def _load(self, kind: str) -> Spent:
-        """Per source byte: reading and dequantizing weights of the block that has most of this stored format, dropped
-        from the page cache first."""
+        """The time per source byte of reading and dequantizing weights of this stored format, from the block with most
+        of it, after dropping them from the page cache."""
         found = [name for name in self.task.formats.checkpoint.tensors if self._kind(name) == kind]
         names = sorted(found, key=lambda name: -self.task.formats.checkpoint.tensors[name].nbytes)
         total, chosen = 0, list[str]()
@@ -182,7 +183,7 @@ class Machine:
 
     @cached_property
     def read(self) -> Spent:
-        """Per source byte, past the page cache, from the largest shard."""
+        """The time per source byte of reading past the page cache, from the largest shard."""
         directory = self.task.formats.checkpoint.directory
         shard = max(self.task.formats.checkpoint.shards, key=lambda name: (directory / name).stat().st_size)
         size = min((directory / shard).stat().st_size, _SAMPLE_BYTES)
@@ -197,7 +198,7 @@ class Machine:
 
     @cached_property
     def pack(self) -> Spent:
-        """Per value: group maxima, scales and packing of a quantized weight of the usual size."""
+        """The time per value of group maxima, scales and packing of a quantized weight of common size."""
         sizes = sorted(
             (self.task.formats.of(step.source).shape for step in self.task.plan.quantized.values()),
             key=lambda s: s[0] * s[1],
@@ -219,13 +220,14 @@ class Machine:
 
     @cached_property
     def digest(self) -> Spent:
-        """Per byte of sha256."""
+        """The time per byte of sha256."""
         data = bytes(1 << 22)
         return timed(lambda: hashlib.sha256(data).digest()) * (1 / len(data))
 
     @cached_property
     def write(self) -> Spent | None:
-        """Per byte written and fsynced on the output's file system, in an unnamed file; None where it has none."""
+        """The time per byte of writing and fsyncing on the output's file system, in an unnamed file; None if it does
+        not support O_TMPFILE."""
         data = os.urandom(_WRITTEN)
         try:
             file = os.open(existing(Path(self.task.recipe.output)), os.O_TMPFILE | os.O_WRONLY, 0o600)
@@ -243,8 +245,8 @@ class Machine:
 
     @cached_property
     def conversion(self) -> Spent:
-        """Per output byte of the methods without calibration: the real jobs of a shard that quantizes, in memory, on one
-        thread; reading is left out."""
+        """The time per output byte of the methods without calibration: the real jobs of a shard with quantization, in
+        memory, on one thread, without reading."""
         shards = [
             s
             for s in self.task.plan.shards

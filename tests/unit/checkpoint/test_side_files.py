@@ -164,7 +164,7 @@ def test_every_unreadable_file_is_named_at_once(tmp_path: Path, monkeypatch: pyt
         side_files(tmp_path)
     text = str(caught.value)
     assert (
-        all(name in text for name in ("NOTICE", "vocab.json", "LICENSE: cannot be read: is no regular file"))
+        all(name in text for name in ("NOTICE", "vocab.json", "LICENSE: cannot be read: is not a regular file"))
         and "tokenizer" not in text
     )
 
@@ -184,4 +184,4 @@ def test_a_dry_run_says_what_is_left_out_and_what_is_unreadable(
     assert described["left_out"] == {"last.ckpt": "no kind of side file"} and "tokenizer.json" in described["copied"]
     os.mkfifo(source / "encoding.py")
     assert run.main([str(recipe), "--dry-run"]) == SourceError.exit_code
-    assert "encoding.py: cannot be read: is no regular file" in capsys.readouterr().err
+    assert "encoding.py: cannot be read: is not a regular file" in capsys.readouterr().err

@@ -145,7 +145,7 @@ def test_a_role_of_another_name_is_the_role(alias: str, templated: Any, tmp_path
 def test_unknown_roles_are_counted_over_the_rows(v4: Any, tmp_path: Path) -> None:
     rows = [[{"role": role, "content": "a"}] for role in ("user", "wizard", "wizard", "judge", "user")]
     path = write_rows(tmp_path / "x.jsonl", [{"messages": row} for row in rows])
-    with pytest.raises(SourceError, match=r"3 of 5 rows have roles that are not known: 'wizard' \(2\), 'judge' \(1\)"):
+    with pytest.raises(SourceError, match=r"3 of 5 rows have unknown roles: 'wizard' \(2\), 'judge' \(1\)"):
         load(v4, path, num_samples=5)
 
 

@@ -133,7 +133,7 @@ FILES = {
     "ragged_csv": ("x.csv", b"text,b\na,b\na,b,c,d\n", "cannot be read: ParserError"),
     "half_a_pair": ("x.jsonl", GOOD + b'["a"]\n{"text": "\\ud800"}\n', "half of a surrogate pair|is no row"),
     "half_a_pair_alone": ("x.jsonl", GOOD + b'{"text": "\\ud800"}\n', "surrogate"),
-    "a_number": ("x.jsonl", b"5\n", "line 1 is no row but int"),
+    "a_number": ("x.jsonl", b"5\n", "line 1 is not a row but int"),
     "mixed": ("x.jsonl", GOOD + b'{"text": 5}\n', "row 2: column 'text' must be text, not int"),
     "a_dict": ("x.jsonl", b'{"text": {"a": 1}}\n', "column 'text' must be text, not dict"),
 }
@@ -151,7 +151,7 @@ def test_a_file_that_expands_without_end_is_refused(v4: Any, tmp_path: Path, mon
     monkeypatch.setattr(dataset, "EXPANDED", 100_000)
     path = tmp_path / "x.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"text": "' + b"a" * 1_000_000 + b'"}\n'))
-    with pytest.raises(SourceError, match=r"expands to more than [0-9,]+ bytes, which no text does"):
+    with pytest.raises(SourceError, match=r"expands to more than [0-9,]+ bytes, which text never does"):
         load(v4, str(path))
     path.write_bytes(gzip.compress(GOOD * 20))
     assert load(v4, str(path)).num_samples == 1
@@ -186,7 +186,7 @@ def test_what_is_no_file_is_refused_before_it_is_opened(kind: str, v4: Any, tmp_
     directory = tmp_path / "set"
     directory.mkdir()
     (directory / "train.jsonl").write_bytes(GOOD)
-    path, message = directory / "x.jsonl", "no regular file"
+    path, message = directory / "x.jsonl", "not a regular file"
     if kind.startswith("fifo"):
         os.mkfifo(path)
     elif kind == "device":
@@ -245,7 +245,7 @@ def test_a_data_set_reads_no_file_outside_its_directory(address: str, v4: Any, t
 def test_a_column_that_would_be_fetched_is_refused(v4: Any, tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": [{"bytes": b"no image", "path": None}]})
     rows.cast_column("text", datasets.Image()).save_to_disk(tmp_path / "saved")
-    with pytest.raises(SourceError, match="column 'text' holds Image and no text"):
+    with pytest.raises(SourceError, match="column 'text' holds Image, not text"):
         load(v4, str(tmp_path / "saved"))
 
 
