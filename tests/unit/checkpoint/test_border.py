@@ -132,7 +132,8 @@ WRONG: dict[str, Any] = {
 }  # fmt: skip
 RIGHT = {
     ("model_type", "text"), ("tie_word_embeddings", "true"), ("attention_bias", "true"), ("mlp_bias", "true"),
-    ("enable_confidence_head", "true"), ("quantization_config", "mapping"), ("compression_config", "mapping"),
+    ("enable_confidence_head", "true"), ("use_qk_norm", "true"),
+    ("quantization_config", "mapping"), ("compression_config", "mapping"),
     ("text_config", "mapping"), ("vision_config", "mapping"),
 }  # fmt: skip
 
