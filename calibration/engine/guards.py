@@ -33,7 +33,7 @@ def require_mappings_inside_blocks(modifiers: Iterable[Any], source: SourceModel
 
 
 def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:
-    """Raises WorkflowError if an activation observer saw nothing. Must run before the scales are computed, which drops
+    """Raises RecipeError if an activation observer saw nothing. Must run before the scales are computed, which drops
     the statistics. Stock llm-compressor logs a warning and keeps an uninitialized scale."""
     blind = [
         name
@@ -43,9 +43,10 @@ def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:
     ]
     if blind:
         more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
-        raise WorkflowError(
+        raise RecipeError(
             f"{where}: no calibration token reached {', '.join(blind[:4])}{more}; their input scales would be "
-            "arbitrary: set calibration.all_experts: true, or use more samples"
+            "arbitrary: for routed experts set calibration.all_experts: true, or use more samples; add other layers to "
+            "ignore, their model does not run them as one matrix product"
         )
 
 

@@ -60,6 +60,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "exaone_moe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
     "minimax_m2": {**_MOE, "rotary_dim": 32},
     "deepseek_v3": {**_MOE, **_MLA},
+    "flex_olmo": {**_MOE, "intermediate_size": 128},
+    "solar_open": _MOE,
+    "afmoe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "qwen3_next": {
+        **_MOE, "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
 }  # fmt: skip
 #: Fields of the hub's config.json that transformers' classes rename or drop.
 _HUB: dict[str, dict[str, Any]] = {
