@@ -11,13 +11,14 @@ import runpy
 import sys
 from functools import partial
 
-from tests.uneven import ASKED, install_if_asked
-
 TOLD = "TEST_PROCESSOR"
 
 
 def force_if_asked() -> None:
     """For good, in this process, if the environment asks for it."""
+    import workflows  # noqa: F401  before llm-compressor, which otherwise logs to standard output
+    from tests.uneven import install_if_asked
+
     install_if_asked()
     if os.environ.get(TOLD):
         from tests.reference.engine import PROCESSOR
@@ -28,6 +29,8 @@ def force_if_asked() -> None:
 
 def command(module: str) -> list[str]:
     """What follows `python` to run `module` in an interpreter of its own, forced if asked."""
+    from tests.uneven import ASKED
+
     return ["-m", "tests.forced", module] if os.environ.get(ASKED) or os.environ.get(TOLD) else ["-m", module]
 
 
