@@ -44,7 +44,7 @@ def interrupt(pid: int, number: signal.Signals) -> None:
     os.kill(pid, number)
     while waiting_signals(pid) >> (number - 1) & 1:
         time.sleep(0.01)
-    time.sleep(0.1)
+    time.sleep(0.5)  # Python runs its handler after the call under way, which a busy machine makes long
 
 
 def waiting_signals(pid: int) -> int:
