@@ -1,1 +1,1 @@
-"""Verification of an output checkpoint: structure, fidelity, serving. Reads checkpoints, never writes them."""
+"""Verifies an output checkpoint: structure, fidelity, serving. Reads checkpoints, never writes them."""

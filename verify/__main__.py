@@ -1,8 +1,8 @@
 """`python -m verify CHECKPOINT`: verifies a compressed-tensors NVFP4 checkpoint, ours or not.
 
-A checkpoint grants itself nothing: thresholds, data, trust and the interpreter come from the command line, from the recipe that
---recipe names, or from the defaults. Of a recipe.yaml inside the checkpoint only the plan is used. A check that needs what is
-not given is UNCHECKED, never PASS. docs/verification.md lists every check with its threshold.
+A checkpoint cannot grant itself anything: thresholds, data, trust and the interpreter come from the command line, from
+the recipe that --recipe names, or from the defaults. A recipe.yaml inside the checkpoint only provides the plan. A
+check without its inputs is UNCHECKED, never PASS. docs/verification.md lists every check with its threshold.
 
 Exit codes as in workflows.run: 0 no check says FAIL, 2 command line or recipe, 3 source, 4 environment, 5 a check says
 FAIL.
@@ -96,7 +96,7 @@ def _require_apart(options: argparse.Namespace) -> None:
 
 
 def write_page(path: Path, report: Report) -> None:
-    """Writes the page of a report. Raises EnvironmentProblem where it cannot be written."""
+    """Writes the page of a report. Raises EnvironmentProblem if it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(report.html(), encoding="utf-8")
@@ -107,9 +107,9 @@ def write_page(path: Path, report: Report) -> None:
 
 @dataclass(frozen=True)
 class Granted:
-    """What the caller of a verification allows, which no file of the checkpoint can: `python` the interpreter of vLLM
-    (None: the recipe's, or the default), `trust_remote_code` to run the checkpoint's own code, `logs` a directory to
-    keep the engine's files in."""
+    """What the caller of a verification allows and no file of the checkpoint can: `python` is vLLM's interpreter (None:
+    the recipe's, or the default), `trust_remote_code` allows running the checkpoint's own code, `logs` is a directory
+    in which to keep the engine's files."""
 
     python: str | None = None
     trust_remote_code: bool = False
@@ -119,8 +119,8 @@ class Granted:
 def verify(
     checkpoint: Path, source: Path | None, recipe: Path | None, level: str, granted: Granted | None = None
 ) -> tuple[list[Check], list[dict[str, str]]]:
-    """Checks up to `level`; returns the checks and generated samples. `recipe` is one that the caller named. Raises
-    WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
+    """Runs the checks up to `level`; returns them and generated samples. `recipe` is a file that the caller named.
+    Raises WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
     granted = granted or Granted()
     if not is_directory(checkpoint):
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
@@ -149,8 +149,8 @@ def verify(
 
 
 def own_plan(checkpoint: Path, source: Formats) -> tuple[Plan | None, list[Check]]:
-    """The plan that the recipe inside a checkpoint makes of the source, and a check that says whether it could be made.
-    Of that recipe nothing else is used. llm-compressor writes a recipe.yaml too, which is left alone."""
+    """The plan that the recipe inside a checkpoint makes from the source, and a check that says whether it could be
+    made. Nothing else of that recipe is used. A recipe.yaml of llm-compressor is ignored."""
     id, what = "structure.recipe", "the recipe inside the checkpoint makes a plan of the source"
     path = checkpoint / "recipe.yaml"
     if not path.exists():

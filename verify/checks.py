@@ -1,4 +1,4 @@
-"""One check of a checkpoint: what was checked, how, and what came out; and what many checks say together."""
+"""The result of one check of a checkpoint, and the verdict of many checks together."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ SEVERITY: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
 
 @dataclass(frozen=True)
 class Check:
-    """`id` is `<level>.<name>`, the level being structure, fidelity or serving. `figure` and `threshold` are text for
-    people; `how` says how the figure was obtained. UNCHECKED means that nothing was proven, never a PASS."""
+    """One check. `id` is `<level>.<name>` with level structure, fidelity or serving; `what` says what it proves,
+    `figure` and `threshold` are text for people, `how` says how the figure was obtained. UNCHECKED means that nothing
+    was proven; it is never a PASS."""
 
     id: str
     verdict: Verdict
@@ -30,7 +31,8 @@ class Check:
 def verdict(
     id: str, what: str, problems: Sequence[str], doubts: Sequence[str], how: str, figure: str = "no problem"
 ) -> Check:
-    """FAIL with the first problems, WARN with the first doubts, else PASS with `figure`."""
+    """A check: FAIL with the first problems if there are any, WARN with the first doubts if there are any, else PASS
+    with `figure`."""
     found = list(problems) or list(doubts)
     alike = collapsed(found)
     shown = "; ".join(alike[:5]) + (f"; and {len(alike) - 5} more" if len(alike) > 5 else "")
@@ -38,18 +40,18 @@ def verdict(
 
 
 def unchecked(id: str, what: str, why: str) -> Check:
-    """A check that was not made, and why."""
+    """An UNCHECKED check with the reason `why`."""
     return Check(id, "UNCHECKED", what, why, "", "not run")
 
 
 def level_verdicts(checks: Sequence[Check]) -> dict[str, Verdict]:
-    """Level -> FAIL if a check of it failed, UNCHECKED if none was made or a check of it stayed unchecked, WARN, PASS.
-    A level is the part of a check's id before the first dot."""
+    """Level -> its verdict: FAIL if one of its checks failed, UNCHECKED if it has no checks or one is unchecked, else
+    WARN or PASS. A level is the part of a check's id before the first dot."""
     return {level: _worst(c.verdict for c in checks if c.id.split(".")[0] == level) for level in LEVELS}
 
 
 def overall(checks: Sequence[Check]) -> Verdict:
-    """The worst verdict of all levels: a level without a check makes it UNCHECKED, unless another says FAIL."""
+    """The worst verdict of all levels: a level without checks makes it UNCHECKED, unless another level has failed."""
     return _worst(level_verdicts(checks).values())
 
 
@@ -59,7 +61,7 @@ def _worst(found: Iterable[Verdict]) -> Verdict:
 
 
 def failed(checks: Sequence[Check]) -> list[Check]:
-    """The checks that say FAIL."""
+    """The checks whose verdict is FAIL."""
     return [check for check in checks if check.verdict == "FAIL"]
 
 

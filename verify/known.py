@@ -1,4 +1,4 @@
-"""What a verification knows beside the checkpoint itself."""
+"""What a verification knows besides the checkpoint itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from calibration.plan.plan import Plan
 
 @dataclass(frozen=True)
 class Known:
-    """Nothing, if a directory comes alone. `plan` is what had to be done to `source`, `digests` those of the shards as the
-    run wrote them: shard -> sha256 hex or `crc32:<hex>:<bytes>`."""
+    """What is known about a checkpoint; all fields are empty if only its directory is given. `plan` was to be executed
+    on `source`; `digests` are those with which the run wrote the shards: shard -> sha256 hex or
+    `crc32:<hex>:<bytes>`."""
 
     plan: Plan | None = None
     source: Formats | None = None

@@ -1,4 +1,4 @@
-"""The levels of a verification in their order, as the stage of a run and the command line both want them."""
+"""Runs the levels of a verification in order, for both the verify stage of a run and the command line."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _FIDELITY = "no quantized weight is far from the source's"
 @dataclass(frozen=True)
 class Settings:
     """How a checkpoint is verified: the `levels` to check, `logs` for the serving engine's files, the thresholds of
-    `fidelity`, the `text` that it runs through every block (the bundled set if None), the engine that serves (`serving`;
-    none if None), `source_to_serve` the source as the engine can load it (as it is stored if None), and whether the
+    `fidelity`, the `text` that runs through every block (None: the bundled set), the `serving` engine (None: no
+    serving), `source_to_serve`, the source in a form that the engine can load (None: as stored), and whether the
     checkpoint's own code may run."""
 
     levels: Collection[str]
@@ -42,11 +42,11 @@ def verify_levels(
     say: Callable[[str], None] = lambda text: None,
     on_fidelity: Callable[[dict[str, Any]], None] = lambda data: None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Makes the checks of the levels and returns them with the serving engine's result.
+    """Runs the checks of the levels and returns them with the serving engine's result.
 
-    Fidelity needs a source and a whole structure, else it is UNCHECKED; `on_fidelity` gets its data (the content of
-    fidelity.json). A broken checkpoint gives verdicts, not exceptions; EnvironmentProblem is raised if there is no
-    engine to ask.
+    Fidelity needs a source and an intact structure, else it is UNCHECKED; `on_fidelity` receives its data (the content
+    of fidelity.json). A broken checkpoint gives verdicts, not exceptions. Raises EnvironmentProblem if there is no
+    serving engine.
     """
     checks: list[Check] = []
     if "structure" in settings.levels:
@@ -77,7 +77,7 @@ def verify_levels(
 
 
 def samples_of(result: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The samples of a serving.json, which may be damaged or another's; none where it holds none."""
+    """The samples of a serving.json, which may be damaged or foreign; empty if it has none."""
     samples = (result or {}).get("samples")
     return [
         sample
@@ -87,7 +87,7 @@ def samples_of(result: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def print_samples(samples: list[dict[str, Any]], console: Console, most: int = 2) -> None:
-    """The first samples, a line each, long prompts cut."""
+    """Prints the first samples, one per line, with long prompts shortened."""
     for sample in samples[:most]:
         prompt = sample["prompt"] if len(sample["prompt"]) <= 80 else sample["prompt"][:77] + "..."
         console.print(f"sample ({sample['kind']}): {prompt!r} -> {sample['text']!r}", soft_wrap=True)

@@ -1,1 +1,1 @@
-"""Whether the output's weights and blocks do what the source's do."""
+"""Compares the output's weights and blocks with the source's."""

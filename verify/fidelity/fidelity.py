@@ -1,6 +1,8 @@
-"""Fidelity: every weight of the output against the source's, streaming, and what the quantized blocks make of text.
+"""Fidelity: compares every weight of the output with the source's, streaming, and the outputs of the quantized blocks
+on text.
 
-Needs no plan: output and source spell modules alike, so that it works on any compressed-tensors NVFP4 checkpoint.
+Needs no plan: output and source use the same module names, so that it works with any compressed-tensors NVFP4
+checkpoint.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ _Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class FidelityReport:
-    """`checks`, and `data` as it stands in fidelity.json: `columns`, `rows` (one per quantized module), `blocks`,
-    `group_scales` (per part, how many E4M3 group scales lie in each power of two) and `source` (how obtained)."""
+    """`checks`, and `data` as in fidelity.json: `columns`, `rows` (one per quantized module), `blocks`, `group_scales`
+    (per part, the number of E4M3 group scales in each power of two) and `source` (how the data was obtained)."""
 
     checks: list[Check]
     data: dict[str, Any]
@@ -46,7 +48,7 @@ class FidelityReport:
 def verify_fidelity(
     directory: Path, plan: Plan | None, source: Formats, options: Fidelity | None = None
 ) -> list[Check]:
-    """The checks of `measure_fidelity` alone."""
+    """Only the checks of `measure_fidelity`."""
     return measure_fidelity(directory, plan, source, options).checks
 
 
@@ -57,9 +59,9 @@ def measure_fidelity(
     options: Fidelity | None = None,
     progress: _Progress | None = None,
 ) -> FidelityReport:
-    """Compares every weight of the checkpoint in `directory` with `source` against the thresholds of `options`. `plan`,
-    where there is one, says what had to be quantized. `progress(done, total)` counts weights. Memory: a few stripes per
-    thread. Never raises for a bad output."""
+    """Compares every weight of the checkpoint in `directory` with `source` and judges by the thresholds of `options`.
+    `plan`, if there is one, says what had to be quantized. `progress(done, total)` counts weights. Memory: a few
+    stripes per thread. Never raises for a bad output."""
     options = options or Fidelity()
     what = "no quantized weight is far from the source's"
     try:
@@ -67,7 +69,7 @@ def measure_fidelity(
         family = family_of(source.checkpoint.config)
         pairs = find_pairs(output, source, plan.quantized if plan else ())
         differing = [name for original, name in pairs.kept if not _same(output, name, source, original)]
-        # A plan of ours rescales nothing.
+        # Our own plans never rescale weights.
         rescaled = rescaled_blocks(output, source, family, pairs.quantized, differing) if plan is None else set()
         measured = measure_weights(output, source, pairs, family, rescaled, progress)
         checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, rescaled)]
@@ -86,8 +88,8 @@ def verify_with_forward(
     directory: Path, plan: Plan | None, source: Formats, options: Fidelity | None, text: Calibration | None,
     trust_remote_code: bool = False,
 ) -> FidelityReport:  # fmt: skip
-    """`measure_fidelity` and, over the blocks, `verify.fidelity.forward.verify_forward` and what it saw of the inputs, as one
-    report."""
+    """`measure_fidelity`, `verify.fidelity.forward.verify_forward` over the blocks, and the check of input scales, as
+    one report."""
     report = measure_fidelity(directory, plan, source, options)
     checks, blocks = verify_forward(directory, source.checkpoint, options or Fidelity(), text, trust_remote_code)
     known = {entry["block"]: entry for entry in report.data.get("blocks", ())}
@@ -107,7 +109,7 @@ def verify_with_forward(
 
 
 def find_pairs(output: Formats, source: Formats, planned: Collection[str]) -> Pairs:
-    """Pairs of equal names, from headers alone; `planned` names modules that must be quantized."""
+    """Pairs tensors of equal names, from headers; `planned` names modules that must be quantized."""
     quantized, kept, problems = [], [], []
     tied = bool(source.checkpoint.config.get("tie_word_embeddings"))
     originals = {logical_name(name): name for name in source.checkpoint.tensors if name not in source.companions}
@@ -144,8 +146,8 @@ def measure_weights(
     output: Formats, source: Formats, pairs: Pairs, family: Family, rescaled: Collection[int] = (),
     progress: _Progress | None = None,
 ) -> dict[str, Measured]:  # fmt: skip
-    """Module -> figures of every quantized weight, a thread per processor; those in `rescaled` blocks up to factors per
-    row and column. Raises SourceError for unreadable files."""
+    """Module -> figures of its quantized weight, computed with a thread per processor; in `rescaled` blocks up to
+    factors per row and column. Raises SourceError for unreadable files."""
 
     def one(pair: tuple[str, str, str]) -> Measured:
         stored = Stored(output, pair[2])
@@ -155,7 +157,7 @@ def measure_weights(
 
     measured: dict[str, Measured] = {}
     threads = torch.get_num_threads()
-    # Stripes are small: a thread per weight gains where torch's own threads would wait for each other.
+    # Stripes are small: one thread per weight is faster than torch's own threads, which would wait for each other.
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -171,7 +173,8 @@ def measure_weights(
 
 
 def _same(output: Formats, name: str, source: Formats, original: str) -> bool:
-    """Equal codes and, whatever their dtype, equal scales; a cast equals the source's value in its dtype."""
+    """Whether codes and scales (whatever their dtype) are equal; a cast must equal the source's value in its own
+    dtype."""
     stored, before = output.checkpoint.read(name), source.of(original)
     if before.kind != "plain" and output.of(name).kind == "plain":
         return torch.equal(source.read(original, stored.dtype), stored)
@@ -183,7 +186,7 @@ def _same(output: Formats, name: str, source: Formats, original: str) -> bool:
 
 
 def _equal_scales(one: torch.Tensor, other: torch.Tensor) -> bool:
-    # In one dtype they are not expanded: those of an Engram table of DeepSeek-V4.1 take 3 GB, in float32 12.
+    # Scales of equal dtype are not expanded: those of an Engram table of DeepSeek-V4.1 take 3 GB, in float32 12 GB.
     return (
         _equal(one, other) if one.dtype == other.dtype else torch.equal(one.to(torch.float32), other.to(torch.float32))
     )
@@ -212,7 +215,7 @@ def _data(measured: dict[str, Measured], places: dict[str, Place], source: str) 
         for block, error in sorted((b, e) for b, e in errors.items() if b is not None)
     ]
     edges = list(range(-9, 10))
-    # A power of two of E4M3 group scales is eight codes; below 2^-6 they are subnormal.
+    # Each power of two has eight E4M3 codes; below 2^-6 they are subnormal.
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     powers = torch.floor(torch.log2(values[1:127])).long() + 9
     histogram = {

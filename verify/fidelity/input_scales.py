@@ -1,4 +1,4 @@
-"""Input global scales against the inputs that the forward of the source really has."""
+"""Compares input global scales with the inputs of the source's own forward."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from recipes.schema import Fidelity
 from verify.checks import Check, unchecked, verdict
 from verify.fidelity.forward import InputSeen
 
-#: Above these a scale is wider than calibration makes it, though nothing is lost yet: WARN. Calibrated scales admit 0.7 to
-#: 1.5 times what comes with other text (16 x 128 and 4 x 64 tokens, four families), with heavier tails somewhat more.
+#: Above these a scale is wider than calibration makes it, although no precision is lost yet: WARN. Calibrated scales
+#: admit 0.7 to 1.5 times the inputs from other text (16 x 128 and 4 x 64 tokens, four families), somewhat more with
+#: heavier tails.
 _WIDE, _WIDE_MEDIAN = 32.0, 3.0
 #: Share of the values of one module beyond what its scale admits: see docs/measurements.md for what calibration leaves.
 _SATURATED = 1e-3
@@ -23,11 +24,11 @@ _WHAT = "input global scales fit the inputs that the source's forward has"
 def input_scale_check(
     inputs: Iterable[InputSeen], family: Family, options: Fidelity, how: str, headroom: float = 1.0
 ) -> list[Check]:
-    """One check, none where no input global scale is stored. Modules that share a scale in a block and see inputs of one
-    kind are judged by the largest of these inputs: experts share the extremes of all. FAIL where inputs are more than
-    `max_input_overflow` times what the scale admits (they saturate) or less than 1 / `max_input_headroom` of it (group
-    scales lose precision), unless one constant stands everywhere, which `method: convert` writes on purpose: WARN. Scales
-    that were calibrated with a `headroom` are wide by this factor on purpose."""
+    """One check; none if no input global scale is stored. Modules of a block that share a scale and have inputs of one
+    kind are judged by the largest of these inputs, because experts share the extremes of all. FAIL if inputs exceed
+    `max_input_overflow` times what the scale admits (they saturate) or are below 1 / `max_input_headroom` of it (group
+    scales lose precision). WARN if all scales are one constant, which `method: convert` writes on purpose. Scales
+    calibrated with a `headroom` are wider by this factor on purpose."""
     watched = list(inputs)
     groups = _sharing(watched, family)
     if not watched:

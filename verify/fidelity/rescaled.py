@@ -1,8 +1,9 @@
-"""Weights that AWQ or SmoothQuant rescaled before they were quantized: the source's but for factors per row and column.
+"""Handles weights that AWQ or SmoothQuant rescaled before quantization: the source's, except for factors per row and
+column.
 
-The factors cancel inside a block (a norm or the projection before takes the inverse), so the model stays the source's.
-Accepted for foreign checkpoints alone, in blocks whose changed norms the factors of a quantized weight explain; that they
-do cancel is what the block cosine proves.
+The factors cancel inside a block (a norm or the previous projection has the inverse), so that the model is unchanged.
+They are only accepted in foreign checkpoints, in blocks whose changed norms are explained by the factors of a quantized
+weight; the block cosine proves that they cancel.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from calibration.checkpoint.formats import Formats
 from calibration.families.family import Family
 from verify.fidelity.weights import Stored
 
-#: A norm is explained when the median of its columns agrees with the weight's factors this well: both are rounded, the
-#: factors averaged over all rows.
+#: A norm is explained if the median of its columns agrees with the weight's factors to this relative error: both are
+#: rounded, and the factors are averages over all rows.
 _TOLERANCE = 0.05
 _ROUNDS = 3
 
 
 class Rescaled(Stored):
-    """The source's weight under the row and column factors that bring it nearest to the output's (least squares, in
-    turn). Reads both weights once, whole."""
+    """The source's weight, multiplied by the row and column factors that bring it closest to the output's (alternating
+    least squares). Reads both weights once, completely."""
 
     def __init__(self, formats: Formats, name: str, output: Stored) -> None:
         super().__init__(formats, name)
@@ -37,14 +38,14 @@ class Rescaled(Stored):
             self.row_factors = ((y * scaled).sum(1) / scaled.square().sum(1).clamp_min(1e-37)).unsqueeze(1)
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
-        """Rows as `Stored.rows` gives them, scaled."""
+        """The rows as in `Stored.rows`, scaled."""
         return super().rows(begin, end).mul_(self.row_factors[begin:end]).mul_(self.column_factors)
 
 
 def rescaled_blocks(
     output: Formats, source: Formats, family: Family, quantized: Iterable[tuple[str, str, str]], differing: list[str]
 ) -> set[int]:
-    """The blocks among whose `differing` tensors every norm is explained; `quantized` as in `verify.fidelity.Pairs`."""
+    """The blocks in which every norm among the `differing` tensors is explained; `quantized` as in `verdicts.Pairs`."""
     norms: dict[int, list[str]] = defaultdict(list)
     for name in differing:
         place = family.place(name)
@@ -58,7 +59,7 @@ def rescaled_blocks(
 
     def explained(name: str, columns: list[torch.Tensor]) -> bool:
         before, after = (f.checkpoint.read(name).to(torch.float32) for f in (source, output))
-        # Up to one factor: row and column factors share one freely.
+        # Up to a constant factor, which row and column factors can share in any way.
         ratios = [found * after / before for found in columns if found.shape == before.shape == after.shape]
         return any(float((r / r.median() - 1).abs().median()) < _TOLERANCE for r in ratios)
 

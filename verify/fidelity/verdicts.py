@@ -1,4 +1,4 @@
-"""The figures of all weights as checks, each on its worst module or block."""
+"""Turns the figures of all weights into checks, each judging the worst module or block."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from recipes.schema import Fidelity
 from verify.checks import Check, Verdict
 from verify.fidelity.weights import Measured, scale_ratio
 
-#: A global scale may be off the source's largest magnitude by these factors: an MSE observer clips up to a fifth of the
-#: range, and the power of two of a lossless MXFP4 scale lies up to 12 x below 2688 / amax.
+#: A global scale may deviate from 2688 / amax of the source by these factors: an MSE observer clips up to a fifth of
+#: the range, and the power of two of a lossless MXFP4 scale is up to 12 x smaller.
 _SCALE_RATIOS = (1 / 16, 1.5)
 #: An outlier is this many robust standard deviations above the median of its peers, and this many times the median.
 _DEVIATIONS, _TIMES = 10.0, 1.5
-#: Spread of the peers that is taken for granted, as a share of their median: equal peers have none of their own.
+#: Least spread of the peers, as a fraction of their median: equal peers would have none.
 _SPREAD = 0.02
 
 HOW = "output and source dequantized, one weight at a time"
@@ -27,8 +27,8 @@ HOW = "output and source dequantized, one weight at a time"
 
 @dataclass(frozen=True)
 class Pairs:
-    """What to compare: `quantized` (module, source tensor, output tensor), `kept` (source tensor, output tensor) that
-    must be equal in value, and `problems`: tensors that have no counterpart."""
+    """The tensors to compare: `quantized` (module, source tensor, output tensor), `kept` (source tensor, output tensor)
+    that must have equal values, and `problems`: tensors without a counterpart."""
 
     quantized: list[tuple[str, str, str]]
     kept: list[tuple[str, str]]
@@ -37,7 +37,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class _Limit:
-    """The worst figure that passes: the largest one, or the smallest if `at_least`; `percent` says how it is shown."""
+    """The worst passing figure: the largest, or the smallest if `at_least`; `percent` says how it is shown."""
 
     value: float
     at_least: bool = False
@@ -47,7 +47,7 @@ class _Limit:
 def weight_checks(
     measured: dict[str, Measured], places: dict[str, Place], family: Family, options: Fidelity
 ) -> list[Check]:
-    """The checks of quantized weights, each on its worst module."""
+    """The checks of quantized weights, each judging its worst module."""
     nvfp4 = {module: m for module, m in measured.items() if m.global_scale is not None}
     fp8 = {module: m for module, m in measured.items() if m.global_scale is None}
     checks = []
@@ -73,8 +73,8 @@ def weight_checks(
 
 
 def _group_gain(m: Measured) -> float:
-    """By values where codes are the nearest to the source's, else by scales: error feedback (GPTQ) takes its scales from
-    the source's weights too, but may move the values of a group anywhere."""
+    """Computed from values if codes are the nearest to the source's, else from scales: error feedback (GPTQ) also takes
+    its scales from the source's weights, but may move the values of a group anywhere."""
     low, high = (m.scale_low, m.scale_high) if m.off_nearest else (m.gain_low, m.gain_high)
     return max(high, 1 / low if low > 0 else float("inf"))
 
@@ -84,7 +84,7 @@ def _worst(
 ) -> Check:
     values = {module: figure(m) for module, m in measured.items()}
     sign, relation = (-1, ">=") if limit.at_least else (1, "<=")
-    # NaN is the worst of all, and no comparison with it is true.
+    # NaN is the worst, and every comparison with it is false.
     worst = max(values, key=lambda module: (values[module] != values[module], sign * values[module]))
     verdict: Verdict = "PASS" if sign * values[worst] <= sign * limit.value else "FAIL"
 
@@ -126,7 +126,7 @@ def _global_scales(measured: dict[str, Measured], family: Family) -> Check:
     for module, m in measured.items():
         amax = max(measured[other].amax for other in fused.get(module, (module,)))
         assert m.global_scale is not None
-        if amax:  # any scale will do for a weight of zeros
+        if amax:  # any scale is right for a weight of zeros
             ratios[module] = scale_ratio(m.global_scale, amax)
     low, high = _SCALE_RATIOS
     bad = [f"{module} {ratio:.4g}" for module, ratio in ratios.items() if not low <= ratio <= high]
@@ -138,7 +138,7 @@ def _global_scales(measured: dict[str, Measured], family: Family) -> Check:
 
 
 def _rounding(measured: dict[str, Measured]) -> list[Check]:
-    """No check where most modules are off by design: error feedback (GPTQ) rounds elsewhere than to the nearest."""
+    """No check if most modules deviate by design: error feedback (GPTQ) does not round to the nearest."""
     shares = {module: m.off_nearest or 0.0 for module, m in measured.items()}
     if statistics.median(shares.values()) > 0:
         return []
@@ -150,7 +150,7 @@ def _rounding(measured: dict[str, Measured]) -> list[Check]:
 
 
 def _outliers(measured: dict[str, Measured], places: dict[str, Place]) -> Check:
-    # By part too: routed experts of an MXFP4 source lose less than the FP8 shared experts beside them.
+    # Peers have the same part too: routed experts of an MXFP4 source lose less than FP8 shared experts.
     peers: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module in measured:
         peers[places[module].part, module.rpartition(".")[2]].append(module)
@@ -159,7 +159,7 @@ def _outliers(measured: dict[str, Measured], places: dict[str, Place]) -> Check:
         for figure in ("relative_error", "group_error"):
             values: dict[str, float] = {module: getattr(measured[module], figure) for module in group}
             if figure == "group_error" and statistics.median(measured[m].off_nearest or 0.0 for m in group) > 0:
-                continue  # error feedback moves single groups as it likes
+                continue  # error feedback may change single groups arbitrarily
             middle = statistics.median(values.values())
             deviation = 1.4826 * statistics.median(abs(v - middle) for v in values.values()) + _SPREAD * middle
             for module, value in values.items():
@@ -173,7 +173,7 @@ def _outliers(measured: dict[str, Measured], places: dict[str, Place]) -> Check:
 
 
 def coverage_check(pairs: Pairs) -> Check:
-    """Whether every tensor of output and source has its counterpart."""
+    """The check that every tensor of output and source has its counterpart."""
     count = len(pairs.quantized) + len(pairs.kept)
     return Check("fidelity.coverage", "FAIL" if pairs.problems else "PASS",
                  "output and source hold the same weights, by name and logical shape",
@@ -182,7 +182,7 @@ def coverage_check(pairs: Pairs) -> Check:
 
 
 def kept_checks(pairs: Pairs, differing: list[str], family: Family, rescaled: Collection[int]) -> list[Check]:
-    """The checks of what is not quantized: equal values, but for norms of blocks in `rescaled`."""
+    """The checks of unquantized tensors: their values are equal, except norms of blocks in `rescaled`."""
     norms = [name for name in differing if family.place(name).part == "norm" and family.place(name).block in rescaled]
     bad = [name for name in differing if name not in norms]
     check = Check("fidelity.kept", "FAIL" if bad else "PASS",

@@ -1,5 +1,5 @@
-"""How far one stored weight of the output is from the source's, in stripes of rows: memory is a few stripes and, per
-group of 16 values, three float32 sums."""
+"""Measures how far one stored weight of the output is from the source's, in stripes of rows. Memory: a few stripes and,
+per group of 16 values, three float32 sums."""
 
 from __future__ import annotations
 
@@ -13,31 +13,32 @@ from calibration.checkpoint.dequantize import dequantize
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 
-#: Values of a stripe: its float32 working set stays inside a core's cache.
+#: Values of a stripe, so that its float32 working set fits a core's cache.
 _STRIPE = 1 << 17
-#: A group is judged against its own norm, and against a quarter of the tensor's mean norm of a group where that is
-#: larger: what an error feedback such as GPTQ's adds to an almost empty group is large for that group alone.
+#: A group's error is relative to its own norm, or to a quarter of the tensor's mean group norm if that is larger: the
+#: error that a feedback such as GPTQ's adds to an almost empty group is only large for that group.
 _FLOOR = 0.25
-#: A code counts as off the nearest only where it loses more than BF16 arithmetic in between explains: a weight and a
-#: quotient each rounded once, 2^-9 of the value each, and twice their sum between two codes.
+#: A code counts as not the nearest only if it loses more than intermediate BF16 arithmetic explains: a weight and a
+#: quotient, each rounded once, by 2^-9 of the value each, and twice their sum between two codes.
 _TIE = 2.0**-7
-#: Below it E4M3 is coarse and a group scale says little about its group.
+#: Below this value E4M3 is coarse, and a group scale says little about its group.
 _COARSE = 2.0**-4
-#: The two values of every packed byte, side by side, and where a nibble is +-6.
+#: By packed byte: its two values, and whether each nibble is +-6.
 _PAIRS = torch.tensor([[nvfp4.E2M1[b & 15], nvfp4.E2M1[b >> 4]] for b in range(256)], dtype=torch.float32)
 _PAIR_WORDS = _PAIRS.view(torch.int64).flatten()
 
 
 @dataclass
 class Measured:
-    """One weight. Errors are relative: `relative_error` is `|output - source| / |source|` (Frobenius norms), `sqnr_db`
-    is -20 log10 of it. `saturated` is the share of codes at the format's largest magnitude; `zero_groups` the share of
-    groups of 16 (of a row, for FP8) that are wholly zero, `lost_groups` of those that are not zero in the source.
-    `gain_low` and `gain_high` are the extremes over groups of `<output, source> / |source|^2` (1 for unbiased rounding,
-    2 for a doubled group scale), `group_error` the worst group's relative error. `off_nearest` is the share of codes
-    that are not the nearest to the source's value (None for FP8). `scale_ratio` is weight_global_scale * amax / 2688
-    with the source's amax (NVFP4 alone); `scale_low` and `scale_high` are the extremes over ordinary groups of group scale *
-    6 / amax of the source's group, against its median; `scale_codes` counts the 256 E4M3 codes among the group scales."""
+    """The figures of one weight. Errors are relative: `relative_error` is `|output - source| / |source|` (Frobenius
+    norms), `sqnr_db` is -20 log10 of it. `saturated` is the share of codes at the format's largest magnitude;
+    `zero_groups` the share of groups of 16 (of a row, for FP8) that are wholly zero, `lost_groups` of those that are
+    not zero in the source. `gain_low` and `gain_high` are the extremes over groups of `<output, source> / |source|^2`
+    (1 for unbiased rounding, 2 for a doubled group scale), `group_error` the worst group's relative error.
+    `off_nearest` is the share of codes that are not the nearest to the source's value (None for FP8). `scale_ratio` is
+    weight_global_scale * amax / 2688 with the source's amax (NVFP4 only); `scale_low` and `scale_high` are the extremes
+    over ordinary groups of group scale * 6 / amax of the source's group, against its median; `scale_codes` counts the
+    256 E4M3 codes among the group scales."""
 
     relative_error: float
     cosine: float
@@ -62,7 +63,7 @@ class Measured:
 
 
 class Stored:
-    """A stored weight `[M, K]` whose rows are dequantized where they are asked for; the rest stays in the map."""
+    """A stored weight `[M, K]`; `rows` dequantizes only the requested rows."""
 
     def __init__(self, formats: Formats, name: str) -> None:
         self.stored = formats.of(name)
@@ -86,14 +87,15 @@ class Stored:
         return dequantize(self.stored, raw, scales, torch.float32)
 
     def _nvfp4(self, raw: torch.Tensor, begin: int, end: int) -> torch.Tensor:
-        """nvfp4.dequantize by bytes: the same products, a third of the time."""
+        """nvfp4.dequantize with a table of bytes: the same products in a third of the time."""
         effective = self.scales["group_scale"][begin:end].to(torch.float32) / self.scales["global_scale"]
         values = _PAIR_WORDS[raw.int()].view(torch.float32).view(*effective.shape, GROUP)
         return values.mul_(effective.unsqueeze(-1)).view(raw.shape[0], -1)
 
 
 def measure(source: Stored, output: Stored) -> Measured:
-    """Compares two weights of equal logical shape. NaN in either gives NaN figures, which no threshold lets pass."""
+    """Compares two weights of equal logical shape. NaN in either weight gives NaN figures, which fail every
+    threshold."""
     rows, columns = output.shape
     width = GROUP if columns % GROUP == 0 else columns
     groups = rows * columns // width
@@ -113,7 +115,7 @@ def measure(source: Stored, output: Stored) -> Measured:
     source_square, output_square, error_square = (float(s.sum(dtype=torch.float64)) for s in sums)
     floor = _FLOOR**2 * source_square / groups
     gain = ((xx + yy - ee) / 2 + floor) / (xx + floor).clamp_min(1e-37)
-    if source_square == 0:  # an expert of zeros: nothing else will do
+    if source_square == 0:  # an expert of zeros: only zeros are right
         gain = torch.where(yy == 0, 1.0, torch.inf)
     zero = yy == 0
     is_nvfp4 = output.stored.kind == "nvfp4"
@@ -142,7 +144,8 @@ def measure(source: Stored, output: Stored) -> Measured:
 
 
 def scale_ratio(global_scale: float, amax: float) -> float:
-    """A global scale against the one that the source's largest magnitude implies, 2688 / amax; 1 where they agree."""
+    """The ratio of a global scale to the one that the source's largest magnitude implies, 2688 / amax; 1 if they
+    agree."""
     return global_scale * amax / RANGE
 
 
@@ -172,7 +175,7 @@ def _saturated(output: Stored, begin: int, end: int) -> int:
 
 
 def _off_nearest(x: torch.Tensor, y: torch.Tensor, output: Stored, begin: int, end: int) -> int:
-    """How many codes are not the nearest to `x` under the stored scales."""
+    """The number of codes that are not the nearest to `x` under the stored scales."""
     scale = output.scales["group_scale"][begin:end]
     nearest, _ = nvfp4.pack(x, scale, output.scales["global_scale"])
     differs = nearest != output.raw[begin:end]

@@ -1,1 +1,1 @@
-"""Runs inside vLLM's own interpreter; imports nothing of this project."""
+"""Code that runs inside vLLM's own interpreter; imports nothing of this project."""

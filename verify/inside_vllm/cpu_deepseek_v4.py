@@ -1,15 +1,16 @@
-"""DeepSeek-V4 on the CPU: what vLLM's CPU model still takes from triton, and a torch path through it.
+"""DeepSeek-V4 on the CPU: replaces what vLLM's CPU model still takes from triton by a torch path.
 
 Two parts, both plain torch:
 
-- `register` always replaces the small metadata kernels that exist as triton kernels only, and completes
-  `build_tile_scheduler`. With them vLLM's own CPU model runs in bfloat16, with its own kernels and FP8 KV cache, where
-  the processor has AVX-512 with BF16: vLLM 0.32 builds those kernels for no other (no Ice Lake, no Zen 3).
-- In float32, and in any dtype without those kernels, it also replaces the parts that compute or store in bfloat16 or FP8:
-  router, hyper-connections, query/KV preparation, KV cache, compressor, sparse attention and the grouped output
-  projection. Slots, block tables and masks stay vLLM's; only the arithmetic and the rows behind the slots change: float32
-  values, sums in float64. A float32 run then really is one, and can be compared to a reference. Contexts in which the
-  indexer must choose (more than 4 * index_topk tokens) raise NotImplementedError there: vLLM's indexer scores in FP8.
+- `register` always replaces the small metadata kernels that only exist in triton, and completes `build_tile_scheduler`.
+  With them vLLM's own CPU model runs in bfloat16, with its own kernels and FP8 KV cache, if the processor has AVX-512
+  with BF16: vLLM 0.32 builds those kernels for no other (not for Ice Lake or Zen 3).
+- In float32, and in any dtype without those kernels, it also replaces the parts that compute or store in bfloat16 or
+  FP8: router, hyper-connections, query/KV preparation, KV cache, compressor, sparse attention and the grouped output
+  projection. Slots, block tables and masks stay vLLM's; only the arithmetic and the rows of the slots change: float32
+  values, sums in float64. A float32 run is then really computed in float32 and can be compared with a reference.
+  Contexts in which the indexer must choose (more than 4 * index_topk tokens) raise NotImplementedError, because vLLM's
+  indexer scores in FP8.
 
 Runs inside vLLM's interpreter: imports the standard library, torch and vLLM only. Written against vLLM 0.32.
 """
@@ -89,7 +90,7 @@ def _replace_metadata_kernels() -> None:
 
 
 def _nothing(*_args: Any, **_kwargs: Any) -> None:
-    """Stands in for a kernel whose output is not read on the CPU."""
+    """Replaces a kernel whose output is not read on the CPU."""
 
 
 def compute_token_to_req_indices(
@@ -112,7 +113,7 @@ def compute_prefill_gather_lens(
     num_decodes: int,
     window_size: int,
 ) -> None:
-    """Rows a prefill reads: its own tokens and up to `window_size - 1` before them."""
+    """The rows that a prefill reads: its own tokens and up to `window_size - 1` before them."""
     here = slice(num_decodes, num_decodes + num_prefills)
     query = query_start_loc[num_decodes + 1 : num_decodes + num_prefills + 1] - query_start_loc[here]
     prefix = (seq_lens[here] - query - replay_start[here]).clamp(min=0)
@@ -226,7 +227,7 @@ def hyper_connection_pre(
     *_unused: Any,
     **_also_unused: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """mHC in front of a sublayer: residual streams `[T, n, D]` -> post `[T, n, 1]`, comb `[T, n, n]`, input `[T, D]`."""
+    """mHC before a sublayer: residual streams `[T, n, D]` -> post `[T, n, 1]`, comb `[T, n, n]`, input `[T, D]`."""
     n = residual.shape[-2]
     pre, post, comb = _mixes(residual, fn, rms_eps).split([n, n, n * n], dim=-1)
     pre = torch.sigmoid(pre * hc_scale[0] + hc_base[:n]) + hc_pre_eps
@@ -243,7 +244,7 @@ def hyper_connection_pre(
 def hyper_connection_post(
     self: Any, x: torch.Tensor, residual: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
 ) -> torch.Tensor:
-    """mHC behind a sublayer: `post * x + comb^T @ residual`, `[T, n, D]`."""
+    """mHC after a sublayer: `post * x + comb^T @ residual`, `[T, n, D]`."""
     mixed = torch.matmul(comb.double().transpose(-1, -2), residual.double())
     return (mixed + post.double() * x.unsqueeze(-2).double()).to(residual.dtype)
 
@@ -257,7 +258,7 @@ def hyper_connection_head(
     rms_norm_eps: float,
     hc_eps: float,
 ) -> torch.Tensor:
-    """The last collapse of the streams, `[T, n, D] -> [T, D]`."""
+    """The final reduction of the streams, `[T, n, D] -> [T, D]`."""
     pre = torch.sigmoid(_mixes(hidden_states, hc_fn, rms_norm_eps) * hc_scale + hc_base) + hc_eps
     return (pre.unsqueeze(-1) * hidden_states.double()).sum(-2).to(hidden_states.dtype)
 
@@ -288,7 +289,7 @@ def _replace_attention() -> None:
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, inverse: bool = False) -> torch.Tensor:
-    """Rotate neighbouring pairs of the last features of `x [T, ..., head_dim]`; `cos_sin [P, rope_dim]` = cos | sin."""
+    """Rotate neighboring pairs of the last features of `x [T, ..., head_dim]`; `cos_sin [P, rope_dim]` = cos | sin."""
     cos, sin = cos_sin[positions].float().chunk(2, dim=-1)
     shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (cos.shape[-1],)
     cos, sin = cos.view(shape), sin.view(shape) * (-1.0 if inverse else 1.0)
@@ -299,7 +300,7 @@ def rope(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, invers
 
 
 def _rows(layer: Any, block_size: int, width: int) -> torch.Tensor:
-    """Float32 rows `[slots, width]` behind the slots of a cache layer, beside vLLM's FP8 pages."""
+    """Float32 rows `[slots, width]` for the slots of a cache layer, kept beside vLLM's FP8 pages."""
     slots = layer.kv_cache.shape[0] * block_size
     rows: torch.Tensor | None = getattr(layer, "float32_rows", None)
     if rows is None or rows.shape[0] != slots:
@@ -338,7 +339,7 @@ def _prepare_query_and_store(
 
 
 def _compress(self: Any, kv_score: torch.Tensor, positions: torch.Tensor, rotary_emb: Any) -> None:
-    """Store each token's KV and gate, and where one closes a window of `compress_ratio`, the compressed row.
+    """Store each token's KV and gate, and the compressed row if the token completes a window of `compress_ratio`.
 
     With overlap (ratio 4) a window of 2 * ratio tokens is read: the older half from the first series, the newer from
     the second. Softmax of the gates over the window, RMSNorm, RoPE at the first position of the newer half.

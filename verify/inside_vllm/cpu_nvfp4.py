@@ -1,8 +1,8 @@
 """NVFP4 (W4A4) and block-FP8 layers for vLLM on a machine without a GPU, as plain torch emulations.
 
 vLLM has no NVFP4 kernel for the CPU platform, so a quantized checkpoint cannot be tried there. `register` adds
-emulations that keep vLLM's own weight creation, loading and scale handling and replace the arithmetic only:
-quantize-dequantize the activations, dequantize the weights, multiply in the model's dtype. On every other platform
+emulations that keep vLLM's own weight creation, loading and scale handling and only replace the arithmetic: quantize
+and dequantize the activations, dequantize the weights, multiply in the model's dtype. On every other platform
 `register` does nothing and the native kernels run.
 
 Runs inside vLLM's interpreter: imports the standard library, torch and vLLM only. Written against vLLM 0.32.
@@ -55,8 +55,8 @@ def fp8_block_dequantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple
 def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x [..., K]`, `weight [M, K]` -> `[..., M]` in x's dtype; float32 is accumulated in float64.
 
-    A float32 run is compared to a reference, and an activation that rounds to another code because of the order of
-    a sum changes every later token: the less rounding noise, the fewer of those.
+    A float32 run is compared with a reference, and an activation that rounds to another code because of the order of a
+    sum changes every later token: less rounding noise means fewer of those.
     """
     wide = accumulator(x.dtype)
     bias = None if bias is None else bias.to(wide)
@@ -92,7 +92,7 @@ class CpuNvFp4LinearKernel(EmulationNvFp4LinearKernel):  # type: ignore[misc]
 
 
 class CpuNvFp4WeightOnlyLinearKernel(CpuNvFp4LinearKernel):
-    """NVFP4A16: the same dense weight, activations left alone. vLLM's own weight-only kernels are GPU code."""
+    """NVFP4A16: the same dense weight, activations unchanged. vLLM's own weight-only kernels are GPU code."""
 
     def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`x [..., K] -> [..., M]`."""
@@ -100,14 +100,14 @@ class CpuNvFp4WeightOnlyLinearKernel(CpuNvFp4LinearKernel):
 
 
 class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
-    """Block-FP8 linear in float32, and where the CPU has no AMX: dequantized weights, activations left alone.
+    """Block-FP8 linear in float32, or if the CPU has no AMX: dequantized weights, activations unchanged.
 
     Weight-only like vLLM's own AMX kernel (CPUFp8BlockScaledMMKernel); GPU kernels quantize the activations to FP8.
     """
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """Always: this is the fallback that stands last in the list."""
+        """Always true: this is the fallback, the last in the list."""
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -131,8 +131,8 @@ class CpuFp8BlockLinearKernel(Fp8BlockScaledMMLinearKernel):  # type: ignore[mis
 
 
 class CpuExperts:
-    """What the routed experts of every format share on the CPU: dense weights `w13_dense [E, 2I, D]`, `w2_dense [E, D, I]`
-    of the layer, one expert at a time."""
+    """The common base of routed experts of every format on the CPU: dense weights `w13_dense [E, 2I, D]`, `w2_dense [E,
+    D, I]` of the layer, computed one expert at a time."""
 
     backend_name = "CPU_EMULATION"
 
@@ -175,13 +175,13 @@ class CpuExperts:
         return out.to(x.dtype)
 
     def quantize_input(self, layer: Any, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """The input `[T, K]` of an expert's "w13" or "w2" as its kernel sees it: left alone."""
+        """The input `[T, K]` of an expert's "w13" or "w2" as its kernel sees it: here unchanged."""
         return x
 
 
 class CpuNvFp4Experts(CpuExperts):
-    """What NVFP4 routed experts share in both dialects: `input_divisors` gives those of gate/up and down as loaded, `[E]`
-    each, `input_scales` is one of MOE_INPUT_SCALES."""
+    """The common base of NVFP4 routed experts in both dialects: `input_divisors` returns those of gate/up and down as
+    loaded, `[E]` each; `input_scales` is one of MOE_INPUT_SCALES."""
 
     use_a16: bool
     input_scales: str
@@ -191,7 +191,7 @@ class CpuNvFp4Experts(CpuExperts):
         raise NotImplementedError
 
     def use_input_scales(self, layer: Any, mode: str) -> None:
-        """Take the input divisors `[E]` of `mode` from now on; the loaded ones stay as they are."""
+        """Use the input divisors `[E]` of `mode` from now on; the loaded ones are kept."""
         w13_input, w2_input = self.input_divisors(layer)
         if mode == "collapsed":
             w13_input = w13_input.min().expand_as(w13_input)
@@ -199,7 +199,7 @@ class CpuNvFp4Experts(CpuExperts):
         layer.w13_input_divisor, layer.w2_input_divisor = w13_input.clone(), w2_input.clone()
 
     def quantize_input(self, layer: Any, projection: str, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """Quantized with the expert's divisor and back, unless the experts are weight-only."""
+        """The input, quantized with the expert's divisor and dequantized, unless the experts are weight-only."""
         divisor = getattr(layer, f"{projection}_input_divisor")
         return x if self.use_a16 else ref_nvfp4_quant_dequant(x, divisor[expert], GROUP)
 
@@ -221,10 +221,10 @@ class CompressedTensorsCpuNvFp4MoEMethod(CpuNvFp4Experts, nvfp4_moe.CompressedTe
     def process_weights_after_loading(self, layer: Any) -> None:
         """Dequantize once and reduce the input global scales as the GPU kernels do.
 
-        Dense weights: `w13 [E, 2I, D]`, `w2 [E, D, I]`. vLLM uses the gate projection's weight global scale for
-        gate and up (a checkpoint with different ones is served wrongly, here as there). Input global scales are
-        divisors; the smaller of gate and up wins, which is the larger scale. Stored per expert `[E]` and used so
-        (VLLM_CUTLASS), or one for the whole layer in "collapsed" mode (FlashInfer and vLLM's emulation).
+        Dense weights: `w13 [E, 2I, D]`, `w2 [E, D, I]`. vLLM uses the gate projection's weight global scale for gate
+        and up (a checkpoint with different ones is served wrongly on GPUs, and here too). Input global scales are
+        divisors; the smaller one of gate and up is used, which is the larger scale. They are stored and used per expert
+        `[E]` (VLLM_CUTLASS), or one for the whole layer in "collapsed" mode (FlashInfer and vLLM's emulation).
         """
         dtype = accumulator(layer.params_dtype)
         w13_divisor = layer.w13_weight_global_scale[:, 0]
@@ -281,7 +281,7 @@ class ModelOptCpuNvFp4MoEMethod(CpuNvFp4Experts, modelopt.ModelOptNvFp4FusedMoE)
 
 
 class CompressedTensorsCpuFp8MoEMethod(CpuExperts, fp8_moe.CompressedTensorsW8A8Fp8MoEMethod):  # type: ignore[misc]
-    """Block-FP8 routed experts where vLLM has no kernel for them: in float32, and without AMX. Weight-only like vLLM's own
+    """Block-FP8 routed experts if vLLM has no kernel for them: in float32, or without AMX. Weight-only like vLLM's own
     (CPUExpertsFp8)."""
 
     def __init__(self, moe: Any, weights: Any, inputs: Any) -> None:
@@ -309,7 +309,7 @@ def use_input_scales(model: torch.nn.Module, mode: str) -> None:
 
 
 def activate(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """SwiGLU of one expert, `[T, 2I] -> [T, I]`, clamped first where the model has a `swiglu_limit` (DeepSeek-V4).
+    """SwiGLU of one expert, `[T, 2I] -> [T, I]`, clamped first if the model has a `swiglu_limit` (DeepSeek-V4).
 
     Raises NotImplementedError for any other activation.
     """
@@ -326,7 +326,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
     """Make vLLM load NVFP4 and block-FP8 compressed-tensors checkpoints on the CPU; call before the engine is built.
 
     moe_input_scales: "stored" uses every expert's own input global scale, "collapsed" one per layer, as FlashInfer
-    does; both agree when a checkpoint shares them. Returns what is emulated, nothing when the platform is not CPU.
+    does; both agree if a checkpoint shares them. Returns what is emulated; empty if the platform is not the CPU.
     """
     if not current_platform.is_cpu():
         return []
@@ -336,7 +336,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
     kernel_for = nvfp4_linear.init_nvfp4_linear_kernel
 
     def kernel(use_a16: bool = False) -> Any:
-        # vLLM forces a GPU kernel on weight-only layers without a look at the platform's list.
+        # vLLM forces a GPU kernel on weight-only layers without checking the platform's list.
         return CpuNvFp4WeightOnlyLinearKernel(NvFp4LinearLayerConfig()) if use_a16 else kernel_for(use_a16)
 
     nvfp4_linear.init_nvfp4_linear_kernel = modelopt.init_nvfp4_linear_kernel = kernel
@@ -345,7 +345,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
 
     @register_quantization_config("compressed-tensors")
     class CompressedTensorsCpuConfig(CompressedTensorsConfig):  # type: ignore[misc]
-        """compressed-tensors with NVFP4 and FP8 routed experts on the CPU; every other layer takes vLLM's own way."""
+        """compressed-tensors with NVFP4 and FP8 routed experts on the CPU; every other layer is vLLM's own."""
 
         def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
             if isinstance(layer, RoutedExperts) and (scheme := self._experts_scheme(layer, prefix)) is not None:
@@ -360,7 +360,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
             return super().get_quant_method(layer, prefix)
 
         def _experts_scheme(self, layer: Any, prefix: str) -> dict[str, Any] | None:
-            """The scheme that all projections of expert 0 match; None leaves vLLM to decide."""
+            """The scheme that all projections of expert 0 match; None lets vLLM decide."""
             self._add_fused_moe_to_target_scheme_map()
             names = (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name, layer.ckpt_down_proj_name)
             schemes = [self.get_scheme_dict(layer, f"{prefix}.0.{name}") for name in names]
@@ -378,7 +378,8 @@ def _register_modelopt(moe_input_scales: str) -> None:
     ModelOptCpuNvFp4MoEMethod.default_input_scales = moe_input_scales
     modelopt.ModelOptNvFp4FusedMoE = ModelOptCpuNvFp4MoEMethod
     modelopt.ModelOptNvFp4Config.FusedMoEMethodCls = ModelOptCpuNvFp4MoEMethod
-    # Their kernels have no float32; the emulations do, as vLLM's compressed-tensors config says of its own.
+    # Their kernels do not support float32, but the emulations do; vLLM's compressed-tensors config declares the same
+    # for its own.
     dtypes = [torch.bfloat16, torch.half, torch.float8_e4m3fn, torch.float32]
     for config in (fp8.Fp8Config, modelopt.ModelOptNvFp4Config):
         config.get_supported_act_dtypes = staticmethod(lambda *_: dtypes)

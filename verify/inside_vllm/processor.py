@@ -1,9 +1,9 @@
-"""What vLLM is told about the CPU it runs on, which decides its choice of CPU kernels.
+"""Controls what vLLM sees of the CPU, which determines its choice of CPU kernels.
 
-vLLM asks `torch.cpu` what the processor has: AMX tiles decide its FP8 linear layers, experts, MLA and attention; AVX-512
-and its BF16 instructions decide which of three builds of its kernels is loaded. AMX multiplies BF16, FP16, INT8 and FP8
-only, and vLLM 0.32 picks AMX kernels in float32 too, where they raise ("expect A to be bfloat16 or half"). So a float32
-run hides AMX and takes the same kernels on every processor.
+vLLM asks `torch.cpu` for the processor's features: AMX tiles determine its FP8 linear layers, experts, MLA and
+attention; AVX-512 and its BF16 instructions determine which of three builds of its kernels is loaded. AMX only
+multiplies BF16, FP16, INT8 and FP8, but vLLM 0.32 also picks AMX kernels in float32, where they raise ("expect A to be
+bfloat16 or half"). Therefore a float32 run hides AMX and uses the same kernels on every processor.
 
 Runs inside vLLM's interpreter, before vLLM is imported: imports the standard library and torch only.
 """
@@ -22,14 +22,14 @@ PROBES = {
 }
 """Feature -> the function of `torch.cpu` that vLLM asks for it."""
 AT_IMPORT = ("avx512_bf16", "avx512")
-"""Features that vLLM asks for while it is imported; the others, whenever it chooses a kernel."""
+"""Features that vLLM checks while it is imported; it checks the others whenever it chooses a kernel."""
 
 
 def tell_features(pretended: Mapping[str, bool], dtype: str) -> dict[str, str]:
     """Make the probes of `torch.cpu` answer as if the processor had the `pretended` features, and hide AMX in float32.
 
-    Returns per feature what vLLM is told: "yes" and "no" are the truth, "claimed" is a yes that is not true, "hidden" a
-    no about what is there, or is pretended to be. Raises ValueError for an unknown feature.
+    Returns per feature the answer to vLLM: "yes" and "no" are true, "claimed" is a false yes, "hidden" is a no about a
+    feature that exists or is pretended. Raises ValueError for an unknown feature.
     """
     if unknown := sorted(set(pretended) - set(PROBES)):
         raise ValueError(f"processor: unknown features {unknown}; known are {sorted(PROBES)}")

@@ -1,4 +1,4 @@
-"""Prompts and text windows for vLLM as token ids, their log-probabilities, and the agreement of two sets of logits.
+"""Tokenizes prompts and text windows for vLLM, computes their log-probabilities, and compares two sets of logits.
 
 Runs inside vLLM's interpreter, loaded by `worker`.
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 60, 1 << 30, 1 << 22
-"""What a chat template may take for one prompt; real ones take milliseconds."""
+"""Limits of a chat template for one prompt; real ones take milliseconds."""
 
 
 def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[str, Any]]:
-    """An entry per prompt with its `token_ids`, cut so that prompt and sample fit; one without says why in `skipped`.
+    """An entry per prompt with its `token_ids`, truncated so that prompt and sample fit; an entry without them gives
+    the reason in `skipped`.
 
     Without a tokenizer, text becomes as many seeded random token ids as it has words.
     """
@@ -35,7 +36,7 @@ def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[
                 assert tokenizer is not None, "no tokenizer"
                 text = render(tokenizer, prompt["messages"])
                 ids = list(tokenizer.encode(text, add_special_tokens=False))
-            except Exception as error:  # no template, or the template's own, of any type
+            except Exception as error:  # no template, or any exception of the template
                 lines, text = str(error).strip().splitlines(), None
                 skipped = f"no chat template: {lines[0] if lines else type(error).__name__}"
         elif tokenizer is None:
@@ -52,9 +53,10 @@ def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """The messages through the chat template, ready for an answer. A template is a stranger's program: jinja's sandbox
-    gives it no files and no attributes, and here it has TEMPLATE_SECONDS, TEMPLATE_BYTES of memory on top of what the
-    engine has, and an answer of TEMPLATE_CHARACTERS. Raises ValueError where it takes more; whatever it raises itself."""
+    """The messages as text by the chat template, up to the start of an answer. A template is a stranger's program:
+    jinja's sandbox gives it no access to files and attributes, and here it is limited to TEMPLATE_SECONDS,
+    TEMPLATE_BYTES of memory beyond the engine's, and TEMPLATE_CHARACTERS of output. Raises ValueError if it exceeds a
+    limit, and whatever the template raises."""
 
     def stop(number: int, frame: Any) -> None:
         raise TimeoutError
@@ -68,7 +70,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
         try:
             resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
             text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        finally:  # the timer rings once: not inside the outer one, which must run whole
+        finally:  # the timer fires once: it must not interrupt the outer `finally`, which has to complete
             signal.setitimer(signal.ITIMER_REAL, 0)
     except TimeoutError:
         raise ValueError(f"the template takes more than {TEMPLATE_SECONDS} seconds") from None
@@ -83,7 +85,7 @@ def render(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
 
 
 def entry(kind: str, ids: list[int], vocabulary: int, text: str | None, skipped: str | None = None) -> dict[str, Any]:
-    """A prompt or window of the result, before anything ran."""
+    """The entry of a prompt or window in the result, before anything has run."""
     if any(not 0 <= token < vocabulary for token in ids):
         skipped, ids = f"a token id lies outside the vocabulary of {vocabulary}", []
     return {
@@ -93,8 +95,8 @@ def entry(kind: str, ids: list[int], vocabulary: int, text: str | None, skipped:
 
 
 def cut_windows(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[str, Any]]:
-    """An entry per window of the request's text: `tokens` ids each, the first of them the tokenizer's bos where it
-    puts one before a text. The last window may be shorter, but not than two tokens. [] without text or tokenizer."""
+    """An entry per window of the request's text: `tokens` ids each, starting with the tokenizer's bos if it puts one
+    before a text. The last window may be shorter, but has at least two tokens. [] without text or tokenizer."""
     wanted, vocabulary = request.get("windows"), model_config.get_vocab_size()
     if not wanted:
         return []
@@ -112,7 +114,8 @@ def cut_windows(llm: Any, request: dict[str, Any], model_config: Any) -> list[di
 
 
 def score(llm: Any, vllm: Any, entry: dict[str, Any]) -> None:
-    """One prefill of one prompt: its mean loss per predicted token, from the engine's prompt log-probabilities."""
+    """Runs one prefill of one prompt and sets its mean loss per predicted token, from the engine's prompt
+    log-probabilities."""
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     (output,) = llm.generate([{"prompt_token_ids": entry["token_ids"]}], sampling, use_tqdm=False)
     pairs = zip(output.prompt_logprobs, entry["token_ids"], strict=True)
@@ -123,24 +126,24 @@ def score(llm: Any, vllm: Any, entry: dict[str, Any]) -> None:
 
 
 def mean_nll(entries: list[dict[str, Any]]) -> float | None:
-    """Over all predicted tokens of all entries, in nats; None where none was predicted."""
+    """Mean loss over all predicted tokens of all entries, in nats; None if there are none."""
     losses = [(e["nll"], e["tokens"] - 1) for e in entries if e["nll"] is not None]
     return sum(nll * n for nll, n in losses) / sum(n for _, n in losses) if losses else None
 
 
 def perplexity(nll: float) -> float:
-    """exp, with infinity instead of an overflow."""
+    """exp(nll), with infinity instead of an overflow."""
     return math.exp(nll) if nll < 700 else (nll if math.isnan(nll) else math.inf)
 
 
 class Agreement:
-    """KL(reference || other) in nats and equal arg max, summed over positions; logits `[T, V]`, sums in float64."""
+    """Accumulates KL(reference || other) in nats and equal argmax over positions; logits `[T, V]`, sums in float64."""
 
     def __init__(self) -> None:
         self.tokens, self.kl, self.equal = 0, 0.0, 0
 
     def add(self, reference: Any, other: Any) -> None:
-        """One prompt's logits of both. Raises ValueError where their shapes differ."""
+        """Adds one prompt's logits of both models. Raises ValueError if their shapes differ."""
         if reference.shape != other.shape:
             raise ValueError(f"logits {list(reference.shape)} against {list(other.shape)}")
         for a, b in zip(reference.split(64), other.split(64), strict=True):
@@ -150,7 +153,7 @@ class Agreement:
         self.tokens += len(reference)
 
     def result(self) -> dict[str, Any] | None:
-        """`{tokens, kl, top1}`, means over the positions; None where there was none."""
+        """`{tokens, kl, top1}`, means over the positions; None if there are none."""
         if not self.tokens:
             return None
         return {"tokens": self.tokens, "kl": self.kl / self.tokens, "top1": self.equal / self.tokens}
@@ -168,7 +171,7 @@ def write_logits(directory: Path, name: str, entry: dict[str, Any], logits: Any)
 
 
 def read_logits(directory: Path, name: str) -> Any:
-    """Logits that `write_logits` wrote, None where it did not."""
+    """The logits that `write_logits` wrote; None if there is no such file."""
     from safetensors.torch import load_file
 
     path = directory / f"{name}.safetensors"

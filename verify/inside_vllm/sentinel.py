@@ -1,4 +1,5 @@
-"""Proof that a checkpoint wrote every parameter of vLLM's model, and what it wrote into the experts' input scales.
+"""Proves that a checkpoint wrote every parameter of vLLM's model, and reads what it wrote into the experts' input
+scales.
 
 Runs inside vLLM's interpreter, loaded by `worker`.
 """
@@ -12,15 +13,15 @@ NOT_LOADED = ("k_scale", "v_scale", "q_scale", "prob_scale", "k_zero_point", "v_
 MAX_REPORTED = 50
 DIVISOR = "input_global_scale"
 INPUT_SCALES = tuple(f"{projection}_{leaf}" for projection in ("w13", "w2") for leaf in (DIVISOR, "input_scale"))
-"""Input scales of NVFP4 experts: divisors in compressed-tensors' spelling, factors in modelopt's."""
+"""Input scales of NVFP4 experts: divisors in compressed-tensors' dialect, factors in modelopt's."""
 
 
 def watch_loading(load: dict[str, Any]) -> None:
     """Fill every parameter with a sentinel before vLLM loads weights, and list what still holds it afterwards.
 
-    vLLM allocates quantized parameters uninitialised and accepts a checkpoint that lacks some of them.
-    Sentinels: NaN for floats (0x7f bytes in E4M3), 0x5a bytes for integers. For bytes, where 0x5a can be data, a
-    whole row must hold it. Rotary tables and other buffers are computed, not loaded, and are left alone.
+    vLLM allocates quantized parameters uninitialized and accepts a checkpoint that lacks some of them. Sentinels: NaN
+    for floats (0x7f bytes in E4M3), 0x5a bytes for integers. In byte tensors 0x5a can be data, so a whole row must hold
+    it. Rotary tables and other buffers are computed, not loaded, and are not changed.
     """
     import torch
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -61,11 +62,11 @@ def watch_loading(load: dict[str, Any]) -> None:
 
 
 def input_scales(model: Any) -> dict[str, int] | None:
-    """How many layers of W4A4 experts there are, how many experts, and in how many layers all experts hold one input
-    global scale for gate/up and one for down, as loaded and before any kernel changes them; None without such layers.
-    FP8 experts have an `input_scale` too, which is no NVFP4's.
+    """The number of layers with W4A4 experts, the number of experts, and the number of layers in which all experts have
+    the same input global scale for gate/up and the same for down, as loaded and before any kernel changes them; None
+    without such layers. The `input_scale` of FP8 experts is not counted.
 
-    vLLM uses the smaller of an expert's gate and up; FlashInfer and vLLM's emulation one per layer, CUTLASS each
+    vLLM uses the smaller of an expert's gate and up. FlashInfer and vLLM's emulation use one per layer, CUTLASS each
     expert's own (compressed_tensors_moe_w4a4_nvfp4.py, vLLM 0.32).
     """
     found: dict[str, list[bool]] = {}
@@ -83,8 +84,8 @@ def input_scales(model: Any) -> dict[str, int] | None:
 
 
 def unused_input_scale(model: Any, name: str) -> bool:
-    """Whether the parameter is an input scale of weight-only experts, or of a weight-only layer in modelopt's spelling: vLLM
-    allocates it, no checkpoint has it."""
+    """Whether the parameter is an input scale of weight-only experts, or of a weight-only layer in modelopt's dialect:
+    vLLM allocates it, but no checkpoint has it."""
     module, _, leaf = name.rpartition(".")
     method = getattr(model.get_submodule(module), "quant_method", None)
     if leaf == "input_scale":
@@ -94,7 +95,7 @@ def unused_input_scale(model: Any, name: str) -> bool:
 
 
 def unwritten(name: str, data: Any) -> dict[str, Any] | None:
-    """None when all of `data` was written, else `{name, share, where}`; where names the first indices left."""
+    """None if all of `data` was written, else `{name, share, where}`; `where` names the first unwritten indices."""
     import torch
 
     if data.dtype.is_floating_point and data.element_size() > 1:

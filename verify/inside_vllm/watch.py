@@ -1,4 +1,5 @@
-"""What vLLM's model is made of, and what its modules put out: layer and kernel names, NaN and infinity, logits.
+"""Describes the layers and kernels of vLLM's model, and watches the outputs of its modules for NaN, infinity and
+logits.
 
 Runs inside vLLM's interpreter, loaded by `worker`.
 """
@@ -9,11 +10,13 @@ from typing import Any
 
 WEIGHT_ONLY = ("MARLIN", "W4A16", "HUMMING")
 QUANTIZING = ("EMULATION", "CUTLASS", "FLASHINFER", "FBGEMM", "B12X", "TORCHNVFP4", "CPUNVFP4", "CUTEDSL", "TRTLLM")
-"""Marks in kernel and backend names, upper case: these run NVFP4 with weights only, these with activations too."""
+"""Parts of kernel and backend names, in upper case: NVFP4 kernels that quantize only weights, and those that also
+quantize activations."""
 
 
 def describe_layers(model: Any) -> list[dict[str, Any]]:
-    """One entry per kind of linear, expert and attention layer: classes that run, how many, one name."""
+    """One entry per kind of linear, expert and attention layer: the classes that run, the number of layers, one
+    name."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, module in model.named_modules():
         method = getattr(module, "quant_method", None)
@@ -56,7 +59,7 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
 
 
 def quantizes(kernel: str, use_a16: bool) -> bool | None:
-    """Whether an NVFP4 kernel quantizes activations, by its name; None for a name not known."""
+    """Whether an NVFP4 kernel quantizes activations, by its name; None for an unknown name."""
     name = kernel.upper()
     if use_a16 or any(mark in name for mark in WEIGHT_ONLY):
         return False
@@ -64,7 +67,7 @@ def quantizes(kernel: str, use_a16: bool) -> bool | None:
 
 
 def all_activations_quantized(layers: list[dict[str, Any]]) -> bool | None:
-    """The `w4a4` of the result."""
+    """The value of `w4a4` in the result."""
     states = {entry["activations_quantized"] for entry in layers if entry["format"] == "nvfp4"}
     if not states:
         return None
@@ -82,7 +85,7 @@ class ForwardWatch:
         self.logits: Any = None
 
     def begin(self, kind: str, tokens: int, capture: bool) -> None:
-        """Name what runs next; with `capture`, keep the logits of its first forward of `tokens` rows."""
+        """Set the name of the next run; with `capture`, keep the logits of its first forward of `tokens` rows."""
         self.kind, self.tokens, self.capture, self.logits = kind, tokens, capture, None
 
     def install(self, model: Any) -> None:

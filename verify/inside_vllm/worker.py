@@ -1,19 +1,19 @@
-"""Load a checkpoint in the real vLLM, run it, and write what was seen as JSON: `PYTHON worker.py REQUEST RESULT`.
+"""Load a checkpoint in the real vLLM, run it, and write the results as JSON: `PYTHON worker.py REQUEST RESULT`.
 
-Runs inside vLLM's own interpreter as a script: imports the standard library, torch, vLLM and the vllm_*.py files
-next to it. `verify.serving.engine` starts it, sets its environment; `verify.serving` turns the result into verdicts.
+Runs inside vLLM's own interpreter as a script: imports the standard library, torch, vLLM and the files next to it.
+`verify.serving.engine` starts it and sets its environment; `verify.serving` turns the result into verdicts.
 
 REQUEST.json
     checkpoint          directory
     prompts             [{kind, text | token_ids | messages, repeat?: tokens, limit?: tokens, fill?: true}]; fill repeats
-                        the prompt until nothing but the sample fits behind it
+                        the prompt until only the sample fits after it
     windows             null | {text, count, tokens} | {token_ids: [[...], ...]}: text scored window by window
     max_tokens          greedy tokens per prompt
     dtype               "auto" | "float32" | "bfloat16" | "float16"
     max_model_len       tokens (prompts are cut to fit)
     trust_remote_code   bool
     seed                int
-    write_logits        directory for `window.<i>.safetensors`, or `prompt.<i>.safetensors` where there are no windows:
+    write_logits        directory for `window.<i>.safetensors`, or `prompt.<i>.safetensors` without windows:
                         token_ids [T], logits [T, V] (float32, row t predicts token t + 1); or null
     compare_logits      directory that another run wrote so: this run's distributions are the reference; or null
     kv_cache_bytes      size of the KV cache on a CPU, or null for vLLM's default
@@ -71,7 +71,7 @@ def main(request_path: str, result_path: str) -> int:
     try:
         run(json.loads(Path(request_path).read_text()), result, Path(result_path))
         result["ok"] = True
-    except BaseException as error:  # the result must be written whatever happened, SystemExit included
+    except BaseException as error:  # the result must be written in any case, even for SystemExit
         result["error"] = {
             "type": type(error).__name__,
             "message": str(error),
@@ -101,11 +101,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> None:
-    """All stages; fills `result` as they go, so that it says how far they got when one raises."""
+    """Runs all stages and fills `result` meanwhile, so that it says how far they got if one raises."""
 
     def stage(name: str) -> float:
         result["stage"] = name
-        write_json(result_path, result)  # what is known so far survives a crash of the engine
+        write_json(result_path, result)  # so that the results so far survive a crash of the engine
         print(f"[vllm_worker] {name}", flush=True)
         return time.monotonic()
 
@@ -154,7 +154,7 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
     result["prompts"] = prompts.tokenize(llm, request, config.model_config)
     measured = "windows" if result["windows"] else "prompts"
     measure(llm, vllm, request, result, hooks, measured)
-    # Another run's reference is asked for its windows and samples alone.
+    # A run that is a reference for another one only provides its windows and samples.
     for entry in result["prompts"] if measured == "windows" and not request.get("compare_logits") else []:
         hooks.begin(entry["kind"], 0, capture=False)
         if entry["token_ids"]:
@@ -174,8 +174,8 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
 
 
 def measure(llm: Any, vllm: Any, request: dict[str, Any], result: dict[str, Any], hooks: Any, measured: str) -> None:
-    """Scores the windows (or prompts) one by one: perplexity, and where asked their logits to disk, their agreement
-    with another run's, and with this checkpoint in the other mode of its experts' input scales."""
+    """Scores the windows (or prompts) one by one: perplexity, and if requested writes their logits to disk and computes
+    their agreement with another run, and with this checkpoint in the other mode of its experts' input scales."""
     prompts, nvfp4 = sibling("prompts"), sibling("cpu_nvfp4")
     scales = result["input_scales"]
     differ = scales is not None and scales["shared"] < scales["layers"] and scales["mode"] != "kernel"
@@ -216,8 +216,8 @@ def measure(llm: Any, vllm: Any, request: dict[str, Any], result: dict[str, Any]
 
 
 def sibling(name: str) -> Any:
-    """A file next to this one as a module. Its directory stays off sys.path: names there (`prompts`, `processor`) must not
-    shadow what vLLM imports."""
+    """Imports a file next to this one. Its directory is not on sys.path, because names there (`prompts`, `processor`)
+    must not shadow what vLLM imports."""
     module = f"inside_vllm.{name}"
     if module not in sys.modules:
         spec = importlib.util.spec_from_file_location(module, Path(__file__).with_name(f"{name}.py"))
@@ -228,19 +228,19 @@ def sibling(name: str) -> Any:
 
 
 class UnwrittenParameters(Exception):
-    """The checkpoint left parameters of the model unwritten; running it would prove nothing."""
+    """Raised if the checkpoint left parameters of the model unwritten; running it would prove nothing."""
 
 
 class NoVariant(Exception):
-    """vLLM has the model, for other hardware than this: that says nothing about the checkpoint."""
+    """Raised if vLLM only has the model for other hardware, which says nothing about the checkpoint."""
 
 
 def no_variant(config: dict[str, Any], current_platform: Any) -> str | None:
-    """Why vLLM cannot run this model here: its package (vllm.models.<model>) has a folder for each platform that it knows,
-    and none for this one. None where it has one, or the model is not kept that way.
+    """Why vLLM cannot run this model here: its package (vllm.models.<model>) has a folder for each supported platform,
+    but none for this one. None if it has one, or if the model is not organized that way.
 
-    deepseek_v41 of vLLM 0.32 has amd and nvidia; on a CPU its entry falls through to nvidia, which builds and then fails
-    somewhere in a kernel that is not there."""
+    deepseek_v41 of vLLM 0.32 has amd and nvidia; on a CPU its entry falls through to nvidia, which builds and then
+    fails in a missing kernel."""
     from vllm.model_executor.models import ModelRegistry
 
     platforms = {"nvidia": "is_cuda", "amd": "is_rocm", "xpu": "is_xpu", "cpu": "is_cpu"}
@@ -256,7 +256,7 @@ def no_variant(config: dict[str, Any], current_platform: Any) -> str | None:
 
 
 def device_name(current_platform: Any) -> str:
-    """The accelerator's name, or the platform's where it has none."""
+    """The accelerator's name, or the platform's if there is none."""
     try:
         return str(current_platform.get_device_name())
     except (NotImplementedError, RuntimeError):
@@ -264,7 +264,8 @@ def device_name(current_platform: Any) -> str:
 
 
 def import_engine(request: dict[str, Any]) -> tuple[list[str], Any]:
-    """vLLM with the CPU plugin registered; returns what the plugin emulates (nothing on other platforms), and vLLM."""
+    """Imports vLLM and registers the CPU plugin; returns what the plugin emulates (nothing on other platforms), and
+    vLLM."""
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) != here]
     import vllm
@@ -283,7 +284,7 @@ def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
     cache = {"kv_cache_memory_bytes": request["kv_cache_bytes"]} if on_cpu and request.get("kv_cache_bytes") else {}
     return vllm.LLM(
         model=str(checkpoint),
-        load_format="safetensors",  # never a pickle beside the shards
+        load_format="safetensors",  # never loads a pickle beside the shards
         dtype=request["dtype"],
         max_model_len=request["max_model_len"],
         max_num_batched_tokens=max(request["max_model_len"], 2 * len(request["prompts"])),
@@ -292,7 +293,7 @@ def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
         seed=request["seed"],
         enforce_eager=True,
         enable_prefix_caching=False,
-        # vLLM renders the checkpoint's own template once when it starts, without a bound; prompts.render has one.
+        # vLLM renders the checkpoint's own template once when it starts, without limits; prompts.render has limits.
         chat_template="{{ messages[0].content }}",
         skip_tokenizer_init=not any((checkpoint / name).exists() for name in tokenizer_files),
         **cache,
@@ -300,7 +301,8 @@ def build_engine(vllm: Any, request: dict[str, Any], on_cpu: bool) -> Any:
 
 
 def remove_meeting_file() -> None:
-    """The file in the temporary directory in which vLLM's ranks, one here, have met: torch removes it at a normal end."""
+    """Removes the rendezvous file of vLLM's ranks (one here) in the temporary directory, which torch only removes at a
+    normal end."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         return
@@ -312,7 +314,7 @@ def remove_meeting_file() -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End the process at once: the result is on disk, and taking vLLM apart costs 2 CPU-s."""
+    """End the process at once: the result is on disk, and shutting vLLM down costs 2 CPU-seconds."""
     remove_meeting_file()
     sys.stdout.flush()
     sys.stderr.flush()

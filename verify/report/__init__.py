@@ -1,1 +1,1 @@
-"""Verdicts as tables, pages and plots."""
+"""Shows verdicts as tables, pages and plots."""

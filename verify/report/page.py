@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: verdict first, then what was checked, plots, samples, facts."""
+"""Renders the report as one self-contained HTML page: the verdict first, then checks, plots, samples, facts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from recipes.errors import printable
 from verify.checks import SEVERITY, Check, level_verdicts, overall
 from verify.report.plots import Figure
 
-#: Seconds after which a page that is opened while its run goes on loads itself again.
+#: Seconds after which the page of a running run reloads itself.
 REFRESH = 60
-#: Samples and modules that a page shows at most.
+#: Most samples and modules that a page shows.
 MOST = 20
 
 
 @dataclass
 class Report:
-    """What a report shows; whatever is empty is left out.
+    """The content of a report; empty fields are not shown.
 
-    `state` are the lines that say where a run stands; `running` makes the page load itself again; `error` marks the
-    state as one that needs somebody. `fidelity` is the table of `verify.fidelity` (fidelity.json).
+    `state` are lines about the progress of a run; `running` makes the page reload itself; `error` marks a state that
+    needs attention. `fidelity` is the table of `verify.fidelity` (fidelity.json).
     """
 
     title: str
@@ -41,7 +41,7 @@ class Report:
     recipe: str = ""
 
     def html(self) -> str:
-        """The page; everything it shows is inside it, no network is asked."""
+        """The page, which contains everything it shows and needs no network."""
         return render(
             "report.html.j2",
             title=self.title,
@@ -61,7 +61,7 @@ class Report:
 
 
 def render(template: str, /, **values: Any) -> str:
-    """A template of `verify/report/pages` with `values`; text is escaped, a value that is missing is an error."""
+    """Renders a template of `verify/report/pages` with `values`; text is escaped, a missing value is an error."""
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z")
     return _environment().get_template(template).render(written=written, **values)
 

@@ -1,4 +1,4 @@
-"""The plots of a report, as SVG text that stands inside a page."""
+"""Draws the plots of a report, as SVG text to embed in a page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 _INK, _FIRST, _SECOND = "#33373c", "#2f6f9f", "#c0702a"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
-    "svg.fonttype": "none",  # text stays text: smaller, and readers can search it
+    "svg.fonttype": "none",  # text stays text: it is smaller, and readers can search it
     "font.family": "sans-serif",
     "text.color": _INK,
     "axes.edgecolor": "#9aa0a6",
@@ -30,13 +30,13 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "report",
 }
 _WIDTH = 8.6
-#: Strangers of a heat map that are ringed at most.
+#: Most outliers of a heat map that get a ring.
 _RINGS = 20
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot: `svg` is markup, `caption` says what is shown and how it was obtained."""
+    """One plot: `svg` is markup, `caption` says what is shown and how it was measured."""
 
     title: str
     caption: str
@@ -48,8 +48,8 @@ def expert_map(
 ) -> Figure | None:
     """A heat map, blocks down and experts across; `values` maps (block, expert) to a figure. None without values.
 
-    Colors span what 99 % of the experts have, so that one stranger does not make all others look alike; the strangers
-    have rings.
+    Colors span the values of 99 % of the experts, so that an outlier does not make all others look alike; outliers have
+    rings.
     """
     if not values:
         return None
@@ -63,13 +63,13 @@ def expert_map(
     low = np.percentile(positive, 0.5, method="higher")
     high = np.percentile(positive, 99.5, method="lower")
     norm = LogNorm(low, high) if positive.min() > 0 and logarithmic and high > low else Normalize(low, high)
-    # The scale as numbers from 0 to 1: whoever lies a whole span outside it is a stranger.
+    # The color scale as numbers from 0 to 1: values more than one span outside it are outliers.
     place = np.ma.filled(norm(np.ma.masked_invalid(grid)), 0.5) if high > low else np.where(grid == low, 0.5, 9.0)
     rings = np.argwhere(((place > 2) | (place < -1)) & np.isfinite(grid))[:_RINGS]
     with rc_context(_STYLE):
         drawing = Drawing(figsize=(_WIDTH, min(1.6 + 0.09 * len(blocks), 6.5)), layout="constrained")
         axes = drawing.subplots()
-        axes.set_facecolor("#d9d9d9")  # what has no value: a dense block, an expert without tokens
+        axes.set_facecolor("#d9d9d9")  # cells without a value: a dense block, an expert without tokens
         image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         axes.scatter(rings[:, 1], rings[:, 0], s=120, facecolors="none", edgecolors="#ff2d20", linewidths=2.2)
         bar = drawing.colorbar(image, ax=axes, label=label, pad=0.01, extend="both")
@@ -88,7 +88,7 @@ def expert_map(
 def lines(
     series: Mapping[str, Mapping[int, float]], title: str, caption: str, label: str, logarithmic: bool = False
 ) -> Figure | None:
-    """One line per name over blocks; on a logarithmic axis what is not positive is left out. None without a point."""
+    """One line per name over blocks; a logarithmic axis omits values that are not positive. None without a point."""
     kept = {
         name: {block: value for block, value in points.items() if not logarithmic or value > 0}
         for name, points in series.items()
@@ -111,7 +111,7 @@ def lines(
 
 
 def time_and_memory(seconds: Mapping[int, float], memory: Mapping[int, float], caption: str) -> Figure | None:
-    """Seconds (bars) and peak memory in bytes (line of its own axes) of each block. None without a block."""
+    """Seconds (bars) and peak memory in bytes (line with its own axis) of each block. None without a block."""
     if not seconds:
         return None
     with rc_context(_STYLE):
@@ -150,7 +150,7 @@ def scale_histogram(scales: Mapping[str, Any], caption: str) -> Figure | None:
 
 
 def fidelity_figures(fidelity: Mapping[str, Any]) -> list[Figure]:
-    """What fidelity.json can show: error per block and expert, forward cosine per block, group scales."""
+    """The plots of fidelity.json: error per block and expert, forward cosine per block, group scales."""
     how = str(fidelity.get("source", ""))
     blocks: Sequence[Mapping[str, Any]] = fidelity.get("blocks", ())
     cosines = {

@@ -1,4 +1,4 @@
-"""Checks and their verdicts as a table for people and as Markdown for the card."""
+"""Prints checks and their verdicts as a table for people and as Markdown for the model card."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "y
 
 
 class PlainConsole(Console):
-    """Prints text as it is: nothing in it is markup or an emoji's name, and no control character passes (see
-    `recipes.errors.printable`). What has a style is a rich.text.Text of this project's own words."""
+    """Prints text literally: no markup, no emoji names, and no control characters (see `recipes.errors.printable`).
+    Only rich.text.Text objects of this project have a style."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """The text of a line, a cell or a title; rich calls it for every one."""
+        """Called by rich for the text of every line, cell and title."""
         return super().render_str(printable(text), **options)
 
 
 class OutputConsole(PlainConsole):
-    """Standard output: as wide as the terminal, or `width` columns where it is none. Raises BrokenPipeError where nobody
-    reads it any more; rich's own ends the process with 1, which is a defect's code here."""
+    """Standard output: as wide as the terminal, or `width` columns if it is not a terminal. Raises BrokenPipeError if
+    stdout is closed, where rich itself would exit with 1, the code of a defect here."""
 
     def __init__(self, width: int = 160) -> None:
         super().__init__(width=None if sys.stdout.isatty() else width)
 
     def on_broken_pipe(self) -> None:
-        """Called by rich inside the handler of the error."""
+        """Called by rich in the handler of the error."""
         self.quiet = True
         raise BrokenPipeError
 
 
 def print_checks(checks: Sequence[Check], console: Console) -> None:
-    """A table, one check a line."""
+    """Prints a table with one check per line."""
     table = Table("check", "verdict", "what it proves", "figure", "threshold", title="Verification")
     for check in checks:
         verdict = Text(check.verdict, _STYLE[check.verdict])

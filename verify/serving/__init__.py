@@ -1,1 +1,1 @@
-"""What the real vLLM makes of a checkpoint."""
+"""Runs a checkpoint in the real vLLM and judges the results."""

@@ -1,7 +1,7 @@
-"""The serving engine's process: vLLM in its own interpreter, started, watched, ended; nothing here imports vLLM.
+"""Starts, watches and ends the serving engine's process: vLLM in its own interpreter. Nothing here imports vLLM.
 
-The work inside is `verify/inside_vllm/worker.py`, which also documents the JSON that passes between the two.
-A crash, a lack of memory or a time-out of the engine comes back as a result, not as an exception.
+The work inside is `verify/inside_vllm/worker.py`, which also documents the JSON files between the two. A crash, an
+out-of-memory error or a timeout of the engine becomes a result, not an exception.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from recipes.schema import Serving
 WORKER = Path(__file__).parents[1] / "inside_vllm" / "worker.py"
 REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
 Run = Callable[[list[str], Path, float], tuple[int, bool]]
-"""Runs a command with its output in a log, for so many seconds at most: exit code and whether time ran out."""
+"""Runs (command, log, timeout in seconds) with the output in the log; returns the exit code and whether it timed
+out."""
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 TAIL = 12
-"""Lines of the engine's log in a verdict."""
+"""Number of lines of the engine's log that a verdict quotes."""
 NO_MEMORY = (
     "MemoryError", "OutOfMemoryError", "DefaultCPUAllocator", "out of memory", "Cannot allocate memory", "Available memory",
 )  # fmt: skip
-"""What Python, torch, the C library and vLLM say when there is no more."""
+"""What Python, torch, the C library and vLLM print if memory runs out."""
 
 
 def check_environment(python: str) -> None:
@@ -53,7 +54,7 @@ def check_environment(python: str) -> None:
 
 
 def environment() -> dict[str, str]:
-    """The engine's environment: this one without what would leak our interpreter, plus what vLLM needs here."""
+    """The engine's environment variables: ours, without those of our interpreter, plus those that vLLM needs here."""
     leaks = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH"}
     leaks.add("PYTHONDONTWRITEBYTECODE")  # importing vLLM takes 24 s without bytecode, 6 s with it
     inherited = {name: value for name, value in os.environ.items() if name not in leaks}
@@ -67,7 +68,7 @@ def environment() -> dict[str, str]:
         _CACHE: str(compile_cache()),
     }
     fixed = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the hooks live in the engine's process
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the hooks need the model in the worker's own process
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -77,8 +78,8 @@ def environment() -> dict[str, str]:
 
 
 def compile_cache() -> Path:
-    """Where torch keeps what it compiles for the engine, a directory for each kind of processor. torch's own is one for all:
-    code for AVX-512 that is found again where torch is to do without does not compile ("at::vec has not been declared")."""
+    """The directory of torch's compiled code for the engine, one for each kind of processor. torch's default is one for
+    all, and cached code for AVX-512 fails to compile if AVX-512 is disabled ("at::vec has not been declared")."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -92,10 +93,11 @@ def compile_cache() -> Path:
 def run_engine(
     request: dict[str, Any], options: Serving, log_dir: Path, name: str, run: Run | None = None
 ) -> dict[str, Any]:
-    """One process of the engine: the worker's result, with `seconds.wall`, `exit_code`, `timed_out` and `log` added.
+    """Runs one process of the engine. Returns the worker's result, with `seconds.wall`, `exit_code`, `timed_out` and
+    `log` added.
 
     run: instead of `run_process`. Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`.
-    Raises EnvironmentProblem when there is no vLLM to ask.
+    Raises EnvironmentProblem if there is no vLLM.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
     request_path, result_path, log = (
@@ -121,9 +123,9 @@ def run_engine(
 
 
 def run_process(command: list[str], log: Path, timeout: float) -> tuple[int, bool]:
-    """Run in a process group of its own with its output in `log`; kill the group at the time-out or on any exception.
+    """Run in a process group of its own with its output in `log`; kill the group at the timeout or on any exception.
 
-    Returns the exit code (negative: the signal) and whether time ran out.
+    Returns the exit code (negative: the signal) and whether it timed out.
     """
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -134,21 +136,21 @@ def run_process(command: list[str], log: Path, timeout: float) -> tuple[int, boo
             return process.wait(timeout), False
         except subprocess.TimeoutExpired:
             return 0, True
-        finally:  # also what the engine left running after its own end
+        finally:  # also kills what the engine left running
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def no_variant(result: dict[str, Any]) -> str | None:
-    """Why the engine of this machine has no code for the model, which says nothing about the checkpoint; None where that
-    did not end the run."""
+    """Why the engine has no code for the model on this machine, which says nothing about the checkpoint; None if that
+    is not why the run ended."""
     error = result.get("error") or {}
     return str(error["message"]) if error.get("type") == "NoVariant" else None
 
 
 def failure(result: dict[str, Any]) -> str | None:
-    """Why a run ended early, with the log's last lines; None when it did not."""
+    """Why a run ended early, with the log's last lines; None if it did not."""
     if result.get("ok"):
         return None
     code, stage = int(result.get("exit_code") or 0), result.get("stage")

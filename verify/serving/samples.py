@@ -1,4 +1,4 @@
-"""Whether generated text looks broken: nothing at all, one cycle of tokens without end, characters that are no text."""
+"""Judges whether generated text looks broken: empty, an endless cycle of tokens, unprintable characters."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 LEAST_LOOP = 12
-"""Tokens that a repeated tail must have to be called a loop, and repetitions of its cycle: a short sample may well end in
-a row of dashes."""
+"""Tokens and repetitions that a repeated tail needs to count as a loop: a short sample may legitimately end in a row of
+dashes."""
 LEAST_REPETITIONS = 3
 
 
 def repeated_tail(ids: Sequence[int]) -> tuple[int, int]:
-    """The longest end of `ids` that repeats one cycle at least LEAST_REPETITIONS times: (tokens of the cycle, tokens of
-    the end), (0, 0) where there is none."""
+    """The longest tail of `ids` that repeats one cycle at least LEAST_REPETITIONS times: (tokens of the cycle, tokens
+    of the tail); (0, 0) if there is none."""
     best = (0, 0)
     for period in range(1, len(ids) // LEAST_REPETITIONS + 1):
         length = period
@@ -25,18 +25,18 @@ def repeated_tail(ids: Sequence[int]) -> tuple[int, int]:
 
 
 def unprintable(text: str) -> float:
-    """Share of characters that are control or replacement characters, 0 to 1. One replacement character at the end is a
-    character that the sample's last token cut."""
+    """Fraction of characters that are control or replacement characters, 0 to 1. One replacement character at the end
+    is not counted: the sample's last token cut that character."""
     text = text.removesuffix("\ufffd")
     bad = sum(character == "\ufffd" or not (character.isprintable() or character in "\n\r\t") for character in text)
     return bad / len(text) if text else 0.0
 
 
 def complaint(ids: Sequence[int], text: str, max_loop: float, max_unprintable: float, may_loop: bool) -> str | None:
-    """What is wrong with a sample of token `ids` that decodes to `text`, None for nothing.
+    """What is wrong with a sample of token `ids` that decodes to `text`; None if nothing is.
 
-    max_loop, max_unprintable: shares of the sample (see recipes.schema.Require). may_loop: the prompt gives nothing to go
-    on with, and a loop is no sign of damage.
+    max_loop, max_unprintable: shares of the sample (see recipes.schema.Require). may_loop: the prompt has too little
+    content to continue, so that a loop is not a sign of damage.
     """
     if not ids or not text.strip():
         return "empty"

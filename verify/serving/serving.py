@@ -1,6 +1,6 @@
-"""Serving: the real vLLM loads the checkpoint, and where it fits its source, and runs both on the same tokens.
+"""Serving: the real vLLM loads the checkpoint and, if it fits, its source, and runs both on the same tokens.
 
-What is asked of the engine stands here; `engine` runs it, `serving_verdicts` judges what it did.
+This module makes the requests; `engine` runs them, `verdicts` judges the results.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from verify.serving.verdicts import judge
 from verify.unseen_text import help_text
 
 PROMPT_ROOM = 512
-"""Prompt tokens that the default context length leaves beside the sample; more than DeepSeek-V4's windows of 128."""
+"""Prompt tokens in the default context length, besides the sample; more than DeepSeek-V4's windows of 128."""
 AUTO_BYTES = 2 * 2**30
-"""What `compare: auto` serves of a source, in bytes of its BF16 form: a second engine must not surprise anybody."""
+"""Largest source, in BF16 bytes, that `compare: auto` serves: larger ones need an explicit `compare: true`."""
 LONGEST_TOKEN = 32
-"""Characters per token that a text is read for; runs of blanks are the longest."""
+"""Characters of text that are read per token; runs of blanks have the most characters per token."""
 DAYS = " ".join(
     f"On day {n} the ship sailed {7 * n} miles and the crew counted {3 * n + 1} birds." for n in range(1, 13)
 )
 CODE = "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1) +"
-#: Below the logs, which may be a directory of the user's: removed with all in it, so no name that others use.
+#: A directory in the logs, which may be the user's: it is removed with its contents, so its name must be ours alone.
 _LOGITS = "logits-of-this-verification"
 
 
 @dataclass(frozen=True)
 class SourceToServe:
-    """The source in a form that vLLM loads, or None and why there is no such form; too_large: none is wanted."""
+    """The source in a form that vLLM loads, or None and the reason; too_large: no comparison is wanted."""
 
     directory: Path | None
     why: str = ""
@@ -49,7 +49,8 @@ class SourceToServe:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What tests and benchmarks ask of the engine and no recipe can; `verify/inside_vllm/worker.py` says what each means.
+    """Options of the engine for tests and benchmarks, which recipes do not have; `verify/inside_vllm/worker.py`
+    explains each.
 
     prompts: instead of the built-in kinds and the recipe's own. processor: what the CPU is pretended to have or lack.
     run: instead of a process that imports vLLM.
@@ -63,7 +64,7 @@ class Experiment:
 
 
 def default_prompts() -> list[dict[str, Any]]:
-    """One prompt of every built-in kind, as the worker takes them."""
+    """One prompt of every built-in kind, in the worker's format."""
     return [
         {"kind": "short", "text": "The capital of France is"},
         {"kind": "long", "text": DAYS},
@@ -76,11 +77,11 @@ def default_prompts() -> list[dict[str, Any]]:
 
 
 def check_serving(options: Serving, *strangers: Path) -> None:
-    """Raise EnvironmentProblem without a vLLM to ask or if its interpreter lies in one of the `strangers`, directories that
-    may bring their own, RecipeError without the text to score; takes seconds."""
+    """Raise EnvironmentProblem if there is no vLLM, or if its interpreter is inside one of the `strangers`, directories
+    that could provide one of their own; RecipeError if the text to score cannot be read. Takes seconds."""
     read_text(options)
     for directory in strangers:
-        # The parent alone is resolved: an environment's python is a link to the system's.
+        # Only the parent is resolved: an environment's python is a link to the system's.
         if is_inside(Path(options.python).absolute().parent, directory):
             raise EnvironmentProblem(
                 f"{options.python}: lies inside the checkpoint {directory} (verify.serving.python), and would run what it "
@@ -90,7 +91,7 @@ def check_serving(options: Serving, *strangers: Path) -> None:
 
 
 def read_text(options: Serving) -> str | None:
-    """As much of the recipe's text as its windows can need. Raises RecipeError for a file that cannot be read."""
+    """As much of the recipe's text as its windows can use. Raises RecipeError for a file that cannot be read."""
     if options.text is None:
         return None
     most = options.windows * options.window_tokens * LONGEST_TOKEN
@@ -109,8 +110,8 @@ def read_text(options: Serving) -> str | None:
 
 
 def source_as_stored(source: Formats, options: Serving) -> SourceToServe | None:
-    """The source as it lies on disk, where vLLM loads that on any machine (BF16, F16, F32) and `compare` allows its
-    size; None where the recipe wants no comparison."""
+    """The source as stored, if vLLM can load that on any machine (BF16, F16, F32) and `compare` allows its size; None
+    if the recipe wants no comparison."""
     if options.compare is False:
         return None
     size = 2 * source.parameters
@@ -132,14 +133,13 @@ def verify_serving(
     source: SourceToServe | None = None,
     experiment: Experiment | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:
-    """Serve `checkpoint`, then `source` where there is one to serve, and judge what happened.
+    """Serve `checkpoint`, then `source` if there is one to serve, and judge the results.
 
     Leaves requests, results and logs of both processes in `log_dir`. Returns the checks and the worker's result without
     the prompts' token ids, with `samples` [{kind, prompt, text, source_text}], `text` (what was scored) and `source`
-    added: None, or the source worker's result without its prompts and with `nll_difference` and `nll_error`, or
-    `{"ok": false, "why": ...}`.
-    experiment: what no recipe can ask.
-    Raises EnvironmentProblem when there is no vLLM to ask, RecipeError when the text cannot be read.
+    added: None, or the source worker's result without its prompts and with `nll_difference` and `nll_error`, or `{"ok":
+    false, "why": ...}`. experiment: options that recipes do not have. Raises EnvironmentProblem if there is no vLLM,
+    RecipeError if the text cannot be read.
     """
     config = language_config(read_json_or_none(checkpoint / "config.json") or {})
     experiment = experiment or Experiment()
@@ -150,7 +150,7 @@ def verify_serving(
         "checkpoint": str(checkpoint.resolve()),
         "prompts": default_prompts() + own if experiment.prompts is None else experiment.prompts,
         "windows": text and {"text": text, "count": options.windows, "tokens": options.window_tokens},
-        "max_tokens": min(options.max_tokens, length // 2),  # a prompt needs room too
+        "max_tokens": min(options.max_tokens, length // 2),  # leaves space for a prompt
         "dtype": options.dtype,
         "max_model_len": length,
         "trust_remote_code": trust_remote_code,
@@ -176,7 +176,7 @@ def verify_serving(
     result["text"] = options.text if result.get("windows") else None
     result["samples"] = samples(result)
     checks = judge(result, options, config) + draft_head_checks(checkpoint, config)
-    for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they stay in the worker's own result
+    for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they are in the worker's own result
         entry.pop("token_ids", None)
         entry.pop("source_ids", None)
     return checks, result
@@ -207,7 +207,7 @@ def _serve_source(
 
 def nll_difference(ours: Sequence[dict[str, Any]], source: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """`nll_difference`: ours minus the source's, mean over the pairs of windows in nats per token; `nll_error`: its
-    standard error. None where there are too few finite ones."""
+    standard error. None if there are too few finite ones."""
     losses = [(a["nll"], b["nll"]) for a, b in zip(ours, source, strict=False)]
     found = [a - b for a, b in losses if isinstance(a, int | float) and isinstance(b, int | float)]
     mean = sum(found) / len(found) if found else None
@@ -226,8 +226,8 @@ def kv_cache_bytes(config: dict[str, Any], length: int) -> int:
 
 
 def samples(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """`[{kind, prompt, text, source_text}]` of the generated samples, the recipe's own first; source_text None where the
-    source was not served."""
+    """`[{kind, prompt, text, source_text}]` of the generated samples, the recipe's own first; source_text is None if
+    the source was not served."""
     found = [
         {
             "kind": p["kind"], "prompt": p.get("text") or f"{p['tokens']} tokens", "text": p["sample"],

@@ -1,4 +1,4 @@
-"""What the serving engine did, as verdicts: one table of checks, one function per judgement."""
+"""Turns the serving engine's result into verdicts: one table of checks, one function per judgment."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ CHECKS = {
 }  # fmt: skip
 Outcome = tuple[Verdict, str]
 MAY_LOOP = ("repeated token", "single token")
-"""Prompts that give nothing to go on with: an unquantized model loops there too."""
+"""Kinds of prompts with too little content to continue: an unquantized model loops there too."""
 
 
 def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> list[Check]:
-    """The verdicts of one run (see `verify_serving` for `result`). What the run did not reach is UNCHECKED; what does not
-    concern the checkpoint, or the recipe did not ask for, has no check."""
+    """The verdicts of one run (see `verify_serving` for `result`). Stages that the run did not reach are UNCHECKED;
+    what does not concern the checkpoint, or was not requested by the recipe, has no check."""
     unserved = engine.no_variant(result)
     failure = None if unserved else engine.failure(result)
     found = _stages(result, options, failure)
@@ -96,7 +96,7 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
 
 
 def _stages(result: dict[str, Any], options: Serving, failure: str | None) -> dict[str, Outcome | None]:
-    """What the engine's stages prove: load, tensors, w4a4, finite, logprobs, generate."""
+    """The outcomes of the engine's stages: load, tensors, w4a4, finite, logprobs, generate."""
     verdicts: dict[str, Outcome | None] = {}
     load, prompts = result.get("load", {}), result.get("prompts", [])
     loaded, missing = bool(result.get("layers")), load.get("missing", [])
@@ -256,7 +256,7 @@ def _source(source: dict[str, Any], options: Serving) -> tuple[Outcome, str]:
 
 
 def _measured(result: dict[str, Any]) -> str:
-    """Over what the perplexity of `result` was taken."""
+    """The tokens over which the perplexity of `result` was measured."""
     windows = result.get("windows") or []
     scored = [p for p in windows or result.get("prompts", []) if p.get("nll") is not None]
     tokens = sum(p["tokens"] - 1 for p in scored)
@@ -266,7 +266,7 @@ def _measured(result: dict[str, Any]) -> str:
 
 
 def _kernels(layers: list[dict[str, Any]], stored: str) -> str:
-    """How many layers of a format ran in which kernel."""
+    """The number of layers of a format by kernel."""
     counts: dict[str, int] = {}
     for layer in layers:
         if layer["format"] == stored:
@@ -288,7 +288,7 @@ def _asks_for_w4a4(config: dict[str, Any]) -> bool:
 
 
 def _finite(value: Any) -> bool:
-    # The worker writes what is not finite as text.
+    # The worker writes values that are not finite as text.
     return isinstance(value, int | float)
 
 

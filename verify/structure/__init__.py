@@ -1,1 +1,1 @@
-"""Whether a checkpoint holds what its config promises, read byte by byte."""
+"""Checks, reading every byte, that a checkpoint contains what its config promises."""

@@ -1,4 +1,4 @@
-"""config.json: what the served model would be, against what the source's config and the plan make it."""
+"""Compares the output's config.json, as a serving engine reads it, with the source's config and the plan."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from calibration.plan.quantization_config import output_config
 from verify.checks import Check, verdict
 
 _KEY = "quantization_config"
-#: Fields that say who wrote the file or how a training loop runs: no serving engine's output depends on them.
+#: Fields about the writer of the file or a training loop: no serving engine's output depends on them.
 _FREE = frozenset({"transformers_version", "_name_or_path", "use_cache"})
-#: The fields of compressed-tensors' quantization_config (0.19). The first describe the same modules in other words:
-#: structure.targets judges what they name.
+#: The fields of compressed-tensors' quantization_config (0.19). The first ones may describe the same modules in other
+#: words: structure.targets judges which modules they match.
 _RESPELLED = frozenset({"config_groups", "format", "ignore", "version", "global_compression_ratio"})
 _FIELDS = _RESPELLED | {
     "kv_cache_scheme", "quant_method", "quantization_status", "sparsity_config", "transform_config",
 }  # fmt: skip
-#: Those of NVIDIA's dialect (Model-Optimizer 0.47; the FP8 ones are the source's own).
+#: The fields of NVIDIA's dialect (Model-Optimizer 0.47; those of FP8 are the source's own).
 _NVIDIA_FIELDS = frozenset({
     "activation_scheme", "config_groups", "expert_dtype", "fmt", "group_size", "ignore", "ignored_layers",
     "kv_cache_quant_algo", "kv_cache_scheme", "moe_quant_algo", "modules_to_not_convert", "producer", "quant_algo",
@@ -35,8 +35,8 @@ _MISSING = object()
 
 
 class _Meaning:
-    """What transformers' config class makes of a config.json: every default filled in, every spelling of a field under
-    one name. A model type without a class means what its fields say. Nothing of the checkpoint is executed."""
+    """A config.json as transformers' config class reads it, with every default filled in and one name for every
+    spelling of a field. A model type without a class is read literally. Nothing of the checkpoint is executed."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from transformers.configuration_utils import PreTrainedConfig
@@ -44,10 +44,10 @@ class _Meaning:
 
         self._class: object = None
         self.values: dict[str, Any] = {}
-        #: What every config class has, and transformers leaves out of the file where it is so.
+        #: Defaults of every config class, which transformers does not write to the file.
         self.usual: dict[str, Any] = PreTrainedConfig().to_dict()
 
-        # The class writes into the mappings that it is given.
+        # The class modifies the mappings that it receives.
         given = deepcopy(
             {key: value for key, value in config.items() if key not in (_KEY, "model_type", "torch_dtype")}
         )
@@ -56,13 +56,13 @@ class _Meaning:
         try:
             self._class = CONFIG_MAPPING[config["model_type"]](**given)
             self.values = json.loads(json.dumps(self._class.to_dict(), default=str))  # type: ignore[attr-defined]
-        except Exception:  # a stranger's fields meet a library's checks: whatever they raise, nothing is known of them
+        except Exception:  # a library's checks of a stranger's fields can raise anything; the meaning is then unknown
             self._class = None
         for key in _FREE:
             self.values.pop(key, None)
 
     def of(self, key: str) -> Any:
-        """The value of a field under any of its spellings; `_MISSING` where the class has none."""
+        """The value of a field under any of its spellings; `_MISSING` if the class does not have it."""
         key = "dtype" if key == "torch_dtype" else key
         if key in self.values or self._class is None:
             return self.values.get(key, _MISSING)
@@ -73,9 +73,9 @@ class _Meaning:
 def config_check(
     output: Checkpoint, family: Family, plan: Plan | None, source: Checkpoint | None, lacking: list[str]
 ) -> Check:
-    """`lacking` is what the config lacks of what its family needs. With a `source`, every field is the source's (the
-    planned one with a `plan`), or means the same to transformers' config class: FAIL otherwise, added fields included.
-    Alone, additions to the quantization that the checkpoint's tensors do not bear out are a FAIL, others WARN."""
+    """The check of config.json. `lacking` are fields that its family needs and the config lacks. With a `source`, every
+    field must be the source's (with a `plan`, the planned one) or mean the same to transformers' config class; other
+    and added fields FAIL. Without a source, additions to the quantization that no tensor confirms FAIL, others WARN."""
     id, config = "structure.config", output.config
     problems, doubts = [*lacking, *_contradictions(config)], list[str]()
     found, unknown = config.get(_KEY), list[str]()
@@ -97,7 +97,7 @@ def config_check(
         if nvidia:
             served = dict(family.fp8_dialect.config) if family.fp8_dialect is not None else {}
         if key == _KEY and (_KEY in wanted if plan is not None else found is None or isinstance(found, dict)):
-            # Which modules it means is judged by structure.targets; other writers spell it otherwise.
+            # structure.targets judges which modules it matches; other writers spell it differently.
             doubts.append(text)
         elif plan is None and key in served and config.get(key) == served[key]:
             doubts.append(text)
@@ -112,7 +112,7 @@ def config_check(
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Fields that differ in meaning, and fields that differ in spelling alone."""
+    """Fields that differ in meaning, and fields that differ only in spelling."""
     keys = [key for key in sorted(wanted.keys() | found.keys()) if found.get(key) != wanted.get(key)
             or (key in found) != (key in wanted)]  # fmt: skip
     keys = [key for key in keys if key in found or wanted[key] is not None]
@@ -128,9 +128,9 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[l
             meant = theirs.of(key)
             return bool(meant == found[key]) or (found[key] is None and meant is _MISSING)
         if key in theirs.values:
-            # The default of one library's class need not be that of another's: vLLM has classes of its own.
+            # Libraries may have different defaults: vLLM has classes of its own.
             return bool(theirs.usual.get(key, _MISSING) == wanted[key])
-        # The field went into another one: rope_theta into rope_parameters, torch_dtype into dtype.
+        # The field was merged into another one: rope_theta into rope_parameters, torch_dtype into dtype.
         return same
 
     respelled += [key for key in keys if key != _KEY and spelled_otherwise(key)]
@@ -138,7 +138,7 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[l
 
 
 def _against_plan(found: dict[str, Any], planned: dict[str, Any]) -> list[str]:
-    """What a quantization_config has otherwise than the plan: everything but `_RESPELLED`, and the arguments of each
+    """How a quantization_config differs from the plan: in fields other than `_RESPELLED`, and in the arguments of each
     planned config group."""
     problems = [
         f"{_KEY}.{key}: {_short(found.get(key))}, planned {_short(planned.get(key))}"
@@ -159,7 +159,7 @@ def _against_plan(found: dict[str, Any], planned: dict[str, Any]) -> list[str]:
 
 
 def _contradictions(config: Mapping[str, Any]) -> list[str]:
-    """Fields that stand there twice with two values: which one is served depends on the reader."""
+    """Fields that occur twice with different values: which one is served depends on the reader."""
     problems = [
         f"{one} is {_short(config[one])} and {other} {_short(config[other])}"
         for one, other in _TWINS
@@ -176,8 +176,8 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
 def _additions(
     quantization: Mapping[str, Any], tensors: Mapping[str, object]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Problems, doubts and unknown fields of a quantization_config beside its config groups. vLLM (0.32,
-    compressed_tensors.py) serves the KV cache in FP8, rotates activations and refuses sparse weights by these fields."""
+    """Problems, doubts and unknown fields of a quantization_config outside its config groups. Because of these fields
+    vLLM (0.32, compressed_tensors.py) serves the KV cache in FP8, rotates activations or refuses sparse weights."""
     problems, doubts = list[str](), list[str]()
     scheme, sparsity = quantization.get("kv_cache_scheme"), quantization.get("sparsity_config")
     if scheme:

@@ -1,4 +1,5 @@
-"""The files beside the shards: none half written, none that runs code or says otherwise how the weights are quantized."""
+"""Checks the files beside the shards: none is incomplete, runs code, or describes another quantization of the
+weights."""
 
 from __future__ import annotations
 
@@ -15,23 +16,24 @@ from calibration.plan.nvidia_config import HF_QUANT_CONFIG, agrees
 from recipes.errors import SourceError
 from verify.checks import Check, verdict
 
-#: Files that are executed, or unpickled, by whoever loads them.
+#: Files that are executed or unpickled when they are loaded.
 _RUNS = re.compile(
     r"\.(?:py|pyc|so|dll|dylib|exe|sh|bat|ps1|jar|pkl|pickle|dill|joblib|pt|pth|bin|ckpt|nemo|npy|npz|h5|keras)$", re.I
 )
-#: Descriptions of a quantization that other tools write beside config.json, and that some readers prefer to it:
-#: modelopt's, GPTQ's and AWQ's. vLLM reads hf_quant_config.json where config.json says nothing.
+#: Descriptions of a quantization that other tools (modelopt, GPTQ, AWQ) write beside config.json, and that some readers
+#: prefer to it. vLLM reads hf_quant_config.json if config.json has no quantization.
 _QUANTIZATION = re.compile(r"^(?:hf_)?quant\w*_config\.json$|^compression_config\.json$", re.I)
 
 
 def files_check(output: Checkpoint, source: Checkpoint | None) -> Check:
-    """Judges the directory by its names; with a `source`, a file that runs code must be the source's byte for byte."""
+    """The check of the directory by file names; with a `source`, a file that runs code must equal the source's byte for
+    byte."""
     problems, doubts = _stray(output), list[str]()
     problems += _quantization(output)
     for name in _running(output.directory):
         mine = output.directory / name
         if source is None:
-            # DeepSeek publishes scripts in folders of their own, which no loader imports.
+            # DeepSeek publishes scripts in separate folders, which no loader imports.
             if "/" not in name or not name.endswith(".py"):
                 doubts.append(f"{name}: runs code when it is loaded")
         elif not is_file(source.directory / name):
@@ -75,7 +77,7 @@ def _quantization(output: Checkpoint) -> list[str]:
 
 
 def _running(directory: Path) -> Iterator[str]:
-    """Files at any depth, links to directories not followed."""
+    """Yields files at any depth that run code, without following links to directories."""
     for parent, folders, names in os.walk(directory):
         folders.sort()
         for name in sorted(names):

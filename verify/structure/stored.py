@@ -1,5 +1,5 @@
-"""The tensors that a checkpoint stores, under the logical names of `calibration.families.promised`, against those that
-its own config.json promises."""
+"""Compares the tensors that a checkpoint stores, under the logical names of `calibration.families.promised`, with those
+that its own config.json promises."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.promised import ADDED, Kind, Shape, Wanted
 
-#: Leaves of the scales and other companions of a weight, in every form that is known here.
+#: Leaf names of the scales and other companions of a weight, in every known stored format.
 COMPANIONS = frozenset({
     "weight_scale", "weight_global_scale", "input_global_scale", "scale", "weight_scale_inv", "weight_scale_2",
     "input_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_zero_point",
@@ -26,12 +26,13 @@ _ALLOWED: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A logical tensor that the checkpoint stores: its logical shape, its header, and whether in a low-bit form."""
+    """A logical tensor in the checkpoint: its logical shape, its header, and whether it is stored in a low-bit
+    format."""
 
     shape: Shape
     header: TensorHeader
     low_bit: bool
-    #: The dialect of an NVFP4 weight.
+    #: The dialect of an NVFP4 weight, else None.
     dialect: Dialect | None = None
 
     @property
@@ -64,8 +65,8 @@ def stored_tensors(output: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
 def compare(
     wanted: dict[str, Wanted], stored: dict[str, Stored], orphans: list[str], config: dict[str, Any]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Problems, wrong dtypes and doubts: what is missing, extra, misnamed or misshaped; what is of a dtype that its family
-    never has; a doubt is a plain dtype other than the config's, which some writers choose."""
+    """Problems (tensors that are missing, extra, misnamed or misshaped), wrong dtypes (that the family never has), and
+    doubts (a plain dtype other than the config's, which some writers choose)."""
     missing = [name for name, want in wanted.items() if name not in stored and not want.optional]
     extra = [n for n in stored if n not in wanted and n.rpartition(".")[2] not in ADDED]
     problems = [f"{name}: missing{_hint(name, wanted, extra, stored, at < 5)}" for at, name in enumerate(missing)]

@@ -1,7 +1,8 @@
-"""One read of every byte of a checkpoint, past the page cache, in reused buffers; and the digests of its shards.
+"""Reads every byte of a checkpoint once, past the page cache, in reused buffers, and computes the digests of its
+shards.
 
-Threads take jobs in file order: each reads its bytes and hands the tensors in them to a judge. Memory is two buffers of
-one job and the judge's scratch per thread, whatever the checkpoint's size.
+Threads take jobs in file order: each reads its bytes and passes the tensors in them to a judge. Memory per thread is
+two buffers of one job and the judge's scratch, whatever the checkpoint's size.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import Checkpoint
 from recipes.errors import SourceError
 
-#: Bytes of one read; pieces of a tensor begin at multiples of it, so that no element and no NVFP4 group is cut.
+#: Bytes of one read; pieces of a tensor start at multiples of it, so that no element and no NVFP4 group is cut.
 JOB = 8 * 2**20
-#: One reads while the other two are busy with what they read.
+#: One thread reads while the other two process what they have read.
 _THREADS = min(3, (os.cpu_count() or 1) + 1)
 Progress = Callable[[int, int], None]
 
@@ -46,11 +47,10 @@ class _Job:
 
 
 class Judge:
-    """What looks at the bytes; each thread has its own. `other` is the same piece of another checkpoint, where asked
-    for."""
+    """Inspects the bytes; each thread has its own. `other` is the same piece of another checkpoint, if requested."""
 
     def look(self, piece: Piece, data: Bytes, other: Bytes | None) -> None:
-        """Looks at one piece. `data` and `other` are uint8 and valid during the call alone."""
+        """Inspects one piece. `data` and `other` are uint8 and only valid during the call."""
         raise NotImplementedError
 
 
@@ -62,9 +62,9 @@ def read_all(
     digests: Mapping[str, str],
     progress: Progress | None = None,
 ) -> tuple[list[Judge], dict[str, str]]:
-    """Reads every shard once. `same` maps tensors to the tensors of `source` whose bytes the judge gets beside them;
-    `digests` names the shards to digest, in the spelling wanted (`sha256` hex or `crc32:<hex>:<bytes>`). Returns the
-    judges and the shards' digests. Raises SourceError where a file cannot be read to its end."""
+    """Reads every shard once. `same` maps tensors to the tensors of `source` whose bytes the judge also receives;
+    `digests` names the shards to digest, with a digest of the wanted kind (`sha256` hex or `crc32:<hex>:<bytes>`).
+    Returns the judges and the shards' digests. Raises SourceError if a file cannot be read to its end."""
     jobs, lock, judges = _jobs(output), threading.Lock(), list[Judge]()
     reader, beside = DirectReader(output.directory), DirectReader(source.directory) if source else None
     chain = _Digests(digests)
@@ -112,7 +112,7 @@ def read_all(
 
 
 def _jobs(output: Checkpoint) -> Iterator[_Job]:
-    """Every byte of every shard, headers included, in the order of the files."""
+    """Yields jobs that cover every byte of every shard, including headers, in the order of the files."""
     by_shard: dict[str, list[TensorHeader]] = {}
     for header in output.tensors.values():
         by_shard.setdefault(header.shard, []).append(header)
@@ -135,7 +135,7 @@ def _jobs(output: Checkpoint) -> Iterator[_Job]:
 
 
 def _extents(job: _Job, same: Mapping[str, TensorHeader]) -> dict[str, Extent]:
-    """Tensor -> where its piece lies in the source; a job holds one piece of a tensor at most."""
+    """Tensor -> the location of its piece in the source; a job contains at most one piece of a tensor."""
     found = {}
     for piece in job.pieces:
         other = same.get(piece.header.name)
@@ -145,7 +145,7 @@ def _extents(job: _Job, same: Mapping[str, TensorHeader]) -> dict[str, Extent]:
 
 
 class _Digests:
-    """Digests of whole shards from jobs that arrive out of order: each waits for the one before it."""
+    """Computes digests of whole shards from jobs that arrive out of order: each waits for the previous one."""
 
     def __init__(self, wanted: Mapping[str, str]) -> None:
         self._wanted, self._turn = wanted, threading.Condition()

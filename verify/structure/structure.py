@@ -1,7 +1,7 @@
-"""Structure: an output checkpoint against its plan and its own config, from headers and one streaming read.
+"""Structure: compares an output checkpoint with its plan and its own config, from headers and one streaming read.
 
-Without a source the expected tensors come from config.json, quantization_config and the family's grammar; what only a
-source can tell is UNCHECKED.
+Without a source the expected tensors come from config.json, quantization_config and the family's grammar; checks that
+need a source are UNCHECKED.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from verify.structure.values import value_checks
 
 #: Entries of `ignore` that are tried on the draft head; NVIDIA's files have four.
 _MOST_IGNORED = 1_000
-#: A family of which nothing is known: parts by their usual names, nothing fused, nothing expected.
+#: Stands for an unknown family: parts by their usual names, nothing fused, nothing expected.
 _UNKNOWN = Family("unknown", (), r"layers\.(\d+)\.", (
     ("norm", r"norm\w*\.weight$"), ("routed expert", r"\.experts\.\d+\."), ("router", r"\.(gate|router)\.weight$"),
     ("embedding", r"embed\w*\.weight$"), ("head", r"head\.weight$"),
@@ -44,8 +44,8 @@ _UNKNOWN = Family("unknown", (), r"layers\.(\d+)\.", (
 
 
 def verify_structure(directory: Path, known: Known | None = None, progress: Progress | None = None) -> list[Check]:
-    """Checks the checkpoint in `directory`: against the plan if one is `known`, and always against its own config. With a
-    source copies, config and tokenizer are compared too. `progress(done, total)` counts bytes read. Never raises for a
+    """Checks the checkpoint in `directory` against its own config, and against the plan if it is `known`. With a
+    source, also compares copies, config and tokenizer. `progress(done, total)` counts bytes read. Never raises for a
     broken checkpoint."""
     known = known or Known()
     plan, source = known.plan, known.original
@@ -126,8 +126,8 @@ def _tensors(
         problems += dtypes
     else:
         different = _plan_problems(output, plan) if plan is not None else _source_problems(output, source, stored)
-        # An engine casts a dtype that is the source's own. Names and shapes that config.json does not promise it cannot
-        # load, whoever wrote them first.
+        # An engine casts a dtype that is the source's own, but it cannot load names and shapes that config.json does
+        # not promise, even if the source has them.
         doubts = [] if different else dtypes + doubts
         problems = list(dict.fromkeys(different + problems))
     return verdict(id, what, problems, doubts, how, figure)
@@ -144,7 +144,8 @@ def _plan_problems(output: Checkpoint, plan: Plan) -> list[str]:
 
 
 def _source_problems(output: Checkpoint, source: Checkpoint, stored: dict[str, Stored]) -> list[str]:
-    """Without a plan: every logical tensor of the source, and no other. What writers leave out is left out."""
+    """Without a plan the output must have every logical tensor of the source and no other, except those that writers
+    omit."""
     theirs, _ = stored_tensors(source)
     free = ("lm_head.weight",) if source.config.get("tie_word_embeddings") is True else ()
     problems = [f"{name}: missing" for name in sorted(theirs.keys() - stored.keys()) if not name.endswith(ADDED + free)]
@@ -164,7 +165,8 @@ def _source_problems(output: Checkpoint, source: Checkpoint, stored: dict[str, S
 
 
 def _dialect(declared: Dialect, family: Family, stored: dict[str, Stored]) -> Check:
-    """One spelling throughout, that of config.json: an engine looks for the names of one. The draft head is not judged."""
+    """The check that all weights are in the dialect of config.json, whose names an engine looks for. The draft head is
+    not judged."""
     spelled = {n: found.dialect for n, found in stored.items() if found.dialect and not family.place(n).mtp}
     other = [n for n, dialect in spelled.items() if dialect is not declared]
     problems = [f"{stored[n].header.name}: is spelled in the dialect {spelled[n].name}" for n in other]
@@ -174,7 +176,7 @@ def _dialect(declared: Dialect, family: Family, stored: dict[str, Stored]) -> Ch
 
 def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None, wanted: dict[str, Wanted]) -> Check:
     id, what = "structure.mtp", "MTP blocks are there where they should be"
-    # Of the tensors, not of num_nextn_predict_layers: that says 1 beside the three blocks of a DSpark head.
+    # Counted from the tensors, because num_nextn_predict_layers is 1 for the three blocks of a DSpark head.
     promised, found = (len(family.mtp_blocks(names)) for names in (wanted, output.tensors))
     had = source is not None and any(family.place(name).mtp for name in source.tensors)
     figure = f"{found} found, config.json promises {promised}"
@@ -185,7 +187,7 @@ def _mtp(output: Checkpoint, family: Family, source: Checkpoint | None, wanted: 
         return verdict(id, what, [], [], "headers", figure + (f"; {misread[0]}" if misread else ""))
     problem = ["dropped: the source has MTP tensors, the output has none"] if had else []
     doubt = [f"config.json promises {promised} and there is no mtp tensor: speculative decoding is lost"]
-    # Some sources never had them.
+    # Some sources have none.
     return verdict(id, what, problem, [] if source is not None else doubt, "headers", figure)
 
 
@@ -200,7 +202,7 @@ def _misread_draft(output: Checkpoint, family: Family) -> list[str]:
     entries = [e for e in ignore[:_MOST_IGNORED] if isinstance(e, str)] if isinstance(ignore, list) else []
     try:
         formats = Formats(Checkpoint(output.directory, output.config, kept, output.shards))
-    except WorkflowError:  # structure.companions says what is wrong with it
+    except WorkflowError:  # structure.companions reports the problem
         return []
     return draft_head_doubts(formats, family, NVIDIA if is_nvidia(declared) else COMPRESSED_TENSORS, entries)
 
@@ -250,7 +252,7 @@ def _companions(output: Checkpoint, stored: dict[str, Stored], resolution: Resol
 
 
 def _fp8_scale(weights: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of an FP8 weight's scale by its group's strategy (compressed-tensors: tensor, channel, block)."""
+    """The shape of an FP8 weight's scale, by its group's strategy (compressed-tensors: tensor, channel, block)."""
     tile = weights.get("block_structure")
     if weights.get("strategy") == "block" and isinstance(tile, list) and len(tile) == 2:
         return (math.ceil(shape[0] / tile[0]), math.ceil(shape[1] / tile[1]))
@@ -258,7 +260,7 @@ def _fp8_scale(weights: dict[str, Any], shape: tuple[int, ...]) -> tuple[int, ..
 
 
 def _bits(output: Checkpoint, plan: Plan | None, stored: dict[str, Stored], resolution: Resolution) -> Check:
-    """The gate against a checkpoint that is labelled NVFP4 and is not: bits per parameter of everything."""
+    """The check against a checkpoint that is labeled NVFP4 but is not: bits per parameter of the whole."""
     id, what = "structure.bits", "bits per parameter as promised"
     parameters = sum(math.prod(found.shape) for found in stored.values())
     actual = output.total_bytes * 8 / max(parameters, 1)

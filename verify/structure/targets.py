@@ -1,4 +1,4 @@
-"""quantization_config as vLLM reads it: which config group each module falls into, and whether that is what is stored.
+"""Reads quantization_config as vLLM does: finds the config group of each module and compares it with the stored format.
 
 Source: vllm (0.32) model_executor/layers/quantization/compressed_tensors/utils.py (find_matched_target,
 should_ignore_layer) and compressed_tensors_moe.py (get_moe_method resolves routed experts through expert 0).
@@ -25,24 +25,24 @@ _WEIGHTS = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_s
 
 @dataclass(frozen=True)
 class Group:
-    """One config group. `weights` and `inputs` are its arguments, `format` falls back on the config's."""
+    """One config group. `weights` and `inputs` are its arguments, `format` defaults to the config's."""
 
     name: str
     targets: Names
     weights: dict[str, Any]
     inputs: dict[str, Any] | None
     format: str | None
-    #: Whether it is one of vLLM's own, so that no module need be in it.
+    #: Whether it is one of vLLM's own, which may match no module.
     implied: bool = False
 
     @property
     def nvfp4(self) -> bool:
-        """Whether it says NVFP4: 4-bit float in groups of 16 under a global scale."""
+        """Whether it is NVFP4: 4-bit float in groups of 16 under a global scale."""
         return {key: self.weights.get(key) for key in _WEIGHTS} == _WEIGHTS
 
     @property
     def input_scale(self) -> bool:
-        """Whether its modules need a calibrated input global scale; dynamic "local" scales groups, not the whole."""
+        """Whether its modules need a calibrated input global scale; dynamic "local" only computes group scales."""
         return self.inputs is not None and self.inputs.get("dynamic") is not True
 
     @property
@@ -52,9 +52,9 @@ class Group:
 
 
 class Names:
-    """Targets or ignore entries, matched as vLLM does: `re:` against its own names from the beginning, others by
-    equality, also with the source's name, which vLLM maps to its own. An entry that is no pattern, or takes too long to
-    match, becomes a problem of `problems` and names nothing from then on."""
+    """Targets or ignore entries, matched as in vLLM: `re:` from the start of vLLM's names, others by equality, also
+    with the source's name, which vLLM maps to its own. An entry that is not a valid pattern, or takes too long to
+    match, is added to `problems` and matches nothing from then on."""
 
     def __init__(self, entries: Sequence[str], where: str, problems: list[str], limit: TimeLimit) -> None:
         self.entries = tuple(entries)
@@ -68,13 +68,13 @@ class Names:
                 self._refuse(entry, error)
 
     def name(self, module: str, names: Iterable[str]) -> bool:
-        """Whether an entry names the source module, which vLLM calls `names`."""
+        """Whether an entry matches the source module, whose names in vLLM are `names`."""
         if module in self._exact:
             return True
         return any(n in self._exact or any(self._match(e, n) for e in tuple(self._patterns)) for n in names)
 
     def idle(self, modules: Mapping[str, tuple[str, ...]]) -> list[str]:
-        """Entries that name none of the modules (source module -> vLLM's names)."""
+        """Entries that match none of the modules (source module -> vLLM's names)."""
         served = {name for names in modules.values() for name in names}
         every = served | modules.keys()
         return [
@@ -96,18 +96,18 @@ class Names:
 
 @dataclass
 class Quantization:
-    """The parsed `quantization_config`; `problems` is what keeps vLLM from reading it."""
+    """The parsed `quantization_config`; `problems` are reasons why vLLM cannot read it."""
 
     groups: list[Group] = field(default_factory=list)
     ignore: Names = field(default_factory=lambda: Names((), "ignore", [], TimeLimit()))
     problems: list[str] = field(default_factory=list)
     present: bool = False
-    #: What of it is not understood here, so that nothing can be compared.
+    #: The part that this project does not support, so that nothing can be compared; None if there is none.
     unresolved: str = ""
 
     def group(self, module: str, names: tuple[str, ...], linear: bool) -> Group | None:
-        """The group of a module: the first that names it, else the one of `Linear` where the module is a `linear` of
-        vLLM's; None where there is none or ignore names the module."""
+        """The group of a module: the first that matches it, else the one of `Linear` if the module is a `linear` layer
+        in vLLM; None if there is none or ignore matches the module."""
         if self.ignore.name(module, names):
             return None
         named = next((group for group in self.groups if group.targets.name(module, names)), None)
@@ -173,8 +173,8 @@ def _entries(value: Any, where: str, problems: list[str]) -> tuple[str, ...]:
 
 
 class Resolution:
-    """What vLLM makes of every module of a checkpoint. `names` maps a source module with a 2-D weight, MTP and what is read
-    in its stored form alone left out, to vLLM's names of it."""
+    """How vLLM treats every module of a checkpoint. `names` maps source modules with a 2-D weight to vLLM's names,
+    except MTP and modules that are only read in their stored format."""
 
     def __init__(self, family: Family, quantization: Quantization, stored: dict[str, Stored]) -> None:
         self.family, self.quantization = family, quantization
@@ -184,24 +184,25 @@ class Resolution:
             and place.part not in family.native_parts
         }  # fmt: skip
         self.names = {module: family.serving_names(module) for module in self.modules}
-        # All experts of a block resolve as expert 0 does.
+        # vLLM looks up all experts of a block through expert 0.
         self._known: dict[str, Group | None] = {}
 
     def group(self, module: str) -> Group | None:
-        """The group that vLLM applies to a module; None for what it runs unquantized whatever the targets say."""
+        """The group that vLLM applies to a module; None for modules that it always runs unquantized."""
         part, names = self.family.place(f"{module}.weight").part, self.names.get(module, ())
         linear = part not in NOT_LINEAR or part in self.family.serving_quantizes
         if not names or not linear or any(re.search(pattern, module) for pattern, _ in self.family.never_quantized):
             return None
         seen = re.sub(self.family.expert, ".experts.0.", module) if part == ROUTED else module
         if seen not in self._known:
-            # vLLM's head is no Linear: only its own name reaches it.
+            # vLLM's head is not a Linear: only its own name matches it.
             self._known[seen] = self.quantization.group(seen, names, part != "head")
         return self._known[seen]
 
     def problems(self) -> tuple[list[str], list[str]]:
-        """Problems: a module whose stored form is not what vLLM expects of it, a group that names nothing, a fused
-        group ignored in part. Doubts: entries that name nothing, routed experts named in one of vLLM's two spellings."""
+        """Problems: a module whose stored format differs from what vLLM expects, a group that matches nothing, a fused
+        group ignored in part. Doubts: entries that match nothing, routed experts named in only one of vLLM's two
+        spellings."""
         quantization, problems, doubts = self.quantization, list[str](), list[str]()
         if quantization.unresolved:
             return quantization.problems, [quantization.unresolved]
@@ -231,7 +232,7 @@ class Resolution:
             doubts += [
                 f"{group.name}: target {t!r} names nothing" for t in group.targets.idle(self.names) if t != "Linear"
             ]
-        # The head exists in vLLM whether or not a tied checkpoint stores it.
+        # The head exists in vLLM even if a tied checkpoint does not store it.
         idle = quantization.ignore.idle(self.names | {"lm_head": ("lm_head",)})
         doubts += [f"ignore: {entry!r} names nothing" for entry in idle]
         for names in dict.fromkeys(names for names in self.names.values() if len(names) > 1):

@@ -1,4 +1,4 @@
-"""Tokenizer and generation files: the source's, or, without a source, at least fitting the config."""
+"""Checks tokenizer and generation files: they must be the source's or, without a source, fit the config."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt",
 )  # fmt: skip
-#: What transformers and vLLM read beside them where it is there; writers take these over as they are.
+#: Optional files that transformers and vLLM also read; writers copy them unchanged.
 _AS_THEY_ARE = (
     "tokenizer.model", "tekken.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.json",
     "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "adapter_config.json",
     "params.json",
 )  # fmt: skip
-#: Fields that say who wrote a file, or that another check compares.
+#: Fields about the writer of a file, and fields that another check compares.
 _FREE = frozenset({
     "transformers_version", "_from_model_config", "name_or_path", "backend", "is_local", "local_files_only",
     "chat_template", "added_tokens_decoder", "special_tokens_map_file", "tokenizer_file", "legacy", "processor_class",
 })  # fmt: skip
-#: Values that mean what an absent field means: of tokenizer_config.json, and of generation_config.json (with which vLLM
-#: fills the sampling parameters that a request leaves open).
+#: Values that equal an absent field: in tokenizer_config.json, and in generation_config.json (vLLM's defaults for
+#: sampling parameters that a request does not set).
 _NEUTRAL: dict[str, Any] = {
     "clean_up_tokenization_spaces": False, "split_special_tokens": False, "add_prefix_space": False, "errors": "replace",
     "add_bos_token": False, "add_eos_token": False, "padding_side": "right", "truncation_side": "right",
@@ -42,15 +42,16 @@ _NEUTRAL: dict[str, Any] = {
 _NEUTRAL_GENERATION: dict[str, Any] = {
     "do_sample": False, "temperature": 1.0, "top_p": 1.0, "repetition_penalty": 1.0, "num_beams": 1, "max_length": 20,
 }  # fmt: skip
-#: Classes that take tokenizer.json as it stands.
+#: Classes that use tokenizer.json unchanged.
 _GENERIC = frozenset({"PreTrainedTokenizer", "TokenizersBackend"})
 _MODEL_DEFAULTS = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-#: A vocabulary is padded by a few percent at most; one much smaller than the embedding is another model's.
+#: An embedding is padded by at most a few percent; a vocabulary much smaller than it belongs to another model.
 _SMALLEST_SHARE = 0.75
 
 
 def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None) -> Check:
-    """Against the source every file is byte-equal or means the same; alone, every token has a row of the embedding."""
+    """The check of the tokenizer: with a source every file must be byte-equal or mean the same; without one, every
+    token must have a row in the embedding."""
     id, what = "structure.tokenizer", "tokenizer, chat template and generation settings are the source's"
     own, problems, doubts = _vocabulary(directory / "tokenizer.json"), list[str](), list[str]()
     problems += [f"tokenizer.json: {p}" for p in token_id_problems(_json(directory / "tokenizer.json"))[:3]]
@@ -81,8 +82,8 @@ def tokenizer_check(directory: Path, config: dict[str, Any], source: Path | None
 
 
 def _difference(directory: Path, source: Path, name: str) -> str | None:
-    """How a file that is not byte-equal differs in meaning, None where it does not. A file that one side lacks means what
-    an empty one does, or what the other files of that side say."""
+    """How a file that is not byte-equal differs in meaning; None if it does not. A missing file means the same as an
+    empty one, or what the other files of that side contain."""
     ours, theirs = _json(directory / name), _json(source / name)
     if (directory / name).exists() and not ours and name.endswith(".json"):
         return "not readable"
@@ -104,14 +105,15 @@ def _difference(directory: Path, source: Path, name: str) -> str | None:
     if name == "generation_config.json":
         if not ours:
             return "missing" if theirs else None
-        # transformers writes the config's token ids there too.
+        # transformers also writes the config's token ids there.
         ids = {key: value for key, value in _json(source / "config.json").items() if key.endswith("token_id")}
         return _changed(ours, {key: ids[key] for key in ids.keys() & ours.keys()} | theirs, _NEUTRAL_GENERATION)
     return _older(directory, source, name)
 
 
 def _older(directory: Path, source: Path, name: str) -> str | None:
-    """A file whose content stands in tokenizer.json or tokenizer_config.json too; others must be the source's."""
+    """Compares a file whose content may also be in tokenizer.json or tokenizer_config.json; other files must be the
+    source's."""
     ours, there, had = _json(directory / name), (directory / name).exists(), (source / name).exists()
     vocabulary = _vocabulary(directory / "tokenizer.json")
     if name in _AS_THEY_ARE or name.startswith("additional_chat_templates/"):
@@ -134,7 +136,7 @@ def _older(directory: Path, source: Path, name: str) -> str | None:
 
 
 def _changed(ours: dict[str, Any], theirs: dict[str, Any], neutral: dict[str, Any]) -> str | None:
-    """The first field that one side has and the other not, or otherwise, and that changes what is meant."""
+    """The first field that differs, or that only one side has, and that changes the meaning."""
     for key in sorted((ours.keys() | theirs.keys()) - _FREE):
         if key.startswith("_"):
             continue
@@ -149,7 +151,8 @@ def _spelled(value: Any) -> str:
 
 
 def _meant(key: str, value: Any, neutral: dict[str, Any]) -> Any:
-    """A value without its spelling: a token as text, one end token or a list of them, what is as good as left out."""
+    """A value independent of its spelling: tokens as text, one end token or a list, values that equal an absent
+    field."""
     if key.endswith("token_id"):
         return sorted(set(value)) if isinstance(value, list) and all(isinstance(v, int) for v in value) else (
             None if value is None else [value])  # fmt: skip
@@ -160,14 +163,14 @@ def _meant(key: str, value: Any, neutral: dict[str, Any]) -> Any:
 
 
 def _text(value: Any) -> Any:
-    """A token as text: some writers give it attributes, which stand in tokenizer.json too."""
+    """A token as text: some writers add attributes, which are also in tokenizer.json."""
     if isinstance(value, dict) and "content" in value:
         return value["content"]
     return [_text(item) for item in value] if isinstance(value, list) else value
 
 
 def _tokens(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json with its further special tokens under one name (transformers 5 renamed them)."""
+    """A tokenizer_config.json with its additional special tokens under one name (transformers 5 renamed them)."""
     further = [t for key in ("additional_special_tokens", "extra_special_tokens")
                if isinstance(t := config.get(key), list | dict)]  # fmt: skip
     listed = sorted({str(_text(t)) for some in further for t in (some.values() if isinstance(some, dict) else some)})
@@ -182,7 +185,8 @@ def _class(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
 
 
 def _decoder(directory: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-    """added_tokens_decoder, if there is one, is the source's or what tokenizer.json says."""
+    """How added_tokens_decoder differs from the source's and from tokenizer.json; None if it equals either or is
+    absent."""
     mine = ours.get("added_tokens_decoder")
     if not mine or mine == theirs.get("added_tokens_decoder"):
         return None
@@ -193,27 +197,27 @@ def _decoder(directory: Path, ours: dict[str, Any], theirs: dict[str, Any]) -> s
 
 
 def _canonical(path: Path) -> dict[str, Any]:
-    """tokenizer.json as the tokenizers library writes it, so that only what it means is compared; as it stands where the
-    library does not read it."""
+    """tokenizer.json as the tokenizers library writes it, so that only the meaning is compared; unchanged if the
+    library cannot read it."""
     content = _json(path)
     try:
-        if not token_id_problems(content):  # the library would take the memory that the largest id asks for
+        if not token_id_problems(content):  # the library would allocate memory for the largest id
             content = json.loads(Tokenizer.from_str(json.dumps(content)).to_str())
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException:  # the library panics over some files, and its panics are no Exception
+    except BaseException:  # the library panics on some files, and its panics are not Exceptions
         content = dict(content)
     model, post = content.get("model"), content.get("post_processor")
     if isinstance(model, dict):
         content["model"] = {key: value for key, value in model.items() if value not in (None, _MODEL_DEFAULTS.get(key))}
         content["model"]["merges"] = _plain_merges(model.get("merges"))
     if isinstance(post, dict) and post.get("single") == [{"Sequence": {"id": "A", "type_id": 0}}]:
-        content["post_processor"] = None  # a template of the text alone adds nothing to it, as none does
+        content["post_processor"] = None  # a template of only the text adds nothing, like no template
     return {key: value for key, value in content.items() if value is not None}
 
 
 def _plain_merges(merges: Any) -> Any:
-    """Merges joined, however they are spelled."""
+    """Merges as joined text, in either spelling."""
     return [" ".join(map(str, m)) if isinstance(m, list) else m for m in merges] if isinstance(merges, list) else merges
 
 
@@ -231,7 +235,7 @@ def _template(directory: Path) -> Any:
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
-    """Token -> id, added tokens included; empty where the file holds none that can be read."""
+    """Token -> id, including added tokens; empty if the file has no readable vocabulary."""
     content = _json(path)
     model, found = content.get("model"), dict[str, int]()
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

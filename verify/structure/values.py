@@ -1,4 +1,4 @@
-"""Values of a checkpoint, judged in one streaming read: finite, scales, empty groups, copies and digests."""
+"""Checks the values of a checkpoint in one streaming read: finite, scales, empty groups, copies and digests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from verify.known import Known
 from verify.structure.stored import COMPANIONS
 from verify.structure.stream import JOB, Judge, Piece, Progress, read_all
 
-#: Dtype -> unsigned view, mask of the magnitude, first magnitude that is NaN or Inf, first that is a normal number.
+#: Dtype -> unsigned view, mask of the magnitude, smallest magnitude that is NaN or Inf, smallest normal magnitude.
 _FLOATS = {
     "F64": ("<u8", 2**63 - 1, 0x7FF0000000000000, 0x0010000000000000),
     "F32": ("<u4", 2**31 - 1, 0x7F800000, 0x00800000),
@@ -36,19 +36,20 @@ _FLOATS = {
     "F8_E8M0": ("u1", 0xFF, 0xFF, 0x00),
 }
 _TABLES = {"I64": "<u8", "I32": "<u4"}
-#: Largest weight that a weight's global scale admits (448 * 6 / scale). Weights of trained models lie between 0.01 and
-#: 100; the inverse of such a scale, modelopt's spelling, admits 7e4 to 7e8.
+#: Largest weight that a weight's global scale admits (448 * 6 / scale). Largest weights of trained models are between
+#: 0.01 and 100; the inverse of such a scale (modelopt's dialect) admits 7e4 to 7e8.
 _LARGEST_WEIGHT = (1e-6, 6e4)
-#: The same of activations, where outliers of some thousands are common; beyond this it is a doubt only.
+#: The same for activations, where outliers of some thousands are common; beyond this there is only a doubt.
 _LARGEST_INPUT = (1e-4, 1e6)
-#: Group scales below the smallest normal E4M3 number have lost precision; minmax scales of a sane weight never are.
+#: Group scales below the smallest normal E4M3 number have lost precision; minmax scales of a sane weight are never that
+#: small.
 _SUBNORMAL_SHARE = 0.01
 _ZERO_SHARE = 0.01
 _HOW = "every tensor read once"
 
 
 class Values(Judge):
-    """What one thread found, by tensor name."""
+    """The findings of one thread, by tensor name."""
 
     def __init__(self) -> None:
         self.nonfinite: Counter[str] = Counter()
@@ -72,7 +73,7 @@ class Values(Judge):
         if header.dtype in _FLOATS:
             self._float(header, data)
         elif header.dtype in _TABLES:
-            # Read as unsigned, a negative entry is a very large one.
+            # Read as unsigned, a negative entry is very large.
             entries = self._aligned(data, _TABLES[header.dtype])
             self.tables[header.name] = max(self.tables.get(header.name, 0), int(entries.max()) if len(entries) else 0)
         elif _is_packed(header) and not header.nbytes % (GROUP // 2):
@@ -84,7 +85,8 @@ class Values(Judge):
                 self.empty_groups[header.name] += empty
 
     def _aligned(self, data: Bytes, view: str) -> np.ndarray[tuple[int], np.dtype[np.unsignedinteger]]:
-        """A copy in the scratch: arithmetic in place on memory that is aligned, whatever the file's offsets."""
+        """A copy in the scratch memory, which is aligned whatever the file's offsets, and on which arithmetic can be in
+        place."""
         scratch = self._scratch[: len(data)]
         np.copyto(scratch, data)
         return scratch.view(view)
@@ -114,7 +116,7 @@ class Values(Judge):
                 self.subnormal += small - zero
 
     def merge(self, others: Iterable[Values]) -> Values:
-        """Adds what the other threads found."""
+        """Adds the findings of other threads."""
         for other in others:
             for name in ("nonfinite", "zero", "negative", "empty_groups"):
                 getattr(self, name).update(getattr(other, name))
@@ -130,7 +132,7 @@ class Values(Judge):
 
 
 def _is_packed(header: TensorHeader) -> bool:
-    """Whether a tensor is the codes of an NVFP4 weight, of either dialect; MXFP4's are I8."""
+    """Whether a tensor contains the codes of an NVFP4 weight, in either dialect; MXFP4's are I8."""
     return header.name.endswith(f".{COMPRESSED_TENSORS.packed}") or (
         header.dtype == "U8" and header.name.endswith(f".{NVIDIA.packed}")
     )
@@ -145,7 +147,7 @@ def _number(dtype: str, data: Bytes) -> float:
 
 
 def value_checks(output: Checkpoint, family: Family, known: Known, progress: Progress | None) -> list[Check]:
-    """The checks that need the values. A file that cannot be read to its end is a FAIL like any other."""
+    """The checks that need the values. A file that cannot be read to its end is a FAIL."""
     plan, source = known.plan, known.original
     same = _copies(output, plan, source) if source is not None else {}
     wanted = {shard: digest for shard, digest in known.digests.items() if shard in output.shards}
@@ -185,7 +187,8 @@ def value_checks(output: Checkpoint, family: Family, known: Known, progress: Pro
     else:
         differing = [f"{name}: differs from the source's {same[name].name}" for name in sorted(values.differing)]
         differing += _casts(output, plan, source) if plan is not None else []
-        # Without a plan nobody says what was to be copied: AWQ changes norms, and fidelity.kept judges what may differ.
+        # Without a plan it is unknown what had to be copied: AWQ changes norms, and fidelity.kept judges what may
+        # differ.
         problems, doubts = (differing, []) if plan is not None else ([], differing)
         checks.append(
             verdict(
@@ -200,7 +203,8 @@ def value_checks(output: Checkpoint, family: Family, known: Known, progress: Pro
 
 
 def _copies(output: Checkpoint, plan: Plan | None, source: Checkpoint) -> dict[str, TensorHeader]:
-    """Output tensor -> source tensor of the same bytes: what the plan copies, without a plan all that is alike."""
+    """Output tensor -> source tensor with the same bytes: the plan's copies, or without a plan all tensors of equal
+    name, dtype and shape."""
     if plan is not None:
         names = {o.name: step.source for step in plan.steps.values() if step.action == "copy" for o in step.outputs}
     else:
@@ -212,7 +216,8 @@ def _copies(output: Checkpoint, plan: Plan | None, source: Checkpoint) -> dict[s
 
 
 def _casts(output: Checkpoint, plan: Plan, source: Checkpoint) -> list[str]:
-    """Tile scales of kept FP8 weights: respelled in float32, or in E8M0 as NVIDIA's dialect has them, every value exact."""
+    """Problems of the tile scales of kept FP8 weights: they are cast to float32, or to E8M0 in NVIDIA's dialect, and
+    every value must be exact."""
     differing = []
     for step in plan.steps.values():
         name = step.outputs[0].name if step.action == "cast" else ""
@@ -246,7 +251,7 @@ def _scales(output: Checkpoint, values: Values) -> Check:
             for scale, (low, high), where in (
                 (dialect.global_scale, _LARGEST_WEIGHT, problems), (dialect.input_scale, _LARGEST_INPUT, doubts),
             ):  # fmt: skip
-                # FP8 weights have an input_scale too, which means something else.
+                # FP8 weights also have an input_scale, with another meaning.
                 ours = f"{module_of(name)}.{dialect.global_scale}" in tensors
                 if leaf == scale and ours and not low <= largest <= high:
                     where.append(f"{name}: {value:g} admits values up to {largest:.3g}; is it inverted?")
@@ -258,7 +263,7 @@ def _scales(output: Checkpoint, values: Values) -> Check:
 
 
 def _lost(output: Checkpoint, name: str) -> int:
-    """How many zero scales stand over weights that are not all zero; all of them where that cannot be told."""
+    """The number of zero scales whose weights are not all zero; all of them if that cannot be determined."""
     spelled = (f"{module_of(name)}.{dialect.packed}" for dialect in DIALECTS.values())
     packed = next((output.tensors[n] for n in spelled if n in output.tensors and _is_packed(output.tensors[n])), None)
     zero = np.frombuffer(output.read_bytes(name), np.uint8)
@@ -291,7 +296,7 @@ def _shared(family: Family, plan: Plan | None, output: Checkpoint, values: Value
 def _unequal(
     groups: Iterable[tuple[str, ...]], single: dict[str, float], role: Literal["global_scale", "input_scale"]
 ) -> list[str]:
-    """Groups of modules whose scales of a role differ, in whichever dialect."""
+    """Problems of groups of modules whose scales of a role differ, in either dialect."""
     problems, leaves = [], [getattr(dialect, role) for dialect in DIALECTS.values()]
     for group in groups:
         found = {f"{module}.{leaf}": single.get(f"{module}.{leaf}") for module in group for leaf in leaves}
@@ -304,8 +309,8 @@ def _unequal(
 
 
 def _empty(output: Checkpoint, family: Family, known: Known, values: Values) -> Check:
-    """Weights that are zero as a whole: no fault where the source's are too (pruned or padded experts). Without a source
-    that cannot be told of a routed expert, which is WARN; nothing else is zero in a model that works, which is FAIL."""
+    """The check of weights that are entirely zero: no fault if the source's are too (pruned or padded experts). Without
+    a source a routed expert of zeros is WARN, because it may be one of these; any other weight of zeros is FAIL."""
     whole = [
         name
         for name, count in sorted(values.empty_groups.items())
@@ -330,14 +335,14 @@ def _empty(output: Checkpoint, family: Family, known: Known, values: Values) -> 
 
 
 def _originals(plan: Plan | None, source: Checkpoint) -> dict[str, str]:
-    """Logical name of an output tensor -> the source tensor it was made from."""
+    """Logical name of an output tensor -> its source tensor."""
     if plan is None:
         return {logical_name(name): name for name in source.tensors}
     return {logical_name(output.name): step.source for step in plan.steps.values() for output in step.outputs}
 
 
 def _zeros_of(source: Formats, plan: Plan | None, names: list[str]) -> set[str]:
-    """Those of the output tensors whose source is all zero. A source that cannot be read has none: other checks tell."""
+    """The output tensors whose source is all zero; empty if the source cannot be read, which other checks report."""
     try:
         original = _originals(plan, source.checkpoint)
         known = [name for name in names if logical_name(name) in original]
