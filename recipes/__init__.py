@@ -1,1 +1,1 @@
-"""Recipes: the YAML files, their schema and their loader. Knows pydantic, YAML and regex only."""
+"""Recipes: the YAML files, their schema and their loader. Imports only pydantic, YAML and regex."""

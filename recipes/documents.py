@@ -1,7 +1,8 @@
-"""YAML documents of a user or a stranger: read within bounds, and only the spellings that mean one thing to everybody.
+"""Reads untrusted YAML documents within bounds, and accepts only spellings that have the same meaning in every YAML
+version.
 
-PyYAML reads YAML 1.1, in which `1:30` is 90, `010` is 8 and `no` is false, follows tags into Python constructors, and
-repeats what an alias names as often as it is named.
+PyYAML reads YAML 1.1, in which `1:30` is 90, `010` is 8 and `no` is false. It also calls Python constructors for tags,
+and expands an alias at every use.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from recipes.files import open_regular
 
 Location = tuple[int | str, ...]
 
-#: The shipped recipes take about 2 KB; PyYAML reads some 50 KB per second of numbers.
+#: Largest document. The shipped recipes take about 2 KB; PyYAML reads about 50 KB of numbers per second.
 MAX_BYTES = 512 * 1024
 MAX_DEPTH = 40
-#: Values after every alias is written out.
+#: Maximum number of values, counted with every alias expanded.
 MAX_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = {
@@ -36,13 +37,13 @@ _WRITE = {
     "float": "must be a finite number; write it in decimal digits with a point, such as 1000.0",
     "bool": "is no plain truth value in YAML; write true or false",
 }
-# C0 and C1 but tab and line ends, DEL, and halves of surrogate pairs, which no UTF-8 file can hold.
+# C0 and C1 except tab and line ends, DEL, and halves of surrogate pairs, which UTF-8 cannot encode.
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML document: its nodes (for line numbers), its data, and (line, key path, problem) of what it may not hold."""
+    """A YAML document: its nodes (for line numbers), its data, and `problems` as (line, key path, problem)."""
 
     root: yaml.Node | None
     data: Any
@@ -50,7 +51,7 @@ class Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that bounds the depth and takes no tags."""
+    """A SafeLoader that limits the depth and refuses tags."""
 
     depth = 0
 
@@ -71,7 +72,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse(text: str) -> Document:
-    """The document in `text`. Raises yaml.YAMLError, its message in one line, for what cannot be read at all."""
+    """The document in `text`. Raises yaml.YAMLError with a one-line message if it cannot be read."""
     loader = _Loader(text)
     try:
         root = loader.get_single_node()
@@ -79,19 +80,19 @@ def parse(text: str) -> Document:
             return Document(None, None, [])
         if _size(root, {}) > MAX_VALUES:
             raise yaml.YAMLError(f"holds more than {MAX_VALUES:,} values once its aliases are written out")
-        # Before merge keys are resolved, which edits the nodes.
+        # Checked before merge keys are resolved, which edits the nodes.
         problems = list(_problems(root, (), set()))
         return Document(root, loader.construct_document(root), problems)
     except yaml.YAMLError:
         raise
-    except Exception as error:  # PyYAML's constructors raise whatever Python makes of the value
+    except Exception as error:  # PyYAML's constructors raise any exception of Python's conversions
         raise yaml.YAMLError(str(error) or type(error).__name__) from None
     finally:
         loader.dispose()
 
 
 def read(path: Path, what: str = "recipe") -> Document:
-    """The document in a UTF-8 file. Raises RecipeError for one that is no YAML."""
+    """The document in a UTF-8 file. Raises RecipeError if the file cannot be read or is not YAML."""
     try:
         with open_regular(path) as file:
             raw = file.read(MAX_BYTES + 1)
@@ -128,12 +129,12 @@ def read(path: Path, what: str = "recipe") -> Document:
 
 
 def dotted(location: Location) -> str:
-    """`a.b.0` of a place in a document, safe to print."""
+    """A location in a document as `a.b.0`, safe to print."""
     return ".".join(str(p) if str(p).isprintable() else ascii(str(p))[1:-1] for p in location) or "the recipe"
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """How many values a node holds, what aliases name counted as often as it is named; one that holds itself counts 1."""
+    """The number of values in a node, counting the target of an alias at every use; a node inside itself counts 1."""
     if id(node) not in sizes:
         sizes[id(node)] = 1
         if isinstance(node, yaml.CollectionNode):
@@ -143,7 +144,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
 
 
 def _problems(node: yaml.Node, at: Location, seen: set[int]) -> Iterator[tuple[int, str, str]]:
-    # An alias is the same node again, and may even hold itself.
+    # An alias is the same node object, and may contain itself.
     if id(node) in seen:
         return
     seen.add(id(node))

@@ -1,7 +1,7 @@
 """Errors a user can cause, each with the exit code that `workflows.run` documents.
 
-They live in the lowest layer so that every layer above can raise them. A message names the file, the key or
-tensor, the rule, the value and the remedy; the command line prints it without a traceback.
+They are in the lowest layer, so that every layer above can raise them. A message names the file, the key or tensor, the
+rule, the value and the remedy; the command line prints it without a traceback.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class WorkflowError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` as it may reach a terminal, a log or a page: control characters, what turns the direction of text, and lone
-    surrogates are spelled as Python spells them (`\\x1b`). Line breaks, tabs and every kind of space stay."""
+    """`text` made safe for a terminal, a log or a page: control characters, bidirectional marks and lone surrogates are
+    escaped as in Python (`\\x1b`). Line breaks, tabs and all kinds of spaces are kept."""
     if text.isprintable():
         return text
     return "".join(
@@ -35,7 +35,8 @@ def printable(text: str) -> str:
 
 
 def collapsed(problems: Iterable[str]) -> list[str]:
-    """Problems that differ in numbers alone (block, expert, shard) become their first and a count of the others."""
+    """Replaces problems that only differ in numbers (block, expert, shard) by the first one and a count of the
+    others."""
     alike: dict[str, list[str]] = {}
     for problem in problems:
         # w1, w2, w3: the projections of an expert.
@@ -44,13 +45,13 @@ def collapsed(problems: Iterable[str]) -> list[str]:
 
 
 def without_numbers(text: str) -> str:
-    """`text` with N for every number that stands alone (`layers.3`, `block 3`, `00003-of`), not for digits of a word
+    """`text` with every separate number (`layers.3`, `block 3`, `00003-of`) replaced by N, but not the digits of a word
     (`w1`, `FP8`, `128x128`)."""
     return re.sub(r"(?<![A-Za-z0-9_])\d+(?![A-Za-z0-9_])", "N", text)
 
 
 def first_of(problems: list[str], most: int = 100) -> list[str]:
-    """The first problems and a count of the others: a hostile file can have a million of them."""
+    """The first `most` problems and a count of the others, because a hostile file can have a million."""
     return [*problems[:most], *([f"and {len(problems) - most:,} further problems"] if len(problems) > most else [])]
 
 
@@ -61,19 +62,20 @@ class RecipeError(WorkflowError):
 
 
 class SourceError(WorkflowError):
-    """The source checkpoint or the data set is missing, damaged or not understood."""
+    """The source checkpoint or the data set is missing, damaged or not supported."""
 
     exit_code = 3
 
 
 class EnvironmentProblem(WorkflowError):
-    """The machine is at fault: no vLLM environment, no disk space, output not empty, a file that cannot be written."""
+    """The machine is the problem: no vLLM environment, no disk space, output not empty, a file that cannot be
+    written."""
 
     exit_code = 4
 
 
 class VerificationFailed(WorkflowError):
-    """The output exists and at least one check of it says FAIL."""
+    """The output exists, and at least one of its checks has failed."""
 
     exit_code = 5
 
@@ -85,6 +87,6 @@ class BatchFailed(WorkflowError):
 
 
 class Interrupted(WorkflowError):
-    """Stopped by Ctrl-C or SIGTERM; what was written stays and the same command goes on."""
+    """Stopped by Ctrl-C or SIGTERM; what was written stays, and the same command resumes."""
 
     exit_code = 130

@@ -1,4 +1,4 @@
-"""Types that the recipe models share: targets, preset schemes, byte sizes, paths, and the base of every section."""
+"""Types shared by the recipe models: targets, preset schemes, byte sizes, paths, and the base of every section."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, Confi
 from recipes.patterns import Pattern, PatternError
 from recipes.schemes import ARGUMENTS, OBSERVERS, is_observer
 
-# Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: what is not to be quantized is
-# simply not targeted. Those of `recipes.schemes` can be written; the others are refused by name.
+# Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: modules to leave unquantized are
+# simply not targeted. Those in `recipes.schemes` can be written; the others are refused by name.
 PRESET_SCHEMES = (
     *("NVFP4", "NVFP4A16", "MXFP4", "MXFP4A16", "MXFP8", "MXFP8A16", "FP8", "FP8_DYNAMIC", "FP8_BLOCK"),
     *("W8A8", "INT8", "W4AFP8", "W4A16_ASYM", "W2A4", "W2A8", "W2A16", "W3A4", "W3A8", "W3A16", "W4A4", "W4A8"),
@@ -25,15 +25,15 @@ _REGEX_SIGNS = re.compile(r"[\\^$*+?()\[\]|{}]")
 _BYTES = re.compile(r"\d+(\.\d+)?\s*([KMGTP]i?)?B?", re.IGNORECASE)
 _SMALLEST_SIZE = 64 * 1024
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-# Linux takes 255 and 4,095 bytes; a run adds `.run`, `.partial` and names of its own.
+# Linux allows 255 and 4,095 bytes; a run appends `.run`, `.partial` and file names of its own.
 _LONGEST_NAME, _LONGEST_PATH = 240, 3_800
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_.-][A-Za-z0-9_. -]{0,63}")
-#: The config group of FP8 tiles that a recipe does not quantize and the output keeps.
+#: The name of the config group for the source's FP8 tiles that the output keeps.
 KEPT_FP8 = "kept_fp8"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """End of a message about a word that is not known: `; did you mean 'x'? Known: ...` or `; known: ...`."""
+    """The end of a message about an unknown word: `; did you mean 'x'? Known: ...` or `; known: ...`."""
     by_lower = {name.lower(): name for name in known}
     match = get_close_matches(word.lower(), list(by_lower), n=1)
     names = ", ".join(by_lower.values())
@@ -67,7 +67,7 @@ def _check_observer(name: str) -> str:
 
 
 def _check_byte_text(value: object) -> object:
-    # ByteSize itself reads '5GB, or so' as 5GB and takes bits.
+    # ByteSize itself reads '5GB, or so' as 5GB, and accepts bits.
     if isinstance(value, str) and not _BYTES.fullmatch(value.strip()):
         raise ValueError("must be a number of bytes, or text such as 500MB, 5GB, 500GiB")
     return value
@@ -125,6 +125,6 @@ PassThrough = dict[str, JsonValue]
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are refused, values keep their YAML type, nothing changes later."""
+    """The base of every part of a recipe: refuses unknown keys, keeps values in their YAML type, and is immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)

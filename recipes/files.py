@@ -1,4 +1,4 @@
-"""Opening files that a user or a stranger names: regular ones alone, without waiting."""
+"""Opens files that a user or a stranger names: only regular ones, and without waiting."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading. Raises OSError, its `strerror` in words, for what cannot be opened, for a FIFO, a
-    device, a directory and a name that no file can have (a NUL in it)."""
+    """Opens a regular file for reading. Raises OSError, with a readable `strerror`, for a file that cannot be opened, a
+    FIFO, a device, a directory, and an impossible name (with a NUL)."""
     try:
-        # O_NONBLOCK: a FIFO without a writer would wait for ever.
+        # O_NONBLOCK: opening a FIFO without a writer would wait forever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:
         raise OSError(errno.EINVAL, f"no file can have this name: {error}") from None

@@ -1,7 +1,7 @@
-"""A YAML file, and `--set` overrides, to a checked `Recipe`; and a recipe back to YAML.
+"""Loads a YAML file and `--set` overrides as a validated `Recipe`, and dumps a recipe as YAML.
 
-Everything that is wrong is reported in one `RecipeError`, one line per problem:
-`file:line: key.path: rule, value; remedy`. The line of an override is the override itself.
+All problems are reported in one `RecipeError`, one line per problem: `file:line: key.path: rule, value; remedy`. The
+line of an override is the override itself.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from recipes.schema import Recipe
 
 S = TypeVar("S", bound=BaseModel)
 
-# The rule that pydantic's error type stands for; `{...}` comes from the error's context.
+# The rule for each pydantic error type; `{...}` comes from the error's context.
 _RULES = {
     "bool_type": "must be true or false",
     "dict_type": "must be a mapping (key: value)",
@@ -76,8 +76,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), output: str | None = 
 
 
 def _take_stages(path: Path, root: yaml.Node, data: dict[Any, Any]) -> dict[Location, str]:
-    """Turns llm-compressor's own forms, stages (`quant_stage: {quant_modifiers: {NAME: {...}}}`) and a mapping of
-    modifiers, into the list `modifiers`. Returns where they stand in the file, for messages."""
+    """Converts llm-compressor's own forms, stages (`quant_stage: {quant_modifiers: {NAME: {...}}}`) and a mapping of
+    modifiers, to the list `modifiers`. Returns their locations in the file, for messages."""
     stages = [
         (stage, key, modifiers)
         for stage, groups in data.items()
@@ -100,7 +100,7 @@ def _take_stages(path: Path, root: yaml.Node, data: dict[Any, Any]) -> dict[Loca
 
 
 def load_section(model: type[S], path: Path) -> S:
-    """Read a YAML file that holds one section of its own, such as a matrix. Raises RecipeError with every problem."""
+    """Read a YAML file that contains a single section, such as a matrix. Raises RecipeError with every problem."""
     root, data, problems = read_yaml(path)
     return _validated(model, path, root, data, {}, problems)
 
@@ -131,7 +131,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def read_yaml(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
-    """The nodes (for line numbers), the data and the problems of a YAML file that must hold a mapping. Raises RecipeError."""
+    """The nodes (for line numbers), the data and the problems of a YAML file that must contain a mapping. Raises
+    RecipeError."""
     document = documents.read(path)
     if document.root is None or document.data is None:
         raise RecipeError(f"{path}: is empty; a recipe needs at least source, output, modifiers and calibration")
@@ -144,7 +145,7 @@ def read_yaml(path: Path) -> tuple[yaml.Node, dict[Any, Any], list[str]]:
 
 
 def parse_value(text: str) -> Any:
-    """The value of the YAML on a command line. Raises ValueError."""
+    """The value of YAML text on a command line. Raises ValueError if it is not YAML."""
     try:
         document = documents.parse(text)
     except yaml.YAMLError as error:
@@ -155,7 +156,8 @@ def parse_value(text: str) -> Any:
 
 
 def _override(data: dict[Any, Any], text: str) -> Location:
-    """Apply one `a.b.c=value` to `data`; the location it sets. ValueError when there is no such place."""
+    """Apply one `a.b.c=value` to `data`; returns the location that it sets. Raises ValueError if there is no such
+    key."""
     key, equals, value_text = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -187,7 +189,7 @@ def _override(data: dict[Any, Any], text: str) -> Location:
 
 
 def _section(location: Location, model: type[BaseModel] = Recipe) -> type[BaseModel] | None:
-    """The model that the schema has at `location`; None where there is none (a value, or names of your choice)."""
+    """The model that the schema has at `location`; None if there is none (a value, or names of the user's choice)."""
     annotation: Any = model
     for part in location:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -209,7 +211,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _where(path: Path, root: yaml.Node, labels: dict[Location, str], location: Location) -> str:
-    """The override that set `location`, or the file and the line of `location` or of its nearest parent."""
+    """The override that set `location`, or else the file and line of `location` or of its nearest parent."""
     for place, label in labels.items():
         if location[: len(place)] == place:
             return label
@@ -229,7 +231,7 @@ def _line(node: yaml.Node, location: Location) -> tuple[int, bool]:
             pairs = [(key, value) for key, value in node.value if str(key.value) == str(part)]
             if not pairs:
                 return line, False
-            # YAML keeps the last of two equal keys, so it is the one that was checked.
+            # YAML keeps the last of two equal keys, so that is the one that was checked.
             key, node = pairs[-1]
             line = key.start_mark.line + 1
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
@@ -242,7 +244,7 @@ def _line(node: yaml.Node, location: Location) -> tuple[int, bool]:
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
     """`key.path: rule, value; remedy` of one pydantic error."""
-    # pydantic says "[key]" of a key that is wrong itself.
+    # pydantic adds "[key]" if the key itself is wrong.
     location = tuple(part for part in detail["loc"] if part != "[key]")
     kind, value = detail["type"], detail["input"]
     context = detail.get("ctx", {})

@@ -1,4 +1,5 @@
-"""A matrix: one base recipe and lists of overrides that expand to named runs; and the resources of a run on a cluster."""
+"""A matrix: one base recipe and lists of overrides that expand to named runs. Also the resources of a run on a
+cluster."""
 
 from __future__ import annotations
 
@@ -105,8 +106,8 @@ def load_matrix(path: Path) -> Matrix:
 
 
 def variants(matrix: Matrix) -> list[tuple[str, list[str]]]:
-    """(name of the variant, its overrides as `load_recipe` takes them), in the order of the file, the last entry of
-    `vary` turning fastest. Raises RecipeError for more than 10,000."""
+    """(name of the variant, its overrides for `load_recipe`), in the order of the file; the last entry of `vary`
+    changes fastest. Raises RecipeError for more than 10,000."""
     axes = [list(_choices(axis, choices)) for axis, choices in matrix.vary.items()]
     if (count := math.prod(map(len, axes))) > MAX_RUNS:
         raise RecipeError(f"vary: makes {count:,} runs, at most {MAX_RUNS:,} are taken; split the matrix")
@@ -120,7 +121,8 @@ def variants(matrix: Matrix) -> list[tuple[str, list[str]]]:
 
 
 def parse_resources(pairs: Sequence[str], base: Resources) -> Resources:
-    """`base` with `key=value` pairs of the command line in it, the values being YAML. Raises RecipeError."""
+    """`base`, updated by `key=value` pairs of the command line, whose values are YAML. Raises RecipeError with every
+    problem."""
     data: dict[str, Any] = base.model_dump(exclude_unset=True)
     problems = []
     for pair in pairs:
@@ -152,7 +154,7 @@ def _choices(axis: str, choices: JsonValue) -> Iterator[tuple[str, list[tuple[st
 
 
 def _as_yaml(value: JsonValue) -> str:
-    """The value as an override spells it, in one line. JSON writes 1e+30, which YAML reads as text."""
+    """The value as one line of YAML for an override. Not JSON, which writes 1e+30, which YAML reads as text."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
@@ -160,7 +162,7 @@ def _as_yaml(value: JsonValue) -> str:
 
 
 def _short(name: str) -> str:
-    """A name that a directory can have; a long one is cut and ends in a digest of the whole."""
+    """A name for a directory; a long name is cut and ends in a digest of the whole."""
     return name if len(name) <= _LONGEST else f"{name[:_LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

@@ -1,8 +1,8 @@
-"""llm-compressor's modifiers as a recipe spells them.
+"""Models of llm-compressor's modifiers in a recipe.
 
 Nothing here imports llm-compressor: its modifier names, argument names and preset schemes (in `recipes.fields`) are
-written out, and `tests/unit/recipes/test_recipes.py` compares them with the installed package. The modifiers that can run are
-parsed in full; the others are refused by name, each with its reason.
+written out, and `tests/unit/recipes/test_recipes.py` compares them with the installed package. The supported modifiers
+are parsed completely; the others are refused by name, each with its reason.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pydantic.json_schema import SkipJsonSchema
 from recipes.fields import GroupName, Ignored, Observer, PassThrough, Scheme, Section, Targets, Text, did_you_mean
 from recipes.schemes import FORMATS, preset_of
 
-#: Key of pydantic's validation context: whoever validates a recipe writes what modifiers change outside the quantized
-#: layers (AWQ, SmoothQuant) into the output. No workflow does.
+#: A key of pydantic's validation context. It says that the caller writes changes of modifiers outside the quantized
+#: layers (AWQ, SmoothQuant) into the output, which no workflow does.
 TAKES_EDITS = "takes_edits"
 _WHOLE_MODEL = "transforms the weights of all blocks before calibration, and only one block is in memory at a time"
 _SCALES = (
@@ -25,7 +25,7 @@ _SCALES = (
     "inputs before it scaled them"
 )
 _PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
-#: Modifiers of llm-compressor that no run can take, and why.
+#: Modifiers of llm-compressor that no run supports, and why.
 REFUSED = {
     "AWQModifier": _SCALES,
     "SmoothQuantModifier": _SCALES,
@@ -67,7 +67,7 @@ class ConfigGroup(Section):
 
     @property
     def preset(self) -> str:
-        """The preset scheme, also of arguments that are written out."""
+        """The preset scheme, also if its arguments are written out."""
         return self.scheme or preset_of(self.weights or {}, self.input_activations)
 
     @model_validator(mode="after")
@@ -182,7 +182,7 @@ class ModifierEntry(Section):
 
     @model_serializer
     def _as_written(self) -> dict[str, Any]:
-        # llm-compressor tells an argument that was set to null from one that was left out: keep only what was given.
+        # llm-compressor distinguishes an argument set to null from a missing one: keep only what was given.
         return {self.name: self.arguments}
 
     @property
@@ -197,14 +197,14 @@ class ModifierEntry(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments as the recipe gives them, JSON types only, defaults left out."""
+        """The arguments that the recipe sets, without defaults, as JSON types."""
         value = getattr(self, self.name)
         return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Section) else dict(value)
 
 
 @dataclass(frozen=True)
 class QuantizationEntry:
-    """The one modifier of a recipe that says which modules are quantized."""
+    """The one modifier of a recipe that selects the modules to quantize."""
 
     name: str
     """Class name of the llm-compressor modifier."""

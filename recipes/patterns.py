@@ -1,8 +1,8 @@
-"""Regular expressions that a recipe or a checkpoint brings, matched within a bound on time.
+"""Matches regular expressions of a recipe or a checkpoint within a time limit.
 
-Python's `re` cannot be stopped: `(a|aa)+b` on a long name runs for longer than any night. The `regex` package takes a
-timeout and, in its version 0, means the same by every pattern that `Pattern` accepts. vLLM and compressed-tensors match
-with `re`, so a pattern must compile there too.
+Python's `re` cannot be interrupted: `(a|aa)+b` on a long name runs longer than any night. The `regex` package has a
+timeout and, in its version 0, the same meaning for every pattern that `Pattern` accepts. vLLM and compressed-tensors
+match with `re`, so a pattern must compile with it too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import regex  # type: ignore[import-untyped]
 SECONDS_PER_MATCH = 1.0
 SECONDS_IN_ALL = 10.0
 LONGEST = 20_000
-# What `re` reads as text and `regex` as a fuzzy match: a brace that opens no repeat count.
+# A brace that does not open a repeat count: text for `re`, a fuzzy match for `regex`.
 _TEXT_BRACE = re.compile(r"\{(?!\d+(,\d*)?\}|,\d*\})")
 
 
 class PatternError(ValueError):
-    """A regular expression that does not compile, or takes too long; the message says which and what to do."""
+    """Raised for a regular expression that does not compile or takes too long; the message says which, and the
+    remedy."""
 
 
 class TimeLimit:
-    """Processor time that the patterns of one recipe or one checkpoint may take together, compiling included."""
+    """A limit on the CPU time of all patterns of one recipe or one checkpoint together, including compilation."""
 
     def __init__(self, seconds: float = SECONDS_IN_ALL) -> None:
         self.left = seconds
@@ -35,8 +36,8 @@ class TimeLimit:
 class Pattern:
     """A regular expression, matched from the beginning of a name as `re.match` does.
 
-    Patterns that share a `limit` take its time together. Raises PatternError for what `re` refuses, for what `re` and
-    `regex` read differently, and for more than 20,000 characters.
+    Patterns with the same `limit` share its time. Raises PatternError for a pattern that `re` refuses, that `re` and
+    `regex` read differently, or that has more than 20,000 characters.
     """
 
     def __init__(self, text: str, limit: TimeLimit | None = None) -> None:
@@ -56,7 +57,7 @@ class Pattern:
         self._spend(started)
 
     def match(self, name: str) -> bool:
-        """Whether the pattern matches from the beginning of `name`. Raises PatternError once time has run out."""
+        """Whether the pattern matches from the beginning of `name`. Raises PatternError if the time has run out."""
         started = time.thread_time()
         try:
             matched = self._compiled.match(name, timeout=SECONDS_PER_MATCH)

@@ -1,4 +1,5 @@
-"""Where a run writes, and what keeps that apart from the source: no spelling, link or mount may make them one place."""
+"""Determines where a run writes, and ensures that this is apart from the source, whatever the spelling, links or
+mounts."""
 
 from __future__ import annotations
 
@@ -10,20 +11,21 @@ from pathlib import Path
 
 
 def run_directory(output: Path) -> Path:
-    """`<output>.run` beside the directory that `output` really is: every spelling of an output, and every link to it, has
-    the one run directory and the one lock. The path stays as it is spelled if no link is in it."""
+    """`<output>.run` beside the resolved output directory, so that all spellings of an output and links to it have the
+    same run directory and lock. The path keeps its spelling if it contains no link."""
     place = output if output.name and _real(output) == Path(os.path.abspath(output)) else _real(output)
     return place.with_name(place.name + ".run")
 
 
 def own_scratch(directory: Path, output: Path) -> Path:
-    """The part of a scratch directory, which many runs may share, that belongs to the run of `output`."""
+    """The subdirectory for the run of `output` in a scratch directory that many runs may share."""
     tag = hashlib.sha256(str(_real(output)).encode()).hexdigest()[:12]
     return directory.absolute() / f"{_real(output).name}-{tag}.activations"
 
 
 def is_inside(inner: Path, outer: Path) -> bool:
-    """Whether `inner` is `outer` or lies below it, through links, other spellings and bind mounts; neither need exist."""
+    """Whether `inner` is `outer` or below it, considering links, other spellings and bind mounts; neither must
+    exist."""
     places = [_real(inner), *_real(inner).parents]
     if _real(outer) in places:
         return True
@@ -34,8 +36,8 @@ def is_inside(inner: Path, outer: Path) -> bool:
 
 
 def source_conflict(place: Path, source: Path) -> str | None:
-    """Why nothing may be written below `place`: it is, holds or lies inside the checkpoint in `source`, or holds what a link
-    in there leads to. The end of a message that begins with the place; None if the two are apart."""
+    """Why nothing may be written below `place`: it is, contains or is inside the checkpoint in `source`, or contains
+    the target of a link in that. The end of a message that begins with the place; None if the two are apart."""
     if is_inside(place, source):
         how = (
             "is the source checkpoint's own directory"
@@ -52,8 +54,8 @@ def source_conflict(place: Path, source: Path) -> str | None:
 
 
 def place_problems(source: Path, output: Path, scratch: str | None) -> list[str]:
-    """Every place of a run that is not apart from its source, and a scratch directory inside the output. `source` is the
-    directory of the checkpoint, `scratch` what the recipe's offload.directory says."""
+    """One problem for every place of a run that is not apart from its source, and for a scratch directory inside the
+    output. `source` is the directory of the checkpoint, `scratch` the recipe's offload.directory."""
     places = {"output": output, "run directory": run_directory(output)}
     if scratch is not None:
         places["offload.directory"] = own_scratch(Path(scratch), output)
@@ -69,7 +71,7 @@ def _real(path: Path) -> Path:
 
 
 def _links(source: Path) -> Iterator[Path]:
-    """What the links in a checkpoint's directory lead to."""
+    """Yields the targets of the links in a checkpoint's directory."""
     with contextlib.suppress(OSError), os.scandir(source) as entries:
         for entry in entries:
             if entry.is_symlink():

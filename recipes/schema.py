@@ -3,7 +3,7 @@
 These pydantic models are the only truth about a recipe's keys, defaults and bounds. `python -m recipes.schema`
 prints the JSON schema made from them (checked in as `recipes/recipe.schema.json`, for editors).
 
-Every path is taken relative to the current directory; a leading `~` is expanded, environment variables are not.
+Paths are relative to the current directory; a leading `~` is expanded, environment variables are not.
 """
 
 from __future__ import annotations
@@ -45,59 +45,63 @@ class Calibration(Section):
     split: Text = "train"
     """Split of the data set."""
     format: Literal["auto", "text", "messages"] = "auto"
-    """What a row holds: plain text, or chat messages. auto looks at the columns."""
+    """What a row contains: plain text or chat messages. auto decides by the columns."""
     column: Text | None = None
-    """Column to read; found by its usual names when left out."""
+    """Column to read; by default, the first of the usual names."""
     chat: Literal["auto", "template", "deepseek_v4"] = "auto"
     """How messages become text: the tokenizer's chat template, or DeepSeek-V4's own encoding (it has no template)."""
     num_samples: int = Field(default=256, ge=1)
-    """Samples drawn from the data set; a smaller one is used whole, with a warning."""
+    """Number of samples to draw from the data set; a smaller data set is used whole, with a warning."""
     exact: bool = False
-    """Refuse a data set that does not give num_samples samples."""
+    """Refuse a data set that yields fewer than num_samples samples."""
     max_seq_length: int = Field(default=2048, ge=1, le=1_048_576)
-    """Tokens per sample at most; longer samples are cut."""
+    """Maximum tokens per sample; longer samples are cut."""
     batch_size: int = Field(default=1, ge=1)
-    """Samples of one length per forward pass, at most: nothing is padded. Larger is faster and needs more memory."""
+    """Maximum samples per forward pass, all of one length: nothing is padded. Larger is faster and needs more
+    memory."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of the shuffle; the same seed draws the same samples."""
     shuffle: bool = True
     """Shuffle before drawing; false takes the first rows."""
     all_experts: bool = True
-    """Show every token to every expert while calibrating, so that no expert stays without statistics."""
+    """Show every token to every expert during calibration, so that no expert remains without statistics."""
     min_tokens_per_expert: int = Field(default=1, ge=1)
     """With all_experts: false, an expert that saw fewer tokens takes its input scales from the largest of its peers."""
     input_headroom: float = Field(default=1.0, ge=1, le=16)
-    """Factor on the largest calibrated input: each input global scale is divided by it, so that larger inputs than calibration
-    saw do not saturate. 1 takes the scales as calibrated; powers of two are exact."""
+    """Factor on the largest calibrated input: each input global scale is divided by it, so that inputs larger than in
+    calibration do not saturate. 1 keeps the calibrated scales; powers of two are exact."""
 
 
 class Conversion(Section):
-    """How `method: convert` and `method: plain` work; calibrate does not look at it."""
+    """Settings of `method: convert` and `method: plain`; calibrate ignores them."""
 
     input_amax: float = Field(default=2688.0, ge=1e-30, le=1e30)
     """Largest activation that NVFP4 (W4A4) assumes without calibration; input_global_scale is 2688 / input_amax."""
     workers: int | None = Field(default=None, ge=1, le=256)
-    """Threads that read and compute; one more than processors (at most 16) when left out. The output does not depend on it."""
+    """Threads that read and compute; default: one more than processors, at most 16. The output does not depend on
+    it."""
 
 
 class Offload(Section):
-    """Where activations wait between blocks. Weights are never offloaded: they are read from the source block by block."""
+    """Where activations are kept between blocks. Weights are never offloaded: they are read from the source block by
+    block."""
 
     directory: PathText | None = None
-    """Directory on a fast local disk for activations; the run directory when left out."""
+    """Directory on a fast local disk for activations; default: the run directory."""
     max_host_memory: Bytes | None = None
-    """Memory of its own that a run may take for activations, for example 500GiB. The others, all when left out, lie in
-    mapped files of the directory, which the system keeps in memory as long as it has room."""
+    """Memory of its own that a run may use for activations, for example 500GiB. The rest (by default, all) is in mapped
+    files in the directory, which the system caches while it has free memory."""
 
 
 class Export(Section):
-    """What the output checkpoint holds beside the quantized modules."""
+    """What the output checkpoint contains besides the quantized modules."""
 
     kept: Literal["native", "plain"] = "native"
     """Tensors stored in FP8 or MXFP4 that no target matches: native copies their bytes, plain writes plain_dtype.
     mtp.* is always copied."""
     plain_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype that `kept: plain` and `method: plain` write for FP8, MXFP4 and NVFP4; what is plain already is copied."""
+    """Dtype that `kept: plain` and `method: plain` write for FP8, MXFP4 and NVFP4; tensors that are already plain are
+    copied."""
     mxfp4: Literal["lossless", "requantize"] = "lossless"
     """MXFP4 weights that become NVFP4: lossless keeps their values bit for bit if the scales allow it and requantizes the
     others; requantize all. Weights that a modifier edits (GPTQ) are always requantized."""
@@ -107,27 +111,29 @@ class Export(Section):
     """How the output spells NVFP4: compressed-tensors as llm-compressor writes it, or as NVIDIA's own checkpoints (modelopt; of
     DeepSeek-V4 `quant_method: fp8` with `moe_quant_algo: NVFP4`). The packed bytes are the same."""
     max_shard_size: Bytes = ByteSize(5_000_000_000)
-    """Size of one safetensors file at most; a larger tensor gets a file of its own."""
+    """Largest size of a safetensors file; a larger tensor gets a file of its own."""
 
 
 class Require(Section):
-    """What the served model must meet for a PASS."""
+    """Conditions that the served model must meet for a PASS."""
 
     finite: bool = True
     """No NaN and no infinity in any module's output."""
     max_perplexity: float | None = Field(default=None, ge=1, allow_inf_nan=False)
-    """Perplexity of `text` at most; shown, but not judged, when left out."""
+    """Largest perplexity of `text`; by default it is shown but not judged."""
     max_kl: float | None = Field(default=0.6, gt=0, allow_inf_nan=False)
-    """KL divergence from the served source at most, mean in nats per token. The default finds damage, not loss of
-    quality: tighten it for that."""
+    """Largest KL divergence from the served source, mean in nats per token. The default finds damage, not loss of
+    quality: lower it for that."""
     min_top1: float | None = Field(default=None, ge=0, le=1)
-    """Share of tokens at least for which output and served source prefer the same next token; not judged when left out."""
+    """Smallest fraction of tokens for which output and served source prefer the same next token; not judged by
+    default."""
     coherent: bool = False
-    """Samples that are empty, loop or are no text fail; false only warns."""
+    """Samples that are empty, loop or are not text fail; false only warns."""
     max_loop: float = Field(default=0.5, ge=0, le=1)
-    """Share of a sample at most that one token, or at its end one cycle of tokens again and again, may make up."""
+    """Largest fraction of a sample that may consist of a single token, or at its end of one repeated cycle of
+    tokens."""
     max_unprintable: float = Field(default=0.3, ge=0, le=1)
-    """Share of a sample's characters at most that may be control or replacement characters."""
+    """Largest fraction of control or replacement characters in a sample."""
 
 
 class Serving(Section):
@@ -136,14 +142,14 @@ class Serving(Section):
     engine: Literal["vllm"] = "vllm"
     """The serving engine."""
     python: PathText = ".venv-vllm/bin/python"
-    """Python interpreter of the environment that has vLLM; it is another one than llm-compressor's."""
+    """Python interpreter of the environment with vLLM, which is separate from llm-compressor's."""
     prompts: list[Text] = Field(default=[])
     """Your own prompts, added to the built-in kinds."""
     max_tokens: int = Field(default=64, ge=1)
-    """Tokens generated per prompt, in a short context at most half of it."""
+    """Tokens generated per prompt; at most half of the context length."""
     text: PathText | None = "bundled"
-    """UTF-8 text file for perplexity and the comparison with the source; bundled is the help text of Python, which no
-    bundled calibration text holds; null leaves both to the prompts."""
+    """UTF-8 text file for perplexity and the comparison with the source; bundled is Python's help text, which the
+    bundled calibration text does not contain; null uses the prompts for both."""
     windows: int = Field(default=8, ge=1)
     """Windows of `text` to score, from its beginning."""
     window_tokens: int = Field(default=512, ge=2)
@@ -152,22 +158,22 @@ class Serving(Section):
     """Serve the source too, for KL, top-1 and its samples: auto if it takes at most 2 GiB in BF16, true always. A
     source in FP8 or MXFP4 is served as a plain BF16 copy, which the run makes and removes."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Dtype of the activations; auto takes the checkpoint's."""
+    """Dtype of the activations; auto uses the checkpoint's."""
     max_model_len: int | None = Field(default=None, ge=16)
-    """Context length to serve with, in tokens; chosen by the check when left out."""
+    """Context length to serve with, in tokens; by default the check chooses it."""
     timeout: float = Field(default=1800, gt=0, allow_inf_nan=False)
     """Seconds after which the engine is stopped and the check fails."""
     require: Require = Require()
-    """What must hold for a PASS."""
+    """Conditions for a PASS."""
 
 
 class Fidelity(Section):
-    """Thresholds of the comparison with the source; docs/verification.md says what good checkpoints measure."""
+    """Thresholds of the comparison with the source; docs/verification.md has the figures of good checkpoints."""
 
     worst_error: float = Field(default=0.3, gt=0, allow_inf_nan=False)
-    """Largest relative error of an NVFP4 weight: norm of the difference by norm of the source's weight."""
+    """Largest relative error of an NVFP4 weight: norm of the difference / norm of the source's weight."""
     worst_error_fp8: float = Field(default=0.06, gt=0, allow_inf_nan=False)
-    """The same of an FP8_BLOCK weight."""
+    """Largest relative error of an FP8_BLOCK weight."""
     min_cosine: float = Field(default=0.95, ge=-1, le=1)
     """Smallest cosine between a quantized weight and the source's."""
     min_sqnr: float = Field(default=12.0, allow_inf_nan=False)
@@ -177,17 +183,19 @@ class Fidelity(Section):
     max_zero_groups: float = Field(default=0.01, ge=0, le=1)
     """Largest share of groups in one weight that are zero in the output and not in the source."""
     max_group_gain: float = Field(default=1.8, ge=1, allow_inf_nan=False)
-    """How many times larger or smaller than the source's a group of 16 weights, or with GPTQ its scale, may be."""
+    """Largest factor by which a group of 16 weights, or with GPTQ its scale, may be larger or smaller than the
+    source's."""
     tokens: int = Field(default=512, ge=0)
-    """Tokens of calibration text for the forward comparison of blocks; 0 leaves it out, and it stays UNCHECKED."""
+    """Tokens of calibration text for the forward comparison of blocks; 0 skips it, and it stays UNCHECKED."""
     min_block_cosine: float = Field(default=0.9, ge=-1, le=1)
-    """Smallest cosine between what a block adds in the source and in the output, both fed the source's hidden states."""
+    """Smallest cosine between what a block adds in the source and in the output, both with the source's hidden states
+    as input."""
     max_input_overflow: float = Field(default=2.0, ge=1, allow_inf_nan=False)
-    """How many times the largest input that an input global scale admits the inputs of the forward may be."""
+    """Largest ratio of the inputs of the forward to the largest input that their input global scale admits."""
     max_input_headroom: float = Field(default=256.0, ge=1, allow_inf_nan=False)
-    """How many times the inputs of the forward the largest input that an input global scale admits may be."""
+    """Largest ratio of the largest input that an input global scale admits to the inputs of the forward."""
     min_propagated_cosine: float = Field(default=0.7, ge=-1, le=1)
-    """Smallest cosine of the hidden states after the last block, each chain fed its own."""
+    """Smallest cosine of the hidden states after the last block, if each chain runs on its own hidden states."""
 
 
 def _as_section(value: object) -> object:
@@ -203,9 +211,9 @@ class Verify(Section):
     structure: bool = True
     """Every tensor there, nothing else, dtypes, shapes, companions, finite values."""
     fidelity: FidelityOrBool = Field(default=True, validate_default=True)
-    """Every weight compared with the source's; true takes the defaults, false leaves it out."""
+    """Compare every weight with the source's; true uses the defaults, false skips it."""
     serving: Serving | None = None
-    """Serve the output; write `serving: {}` for the defaults. Left out, serving stays UNCHECKED."""
+    """Serve the output; `serving: {}` uses the defaults. Without it, serving stays UNCHECKED."""
 
 
 class Recipe(Section):
@@ -216,15 +224,15 @@ class Recipe(Section):
     output: PathText
     """Directory of the output checkpoint, apart from the source. The run directory is beside it: `<output>.run/`."""
     method: Literal["calibrate", "convert", "plain"] = "calibrate"
-    """calibrate runs data through the model; convert uses weight statistics alone; plain only undoes the formats."""
+    """calibrate runs data through the model; convert uses only weight statistics; plain only dequantizes."""
     modifiers: list[ModifierEntry] = Field(default=[], validate_default=True)
-    """llm-compressor modifiers in order, one name per entry. Exactly one of them names the modules to quantize."""
+    """llm-compressor modifiers in order, one name per entry. Exactly one of them selects the modules to quantize."""
     calibration: Calibration | None = Field(default=None, validate_default=True)
     """Calibration data; required when method is calibrate."""
     convert: Conversion = Conversion()
     """Settings of the methods that need no data."""
     offload: Offload = Offload()
-    """Where waiting activations go."""
+    """Where activations are kept between blocks."""
     export: Export = Export()
     """Form of the output checkpoint."""
     verify: Verify = Verify()
@@ -303,7 +311,8 @@ class Recipe(Section):
 
     @property
     def quantization_modifier(self) -> QuantizationEntry:
-        """The one modifier that names the modules to quantize; RecipeError when the recipe has none (method plain)."""
+        """The one modifier that selects the modules to quantize. Raises RecipeError if the recipe has none (method
+        plain)."""
         entries = quantization_entries(self.modifiers)
         if not entries:
             raise RecipeError(f"modifiers: none names modules to quantize, and method {self.method!r} was asked for")
@@ -311,7 +320,7 @@ class Recipe(Section):
 
 
 def _require_apart(place: Path, info: ValidationInfo) -> None:
-    """Raises ValueError if `place` and the source, where that is a directory of this machine, are not apart."""
+    """Raises ValueError if the source is a directory of this machine and `place` is not apart from it."""
     source = info.data.get("source")
     if source is not None and (os.path.isdir(source.checkpoint) or is_inside(place, Path(source.checkpoint))):
         why = source_conflict(place, Path(source.checkpoint))

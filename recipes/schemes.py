@@ -1,4 +1,5 @@
-"""The quantization schemes that can be written and verified, in compressed-tensors' words (QuantizationArgs, 0.17 to 0.19)."""
+"""The quantization schemes that this project can write and verify, in compressed-tensors' words (QuantizationArgs, 0.17
+to 0.19)."""
 
 from __future__ import annotations
 
@@ -26,9 +27,9 @@ FORMATS = {
     "NVFP4A16": "nvfp4-pack-quantized",
     "FP8_BLOCK": "float-quantized",
 }
-# What QuantizationArgs takes for a key that is left out.
+# The defaults of QuantizationArgs.
 _DEFAULTS: Arguments = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
-#: Observers of llm-compressor 0.14.0.1; it reads `_` and spaces as `-` and any case.
+#: Observers of llm-compressor 0.14.0.1, which ignores case and reads `_` and spaces as `-`.
 OBSERVERS = (
     *("memoryless-minmax", "static-minmax", "minmax", "memoryless-mse", "mse", "nvfp4-expanded-mse", "fouroversix"),
     *("imatrix-mse", "nvfp4-expanded-imatrix"),
@@ -36,13 +37,14 @@ OBSERVERS = (
 
 
 def has_input_scale(preset: str) -> bool:
-    """Whether the inputs of a preset have a stored scale, which calibration finds; dynamic ones are made while serving."""
+    """Whether the inputs of a preset have a stored scale, which calibration determines; dynamic scales are computed
+    during serving."""
     inputs = ARGUMENTS[preset][1]
     return inputs is not None and inputs["dynamic"] is not True
 
 
 def preset_of(weights: Arguments, inputs: Arguments | None) -> str:
-    """The preset whose arguments these are, written out. Raises ValueError: what differs from the nearest preset."""
+    """The preset with these arguments. Raises ValueError with the differences to the nearest preset."""
     nearest = "FP8_BLOCK" if weights.get("num_bits", 8) == 8 else "NVFP4" if inputs else "NVFP4A16"
     wanted_weights, wanted_inputs = ARGUMENTS[nearest]
     problems = list(_differences("weights", weights, wanted_weights))
@@ -63,7 +65,8 @@ def is_observer(name: object) -> bool:
 
 
 def _free_problem(key: str, value: object) -> str | None:
-    """What is wrong with an argument that says how values are found, not what is stored."""
+    """The problem of an argument that only affects how values are computed, not what is stored; None if there is
+    none."""
     if key == "observer" and value is not None and not is_observer(value):
         return f"must be one of {', '.join(OBSERVERS)}"
     if key == "observer_kwargs" and not isinstance(value, dict | None):
@@ -78,11 +81,11 @@ def _differences(part: str, given: Arguments, wanted: Arguments) -> list[str]:
     for key in dict.fromkeys((*wanted, *given)):
         value = given.get(key, _DEFAULTS.get(key))
         value = value.lower() if isinstance(value, str) and key in ("type", "strategy", "dynamic") else value
-        # Storage types follow from the rest if they are left out.
+        # Missing storage types follow from the other arguments.
         free = key in ("scale_dtype", "zp_dtype") and value in (None, _FP4["scale_dtype"])
         if key in ("observer", "observer_kwargs", "actorder"):
-            if told := _free_problem(key, value):
-                problems.append(f"{part}.{key} {told}, is {str(value)[:40]!r}")
+            if problem := _free_problem(key, value):
+                problems.append(f"{part}.{key} {problem}, is {str(value)[:40]!r}")
         elif not free and value != wanted.get(key):
             problems.append(f"{part}.{key} must be {wanted.get(key)!r}, is {str(value)[:40]!r}")
     return problems

@@ -1,4 +1,5 @@
-"""Standard streams that may be closed, broken or on a full disk: how a command ends is never decided by its printing."""
+"""Guards standard streams that may be closed, broken or on a full disk, so that printing never decides how a command
+ends."""
 
 from __future__ import annotations
 
@@ -9,20 +10,20 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO, cast
 
-#: A command whose result is what it prints could not print it: nobody reads its standard output any more (as the shell says
-#: of a program that SIGPIPE ended), or its disk is full.
+#: The exit code of a command that could not print its result, because standard output is closed (as the shell reports
+#: for SIGPIPE) or its disk is full.
 OUTPUT_LOST = 141
 
 
 class Stream:
-    """A standard stream whose writes and flushes raise no OSError. `lost` is the first one."""
+    """A standard stream whose writes and flushes never raise OSError. `lost` is the first error."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         self.lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """Writes what can be written; as many characters as `text` has."""
+        """Writes as much as possible; returns the length of `text`."""
         self._try(lambda: self.stream.write(text))
         return len(text)
 
@@ -31,7 +32,7 @@ class Stream:
             self.write(line)
 
     def flush(self) -> None:
-        """Flushes what can be flushed."""
+        """Flushes the stream, ignoring errors."""
         self._try(self.stream.flush)
 
     def __getattr__(self, name: str) -> Any:
@@ -42,7 +43,7 @@ class Stream:
             action()
         except OSError as error:
             self.lost = self.lost or error
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk may have room again
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk may have space again later
                 with contextlib.suppress(OSError):
                     null = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(null, self.stream.fileno())
@@ -50,13 +51,13 @@ class Stream:
 
 
 def guard_streams() -> None:
-    """Gives this process a standard input, output and error that raise nothing. A closed one becomes /dev/null: the next
-    file would get its number, and what a library prints would go into a shard or the journal."""
+    """Gives this process a standard input, output and error that never raise. A closed one becomes /dev/null; otherwise
+    the next opened file would get its number, and a library's output would go into a shard or the journal."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # uses the lowest free number
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if isinstance(stream, Stream):
@@ -64,18 +65,18 @@ def guard_streams() -> None:
         if stream is None:
             stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 (the process's own)
         with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot print is no defect
+            stream.reconfigure(errors="backslashreplace")  # a name that the locale cannot print is not a defect
         setattr(sys, name, cast(TextIO, Stream(stream)))
 
 
 def printed() -> int:
-    """The exit code of a command whose result is what it printed: 0, or OUTPUT_LOST if standard output took not all."""
+    """The exit code of a command whose result is its output: 0, or OUTPUT_LOST if some of it could not be written."""
     sys.stdout.flush()
     return OUTPUT_LOST if isinstance(sys.stdout, Stream) and sys.stdout.lost is not None else 0
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code of a command line, whatever becomes of its standard streams."""
+    """Ends this process with the exit code of `main`, whatever happens to its standard streams."""
     guard_streams()
     try:
         code = main()

@@ -1,8 +1,9 @@
-"""Command lines: run, inspect_checkpoint. The top layer; nothing imports it."""
+"""Command lines: run, inspect_checkpoint. The top layer, which nothing else imports."""
 
 import os
 
-# Before torch loads OpenMP: idle threads that spin cost ten times the work where cores are shared.
+# Set before torch loads OpenMP: on shared cores, spinning idle threads cost ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# llm-compressor logs to stdout, which belongs to --json; its warnings come through `calibration.engine.oneshot.quiet` instead.
+# llm-compressor logs to stdout, which is reserved for --json; `calibration.engine.oneshot.quiet` passes its warnings
+# on.
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")

@@ -1,8 +1,8 @@
-"""`python -m workflows.convert_dialect SOURCE OUTPUT --to nvidia|compressed_tensors`: a finished NVFP4 checkpoint in the other
-dialect.
+"""`python -m workflows.convert_dialect SOURCE OUTPUT --to nvidia|compressed_tensors`: converts a finished NVFP4
+checkpoint to the other dialect.
 
-Packed codes, group scales, FP8 codes and everything plain keep their bytes; global scales become their inverse. The same
-command again resumes after a kill. Exit codes as in workflows.run.
+Packed codes, group scales, FP8 codes and all plain tensors keep their bytes; global scales are inverted. After a kill,
+run the same command to resume. Exit codes as in workflows.run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from recipes.places import place_problems
 from recipes.schema import Recipe
 from recipes.streams import exit_with, printed
 
-#: One-way scales whose names are printed; the run directory has all.
+#: Number of one-way scales to print; the run directory lists all.
 _SHOWN = 5
 
 
@@ -50,27 +50,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         respell(options.source, options.output, DIALECTS[options.to], options.overwrite)
     except KeyboardInterrupt:
-        return _told(Interrupted("interrupted: what is finished stays; run the same command again to resume"))
+        return _report_error(Interrupted("interrupted: what is finished stays; run the same command again to resume"))
     except WorkflowError as error:
-        return _told(error)
+        return _report_error(error)
     return printed()
 
 
-def _told(error: WorkflowError) -> int:
+def _report_error(error: WorkflowError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
 
 def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Conversion:
-    """Writes the checkpoint in `source` into `output` in the dialect `to` and prints what was done. Raises WorkflowError, and
-    before anything is written whatever the headers and the scales tell."""
+    """Writes the checkpoint in `source` into `output` in the dialect `to` and prints what was done. Raises
+    WorkflowError; problems visible in headers and scales are raised before anything is written."""
     problems = place_problems(source, output, None)
     if problems:
         raise RecipeError(problems)
     formats = Formats(Checkpoint.open(source))
     plan = make_respelling(formats, to)
     require_exact_scales(plan, formats)
-    side_files(source)  # one that cannot be read is reported before the hours of copying
+    side_files(source)  # reports an unreadable one before the hours of copying
     recipe_text = _recipe(source, to)
     directory = RunDirectory(output)
     _require_free(directory, output, plan, overwrite)
@@ -78,7 +78,7 @@ def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Convers
     try:
         if overwrite:
             start_over(directory, output, "replaced")
-        (output / INDEX_NAME).unlink(missing_ok=True)  # nothing may take shards of two dialects for a checkpoint
+        (output / INDEX_NAME).unlink(missing_ok=True)  # shards of two dialects must not look like a checkpoint
         recipe = Recipe.model_validate(
             {"source": {"checkpoint": str(source)}, "output": str(output), "method": "plain"}
         )
@@ -93,7 +93,7 @@ def respell(source: Path, output: Path, to: Dialect, overwrite: bool) -> Convers
 
 
 def _require_free(directory: RunDirectory, output: Path, plan: Plan, overwrite: bool) -> None:
-    """Raises EnvironmentProblem if the output holds something that this command may not replace."""
+    """Raises EnvironmentProblem if the output contains something that this command may not replace."""
     if overwrite:
         problems = overwrite_problems(directory, output)
     else:
@@ -110,8 +110,8 @@ def _require_free(directory: RunDirectory, output: Path, plan: Plan, overwrite: 
 
 
 def _recipe(source: Path, to: Dialect) -> str | None:
-    """The recipe that a checkpoint of this project brings, with the dialect `to`: it still makes the plan of the original
-    source. None if there is none of ours."""
+    """The recipe in a checkpoint of this project, with the dialect set to `to`; it still makes the plan of the original
+    source. None if the checkpoint has no recipe of this project."""
     path = source / "recipe.yaml"
     try:
         if not is_file(path) or not {"source", "output"} <= read_yaml(path)[1].keys():
@@ -123,7 +123,7 @@ def _recipe(source: Path, to: Dialect) -> str | None:
 
 
 def _finish(task: Task, recipe_text: str | None) -> list[str]:
-    """Writes everything but the shards and returns the names. The card that describes the checkpoint travels with it."""
+    """Writes everything except the shards, including the source's model card, and returns the names."""
     card = task.source.directory / CARD_NAME
     if is_file(card):
         write_safely(task.output / CARD_NAME, functools.partial(shutil.copyfile, card), card.stat().st_size)

@@ -1,4 +1,5 @@
-"""`python -m workflows.inspect_checkpoint PATH [--recipe R]`: what a checkpoint holds, and what a recipe makes of it.
+"""`python -m workflows.inspect_checkpoint PATH [--recipe R]`: shows what a checkpoint contains, and the plan that a
+recipe makes of it.
 
 Reads headers only: seconds, even for a terabyte.
 """
@@ -31,9 +32,9 @@ from workflows.source import resolve_source
 
 
 def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, Any]:
-    """Facts of a checkpoint from its headers, as JSON: `patterns` (name pattern, count, dtype, stored format, shapes,
-    bytes), `parts` (bytes), `problems` (what the tensors have otherwise than config.json promises), `blocks`, experts per
-    block, routers, norms, MTP blocks, bytes and parameters in all."""
+    """A checkpoint's headers summarized as JSON: `patterns` (name pattern, count, dtype, stored format, shapes, bytes),
+    `parts` (bytes), `problems` (how the tensors differ from what config.json promises), `blocks`, experts per block,
+    routers, norms, MTP blocks, total bytes and parameters."""
     family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
     places = {name: family.place(name) for name in checkpoint.tensors}
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
@@ -84,7 +85,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
 
 
 def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """A plan as JSON: actions with counts, per name pattern the action and its reason, predicted output."""
+    """A plan as JSON: counts of actions, the action and its reason per name pattern, the predicted output."""
     rows: Counter[tuple[str, str, str]] = Counter()
     for step in plan.steps.values():
         if step.action != "consume":
@@ -110,12 +111,12 @@ def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def headroom(factor: float) -> str:
-    """`calibration.input_headroom` in a table of facts."""
+    """The text for `calibration.input_headroom` in tables."""
     return f"calibrated, each admits {factor:g} times the largest calibrated input"
 
 
 def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
-    """The facts of `describe_checkpoint` as tables."""
+    """Prints the result of `describe_checkpoint` as tables."""
     experts = ", ".join(map(str, facts["routed_experts_per_block"])) or "0"
     console.print(
         f"{facts['checkpoint']}: {facts['model_type']} (family {facts['family']}), "
@@ -139,7 +140,7 @@ def print_checkpoint(facts: dict[str, Any], console: Console) -> None:
 
 
 def print_plan(facts: dict[str, Any], console: Console) -> None:
-    """The facts of `describe_plan` as a table, the prediction and the warnings."""
+    """Prints the result of `describe_plan` as a table, with the prediction and the warnings."""
     table = Table("name pattern", "count", "action", "why", title=f"Plan {facts['digest'][:12]}")
     for row in facts["steps"]:
         table.add_row(row["pattern"], f"{row['count']:,}", row["action"], row["reason"])
@@ -157,7 +158,7 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit code of `workflows.run`'s table."""
+    """The command line; returns an exit code of `workflows.run`."""
     parser = argparse.ArgumentParser(prog="python -m workflows.inspect_checkpoint", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the recipe's source)")
     parser.add_argument("--recipe", type=Path, help="show the plan that this recipe makes of it")

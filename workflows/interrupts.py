@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first lets the block under way be finished, the second stops at once."""
+"""Handles Ctrl-C, SIGTERM and SIGHUP: after the first the current block is still finished, the second stops at once."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ NOTICE = b"\nstopping after the block under way; once more stops at once, and th
 
 
 def hears_hangup() -> bool:
-    """Whether a lost terminal (SIGHUP) shall stop this process; not one that was started with nohup."""
+    """Whether a lost terminal (SIGHUP) stops this process, which is not so if it was started with nohup."""
     return signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
 
 
 class Interrupts:
-    """Turns the signals into KeyboardInterrupt; inside `deferring` the first of them only sets `requested`. A lost terminal
-    sends SIGHUP from the kernel and again from the shell: it asks once, and never stops a block that is asked for."""
+    """Turns the signals into KeyboardInterrupt; inside `deferring` the first of them only sets `requested`. A lost
+    terminal sends SIGHUP twice, from the kernel and from the shell: it counts once, and never as a second signal."""
 
     def __init__(self) -> None:
         self.requested = False
-        #: Whether the block under way cannot be finished any more; torchrun sends SIGTERM where a rank is lost.
+        #: Whether the current block can no longer be finished; torchrun sends SIGTERM if a rank is lost.
         self.hopeless: Callable[[], bool] = lambda: False
         self.silent = False
         self._deferring = self._hung_up = False
 
     def install(self) -> None:
-        """Takes over SIGINT, SIGTERM and, unless it is ignored, SIGHUP of this process."""
+        """Installs the handlers for SIGINT, SIGTERM and, unless it is ignored, SIGHUP."""
         for number in (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hears_hangup() else ())):
             signal.signal(number, self._handle)
 
     @contextmanager
     def deferring(self) -> Iterator[None]:
-        """Work inside looks at `requested` itself. Raises Interrupted when it ended without having done so."""
+        """The work inside checks `requested` itself. Raises Interrupted if it ends with a request that it did not
+        handle."""
         self._deferring = True
         try:
             yield
@@ -54,4 +55,4 @@ class Interrupts:
         self.requested = True
         if not self.silent:
             with suppress(OSError):  # the terminal may be gone, or the log's disk full
-                os.write(2, NOTICE)  # not through the console, which may be in the middle of a line
+                os.write(2, NOTICE)  # not through the console, which may be writing a line

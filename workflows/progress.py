@@ -1,4 +1,4 @@
-"""What an operator sees: a rich progress line on a terminal, plain lines when piped, events.jsonl always."""
+"""Shows progress to the operator: a rich progress line on a terminal, plain lines in a pipe, events.jsonl always."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ from rich.progress import (
 from calibration.runs.journal import RunDirectory
 from verify.report.tables import PlainConsole
 
-#: timedelta holds no more than 8.6e13 seconds; what is read from a file may say anything.
+#: timedelta holds at most 8.6e13 seconds, and a value read from a file can be anything.
 _LONGEST = 1e12
 _LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Lines(PlainConsole):
-    """Standard error; where nobody reads it any more (`2>&1 | tee` was killed), a run goes on unheard."""
+    """Standard error; if its pipe is closed (`2>&1 | tee` was killed), the run continues without output."""
 
     def on_broken_pipe(self) -> None:
-        """Called by rich, whose own ends the process."""
+        """Called by rich, whose own version would end the process."""
         self.quiet = True
 
 
 class Reporter:
-    """Prints to stderr what is at or above `level`, unless `muted`, and writes every event to the run directory."""
+    """Prints lines at or above `level` to stderr, unless `muted`, and writes every event to the run directory."""
 
     def __init__(self, level: str = "info", muted: bool = False) -> None:
         self.console = _Lines(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 200)
         self.level, self.muted = _LEVELS.index(level), muted
         self.directory: RunDirectory | None = None
-        #: Called after every event: what is kept up to date from events.
+        #: Called after every event, to update what depends on events.
         self.watch: Callable[[], None] = lambda: None
         self._bar: tuple[Progress, TaskID] | None = None
         self._started = 0.0
         self._pending = self._steps = 0
 
     def say(self, text: str, level: str = "info") -> None:
-        """One line for people."""
+        """Prints one line for people."""
         if _LEVELS.index(level) >= self.level and not self.muted:
             style = {"warning": "yellow", "error": "bold red"}.get(level)
             with contextlib.suppress(OSError):  # a log on a full disk must not end the run
                 self.console.print(text, style=style, soft_wrap=True)
 
     def event(self, name: str, /, **facts: Any) -> None:
-        """One line of events.jsonl; nothing before the run directory is open."""
+        """Writes one line to events.jsonl; does nothing before the run directory is open."""
         if self.directory is not None:
             self.directory.event(name, **facts)
             self.watch()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announces a stage, times it, and records how it ended."""
+        """Announces a stage, measures its time, and records how it ended."""
         started = time.monotonic()
         self.event("stage_started", stage=name)
         self.say(f"[{name}]")
@@ -79,8 +79,8 @@ class Reporter:
 
     @contextmanager
     def counting(self, description: str, total: int, done: int = 0) -> Iterator[None]:
-        """A progress bar of `total` steps, `done` of them by an earlier run, around `block` calls; lines instead of a
-        bar where nobody watches."""
+        """Shows a progress bar of `total` steps, `done` of them by an earlier run, around calls of `block`; lines
+        instead of a bar if stderr is not a terminal."""
         self._started, self._pending, self._steps = time.monotonic(), total - done, 0
         if not self.console.is_terminal or self.level > 1 or self.muted:
             yield
@@ -101,7 +101,8 @@ class Reporter:
 
     @contextmanager
     def transfer(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """Gives a callback `(bytes done, bytes in all)`; a line with rate and ETA at every tenth of the way."""
+        """Yields a callback `(bytes done, total bytes)`, which prints a line with rate and ETA at every tenth of the
+        total."""
         started, said = time.monotonic(), 0
 
         def progress(done: int, total: int) -> None:
@@ -119,7 +120,7 @@ class Reporter:
         yield progress
 
     def block(self, number: int, total: int, facts: dict[str, Any]) -> None:
-        """A finished block: the line that an operator at 3 a.m. needs."""
+        """Reports a finished block, with what an operator at 3 a.m. needs to know."""
         elapsed = time.monotonic() - self._started
         self._steps += 1
         eta = elapsed / self._steps * max(self._pending - self._steps, 0)

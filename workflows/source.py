@@ -1,4 +1,4 @@
-"""Where a recipe's source lies on this machine: a local directory, or a hub snapshot that is downloaded."""
+"""Finds a recipe's source on this machine: a local directory, or a hub snapshot, which is downloaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def require_apart(recipe: Recipe, source: Path) -> None:
-    """Raises RecipeError if the run would write into its source; `source` is what `resolve_source` found, which the recipe's
-    own validation cannot know of a hub id."""
+    """Raises RecipeError if the run would write into its source. `source` is the result of `resolve_source`, which the
+    recipe's own validation does not know for a hub id."""
     problems = place_problems(source, Path(recipe.output), recipe.offload.directory)
     if problems:
         raise RecipeError(problems)
@@ -22,7 +22,7 @@ def require_apart(recipe: Recipe, source: Path) -> None:
 
 def resolve_source(source: Source) -> Path:
     """The local directory of `source.checkpoint`; a hub id is downloaded at `source.revision` through huggingface_hub
-    (its cache, offline mode and token apply). Raises SourceError where there is neither."""
+    (its cache, offline mode and token apply). Raises SourceError if there is neither."""
     path = Path(source.checkpoint)
     if path.is_dir():
         return path
@@ -32,7 +32,7 @@ def resolve_source(source: Source) -> Path:
 
     try:
         return Path(snapshot_download(source.checkpoint, revision=source.revision))
-    except Exception as error:  # huggingface_hub, its HTTP client and the file system each raise their own
+    except Exception as error:  # huggingface_hub, its HTTP client and the file system raise different types
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SourceError(
             f"source.checkpoint: {source.checkpoint}: no such directory, and the hub snapshot "

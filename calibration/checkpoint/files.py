@@ -29,8 +29,9 @@ PARTIAL = ".partial"
 #: Largest text or JSON file, in bytes. The largest legitimate ones: the index of a 1.6 T model in NVFP4 with separate
 #: experts takes about 40 MB, a tokenizer.json with 262,144 tokens about 35 MB.
 MAX_BYTES = 256 << 20
-#: Most commas and opening brackets of a JSON file: bounds the memory of its objects (a 256 MiB file of empty lists
-#: would take 6 GiB). A safetensors header of 100 MB, the longest that the library reads, has about six million.
+#: Maximum number of commas and opening brackets of a JSON file: bounds the memory of its objects (a 256 MiB file of
+#: empty lists would take 6 GiB). A safetensors header of 100 MB, the longest that the library reads, has about six
+#: million.
 MAX_VALUES = 20_000_000
 
 

@@ -27,13 +27,13 @@ DTYPE_BYTES = {
 
 #: Longest header in bytes; the safetensors library refuses longer ones (its MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
-#: Most dimensions of a shape; models have up to 5.
+#: Maximum dimensions of a shape; models have up to 5.
 MAX_DIMENSIONS = 32
-#: Most letters of a tensor name; the longest names of real models have about 120.
+#: Maximum letters of a tensor name; the longest names of real models have about 120.
 MAX_NAME = 1_000
 #: Largest number in a shape or an offset: the largest size of a file.
 MAX_SIZE = (1 << 63) - 1
-#: Most problems of one file that a message lists.
+#: Maximum number of problems of one file that a message lists.
 MOST_PROBLEMS = 20
 
 

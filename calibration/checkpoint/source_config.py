@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recipes.errors import SourceError, first_of
 
-#: Most routed experts of a model, over all blocks; a 1.6 T model has about 25,000. The expected tensors are generated
-#: from this number.
+#: Maximum number of routed experts of a model, over all blocks; a 1.6 T model has about 25,000. The expected tensors
+#: are generated from this number.
 MOST_EXPERTS = 100_000
 #: Fields that contain the number of routed experts per block; families use different ones.
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
-#: Most problems that one message lists.
+#: Maximum number of problems that one message lists.
 _MOST_PROBLEMS = 20
 
 Width = Annotated[int, Field(ge=0, le=1 << 31)]

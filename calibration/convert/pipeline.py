@@ -34,8 +34,8 @@ from recipes.errors import EnvironmentProblem, SourceError
 #: second.
 Progress = Callable[[int, int], None]
 _TICK = 0.2
-#: Most workers by default, which is one more than processors, so that the disk is busy while they compute. A dozen
-#: outrun any disk, and each holds a buffer.
+#: Upper limit of the default number of workers, which is one more than processors, so that the disk is busy while they
+#: compute. A dozen outrun any disk, and each holds a buffer.
 _MOST_WORKERS = 16
 #: Disk bytes reserved for headers, config, tokenizer and the run directory.
 _SPARE = 64 * 2**20

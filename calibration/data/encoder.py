@@ -27,7 +27,7 @@ from recipes.errors import RecipeError, SourceError
 from recipes.schema import Calibration
 
 MIN_TOKENS = 2
-"""Fewest tokens of a sample: a single token would attend only to itself."""
+"""Minimum tokens of a sample: a single token would attend only to itself."""
 SLICE_CHARS = 1 << 20
 """Characters of a book that are tokenized at a time."""
 

@@ -17,7 +17,7 @@ import pyarrow.json  # type: ignore[import-untyped]
 from datasets.packaged_modules.json import json as library  # type: ignore[import-untyped]
 
 MAX_DEPTH = 200
-"""Most nested brackets; pyarrow 26 crashes with SIGSEGV somewhere above 3000."""
+"""Maximum depth of brackets; pyarrow 26 crashes with SIGSEGV somewhere above 3000."""
 MOST_BYTES = 2 << 30
 """Largest file, in bytes, that is read as a whole."""
 _GZIP = b"\x1f\x8b"

@@ -33,7 +33,7 @@ BUILDERS = {
 COMPRESSED = ".gz"
 """Suffixes that may follow the suffix of a JSON or CSV file."""
 MAX_ENTRIES = 100_000
-"""Most files and directories below a data set's directory."""
+"""Maximum number of files and directories below a data set's directory."""
 
 
 EXPANSION, EXPANDED = 200, 1 << 30

@@ -160,7 +160,7 @@ def boundary_bytes(width: int, batches: Sequence[tuple[int, int]]) -> int:
 
 
 def scratch_bytes(boundary: int, blocks: int, max_host_memory: int | None) -> int:
-    """Most bytes of activations on disk at any time: those that enter and those that leave a block. Those that enter
+    """Maximum bytes of activations on disk at any time: those that enter and those that leave a block. Those that enter
     the first block are only on disk as far as they exceed `max_host_memory`; none leave the last."""
     first = max(boundary - (max_host_memory or 0), 0)
     return max(first + (boundary if blocks > 1 else 0), boundary * min(2, max(blocks - 1, 0)))

@@ -79,7 +79,7 @@ def predict(
     stages = {"calibrate": work}
     if task.recipe.verify.structure or task.recipe.verify.fidelity:
         passes = task.plan.output_bytes * 2 + (task.source.total_bytes if task.recipe.verify.fidelity else 0)
-        stages["verify"] = _told({"read": machine.read * passes}, passes, 0, None) | {"at_least": True}
+        stages["verify"] = _figures({"read": machine.read * passes}, passes, 0, None) | {"at_least": True}
         notes.append("verify: reading only; serving is not predicted")
     return {"from": "rehearsal" if seen.rehearsal else "micro-benchmark", "stages": stages, "notes": notes,
             "blocks": sum(cost.number is not None for cost in costs), "output_bytes": written}  # fmt: skip
@@ -139,7 +139,9 @@ class _Calibration:
             notes.append("weights are edited (GPTQ, ...): two passes; the modifier's own arithmetic is not predicted")
         block = max((cost.values * BF16 for cost in blocks), default=0)
         peak = _peak(costs, block, largest, rehearsal) + held
-        return _told(terms, sum(cost.source_bytes for cost in costs), sum(cost.written for cost in costs) + kept, peak)
+        return _figures(
+            terms, sum(cost.source_bytes for cost in costs), sum(cost.written for cost in costs) + kept, peak
+        )
 
 
 def _forward(machine: Machine, cost: BlockCost, tokens: int, width: int) -> Spent:
@@ -162,8 +164,7 @@ def _conversion(task: Task, machine: Machine, costs: list[BlockCost]) -> dict[st
     clocks = max(max(part.clock for part in parts.values()), sum(p.cpu for p in parts.values()) / (os.cpu_count() or 1))
     # One input buffer per worker, and two more output buffers than workers (calibration.convert.pipeline).
     peak = anonymous_memory() + (2 * workers + 2) * min(JOB, task.plan.output_bytes)
-    told = _told(parts, read, written, peak)
-    return told | {"seconds": round(clocks, 3)}
+    return _figures(parts, read, written, peak) | {"seconds": round(clocks, 3)}
 
 
 def _one_pass(task: Task) -> bool:
@@ -185,7 +186,7 @@ def _peak(costs: list[BlockCost], block: int, largest: tuple[int, int], rehearsa
     return max(anonymous_memory(), _IMPORTED) + 2 * block + made + scores
 
 
-def _told(terms: dict[str, Spent], read: int, written: int, peak: int | None) -> dict[str, Any]:
+def _figures(terms: dict[str, Spent], read: int, written: int, peak: int | None) -> dict[str, Any]:
     return {
         "seconds": round(math.fsum(spent.clock for spent in terms.values()), 3),
         "cpu_seconds": round(math.fsum(spent.cpu for spent in terms.values()), 3),

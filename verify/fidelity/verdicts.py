@@ -19,7 +19,7 @@ from verify.fidelity.weights import Measured, scale_ratio
 _SCALE_RATIOS = (1 / 16, 1.5)
 #: An outlier is this many robust standard deviations above the median of its peers, and this many times the median.
 _DEVIATIONS, _TIMES = 10.0, 1.5
-#: Least spread of the peers, as a fraction of their median: equal peers would have none.
+#: Minimum spread of the peers, as a fraction of their median: equal peers would have none.
 _SPREAD = 0.02
 
 HOW = "output and source dequantized, one weight at a time"

@@ -25,7 +25,7 @@ AT_IMPORT = ("avx512_bf16", "avx512")
 """Features that vLLM checks while it is imported; it checks the others whenever it chooses a kernel."""
 
 
-def tell_features(pretended: Mapping[str, bool], dtype: str) -> dict[str, str]:
+def set_features(pretended: Mapping[str, bool], dtype: str) -> dict[str, str]:
     """Make the probes of `torch.cpu` answer as if the processor had the `pretended` features, and hide AMX in float32.
 
     Returns per feature the answer to vLLM: "yes" and "no" are true, "claimed" is a false yes, "hidden" is a no about a
@@ -33,12 +33,12 @@ def tell_features(pretended: Mapping[str, bool], dtype: str) -> dict[str, str]:
     """
     if unknown := sorted(set(pretended) - set(PROBES)):
         raise ValueError(f"processor: unknown features {unknown}; known are {sorted(PROBES)}")
-    told: dict[str, str] = {}
+    answers: dict[str, str] = {}
     for feature, probe in PROBES.items():
         true = bool(getattr(torch.cpu, probe)())
         has = pretended.get(feature, true)
         answer = has and not (dtype == "float32" and feature.startswith("amx"))
         if answer != true:
             setattr(torch.cpu, probe, lambda answer=answer: answer)
-        told[feature] = ("yes" if true else "claimed") if answer else ("hidden" if true or has else "no")
-    return told
+        answers[feature] = ("yes" if true else "claimed") if answer else ("hidden" if true or has else "no")
+    return answers

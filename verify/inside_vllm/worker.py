@@ -110,7 +110,7 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
         return time.monotonic()
 
     began = stage("import")
-    processor = sibling("processor").tell_features(request["processor"], request["dtype"])
+    processor = sibling("processor").set_features(request["processor"], request["dtype"])
     emulations, vllm = import_engine(request)
     import torch
     from vllm.platforms import current_platform

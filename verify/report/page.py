@@ -17,7 +17,7 @@ from verify.report.plots import Figure
 
 #: Seconds after which the page of a running run reloads itself.
 REFRESH = 60
-#: Most samples and modules that a page shows.
+#: Maximum number of samples and modules that a page shows.
 MOST = 20
 
 

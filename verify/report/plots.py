@@ -30,7 +30,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "report",
 }
 _WIDTH = 8.6
-#: Most outliers of a heat map that get a ring.
+#: Maximum number of outliers of a heat map that get a ring.
 _RINGS = 20
 
 

@@ -106,7 +106,7 @@ def _stages(result: dict[str, Any], options: Serving, failure: str | None) -> di
         kernels = _kernels(result["layers"], "fp8")
         notes = [f"FP8: {kernels}"] if kernels else []
         notes += [
-            f"{name} {told}" for name, told in about.get("processor", {}).items() if told in ("hidden", "claimed")
+            f"{name} {answer}" for name, answer in about.get("processor", {}).items() if answer in ("hidden", "claimed")
         ]
         verdicts["load"] = ("PASS", "; ".join([f"{described}, {load.get('seconds') or 0:.1f} s", *notes]))
     elif failure is not None:

@@ -1,1 +1,1 @@
-"""One recipe, from source to verified output: `python -m workflows.run`."""
+"""Runs one recipe, from source to verified output: `python -m workflows.run`."""

@@ -34,7 +34,7 @@ from workflows.run.status import read_status, render_status
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code. Tracebacks are for defects alone."""
+    """The command line; returns the exit code. Only defects print a traceback."""
     options = _parser().parse_args(arguments)
     interrupts = Interrupts()
     interrupts.install()
@@ -62,17 +62,17 @@ def main(arguments: list[str] | None = None) -> int:
         except Exception as error:
             if ranks.size == 1 or isinstance(error, WorkflowError):
                 raise
-            # The other ranks must stop, and the traceback be seen where the defect is.
-            told = ranks.agree(WorkflowError(f"{type(error).__name__}: {error}: a defect here"))
+            # The other ranks must stop, and the rank with the defect must print the traceback.
+            ended = ranks.agree(WorkflowError(f"{type(error).__name__}: {error}: a defect here"))
             if ranks.failure is not None and ranks.failure.rank == ranks.rank:
                 traceback.print_exc()
-            raise told from None
+            raise ended from None
     except WorkflowError as error:
         error = ranks.agree(error)
         if ranks.speaks:
             if ranks.writes:
                 reporter.event("error", exit_code=error.exit_code, problems=error.problems)
-            elif run is not None:  # rank 0 is lost and cannot say so where --status looks
+            elif run is not None:  # rank 0 is lost and cannot write the event that --status reads
                 run.directory.event("error", exit_code=error.exit_code, problems=error.problems)
             reporter.muted = False
             reporter.say(f"error: {error}", "error")
@@ -83,7 +83,9 @@ def main(arguments: list[str] | None = None) -> int:
         if run is not None:
             run.directory.close()
             if reporter.directory is not None:
-                with suppress(KeyboardInterrupt):  # the run's own end is told; one more Ctrl-C ends the page alone
+                with suppress(
+                    KeyboardInterrupt
+                ):  # the run's end is already reported; another Ctrl-C only stops writing the page
                     run.page.update(now=True)
         ranks.end()
     if options.json and not options.dry_run and ranks.writes:
@@ -97,7 +99,7 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
     if ranks.size > 1 and "calibrate" in chosen:
         stages.require_shareable(run.recipe)
     if not ranks.writes:
-        # Only calibration is shared out: the other stages are rank 0's alone.
+        # Only calibration is distributed: rank 0 alone runs the other stages.
         if "calibrate" in chosen and not dry_run and not ranks.all_gather("inspect", False)[0]:
             stages.calibrate(run)
         return
@@ -107,7 +109,7 @@ def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
     if done is not None:
         ranks.all_gather("inspect", True)
         return _judge(run, done, as_json)
-    # The checks of inspect are cheap and protect the later stages, so they are made whatever stage is chosen.
+    # The checks of inspect are cheap and protect the later stages, so they run whatever stage is chosen.
     with run.reporter.stage("inspect"):
         stages.inspect(run, chosen)
     if "calibrate" in chosen:
@@ -131,8 +133,8 @@ def _judge(run: Run, checks: list[Check], as_json: bool) -> None:
 
 
 def _dry_run(run: Run, as_json: bool) -> None:
-    """The plan, and what it will take on this machine. Starts nothing, leaves no file."""
-    from calibration.forecast.predict import predict  # torch's products and the conversion's kernels
+    """Prints the plan and the prediction for this machine. Starts nothing and leaves no file."""
+    from calibration.forecast.predict import predict  # imported late: needs torch and the conversion's kernels
     from calibration.forecast.speed import Machine
 
     facts = stages.describe_run(run)
@@ -153,7 +155,7 @@ def _dry_run(run: Run, as_json: bool) -> None:
 
 
 def _compare(run: Run) -> None:
-    """Says and keeps the prediction beside what the stages took, where the rehearsal made one."""
+    """Prints and saves the rehearsal's prediction, if there is one, beside what the stages took."""
     if run.prediction is None:
         return
     both = estimate.compare(run.prediction, run.took)
@@ -219,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--restart", action="store_true", help="discard what an unfinished run has finished, and start over"
     )
-    parser.add_argument("--no-rehearsal", action="store_true", help="leave stage rehearse out")
+    parser.add_argument("--no-rehearsal", action="store_true", help="skip stage rehearse")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the predicted disk, memory and time; start nothing"
     )

@@ -1,6 +1,6 @@
-"""The calibrate stage: data and model together, each finished block exported and put into the journal.
+"""The calibrate stage: runs the data through the model, and exports and journals each finished block.
 
-Apart from `stages` because it imports torch's and llm-compressor's model code, which takes seconds.
+Separate from `stages`, because it imports torch's and llm-compressor's model code, which takes seconds.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from recipes.errors import RecipeError
 from workflows.progress import Reporter
 from workflows.run.state import Run
 
-#: Warnings of llm-compressor that are true of every run here and ask nothing of anybody.
+#: Warnings of llm-compressor that occur in every run here and need no action.
 _EXPECTED = ("No accelerator available", "Calibration pipeline is set to")
 
 
 def calibrate_blocks(run: Run) -> None:
-    """Calibrates every block of the run's plan that is not finished and writes its shards; then those outside the blocks.
+    """Calibrates every unfinished block of the run's plan and writes its shards; then those outside the blocks.
 
-    Resumes what an earlier run of the same recipe finished; see `open_resume` for what `restart` and `overwrite` discard.
-    All ranks call this; rank 0 alone writes. Batches and empty model are taken over from the rehearsal. Raises the errors
-    of `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished
+    Resumes an earlier run of the same recipe; see `open_resume` for what `restart` and `overwrite` discard. All ranks
+    call this; rank 0 alone writes. Reuses the batches and the empty model of the rehearsal. Raises the errors of
+    `load_batches`, `require_batches`, `open_resume`, `build_skeleton`, `calibrate` and `Exporter`; what is finished
     stays.
     """
     task, reporter, ranks = run.task, run.reporter, run.ranks
@@ -51,7 +51,7 @@ def calibrate_blocks(run: Run) -> None:
     hessians = "GPTQModifier" in [entry.name for entry in task.recipe.modifiers]
     found = try_products(shapes, ranks.device, hessians=hessians)
     now = fingerprint(task, data.digest, found.device)
-    if data.regrouped:  # absent else: a run that was begun with padded batches must not go on without
+    if data.regrouped:  # absent otherwise: a run that began with padded batches must not resume without padding
         now["batches"] = "of samples of one length, without padding"
     require_equal(ranks, "settings", now | {"products": found.digest})
     resume = open_resume(task, run.directory, now, discard_of(run.restart, run.overwrite), ranks)
@@ -99,7 +99,7 @@ def _calibrate(run: Run, data: CalibrationData, blocks: _Blocks) -> CalibrationS
         should_stop=lambda: run.interrupts.requested,
     )
     with ExitStack() as stack:
-        # A rank on another host may not see the run directory, and only one may write there.
+        # A rank on another host may not see the run directory, and only one rank may write there.
         skeleton = run.directory.path if ranks.writes else Path(stack.enter_context(TemporaryDirectory()))
         with quiet(blocks.on_progress):
             model = run.prepared.model or build_skeleton(
@@ -122,7 +122,7 @@ def _say_end(run: Run, data: CalibrationData, summary: CalibrationSummary, exact
 
 @dataclass
 class _Blocks:
-    """Each block on its way from the engine to disk, journal and operator."""
+    """Receives each block from the engine; writes it to disk and journal, and reports it."""
 
     run: Run
     exporter: Exporter
@@ -131,7 +131,7 @@ class _Blocks:
     _facts: dict[str, Any] = field(default_factory=dict)
 
     def on_block(self, result: BlockResult) -> None:
-        """Writes the shards of a calibrated block, and with the last one those outside the blocks."""
+        """Writes the shards of a calibrated block; with the last block also those outside the blocks."""
         started = time.monotonic()
         inside = {name: m for name, m in result.modules.items() if self.run.task.family.place(name).block is not None}
         outside = {name: m for name, m in result.modules.items() if name not in inside}
@@ -166,7 +166,7 @@ class _Blocks:
         return worst
 
     def on_finished(self, block: int, facts: dict[str, Any] | None, boundary: Boundary | None) -> None:
-        """Puts a block into the journal: from here on it is finished. Rank 0 does it for all."""
+        """Writes a block's journal line, after which it is finished. Rank 0 does this for all ranks."""
         if not self.run.ranks.writes:
             return
         saved = None if boundary is None else {"directory": str(boundary.directory.absolute()), "files": boundary.files}
@@ -179,17 +179,17 @@ class _Blocks:
             )
             self.run.reporter.block(block + 1, self._facts.pop("blocks"), self._facts)
         for number, old in self.resume.boundaries.items():
-            if number <= block:  # it may lie in the directory of an earlier offload.directory
+            if number <= block:  # it may be in an earlier offload.directory
                 shutil.rmtree(old.directory, ignore_errors=True)
 
     def write_rest(self) -> None:
-        """The shards outside the blocks, where these alone are missing or damaged."""
+        """Writes the shards outside the blocks if only these are missing or damaged."""
         if not self.resume.rest:
             shards = self.exporter.rest({})
             self.run.directory.record("shards", plan=self.run.plan.digest, block=None, shards=shards)
 
     def on_progress(self, event: dict[str, Any]) -> None:
-        """Engine events for the run directory; what an operator must know is said."""
+        """Records engine events in the run directory, and prints those that an operator must know."""
         kind = event.pop("event")
         if kind == "log" and not any(part in event["message"] for part in _EXPECTED):
             self.run.reporter.say(f"llm-compressor: {event['message']}", event["level"])
@@ -200,7 +200,8 @@ class _Blocks:
 
 
 def _say_products(found: Products, run: Run) -> None:
-    """Records how products come out here, and tells what a run loses that began where they come out differently."""
+    """Records how products round here, and reports what a run loses if it began on a machine that rounds
+    differently."""
     run.reporter.event("products", **found.facts)
     if not run.ranks.writes:
         return

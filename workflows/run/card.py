@@ -17,7 +17,7 @@ from workflows.inspect_checkpoint import headroom
 
 
 def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str]) -> str:
-    """The card as Markdown. `facts` are further lines of the table of facts (calibration data, tokens per expert)."""
+    """The card as Markdown. `facts` are additional rows of its table (calibration data, tokens per expert)."""
     recipe, plan, source = task.recipe, task.plan, task.source
     groups = "; ".join(f"{name}: {s.name}, {len(plan.modules(name)):,} modules" for name, s in plan.groups.items())
     rows = {

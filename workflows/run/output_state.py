@@ -1,4 +1,5 @@
-"""What an output holds, seen from one recipe: whether a batch skips it, and whether the same command has anything to do."""
+"""Reads the state of an output with respect to one recipe: whether a batch skips it, and whether the same command has
+anything to do."""
 
 from __future__ import annotations
 
@@ -32,15 +33,15 @@ class OutputState:
 
     @property
     def judged(self) -> bool:
-        """Whether a run of this recipe reached its end, whatever the verdict."""
+        """Whether a run of this recipe reached its end, with any verdict."""
         return self.kind == "done" or (self.kind == "verify" and self.why == _FAILED)
 
 
 def read_output_state(
     output: Path, run: RunDirectory, plan_digest: str, digest: str, recipe: Callable[[], Recipe]
 ) -> OutputState:
-    """Reads the journal, the events and the names of the shards, no tensor. `digest` is the recipe's; `recipe` is
-    called only if the output is another recipe's."""
+    """Reads only the journal, the events and the names of the shards. `digest` is the recipe's; `recipe` is called only
+    if the output is another recipe's."""
     facts, events = run.facts(), run.events()
     try:
         there = bool(entries(output))
@@ -70,8 +71,8 @@ def read_output_state(
 
 
 def last_checks(run: RunDirectory, found: OutputState) -> list[Check]:
-    """The checks of the last verification as verify.json has them; the verdicts of its levels alone if the file is not that
-    verification's."""
+    """The checks of the last verification, from verify.json; if that file belongs to another verification, only the
+    verdicts of the levels."""
     try:
         listed: Any = read_json_object(run.path / "verify.json").get("checks")
         checks = TypeAdapter(list[Check]).validate_python(listed)

@@ -1,4 +1,4 @@
-"""A plain BF16 copy of a source in FP8 or MXFP4, for the time that the serving engine needs it."""
+"""Makes a temporary plain BF16 copy of a source in FP8 or MXFP4, which the serving engine can load."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ NAME = "plain-source"
 
 @contextmanager
 def source_to_serve(task: Task, run_directory: Path) -> Iterator[SourceToServe | None]:
-    """The source as vLLM can load it on any machine: as it is stored, or as `method: plain` writes it into the run
-    directory; removed at the end. None where the recipe does not serve or compare; never raises WorkflowError."""
+    """Yields the source in a form that vLLM can load on any machine: as stored, or as `method: plain` writes it into
+    the run directory, where it is removed at the end. None if the recipe does not serve or compare. Never raises
+    WorkflowError."""
     options = task.recipe.verify.serving
     found = source_as_stored(task.formats, options) if options is not None else None
     if found is None or found.directory is not None or found.too_large:
@@ -35,10 +36,10 @@ def source_to_serve(task: Task, run_directory: Path) -> Iterator[SourceToServe |
 
 
 def _plain(task: Task, copy: Path) -> SourceToServe:
-    # Starts threads and a compiled kernel that a source in BF16 does not need.
+    # Imported late: a BF16 source does not need its threads and compiled kernel.
     from calibration.convert.pipeline import convert
 
-    _remove(copy)  # what a killed run left
+    _remove(copy)  # the remains of a killed run
     plain = Recipe.model_validate(
         {"source": task.recipe.source.model_dump(), "output": str(copy), "method": "plain", "export": {"kept": "plain"}}
     )

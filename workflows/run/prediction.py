@@ -1,4 +1,4 @@
-"""What each stage takes, measured, and the prediction (`calibration.forecast.predict`) beside it."""
+"""Measures what each stage takes, and compares it with the prediction (`calibration.forecast.predict`)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FILE = "estimate.json"
 
 @contextmanager
 def measured(facts: dict[str, dict[str, Any]], stage: str) -> Iterator[None]:
-    """Puts what a stage took into `facts`: seconds, processor seconds (children included), bytes read from disk (what lay
-    in the page cache is not among them) and handed to write, peak of anonymous memory."""
+    """Adds to `facts` what a stage took: seconds, CPU seconds (including children), bytes read from disk (not from the
+    page cache) and bytes written, peak anonymous memory."""
     began, cpu, moved = time.monotonic(), _cpu(), _moved()
     with PeakMemory() as memory:
         try:
@@ -35,33 +35,33 @@ def measured(facts: dict[str, dict[str, Any]], stage: str) -> Iterator[None]:
 
 
 def compare(predicted: dict[str, Any], facts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Prediction and fact of every stage that has both, for `estimate.json`."""
+    """Prediction and measurement of every stage that has both, for `estimate.json`."""
     both = {
-        name: {"predicted": told, "fact": facts[name]} for name, told in predicted["stages"].items() if name in facts
+        name: {"predicted": entry, "fact": facts[name]} for name, entry in predicted["stages"].items() if name in facts
     }
     return {"from": predicted["from"], "notes": predicted["notes"], "stages": both}
 
 
 def render(estimate: dict[str, Any]) -> list[str]:
-    """Lines for people: per stage the prediction, and the fact where there is one."""
+    """Lines for people: per stage the prediction, and the measurement if there is one."""
     lines = []
     for name, entry in estimate["stages"].items():
         predicted, fact = entry.get("predicted", entry), entry.get("fact")
         least = "at least " if predicted.get("at_least") else ""
-        told = f"{name}: {least}{_seconds(predicted['seconds'])}, {_bytes(predicted)}"
+        text = f"{name}: {least}{_seconds(predicted['seconds'])}, {_bytes(predicted)}"
         terms = ", ".join(
             f"{term} {_seconds(spent[0])}" for term, spent in predicted["terms"].items() if spent[0] >= 0.05
         )
         if fact is None:
-            lines.append(f"predicted {told}" + (f" ({terms})" if terms else ""))
+            lines.append(f"predicted {text}" + (f" ({terms})" if terms else ""))
         else:
-            lines.append(f"{name}: {_seconds(fact['seconds'])}, {_bytes(fact)}; predicted {told.partition(': ')[2]}")
+            lines.append(f"{name}: {_seconds(fact['seconds'])}, {_bytes(fact)}; predicted {text.partition(': ')[2]}")
     return lines
 
 
-def _bytes(told: dict[str, Any]) -> str:
-    peak = f", peak memory {size(told['peak_memory'])}" if told["peak_memory"] is not None else ""
-    return f"{size(told['bytes_read'])} read, {size(told['bytes_written'])} written{peak}"
+def _bytes(stage: dict[str, Any]) -> str:
+    peak = f", peak memory {size(stage['peak_memory'])}" if stage["peak_memory"] is not None else ""
+    return f"{size(stage['bytes_read'])} read, {size(stage['bytes_written'])} written{peak}"
 
 
 def _seconds(seconds: float) -> str:
@@ -74,7 +74,7 @@ def _cpu() -> float:
 
 
 def _moved() -> tuple[int, int]:
-    """Bytes that this process read from disk and handed to write."""
+    """Bytes that this process has read from disk, and bytes that it has written."""
     try:
         lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     except OSError:

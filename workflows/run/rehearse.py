@@ -1,6 +1,6 @@
-"""The rehearsal: everything that can fail in the night is tried in the first minutes, and all that fails is told at once.
+"""The rehearsal: tries in the first minutes everything that can fail in the night, and reports all failures at once.
 
-Leaves nothing behind: no journal line, no file in the output or the scratch directory.
+It leaves no journal line, and no file in the output or the scratch directory.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
     from calibration.data.batches import CalibrationData
     from calibration.forecast.rehearsal import Rehearsal
 
-#: The probe file is a share of what will be written, within these bounds.
+#: The probe file is this fraction of what will be written, within these bounds in bytes.
 _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
 
-#: Files of the output beside shards and side files, of a run directory with its logs, and of a batch's activations.
+#: Number of files: of the output besides shards and side files, of a run directory with its logs, of a batch's
+#: activations.
 OWN_FILES, RUN_FILES, FILES_PER_BATCH = 5, 32, 2
 
 T = TypeVar("T")
 
 
 def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
-    """What can be said without reading a tensor: vLLM environment, output directory, free disk."""
+    """The problems that can be found without reading a tensor: vLLM environment, output directory, free disk."""
     problems: list[str] = []
     if run.recipe.verify.serving is not None and "verify" in stages:
         try:
@@ -52,8 +53,8 @@ def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
 def rehearse(run: Run, early: Sequence[str] = ()) -> None:
     """Tries the disks, the data, the modifiers, a block of every kind, and compares memory with the machine's.
 
-    Where blocks are finished already, only what is cheap. Raises the first problem's error type with all problems,
-    those that the `early` checks found in front.
+    If blocks are already finished, runs only the cheap checks. Raises the type of the first error with all problems,
+    those of the `early` checks first.
     """
     attempts = _Attempts([EnvironmentProblem(early)] if early else [])
     speed = attempts.of(lambda: _probe_disks(run))
@@ -66,13 +67,13 @@ def rehearse(run: Run, early: Sequence[str] = ()) -> None:
 
 
 class _Attempts:
-    """Collects the errors of things that are tried one after the other."""
+    """Collects the errors of consecutive attempts."""
 
     def __init__(self, errors: list[WorkflowError]) -> None:
         self.errors = errors
 
     def of(self, attempt: Callable[[], T]) -> T | None:
-        """The result, or None where it ended in an error that a user can cause."""
+        """The result of `attempt`, or None if it raised a WorkflowError, which is collected."""
         try:
             return attempt()
         except WorkflowError as error:
@@ -80,7 +81,7 @@ class _Attempts:
             return None
 
     def end(self) -> None:
-        """Raises what was collected, as one error."""
+        """Raises the collected errors as one error."""
         if self.errors:
             raise type(self.errors[0])([problem for error in self.errors for problem in error.problems])
 
@@ -111,7 +112,7 @@ def _probe_disks(run: Run) -> dict[str, float]:
 
 
 def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
-    # torch and llm-compressor take seconds to import: what stands before must not wait for them.
+    # Imported late: torch and llm-compressor take seconds to import, and earlier checks must not wait for them.
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
     from calibration.engine.oneshot import build_modifiers, quiet
     from calibration.forecast.rehearsal import rehearse_blocks
@@ -134,7 +135,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
     else:
         logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
         with quiet(lambda event: None), tempfile.TemporaryDirectory(prefix="rehearsal-") as folder:
-            # The run directory is not there where an early check failed, and then is not made either.
+            # If an early check failed, there is no run directory, and none is created.
             place = Path(folder) if run.reporter.directory is None else run.directory.path
             model = attempts.of(
                 lambda: build_skeleton(source, place, recipe.source.trust_remote_code, run.ranks.device)
@@ -165,7 +166,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
 
 
 def _estimate(run: Run, boundary: int | None) -> None:
-    """Predicts the run from what was rehearsed; kept in the run directory, where --status looks."""
+    """Predicts the run from the rehearsal; saves the prediction in the run directory for --status."""
     from calibration.forecast.predict import Seen, predict
     from calibration.forecast.speed import Machine
 
@@ -196,7 +197,7 @@ def _space(run: Run, boundary: int) -> None:
     there = sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file())
     files = FILES_PER_BATCH * (0 if run.prepared.data is None else len(run.prepared.data.batches))
     problems = space_problems([*_output_needs(run), Need("activations", scratch, max(wanted - there, 0), files)])
-    # Said before by the early checks where the output alone does not fit.
+    # The early checks have already reported this if the output alone does not fit.
     if problems and not space_problems(_output_needs(run)):
         raise EnvironmentProblem(problems)
 
@@ -213,7 +214,7 @@ def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
 
 
 def _output_needs(run: Run) -> list[Need]:
-    # What an earlier run wrote is kept, or removed before anything is written.
+    # Shards of an earlier run are kept, or removed before anything is written.
     there = [path.stat().st_size for path in run.output.glob("*.safetensors")]
     files = max(len(run.plan.shards) - len(there), 0) + len(run.side_files.copied) + OWN_FILES
     return [

@@ -1,4 +1,4 @@
-"""report.html of a run directory: what the journal, the events and the verdicts say, rewritten while a run goes on."""
+"""Writes report.html of a run directory from the journal, the events and the verdicts, and updates it during a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from workflows.inspect_checkpoint import headroom
 from workflows.run.status import read_status, render_status
 
 NAME = "report.html"
-#: Share of a run's time that writing the page may take, and seconds before the first.
+#: Largest fraction of a run's time that writing the page takes, and seconds before the first page.
 _SHARE, _FIRST = 0.01, 30.0
 
 
@@ -29,7 +29,7 @@ class ReportPage:
         self._due = time.monotonic() + _FIRST
 
     def update(self, now: bool = False) -> None:
-        """Writes the page where the last one is old enough, or at once."""
+        """Writes the page if the last one is old enough; with `now`, in any case."""
         started = time.monotonic()
         if not now and started < self._due:
             return
@@ -37,16 +37,16 @@ class ReportPage:
             write_report(self.output)
         except (
             Exception
-        ) as error:  # a full disk; an import that another rank's failure broke off, and that fails from then on
+        ) as error:  # a full disk; or an import that another rank's failure interrupted, which fails from then on
             logging.getLogger(__name__).warning("%s: not written: %s", self.path, error)
         ended = time.monotonic()
         self._due = ended + max(_FIRST, (ended - started) / _SHARE)
 
 
 def write_report(output: Path) -> Path:
-    """Writes `<output>.run/report.html` from what lies in that run directory and returns its path. Raises
-    EnvironmentProblem where it cannot be written."""
-    # matplotlib and jinja2 take half a second to import, which a run that is interrupted at once need not pay.
+    """Writes `<output>.run/report.html` from the files of that run directory and returns its path. Raises
+    EnvironmentProblem if it cannot be written."""
+    # Imported late: matplotlib and jinja2 take half a second, which a run that is interrupted at once saves.
     from verify.report.page import Report
     from verify.report.plots import fidelity_figures
 
@@ -58,7 +58,7 @@ def write_report(output: Path) -> Path:
     fidelity = read_json_or_none(directory.path / "fidelity.json") or {}
     figures = fidelity_figures(fidelity) if fidelity else _errors_so_far(blocks)
     running, error = status["state"] == "running", status["last_error"]
-    # What is told as an age would be read as of the moment of reading.
+    # An age would be misread, because the page is read later than it is written.
     state = [line for line in render_status(status) if not line.startswith(("run directory", "last event"))]
     report = Report(
         title=output.name,
@@ -80,7 +80,7 @@ def write_report(output: Path) -> Path:
 
 
 def _errors_so_far(blocks: dict[int, dict[str, Any]]) -> list[Any]:
-    """The weight errors that the exporter measured, while there is no fidelity.json yet."""
+    """The weight errors that the exporter measured, used until there is a fidelity.json."""
     from verify.report.plots import expert_map, lines
 
     how = "Largest relative error of an expert's projections, as the exporter measured it; not verified yet."

@@ -26,7 +26,7 @@ from workflows.run.state import STAGES, Run
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    """The plan and what it predicts, as JSON."""
+    """The plan and its predictions, as JSON."""
     return {
         "checkpoint": describe_checkpoint(run.source, run.formats),
         "plan": describe_plan(run.plan, run.source),
@@ -39,8 +39,8 @@ def describe_run(run: Run) -> dict[str, Any]:
 
 
 def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
-    """The checks of a run that this same command, of all stages, brought to its end before; None if there is something to
-    do. The source must be what it was, and the output whole as far as its headers tell."""
+    """The checks of a complete earlier run of this command with all stages; None if there is something to do. The
+    source must be unchanged, and the output's headers must be intact."""
     whole = [name for name in STAGES if name in stages or name == "rehearse"] == list(STAGES)
     if not whole or run.overwrite or run.restart:
         return None
@@ -48,7 +48,7 @@ def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
     if not found.judged:
         return None
     begun = [fact["source"] for fact in run.directory.facts() if fact.get("fact") in ("fingerprint", "started")]
-    # Runs before this one recorded no state of the source.
+    # Early versions recorded no state of the source.
     if begun and begun[-1] and (changed := changed_shards(begun[-1], run.source.state)):
         run.reporter.say(f"the source changed since {run.output} was made: {changed[0]}", "warning")
         return None
@@ -66,8 +66,8 @@ def judged_before(run: Run, stages: list[str]) -> list[Check] | None:
 
 
 def inspect(run: Run, stages: list[str]) -> None:
-    """What can fail at the end and be tried at once is tried now: output directory, disk, vLLM environment. Then the plan
-    and the recipe are put into the run directory."""
+    """Checks first what would otherwise fail at the end: output directory, disk, vLLM environment. Then writes the plan
+    and the recipe into the run directory."""
     problems = rehearsal.early_problems(run, stages)
     if problems and "rehearse" in stages:
         run.reporter.say(
@@ -94,12 +94,12 @@ def inspect(run: Run, stages: list[str]) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """Tries everything that can fail later; see `workflows.run.rehearse`."""
+    """Tries everything that could fail later; see `workflows.run.rehearse`."""
     rehearsal.rehearse(run)
 
 
 def require_shareable(recipe: Recipe) -> None:
-    """Raises RecipeError where several ranks would not write what one writes."""
+    """Raises RecipeError if several ranks would not write what a single one writes."""
     if recipe.method != "calibrate":
         raise RecipeError(f"method: {recipe.method} uses all processors from one process; start it without torchrun")
     from calibration.engine.oneshot import require_divisible
@@ -109,22 +109,22 @@ def require_shareable(recipe: Recipe) -> None:
 
 def calibrate(run: Run) -> None:
     """Calibrates block by block and writes each finished block's shards, or, for the methods without calibration,
-    converts shard by shard; goes on where an earlier run ended."""
+    converts shard by shard; resumes an earlier run."""
     if run.recipe.method != "calibrate":
         return _convert(run)
-    # torch and llm-compressor take seconds to import: the stages before must not wait for them.
+    # Imported late: torch and llm-compressor take seconds to import, and earlier stages must not wait for them.
     from workflows.run.calibrate import calibrate_blocks
 
     calibrate_blocks(run)
 
 
 def _convert(run: Run) -> None:
-    # Reads and writes with threads and a compiled kernel; the other stages need neither.
+    # Imported late: uses threads and a compiled kernel, which the other stages do not need.
     from calibration.convert.pipeline import convert
 
     if run.overwrite or run.restart:
         start_over(run.directory, run.output, "replaced")
-    # Until the export stage has run, nothing may take shards of two runs for a checkpoint.
+    # Until the export stage has run, shards of two runs must not look like a checkpoint.
     (run.output / INDEX_NAME).unlink(missing_ok=True)
     with run.reporter.transfer(run.recipe.method) as progress:
         done = convert(run.task, run.directory, progress)
@@ -144,7 +144,7 @@ def _convert(run: Run) -> None:
 
 
 def export(run: Run) -> None:
-    """Writes sidecars, config and, last, the index; needs every shard that the calibrate stage wrote."""
+    """Writes side files, config and, last, the index; needs every shard of the calibrate stage."""
     done = {
         name for fact in run.directory.facts("shards") if fact["plan"] == run.plan.digest for name in fact["shards"]
     }
@@ -189,7 +189,7 @@ def verify(run: Run) -> None:
             Known(run.plan, run.formats, _written(run)),
             settings,
             run.reporter.say,
-            # Not write_json: one number a line would make 70,000 rows a million lines.
+            # Not write_json, because one number per line would turn 70,000 rows into a million lines.
             on_fidelity=lambda data: write_text(run.directory.path / "fidelity.json", json.dumps(data)),
         )
     run.samples = result.get("samples", [])
@@ -201,7 +201,7 @@ def verify(run: Run) -> None:
 
 
 def _written(run: Run) -> dict[str, str]:
-    """Shard -> digest as the journal has it: what the verification reads must be what was written."""
+    """Shard -> digest in the journal, so that the verification can check that it reads what was written."""
     facts = [fact for fact in run.directory.facts("shards") if fact["plan"] == run.plan.digest]
     return {shard: digest for fact in facts for shard, digest in fact["shards"].items()}
 

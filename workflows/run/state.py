@@ -1,4 +1,4 @@
-"""A run under way: its task, its directory, and what its stages hand to each other."""
+"""The state of a run: its task, its directory, and what its stages pass to each other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STAGES = ("inspect", "rehearse", "calibrate", "export", "verify")
 
 @dataclass
 class Prepared:
-    """What the rehearsal loads and the calibrate stage takes over: the token batches and the empty model."""
+    """What the rehearsal loads and the calibrate stage reuses: the token batches and the empty model."""
 
     data: CalibrationData | None = None
     model: SourceModel | None = None
@@ -47,7 +47,8 @@ class Prepared:
 
 @dataclass
 class Run:
-    """One recipe under way. `make_plan` opens its source; the stages of `workflows.run.stages` do the work in order."""
+    """The run of one recipe. `make_plan` opens its source; the stages of `workflows.run.stages` do the work in
+    order."""
 
     recipe: Recipe
     reporter: Reporter
@@ -63,7 +64,7 @@ class Run:
     checks: list[Check] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     prepared: Prepared = field(default_factory=Prepared)
-    #: What the rehearsal predicts, and what each stage of this process took.
+    #: The rehearsal's prediction, and what each stage of this process took.
     prediction: dict[str, Any] | None = None
     took: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -84,12 +85,12 @@ class Run:
 
     @property
     def plan(self) -> Plan:
-        """What becomes of every tensor."""
+        """The plan: what happens to every tensor."""
         return self.task.plan
 
     def make_plan(self) -> None:
-        """Opens the source from its headers and makes the plan. Starts and writes nothing. Raises RecipeError if the run
-        would write into the source."""
+        """Opens the source and makes the plan from its headers. Starts and writes nothing. Raises RecipeError if the
+        run would write into the source."""
         where = resolve_source(self.recipe.source)
         require_apart(self.recipe, where)
         self.task = Task.open(self.recipe, where)
@@ -100,4 +101,4 @@ class Run:
         if left_out := list(self.side_files.left_out.items()):
             shown = ", ".join(f"{name} ({why})" for name, why in left_out[:5])
             more = f" and {len(left_out) - 5} more, in plan.json" if len(left_out) > 5 else ""
-            self.reporter.say(f"warning: the output does not get of the source: {shown}{more}", "warning")
+            self.reporter.say(f"warning: not copied from the source: {shown}{more}", "warning")

@@ -1,4 +1,4 @@
-"""`--status`: where a run is, from its journal and events alone. Takes no lock, so it can be asked at any time."""
+"""`--status`: reads the progress of a run from its journal and events. Takes no lock, so it works at any time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from calibration.runs.journal import RunDirectory
 from workflows.progress import clock
 from workflows.run.prediction import FILE, render
 
-#: Blocks that the rate is averaged over: the last ones, for early blocks of a model are often unlike the others.
+#: Number of the last blocks over which the rate is averaged: early blocks of a model often differ from the others.
 _RATE_BLOCKS = 8
 
 
@@ -19,7 +19,7 @@ def read_status(output: Path, now: float | None = None) -> dict[str, Any]:
     """The state of the run of `output` as JSON.
 
     `state` is one of `not started`, `running`, `complete` (every stage has ended), `stopped` (by an error, a signal or
-    a kill; it can be continued). Times in seconds; `eta` counts calibration alone and is None where nothing is known.
+    a kill; it can be resumed). Times in seconds; `eta` only covers calibration and is None if it is unknown.
     """
     directory, now = RunDirectory(output), time.time() if now is None else now
     facts, events, holder = directory.facts(), directory.events(), directory.holder()
@@ -54,7 +54,7 @@ def read_status(output: Path, now: float | None = None) -> dict[str, Any]:
 
 
 def render_status(status: dict[str, Any]) -> list[str]:
-    """The same for people, one fact per line."""
+    """The status as lines for people, one fact per line."""
     lines = [f"{status['state']}: {status['output']}" + (f" ({status['holder']})" if status["holder"] else "")]
     if status["state"] == "not started":
         return lines
@@ -81,17 +81,23 @@ def render_status(status: dict[str, Any]) -> list[str]:
 
 
 def _estimate(path: Path) -> dict[str, Any] | None:
-    """The prediction of the last rehearsal; with the facts beside it once the run is at its end."""
+    """The prediction of the last rehearsal; after the end of the run, with the measurements beside it."""
     found = read_json_or_none(path)
     try:
         render(found or {"stages": {}})
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):  # of another version, or damaged
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ):  # written by another version, or damaged
         return None
     return found
 
 
 def _session(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events since calibration was last begun."""
+    """The events since calibration last started."""
     for index in range(len(events) - 1, -1, -1):
         if events[index]["event"] == "stage_started" and events[index].get("stage") == "calibrate":
             return events[index:]
@@ -107,7 +113,7 @@ def _seconds_per_block(session: list[dict[str, Any]]) -> float | None:
 
 
 def _under_way(session: list[dict[str, Any]]) -> int | None:
-    """The number, from 1, of the block that was loaded last and is not finished."""
+    """The number, from 1, of the block that was loaded last and is unfinished."""
     for event in reversed(session):
         if event["event"] == "block":
             return None
@@ -127,7 +133,7 @@ def _stages(events: list[dict[str, Any]], running: bool) -> dict[str, str]:
 
 
 def _last_error(events: list[dict[str, Any]], now: float) -> dict[str, Any] | None:
-    """The last error, unless its stage has been finished since."""
+    """The last error, unless its stage has finished since then."""
     for event in reversed(events):
         if event["event"] == "stage_finished" and event.get("stage") not in ("inspect", "rehearse"):
             return None

@@ -179,7 +179,7 @@ def test_a_dry_run_says_what_is_left_out_and_what_is_unreadable(
         json.dumps({"source": {"checkpoint": str(source)}, "output": str(tmp_path / "o"), "method": "plain"})
     )
     assert run.main([str(recipe), "--stages", "inspect"]) == 0
-    assert "the output does not get of the source: last.ckpt (no kind of side file)" in capsys.readouterr().err
+    assert "not copied from the source: last.ckpt (no kind of side file)" in capsys.readouterr().err
     described = json.loads((tmp_path / "o.run" / "plan.json").read_text())["side_files"]
     assert described["left_out"] == {"last.ckpt": "no kind of side file"} and "tokenizer.json" in described["copied"]
     os.mkfifo(source / "encoding.py")
