@@ -142,10 +142,11 @@ def measure(source: Path, outputs: dict[int, Path], tokens: list[torch.Tensor]) 
                 shares = {m: s.beyond[at] / s.values for m, s in seen.items() if s.values}
                 worst = max(shares, key=shares.__getitem__)
                 total = sum(s.beyond[at] for s in seen.values() if s.values) / sum(s.values for s in seen.values())
+                named = f"{names[worst]} {shares[worst]:.1e}" if total else ""
                 modules = sum(share > 0 for share in shares.values())
                 print(
                     f"| {samples} | {headroom:g} | {total:.1e} in {modules} of {len(shares)} modules | "
-                    f"{names[worst]} {shares[worst]:.1e} | {paired(found, base)} | {paired(found, unwidened)} |",
+                    f"{named} | {paired(found, base)} | {paired(found, unwidened)} |",
                     flush=True,
                 )
             emulated[samples].unload(blocks)

@@ -85,8 +85,8 @@ def main() -> None:
         "source, nats | perplexity | CPU-s |\n|---|---|---|---|---|---|---|---|---|",
         flush=True,
     )
-    for number, (method, sections) in enumerate(METHODS.items()):
-        for what, targets in TARGETS.items():
+    for what, targets in TARGETS.items():
+        for number, (method, sections) in enumerate(METHODS.items()):
             directory = options.directory / f"{number}-{len(targets)}"
             print(row(f"{method}; {what}", directory, run(directory, options, targets, sections)), flush=True)
 
