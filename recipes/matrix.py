@@ -70,15 +70,15 @@ class Matrix(Section):
     """One recipe in many variants: the product of all entries of `vary`."""
 
     base: PathText
-    """Recipe file that every run begins with; relative to the current directory, as every path is."""
+    """Recipe file on which every run is based; relative to the current directory, like every path."""
     vary: dict[Text, JsonValue] = Field(min_length=1)
-    """Recipe key -> list of its values; or a word of yours -> named sets of `key: value` overrides."""
+    """Recipe key -> list of its values; or a word of your choice -> named sets of `key: value` overrides."""
     set: dict[Text, JsonValue] = Field(default={})
     """Overrides of every run."""
     output: Text | None = None
-    """Output directory with `{name}` in it; the base recipe's output and the variant's name when left out."""
+    """Output directory that contains `{name}`; default: the base recipe's output and the variant's name."""
     resources: Resources = Resources()
-    """What each run asks of a cluster; a plain batch on one machine does not look at it."""
+    """Cluster resources of each run; a plain batch on one machine ignores them."""
 
     @field_validator("vary")
     @classmethod

@@ -96,7 +96,8 @@ class QuantizationArguments(Section):
     config_groups: dict[GroupName, ConfigGroup] | None = Field(default=None, min_length=1, validate_default=True)
     """Groups of modules by a name of your choice, each with its targets and its scheme."""
     ignore: Ignored = Field(default=[])
-    """Module names or 're:' expressions left alone although a target matches. One that matches nothing is a note."""
+    """Module names or 're:' expressions to exclude although a target matches. One that matches nothing is only a
+    note."""
     kv_cache_scheme: PassThrough | None = None
     """Must be null: the output has no place for scales of the key/value cache yet."""
     weight_observer: Observer | None = None

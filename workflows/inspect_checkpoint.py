@@ -161,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; returns an exit code of `workflows.run`."""
     parser = argparse.ArgumentParser(prog="python -m workflows.inspect_checkpoint", description=__doc__)
     parser.add_argument("checkpoint", type=Path, nargs="?", help="checkpoint directory (default: the recipe's source)")
-    parser.add_argument("--recipe", type=Path, help="show the plan that this recipe makes of it")
+    parser.add_argument("--recipe", type=Path, help="show the plan of this recipe for the checkpoint")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --recipe")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args(arguments)

@@ -57,7 +57,8 @@ def foreign_formats(checkpoint: Checkpoint) -> list[str]:
         if form is not None:
             found[form].append(name)
     return [
-        f"{checkpoint.directory}: {len(names)} tensors are stored as {form} ({names[0]}), which is not undone here; {REMEDY}"
+        f"{checkpoint.directory}: {len(names)} tensors are stored as {form} ({names[0]}), which this project cannot "
+        f"dequantize; {REMEDY}"
         for form, names in found.items()
     ]
 
@@ -79,11 +80,11 @@ def undeclared(checkpoint: Checkpoint, kinds: Iterable[str]) -> list[str]:
     if not declared or declared.get("config_groups") == {}:
         return []
     if method not in _METHODS:
-        return [f"{where}: quant_method {method!r} is not one that is undone here ({', '.join(_METHODS)}); {REMEDY}"]
+        return [f"{where}: quant_method {method!r} is not supported ({', '.join(_METHODS)} are); {REMEDY}"]
     wanted = _METHODS[method]
     if method == "compressed-tensors" and form is not None:
         if form not in _FORMATS:
-            return [f"{where}: format {form!r} is not one that is undone here ({', '.join(_FORMATS)}); {REMEDY}"]
+            return [f"{where}: format {form!r} is not supported ({', '.join(_FORMATS)} are); {REMEDY}"]
         wanted = _FORMATS[form]
     if wanted & set(kinds):
         return []

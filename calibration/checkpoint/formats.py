@@ -181,7 +181,7 @@ class Formats:
             return StoredFormat("modelopt_nvfp4", (rows, columns), found)
         int8 = header.dtype == "I8" and "group_scale" in found
         why = (
-            "is stored as INT8, which is not undone here"
+            "is stored as INT8, which this project cannot dequantize"
             if int8
             else "has companions that match neither MXFP4 nor NVFP4"
         )
@@ -200,7 +200,7 @@ class Formats:
                 else "no config group of integers, which would give num_bits"
             )
             raise SourceError(
-                f"{where}: pack-quantized, and config.json has {said}; num_bits 4 alone is undone here; {REMEDY}"
+                f"{where}: pack-quantized, and config.json has {said}; only num_bits 4 is supported; {REMEDY}"
             )
         companions = self._companions(where, module_of(header.name), {"group_scale": "weight_scale"}) | self._found(
             header.name, {"shape": "weight_shape", "zero_point": "weight_zero_point", "group_index": "weight_g_idx"}

@@ -18,7 +18,7 @@ from calibration.plan.plan import PlannedShard, Step
 from calibration.plan.schemes import FP8_BLOCK
 from calibration.plan.task import Task
 from calibration.runs.ranks import Ranks
-from calibration.runs.sharing import shares
+from calibration.runs.sharing import assign_owners
 from recipes.errors import SourceError, WorkflowError
 
 
@@ -28,7 +28,7 @@ class Exporter:
     def __init__(self, task: Task, ranks: Ranks | None = None) -> None:
         self.task, self.plan, self.formats = task, task.plan, task.formats
         self.ranks = ranks or Ranks()
-        self._owners = shares(task.plan, self.ranks.size)
+        self._owners = assign_owners(task.plan, self.ranks.size)
         #: Packed modules that are not yet in a shard: those this rank owns, and those that other ranks sent.
         self._packed: dict[str, dict[str, torch.Tensor]] = {}
         #: Relative rounding error of every module packed so far.

@@ -41,7 +41,7 @@ from calibration.plan.plan import Plan
 from calibration.plan.task import Task
 from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Resume
-from calibration.runs.sharing import shares
+from calibration.runs.sharing import assign_owners
 from recipes.errors import RecipeError
 from recipes.modifiers import ConfigGroup
 from recipes.schema import Recipe
@@ -94,7 +94,7 @@ def calibrate(
         max_host_memory=recipe.offload.max_host_memory and recipe.offload.max_host_memory // ranks.local,
         resume=resume,
         ranks=ranks,
-        owners=shares(plan, ranks.size),
+        owners=assign_owners(plan, ranks.size),
     )
     with contextlib.ExitStack() as stack:
         # llm-compressor's own way with ranks broadcasts what lies on accelerators alone, and hangs where an expert saw

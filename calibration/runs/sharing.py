@@ -13,7 +13,7 @@ from calibration.runs.ranks import Ranks
 from recipes.errors import EnvironmentProblem, RecipeError
 
 
-def shares(plan: Plan, size: int) -> dict[str, int]:
+def assign_owners(plan: Plan, size: int) -> dict[str, int]:
     """Quantized module of `plan` -> the rank that observes and packs it. Ranks get about the same number of bytes of
     every block; a fused group stays on one rank."""
     leader = {module: group[0] for group in plan.fused for module in group}

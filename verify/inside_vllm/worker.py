@@ -24,7 +24,7 @@ REQUEST.json
 RESULT.json (written .partial and renamed at every stage and at the end, also after an exception; keys always there)
     format 2; ok: no exception. stage: the stage reached, one of STAGES; error: null | {type, message, traceback}
     engine              {name, version, torch, python, platform, processor, emulations, dtype, kv_cache_dtype};
-                        processor: {feature: yes | no | hidden | claimed} of the CPU, as vLLM was told; emulations: what
+                        processor: {feature: yes | no | hidden | claimed} of the CPU, as vLLM sees it; emulations: what
                         ran as a torch emulation of ours because the platform has no kernel, [] on a GPU
     load                {seconds, tensors, missing: [{name, share, where}], missing_total}; share 1.0: never written.
                         Anything missing ends the run after the load with error type UnwrittenParameters; a model that
@@ -37,7 +37,7 @@ RESULT.json (written .partial and renamed at every stage and at the end, also af
                         this run's mode as the reference
     prompts, windows    [{kind, tokens, nll, perplexity, text, token_ids, sample_ids, sample, skipped}]; nll is the mean
                         natural-log loss per predicted token, null for one token; not finite values are written as strings
-    perplexity          over all predicted tokens of the windows, or of the prompts where there are no windows
+    perplexity          over all predicted tokens of the windows, or of the prompts if there are no windows
     agreement           null | {tokens, kl, top1} with compare_logits
     nonfinite           null | {module, cls, kind, values}: the first module whose output held NaN or infinity
     seconds             {import, load, forward, generate}

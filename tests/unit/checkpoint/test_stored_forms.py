@@ -271,7 +271,7 @@ def test_companions_that_do_not_fit_are_named(sources: dict[str, Path], tmp_path
     ("groups", "message"),
     [
         ({}, "no config group of integers"),
-        ({"group_0": {"weights": {"type": "int", "num_bits": 8}}}, "num_bits 8; num_bits 4 alone"),
+        ({"group_0": {"weights": {"type": "int", "num_bits": 8}}}, "num_bits 8; only num_bits 4"),
     ],
 )
 def test_packed_integers_of_other_or_untold_bits_are_refused(

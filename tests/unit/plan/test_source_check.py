@@ -158,15 +158,17 @@ def test_formats_that_are_not_undone_are_refused_by_their_names(
         return {n: t for n, t in tensors.items() if n != name} | made
 
     source = edited(llama, tmp_path / "source", store, quantization_config={"quant_method": form.lower()})
-    with pytest.raises(SourceError, match=rf"stored as {form}.*which is not undone here; start from the original"):
+    with pytest.raises(
+        SourceError, match=rf"stored as {form}.*which this project cannot dequantize; start from the original"
+    ):
         planned(source, method)
 
 
 DECLARED: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' is not one that is undone here"),
-    "no method": ({"bits": 4}, "quant_method None is not one"),
+    "unknown method": ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq' is not supported"),
+    "no method": ({"bits": 4}, "quant_method None is not supported"),
     "unknown format": (
-        {"quant_method": "compressed-tensors", "format": "marlin-24"}, "format 'marlin-24' is not one that is undone here"),
+        {"quant_method": "compressed-tensors", "format": "marlin-24"}, "format 'marlin-24' is not supported"),
     "not borne out": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "declares quant_method fp8, and no weight"),
     "another format": (
         {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "format pack-quantized, and no weight is stored so"),

@@ -16,7 +16,7 @@ from calibration.plan.plan import Plan
 from calibration.runs import torchrun
 from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Boundary, batch_file
-from calibration.runs.sharing import require_batches, shares
+from calibration.runs.sharing import assign_owners, require_batches
 from calibration.runs.torchrun import connect
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe
@@ -36,7 +36,7 @@ def plan(source: Path) -> Plan:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_weights_are_shared_out_evenly_and_fused_groups_whole(plan: Plan, size: int) -> None:
-    owners = shares(plan, size)
+    owners = assign_owners(plan, size)
     assert owners.keys() == plan.quantized.keys()
     groups = [group for group in plan.fused if group[0] in owners]
     assert groups and all(len({owners[module] for module in group}) == 1 for group in groups)
