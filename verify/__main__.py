@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,6 +31,7 @@ from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.known import Known
 from verify.levels import Settings, print_samples, verify_levels
 from verify.report.page import Report
+from verify.report.summary import Facts, print_quality, print_verdict
 from verify.report.tables import OutputConsole, print_checks
 from verify.serving.serving import check_serving
 
@@ -58,20 +59,26 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--logs", type=Path, metavar="DIR", help="keep the engine's requests, results and logs there")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page as well")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--details", action="store_true", help="print every check, not the verdict alone")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the verdict")
     options = parser.parse_args(arguments)
     try:
         _require_apart(options)
         granted = Granted(options.python, options.trust_remote_code, options.logs)
-        checks, samples = verify(options.checkpoint, options.source, options.recipe, options.level, granted)
+        checks, facts = verify(options.checkpoint, options.source, options.recipe, options.level, granted)
         if options.html is not None:
-            write_page(options.html, Report(options.checkpoint.name, checks, samples=samples))
+            write_page(options.html, Report(options.checkpoint.name, checks, samples=facts.samples))
         if options.json:
-            print(json.dumps(to_json(checks) | {"samples": samples}, indent=2))
-        else:
+            print(json.dumps(to_json(checks) | {"samples": facts.samples}, indent=2))
+        elif options.details:
             console = OutputConsole()
             print_checks(checks, console)
-            print_samples(samples, console)
+            print_quality(checks, facts, console)
+            print_samples(facts.samples, console)
+        else:
+            places = {"checkpoint": options.checkpoint} | ({"report": options.html} if options.html else {})
+            facts = replace(facts, places={name: str(path) for name, path in places.items()})
+            print_verdict(checks, facts, OutputConsole())
         bad = failed(checks)
         if bad:
             raise VerificationFailed([f"{options.checkpoint}: {len(bad)} of {len(checks)} checks say FAIL"])
@@ -118,9 +125,9 @@ class Granted:
 
 def verify(
     checkpoint: Path, source: Path | None, recipe: Path | None, level: str, granted: Granted | None = None
-) -> tuple[list[Check], list[dict[str, str]]]:
-    """Runs the checks up to `level`; returns them and generated samples. `recipe` is a file that the caller named.
-    Raises WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
+) -> tuple[list[Check], Facts]:
+    """Runs the checks up to `level`; returns them, the sizes, and what the engine did. `recipe` is a file that the caller
+    named. Raises WorkflowError for a wrong command, source or environment, never for a broken checkpoint."""
     granted = granted or Granted()
     if not is_directory(checkpoint):
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
@@ -145,7 +152,21 @@ def verify(
             trust_remote_code=granted.trust_remote_code or (named is not None and named.source.trust_remote_code),
         )  # fmt: skip
         checks, result = verify_levels(checkpoint, Known(plan, formats), settings)
-    return own + checks, result.get("samples", [])
+    facts = Facts(
+        source_bytes=formats.checkpoint.total_bytes if formats is not None else None,
+        output_bytes=_tensor_bytes(checkpoint),
+        served=result,
+        samples=result.get("samples", []),
+    )
+    return own + checks, facts
+
+
+def _tensor_bytes(checkpoint: Path) -> int | None:
+    """Bytes of its tensors; None if it is too broken to say."""
+    try:
+        return Checkpoint.open(checkpoint).total_bytes
+    except SourceError:
+        return None
 
 
 def own_plan(checkpoint: Path, source: Formats) -> tuple[Plan | None, list[Check]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def samples_of(result: dict[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def print_samples(samples: list[dict[str, Any]], console: Console, most: int = 2) -> None:
+def print_samples(samples: Sequence[Mapping[str, Any]], console: Console, most: int = 2) -> None:
     """Prints the first samples, one per line, with long prompts shortened."""
     for sample in samples[:most]:
         prompt = sample["prompt"] if len(sample["prompt"]) <= 80 else sample["prompt"][:77] + "..."

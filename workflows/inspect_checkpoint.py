@@ -26,8 +26,8 @@ from calibration.plan.source_check import contradictions
 from recipes.errors import SourceError, WorkflowError, printable, without_numbers
 from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
+from recipes.units import size
 from verify.report.tables import OutputConsole
-from workflows.progress import size
 from workflows.source import resolve_source
 
 

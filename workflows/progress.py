@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 from rich.progress import (
@@ -22,10 +21,9 @@ from rich.progress import (
 )
 
 from calibration.runs.journal import RunDirectory
+from recipes.units import clock
 from verify.report.tables import PlainConsole
 
-#: timedelta holds at most 8.6e13 seconds, and a value read from a file can be anything.
-_LONGEST = 1e12
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -138,17 +136,3 @@ class Reporter:
 
 def _since(started: float) -> float:
     return round(time.monotonic() - started, 3)
-
-
-def clock(seconds: float) -> str:
-    """`h:mm:ss`."""
-    return str(timedelta(seconds=round(max(min(seconds, _LONGEST), -_LONGEST))))
-
-
-def size(nbytes: float) -> str:
-    """`1.2 GB`, in powers of ten."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

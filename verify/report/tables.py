@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.errors import printable
-from verify.checks import Check, level_verdicts, overall
+from verify.checks import Check, Verdict, level_verdicts, overall
 
-_STYLE = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
+#: Verdict -> how rich shows it.
+STYLE: dict[Verdict, str] = {"PASS": "green", "FAIL": "bold red", "UNCHECKED": "yellow", "WARN": "yellow"}
 
 
 class PlainConsole(Console):
@@ -46,11 +47,11 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     """Prints a table with one check per line."""
     table = Table("check", "verdict", "what it proves", "figure", "threshold", title="Verification")
     for check in checks:
-        verdict = Text(check.verdict, _STYLE[check.verdict])
+        verdict = Text(check.verdict, STYLE[check.verdict])
         table.add_row(check.id, verdict, check.what, _cell(check.figure), check.threshold)
     console.print(table)
     verdicts = {"overall": overall(checks), **level_verdicts(checks)}
-    line = [Text.assemble(f"{level}: ", (verdict, _STYLE[verdict])) for level, verdict in verdicts.items()]
+    line = [Text.assemble(f"{level}: ", (verdict, STYLE[verdict])) for level, verdict in verdicts.items()]
     console.print(Text("  ").join(line))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
 from recipes.matrix import load_matrix, parse_resources
 from recipes.streams import exit_with, printed
+from recipes.units import clock, size
 from verify.report.tables import OutputConsole
 from workflows.batch.attempt import Slot
 from workflows.batch.executors import EXECUTORS, Executor, Jobs, find_jobs, make_executor, read_outcomes, submit_batch
@@ -31,7 +32,7 @@ from workflows.batch.state import BatchDirectory
 from workflows.batch.submission import Submission
 from workflows.batch.summary import print_summary, rewrite_summary, summarize, write_summary
 from workflows.interrupts import Interrupts
-from workflows.progress import Reporter, clock, size
+from workflows.progress import Reporter
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,12 +16,12 @@ from rich.text import Text
 
 from calibration.checkpoint.files import no_link, read_json_or_none, write_json, write_text
 from recipes.errors import WorkflowError
+from recipes.units import clock, size
 from verify.checks import LEVELS
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
 from workflows.batch.preflight import predict_ends
 from workflows.batch.state import BatchDirectory, Entry, alive
-from workflows.progress import clock, size
 from workflows.run.status import read_status
 
 #: The states of a run, the most urgent first.

@@ -23,12 +23,14 @@ from recipes.loader import load_recipe
 from recipes.streams import exit_with, printed
 from verify.checks import Check, failed, level_verdicts
 from verify.levels import print_samples
+from verify.report.summary import print_quality, print_verdict
 from verify.report.tables import OutputConsole, print_checks
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
 from workflows.run import prediction as estimate
 from workflows.run import stages
+from workflows.run.report import verdict_facts
 from workflows.run.state import STAGES, Run
 from workflows.run.status import read_status, render_status
 
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
                     status = read_status(Path(recipe.output))
                     print(json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status))))
                 return printed()
-            run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks)
+            run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks, options.details)
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is finished stays; run the same command again to resume") from None
@@ -75,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             elif run is not None:  # rank 0 is lost and cannot write the event that --status reads
                 run.directory.event("error", exit_code=error.exit_code, problems=error.problems)
             reporter.muted = False
-            reporter.say(f"error: {error}", "error")
+            reporter.say(f"error: {_shortened(error, options)}", "error")
             if options.json:
                 print(json.dumps(_result(run, error), indent=2))
         return error.exit_code
@@ -168,14 +170,26 @@ def _compare(run: Run) -> None:
 def _summarize(run: Run, as_json: bool) -> None:
     if as_json or not run.checks:
         return
-    console = OutputConsole()
+    console, facts = OutputConsole(), verdict_facts(run.output)
+    if not run.details:
+        return print_verdict(run.checks, facts, console)
     print_checks(run.checks, console)
+    print_quality(run.checks, facts, console)
     print_samples(stages.read_samples(run), console)
     console.print(f"output: {run.output}", soft_wrap=True)
     console.print(
         f"run directory: {run.directory.path} (report.html, events.jsonl, verify.json, serving.json, logs/)",
         soft_wrap=True,
     )
+
+
+def _shortened(error: WorkflowError, options: argparse.Namespace) -> WorkflowError:
+    """A failed verification in one line: the verdict before it shows the figures."""
+    if options.details or options.json or not isinstance(error, VerificationFailed):
+        return error
+    said, *figures = error.problems
+    more = f" and {len(figures) - 3} more" if len(figures) > 3 else ""
+    return VerificationFailed(f"{said}: {', '.join(figure.partition(':')[0] for figure in figures[:3])}{more}")
 
 
 def _result(run: Run | None, error: WorkflowError | None) -> dict[str, Any]:
@@ -228,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--status", action="store_true", help="print how far the run is; start nothing")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info",
                         help="how much is printed (default: info)")  # fmt: skip
+    parser.add_argument("--details", action="store_true", help="print every check at the end, not the verdict alone")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on stdout")
     return parser
 

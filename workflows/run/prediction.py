@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.runs.memory import PeakMemory
-from workflows.progress import clock, size
+from recipes.units import duration, size
 
 FILE = "estimate.json"
 
@@ -48,24 +48,20 @@ def render(estimate: dict[str, Any]) -> list[str]:
     for name, entry in estimate["stages"].items():
         predicted, fact = entry.get("predicted", entry), entry.get("fact")
         least = "at least " if predicted.get("at_least") else ""
-        text = f"{name}: {least}{_seconds(predicted['seconds'])}, {_bytes(predicted)}"
+        text = f"{name}: {least}{duration(predicted['seconds'])}, {_bytes(predicted)}"
         terms = ", ".join(
-            f"{term} {_seconds(spent[0])}" for term, spent in predicted["terms"].items() if spent[0] >= 0.05
+            f"{term} {duration(spent[0])}" for term, spent in predicted["terms"].items() if spent[0] >= 0.05
         )
         if fact is None:
             lines.append(f"predicted {text}" + (f" ({terms})" if terms else ""))
         else:
-            lines.append(f"{name}: {_seconds(fact['seconds'])}, {_bytes(fact)}; predicted {text.partition(': ')[2]}")
+            lines.append(f"{name}: {duration(fact['seconds'])}, {_bytes(fact)}; predicted {text.partition(': ')[2]}")
     return lines
 
 
 def _bytes(stage: dict[str, Any]) -> str:
     peak = f", peak memory {size(stage['peak_memory'])}" if stage["peak_memory"] is not None else ""
     return f"{size(stage['bytes_read'])} read, {size(stage['bytes_written'])} written{peak}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else clock(seconds)
 
 
 def _cpu() -> float:

@@ -13,6 +13,7 @@ from calibration.runs.journal import RunDirectory
 from recipes.errors import SourceError
 from verify.checks import Check
 from verify.levels import samples_of
+from verify.report.summary import Facts
 from workflows.inspect_checkpoint import headroom
 from workflows.run.status import read_status, render_status
 
@@ -52,8 +53,8 @@ def write_report(output: Path) -> Path:
 
     directory = RunDirectory(output)
     status, facts = read_status(output), directory.facts()
-    begun = next((f["time"] for f in reversed(facts) if f.get("fact") in ("fingerprint", "started")), 0.0)
-    events = [event for event in directory.events() if event["time"] >= begun - 60 and event["event"] != "load"]
+    begun = _begun(facts)
+    events = _events_since(directory, begun)
     blocks = {int(e["block"]) - 1: e for e in events if e["event"] == "block" and e["time"] >= begun}
     fidelity = read_json_or_none(directory.path / "fidelity.json") or {}
     figures = fidelity_figures(fidelity) if fidelity else _errors_so_far(blocks)
@@ -77,6 +78,43 @@ def write_report(output: Path) -> Path:
     path = directory.path / NAME
     write_text(path, report.html())
     return path
+
+
+def verdict_facts(output: Path) -> Facts:
+    """What the verdict at the end of a run shows beside the checks, as that run's directory has it."""
+    directory = RunDirectory(output)
+    described = read_json_or_none(directory.path / "plan.json") or {}
+    served = read_json_or_none(directory.path / "serving.json") or {}
+    return Facts(
+        source_bytes=_count_in(described, "checkpoint", "bytes"),
+        output_bytes=_count_in(described, "plan", "output_bytes"),
+        seconds=_seconds(_events_since(directory, _begun(directory.facts()))),
+        served=served,
+        samples=samples_of(served),
+        places={"output": str(output), "report": str(directory.path / NAME)},
+    )
+
+
+def _count_in(described: dict[str, Any], part: str, key: str) -> int | None:
+    """A number of plan.json, which may be damaged."""
+    found = described.get(part)
+    value = found.get(key) if isinstance(found, dict) else None
+    return value if isinstance(value, int) else None
+
+
+def _begun(facts: list[dict[str, Any]]) -> float:
+    """When the run began that the journal's last facts are of, in seconds since the epoch."""
+    found: float = next((f["time"] for f in reversed(facts) if f.get("fact") in ("fingerprint", "started")), 0.0)
+    return found
+
+
+def _events_since(directory: RunDirectory, begun: float) -> list[dict[str, Any]]:
+    return [event for event in directory.events() if event["time"] >= begun - 60 and event["event"] != "load"]
+
+
+def _seconds(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Stage -> wall seconds of the last time that it came to its end."""
+    return {e["stage"]: e["seconds"] for e in events if e["event"] == "stage_finished"}
 
 
 def _errors_so_far(blocks: dict[int, dict[str, Any]]) -> list[Any]:
@@ -142,8 +180,7 @@ def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[di
     if calibrated:
         rows["calibration"] = calibrated["data"]
         rows["tokens per expert"] = calibrated["tokens_per_expert"]
-    stages = {e["stage"]: e["seconds"] for e in events if e["event"] == "stage_finished"}
-    if stages:
+    if stages := _seconds(events):
         rows["seconds"] = ", ".join(f"{name} {seconds:,.1f}" for name, seconds in stages.items())
     peaks = [event["peak_memory"] for event in events if event["event"] == "block"]
     if peaks:

@@ -56,6 +56,8 @@ class Run:
     restart: bool = False
     interrupts: Interrupts = field(default_factory=Interrupts)
     ranks: Ranks = field(default_factory=Ranks)
+    #: Whether every check is printed at the end, not the verdict alone.
+    details: bool = False
     output: Path = field(init=False)
     directory: RunDirectory = field(init=False)
     task: Task = field(init=False)

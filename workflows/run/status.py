@@ -8,7 +8,7 @@ from typing import Any
 
 from calibration.checkpoint.files import read_json_or_none
 from calibration.runs.journal import RunDirectory
-from workflows.progress import clock
+from recipes.units import clock
 from workflows.run.prediction import FILE, render
 
 #: Number of the last blocks over which the rate is averaged: early blocks of a model often differ from the others.

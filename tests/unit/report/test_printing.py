@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,34 +12,14 @@ from calibration.plan.task import Task
 from recipes.errors import SourceError, printable
 from tests.exported import recipe, task_of
 from tests.models import standard
+from tests.terminal import NASTY, SHOWN, console, text_of
 from verify.checks import Check
 from verify.report.page import Report
-from verify.report.tables import OutputConsole, markdown, print_checks
+from verify.report.tables import markdown, print_checks
 from workflows.batch.summary import print_summary
 from workflows.inspect_checkpoint import print_checkpoint, print_plan
 from workflows.progress import Reporter
 from workflows.run.card import model_card
-
-#: Markup of rich, an emoji's name, ESC, BEL, CR, C1, a direction override and a lone surrogate.
-NASTY = "a[bold]b[/bold] [/x] :smile: \x1b]0;owned\x07 \r\x9b2J \u202egnp.exe \ud800"
-SHOWN = r"a[bold]b[/bold] [/x] :smile: \x1b]0;owned\x07 \r\x9b2J \u202egnp.exe \ud800"
-
-
-def console() -> tuple[OutputConsole, io.TextIOWrapper]:
-    """A console whose stream refuses what is no UTF-8, as a terminal's does."""
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    made = OutputConsole(400)
-    made.file = stream
-    return made, stream
-
-
-def text_of(stream: io.TextIOWrapper) -> str:
-    stream.flush()
-    buffer = stream.buffer
-    assert isinstance(buffer, io.BytesIO)
-    text = buffer.getvalue().decode()
-    assert not [letter for letter in text if not letter.isprintable() and letter != "\n"]
-    return text
 
 
 def test_printable_text_is_spelled_as_python_spells_it() -> None:

@@ -66,7 +66,9 @@ def test_the_same_command_says_that_it_is_done_and_touches_nothing(
         assert again(folder, *options) == 0
         said = capsys.readouterr()
         assert "done and verified before by this recipe and plan (structure PASS" in said.err
-        assert "structure.tensors" in said.out and "structure: PASS" in said.out
+        assert "structure: PASS" in said.out and len(said.out.splitlines()) <= 15
+    assert again(folder, "--details") == 0
+    assert "structure.tensors" in (said := capsys.readouterr()).out and "structure: PASS" in said.out
     assert again(folder, "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["verdicts"]["structure"] == "PASS" and told["exit_code"] == 0
@@ -78,11 +80,18 @@ def test_a_failed_verdict_fails_again(folder: Path, capsys: pytest.CaptureFixtur
     opened.record("verified", structure="FAIL", fidelity="UNCHECKED", serving="UNCHECKED")
     opened.close()
     assert again(folder) == VerificationFailed.exit_code
-    assert "structure.verdict" in capsys.readouterr().err  # verify.json is of the verification before
+    said = capsys.readouterr()
+    assert (
+        "structure.verdict" in said.err and "FAIL structure.verdict" in said.out
+    )  # verify.json is of the verification before
     checks = json.loads((folder / "out.run" / "verify.json").read_text())
     checks["checks"][0]["verdict"] = "FAIL"
     (folder / "out.run" / "verify.json").write_text(json.dumps(checks))
     assert again(folder) == VerificationFailed.exit_code
+    said = capsys.readouterr()
+    assert checks["checks"][0]["id"] in said.err and f"FAIL {checks['checks'][0]['id']}: " in said.out
+    assert len((said.out + said.err).splitlines()) <= 16  # and that the run is done
+    assert again(folder, "--details") == VerificationFailed.exit_code
     assert f"{checks['checks'][0]['id']}: " in capsys.readouterr().err
 
 

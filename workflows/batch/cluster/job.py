@@ -19,6 +19,7 @@ from submitit.helpers import Checkpointable
 from recipes.errors import printable
 from recipes.matrix import Resources
 from recipes.streams import guard_streams
+from recipes.units import clock
 from workflows.batch.attempt import Child, Slot, has_work_for_ranks, torchrun
 from workflows.batch.cluster.signals import OutOfTime, Signals, killed_marker, may_requeue
 from workflows.batch.hooks import Hooks
@@ -26,7 +27,6 @@ from workflows.batch.queue import Queue, Rules
 from workflows.batch.state import BatchDirectory, Entry
 from workflows.batch.submission import end_run
 from workflows.batch.summary import rewrite_summary
-from workflows.progress import clock
 
 _POLL_SECONDS = 0.5
 #: How long a further node waits for the first to say how a run failed.
