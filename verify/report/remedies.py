@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verify.checks import Check
+from verify.checks import LEVELS, Check
 
 _DAMAGED = "a file is damaged: copy it again, or make it again (--overwrite)"
 _REMAKE = "do not serve it; make it again from the source (--overwrite)"
@@ -79,8 +79,10 @@ _UNCHECKED: dict[str, str] = {
 
 
 def remedy(check: Check) -> str:
-    """What to do about a check that is not PASS."""
+    """What to do about a check that is not PASS, or a level of which none was made."""
     level = check.id.split(".")[0]
+    if check.id in LEVELS:
+        return f"verify.{level} in the recipe, or --level {level}, asks for it"
     if check.verdict == "UNCHECKED":
         return _UNCHECKED.get(check.id) or _UNCHECKED.get(level, "read --details")
     return REMEDIES.get(check.id, "read docs/verification.md")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from recipes.errors import printable
 from recipes.units import duration, size
-from verify.checks import LEVELS, SEVERITY, Check, level_verdicts, overall
+from verify.checks import LEVELS, SEVERITY, Check, level_verdicts, overall, unchecked
 from verify.report.remedies import remedy
 from verify.report.tables import STYLE
 
@@ -131,9 +131,14 @@ class _Finding:
 def _findings(checks: Sequence[Check]) -> list[_Finding]:
     """What is not PASS, worst first; checks that stayed UNCHECKED for one reason are one finding."""
     alike: dict[tuple[str, str, str], list[Check]] = {}
-    for check in sorted(checks, key=lambda check: SEVERITY.index(check.verdict)):
+    absent = [
+        unchecked(level, "", "no check of this level was made")
+        for level in LEVELS
+        if not any(check.id.startswith(f"{level}.") for check in checks)
+    ]
+    for check in sorted([*checks, *absent], key=lambda check: SEVERITY.index(check.verdict)):
         if check.verdict != "PASS":
-            own = "" if check.verdict == "UNCHECKED" else check.id
+            own = "" if check.verdict == "UNCHECKED" and check not in absent else check.id
             alike.setdefault((check.verdict, own, check.figure), []).append(check)
     found = []
     for (_, _, figure), group in alike.items():
@@ -142,10 +147,6 @@ def _findings(checks: Sequence[Check]) -> list[_Finding]:
         limit = f" (threshold: {first.threshold})" if first.threshold not in ("", "no problem") else ""
         wrong = Text.assemble((first.verdict, STYLE[first.verdict]), _line(f" {named}: {_cut(figure, 400)}{limit}"))
         found.append(_Finding(wrong, remedy(first)))
-    for level in LEVELS:
-        if not any(check.id.startswith(f"{level}.") for check in checks):
-            wrong = Text.assemble(("UNCHECKED", STYLE["UNCHECKED"]), f" {level}: no check of this level was made")
-            found.append(_Finding(wrong, f"verify.{level} in the recipe, or --level {level}, asks for it"))
     return found
 
 

@@ -104,6 +104,11 @@ def test_what_stayed_unchecked_is_named_with_what_is_missing() -> None:
     )
 
 
+def test_a_level_that_was_not_checked_stands_before_forty_warnings() -> None:
+    warned = [Check(f"fidelity.check_{n}", "WARN", "what", str(n), "<= 1", "how") for n in range(40)]
+    assert "UNCHECKED serving: no check of this level was made" in shown([*PASSED[:3], *warned], width=80)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("figure", ["short", "long words " * 100, "\u6f22" * 300, "a\nb\n" * 50])
 def test_forty_warnings_never_take_more_than_fifteen_lines(width: int, figure: str) -> None:
