@@ -185,7 +185,7 @@ def _summarize(run: Run, as_json: bool) -> None:
 
 def _shortened(error: WorkflowError, options: argparse.Namespace) -> WorkflowError:
     """A failed verification in one line: the verdict before it shows the figures."""
-    if options.details or options.json or not isinstance(error, VerificationFailed):
+    if options.details or options.json or not isinstance(error, VerificationFailed) or len(error.problems) < 2:
         return error
     said, *figures = error.problems
     more = f" and {len(figures) - 3} more" if len(figures) > 3 else ""
