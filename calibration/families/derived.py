@@ -42,6 +42,11 @@ _CLASSES = (
 _DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
+#: What vLLM calls otherwise than the hub, and transformers cannot tell: its MiniMaxM2DecoderLayer keeps the hub's name and
+#: hands `mlp` to the layers below as their prefix (models/minimax_m2.py, 0.32).
+_SERVED = {"minimax_m2": ((r"\.block_sparse_moe\.", ".mlp."),)}
+
+
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     """A hub tensor: its shape, part and kind, and the tensor of transformers' tree with linearized experts that it fills."""
@@ -81,6 +86,7 @@ def _derived(text: str) -> Family:
         renames=_renames(tensors),
         mtp=_draft(model, config, tensors, blocks),
         never_quantized=_never_quantized(model, tensors),
+        serving_parents=_SERVED.get(config["model_type"], ()),
         derived=True,
     )
 

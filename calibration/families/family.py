@@ -76,6 +76,8 @@ class Family:
     serving_leaves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     #: vLLM's module tree from source modules, as `renames`.
     serving_renames: tuple[tuple[str, str], ...] = ()
+    #: Modules that vLLM looks up under another parent than the hub's: pattern and replacement.
+    serving_parents: tuple[tuple[str, str], ...] = ()
     #: Parts, besides linear layers, that vLLM quantizes if a target matches them.
     serving_quantizes: tuple[str, ...] = ()
     #: Fields of config.json that the serving engine needs changed if routed experts are NVFP4.
@@ -135,7 +137,7 @@ class Family:
         models differ), a fused projection under its own leaf, and others under the tree's. Empty for MTP."""
         if re.search(self.mtp, module):
             return ()
-        tree = re.sub(self.expert, ".experts.0.", module)
+        tree = self.served_parent(re.sub(self.expert, ".experts.0.", module))
         for pattern, replacement in self.serving_renames:
             tree = re.sub(pattern, replacement, tree)
         parent, _, leaf = tree.rpartition(".")
@@ -144,6 +146,12 @@ class Family:
             return tuple(f"{parent}.{name}" for name in (leaf, *served))
         fused = any(leaf in group for group in self.fused_leaves)
         return (tree,) if fused or not served else tuple(f"{parent}.{name}" for name in served)
+
+    def served_parent(self, module: str) -> str:
+        """A source module under the parent that vLLM gives it."""
+        for pattern, replacement in self.serving_parents:
+            module = re.sub(pattern, replacement, module)
+        return module
 
     def fused(self, modules: Iterable[str]) -> list[tuple[str, ...]]:
         """Groups of these source modules that the serving engine runs as one matrix (gate/up, q/k/v, ...)."""

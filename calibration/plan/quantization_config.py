@@ -59,7 +59,7 @@ def targets(plan: Plan, group: str) -> list[str]:
     further = dict(plan.family.serving_leaves)
     blocks_of: dict[tuple[str, str], list[int]] = defaultdict(list)
     plain: list[str] = []
-    for module in plan.modules(group):
+    for module in map(plan.family.served_parent, plan.modules(group)):
         block = re.search(plan.family.block, module)
         if block is None:
             plain.append(module)

@@ -21,7 +21,8 @@ from calibration.convert.layout import ShardLayout
 from calibration.model.skeleton import build_skeleton
 from calibration.plan.planner import make_plan
 from recipes.loader import load_recipe
-from tests.models.headers_only import MODELS, ProSizes, stored_tensors, takes_holes, write
+from tests.exported import recipe, task_of
+from tests.models.headers_only import MODELS, ProSizes, stored_tensors, takes_holes, write, write_kimi_k2
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/deepseek_v4/pro-nvfp4-experts.yaml"
@@ -88,6 +89,15 @@ def test_empty_model_of_real_shapes_allocates_nothing_large(hollow: Path) -> Non
         model = build_skeleton(checkpoint, hollow / "run", False).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert 0 < allocations.largest < 10e6
+
+
+def test_a_derived_family_of_kimi_k2_s_size_is_planned(hollow: Path) -> None:
+    """A trillion parameters have 61 blocks; measured on all of them (docs/families.md)."""
+    source = write_kimi_k2(hollow / "k2", blocks=4, shards=4)
+    targets = [r"re:^model\.layers\.\d+\.mlp\.experts\.\d+\."]
+    task = task_of(recipe(source, hollow / "out", targets))
+    assert len(task.plan.quantized) == 3 * 384 * 3  # the first block is dense
+    assert task.family.derived and not task.plan.family.never_quantized
 
 
 def test_an_engram_table_of_v41_is_copied_in_pieces(hollow: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from calibration.families.registry import expected_tensors
 from tests.models import deepseek_v41
 from tests.models.deepseek_v4 import Sizes, config, entries, specs
 from tests.models.storage import Entry, new_directory
@@ -124,8 +125,42 @@ def stored_tensors(sizes: Sizes) -> Iterable[Entry]:
     return (entry for spec in specs(sizes) for entry in entries(spec, "fp8_mxfp4"))
 
 
+#: Kimi-K2's dimensions (moonshotai/Kimi-K2-Instruct, config.json), in its model's class in transformers: DeepSeek-V3's.
+KIMI_K2: dict[str, Any] = {
+    "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 64,
+    "num_key_value_heads": 64, "n_routed_experts": 384, "n_shared_experts": 1, "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 163840, "n_group": 1, "topk_group": 1,
+    "num_nextn_predict_layers": 0, "rope_theta": 50000.0, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "torch_dtype": "bfloat16",
+    "quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128],
+                            "activation_scheme": "dynamic"},
+}  # fmt: skip
+
+
+def write_kimi_k2(directory: Path, blocks: int = 61, shards: int = 64) -> Path:
+    """A hollow source in FP8 tiles (`weight_scale_inv`) of Kimi-K2's size; the names are those that transformers saves."""
+    content = KIMI_K2 | {"num_hidden_layers": blocks}
+    stored = []
+    for name, want in expected_tensors(content)[0].items():
+        tiles = want.kind == "linear" and not name.startswith(("lm_head", "model.embed"))
+        dtype = torch.float8_e4m3fn if tiles else torch.float32 if want.kind == "float" else torch.bfloat16
+        stored.append(Entry(name, dtype, want.shape))
+        if tiles:
+            scale = tuple(-(-side // 128) for side in want.shape)
+            stored.append(Entry(f"{name}_scale_inv", torch.float32, scale))
+    return write_entries(directory, content, stored, shards)
+
+
 def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
-    """Writes config, index and shards (FP8 tiles, MXFP4 experts) into the new or empty `directory`; returns it.
+    """Writes config, index and shards (FP8 tiles, MXFP4 experts) into the new or empty `directory`; returns it. See
+    `write_entries`."""
+    return write_entries(directory, _config(sizes), list(stored_tensors(sizes)), shards)
+
+
+def write_entries(directory: Path, content: dict[str, Any], stored: Sequence[Entry], shards: int) -> Path:
+    """Writes config.json (`content`), index and hollow shards of these tensors into the new or empty `directory`; returns it.
 
     Never copy it: a copy that does not keep holes takes all the bytes that the index promises.
     Raises FileExistsError when the directory holds something, OSError where the file system takes no holes.
@@ -133,7 +168,6 @@ def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
     new_directory(directory)
     if not takes_holes(directory):
         raise OSError(f"{directory}: the file system has no sparse files; name a directory on another one")
-    stored = list(stored_tensors(sizes))
     total = sum(entry.nbytes for entry in stored)
     parts: list[list[Entry]] = [[] for _ in range(shards)]
     begin = 0
@@ -148,7 +182,7 @@ def write(directory: Path, sizes: Sizes, shards: int = 64) -> Path:
     write_json(
         directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
     )
-    write_json(directory / "config.json", _config(sizes))
+    write_json(directory / "config.json", content)
     return directory
 
 

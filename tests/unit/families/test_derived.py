@@ -14,6 +14,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.families.derived import derive
 from calibration.families.family import Family
 from calibration.families.registry import expected_tensors, family_of
+from calibration.plan.quantization_config import targets
 from recipes.errors import SourceError
 from tests.exported import recipe, task_of
 from tests.models import any_family, standard
@@ -74,6 +75,15 @@ def test_names_that_transformers_changes_are_followed() -> None:
     name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
     assert name in promised(family)
     assert family.model_name(name) == "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+
+
+def test_targets_bear_the_names_under_which_vllm_looks_modules_up(tmp_path: Path) -> None:
+    source = any_family.write(tmp_path / "source", "minimax_m2")
+    task = task_of(recipe(source, tmp_path / "out", ["re:.*experts.*"], calibration=None, method="convert"))
+    (target,) = targets(task.plan, "experts")
+    assert r"\.mlp\.experts\." in target and "block_sparse_moe" not in target
+    module = "model.layers.0.block_sparse_moe.experts.3.w1"
+    assert task.family.serving_names(module) == ("model.layers.0.mlp.experts.0.w1",)
 
 
 @pytest.mark.parametrize(
