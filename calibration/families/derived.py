@@ -150,7 +150,7 @@ def _tensors(model: PreTrainedModel) -> dict[str, _Tensor]:
             raise _Underivable(
                 f"{name} of the hub is a part of {parameter} in transformers: such names are not read yet"
             )
-        linear = isinstance(modules[owner], nn.Linear) and leaf == "weight"
+        linear = isinstance(modules[owner], nn.Linear) and leaf == "weight" and tensor.dtype != torch.float32
         wanted = Wanted(tuple(tensor.shape), "linear" if linear else _kind(tensor), parameter in tied)
         found[name] = _Tensor(wanted, _part(model, modules, experts, owner), parameter)
     return found
