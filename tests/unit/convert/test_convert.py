@@ -27,7 +27,7 @@ from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.schema import Recipe
 from tests.converted import LINEAR, converting, digests, edited, failing, run, tensors, undoing
 from tests.exported import EXPERTS, plan_of, task_of
-from tests.models import deepseek_v4, standard
+from tests.models import deepseek_v4, deepseek_v41, standard
 from tests.reference.compressed_tensors import of_compressed_tensors
 
 ROOT = Path(__file__).parents[3]
@@ -397,11 +397,25 @@ def test_recipes_that_these_methods_cannot_follow_are_refused(sources: dict[str,
         )  # fmt: skip
 
 
-def killed(source: Path, directory: Path, kills: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.kill_loop", str(source), str(directory / "killed"), str(kills), "0"]
+def killed(source: Path, directory: Path, kills: int, kept: str = "native") -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.kill_loop", str(source), str(directory / "killed"), str(kills), "0", kept]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("form", ["dspark", "v41"])
+def test_killed_conversions_of_the_released_forms_resume_to_the_same_bytes(tmp_path: Path, form: str) -> None:
+    """Draft heads, Engram tables and 32x32 tiles are copied by the same jobs."""
+    source = tmp_path / "source"
+    if form == "dspark":
+        deepseek_v4.write(source, "fp8_mxfp4", experts=8, draft_blocks=3)
+    else:
+        deepseek_v41.write(source)
+    kept = "native" if form == "dspark" else "plain"  # compressed-tensors has no tiles of 32x32
+    result = killed(source, tmp_path, 4, kept)
+    run(converting(source, tmp_path / "whole", export={"max_shard_size": 200_000, "kept": kept}))
+    assert result["digests"] == digests(tmp_path / "whole") and result["hit"] > 0
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
