@@ -18,6 +18,11 @@ from calibration.families.promised import Promise
 
 ROUTED, SHARED, ROUTER = "routed expert", "shared expert", "router"
 
+#: Parts that a recipe may name (`part:routed expert`), whether or not a family has them.
+PARTS = (
+    ROUTED, SHARED, ROUTER, "attention", "linear attention", "mamba", "convolution", "mlp", "norm", "embedding", "head",
+)  # fmt: skip
+
 #: Parts whose weights are not linear layers; `Linear` in a recipe never matches them.
 NOT_LINEAR = frozenset({
     "embedding", "router", "norm", "mHC", "sink", "compressor position", "Engram table", "Markov head", "confidence head",

@@ -6,10 +6,12 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from calibration.families.family import NOT_LINEAR, Place
+from calibration.families.family import NOT_LINEAR, PARTS, Place
 from recipes.errors import without_numbers
 from recipes.patterns import Pattern, PatternError, TimeLimit
 
+#: What an entry begins with that names a part of the model instead of modules.
+PART = "part:"
 #: Limits for suggesting the closest names to an entry that matches nothing: entries per recipe, letters of an entry.
 _COMPARED, _COMPARED_LENGTH = 20, 300
 
@@ -26,7 +28,9 @@ class Matcher:
         """The modules that a target matches, in the source's order. No match is a problem, and so is a pattern that
         takes too long."""
         hits = self._hits(where, entry)
-        if hits == []:
+        if hits == [] and entry.removeprefix(PART) in PARTS:  # recipes for any family name parts that some have not
+            self._notes.append(f"{where}: this source has no {entry.removeprefix(PART)}: {entry!r} changes nothing")
+        elif hits == []:
             self._problems.append(f"{where}: {entry!r} matches no module of the source{self._closest(entry)}")
         return hits or []
 
@@ -43,6 +47,9 @@ class Matcher:
     def _hits(self, where: str, entry: str) -> list[str] | None:
         if entry == "Linear":
             return [module for module, place in self._places.items() if place.part not in NOT_LINEAR]
+        if entry.startswith(PART):
+            part = entry.removeprefix(PART)
+            return [module for module, place in self._places.items() if place.part == part and not place.mtp]
         if not entry.startswith("re:"):
             return [entry] if entry in self._places else []
         try:
@@ -54,6 +61,9 @@ class Matcher:
 
     def _closest(self, entry: str) -> str:
         """A hint for an entry that matches nothing: names must be spelled as in the source, not as in transformers."""
+        if entry.startswith(PART):
+            here = sorted({place.part for place in self._places.values()})
+            return f"; the parts of this source are {', '.join(here)}"
         wanted = re.sub(r"[\\^$()]", "", entry.removeprefix("re:"))
         # Comparing each entry of a long list would take minutes.
         look = len(wanted) <= _COMPARED_LENGTH and len(self._problems) + len(self._notes) < _COMPARED

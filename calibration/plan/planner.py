@@ -13,7 +13,7 @@ from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import NOT_LINEAR, ROUTED, Place
 from calibration.families.registry import family_of
-from calibration.plan.matching import Matcher
+from calibration.plan.matching import PART, Matcher
 from calibration.plan.nvidia_config import nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.respelling import draft_head_warnings, respelled_steps, tile_scale_step
@@ -111,8 +111,10 @@ class _Planner:
             ignored.update(matcher.ignored(entry))
         assigned: dict[str, str] = {}
         for name, scheme in groups.items():
+            found = 0
             for target in modifier.config_groups[name].targets:
                 hits = matcher.targeted(f"config_groups.{name}.targets", target)
+                found += len(hits)
                 left = {m: why for m in hits if m not in ignored and (why := self._why_left_out(m, target, scheme))}
                 self._note_left_out(target, left)
                 wanted = [m for m in hits if m not in ignored and m not in left]
@@ -133,6 +135,10 @@ class _Planner:
                             f"config_groups: {module} is a target of both {assigned[module]} and {name}; "
                             "narrow one of the regexes"
                         )
+            if not found and not self.problems:
+                self.problems.append(
+                    f"config_groups.{name}.targets: none of them is in this source; nothing would be quantized"
+                )
         return assigned
 
     def _why_left_out(self, module: str, target: str, scheme: Scheme) -> str | None:
@@ -146,8 +152,8 @@ class _Planner:
             return f"it is not a linear layer ({place.part})"
         if re.search(self.family.not_observed, module) and not self._keeps_tiles(scheme, stored):
             return "transformers does not run it as one matrix product, no observer would see its input"
-        # A name or a regex asks for exactly these modules; `Linear` asks for all that can be quantized.
-        return scheme.problem(stored.shape) if target == "Linear" else None
+        # A name or a regex asks for exactly these modules; `Linear` and a part ask for all that can be quantized.
+        return scheme.problem(stored.shape) if target == "Linear" or target.startswith(PART) else None
 
     def _note_left_out(self, target: str, left: dict[str, str]) -> None:
         """Adds one warning per pattern of names; for `Linear` only one."""

@@ -255,3 +255,27 @@ def test_a_target_that_takes_for_ever_to_match_is_refused(
         make(sources["bf16"], [*EXPERTS, slow], ignore=[slow])
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["ignore", "config_groups.experts.targets"]
     assert all("takes too long to match" in problem for problem in caught.value.problems)
+
+
+def test_parts_are_targets_on_every_family(sources: dict[str, Path]) -> None:
+    parts = ["part:routed expert", "part:shared expert"]
+    for name, shared in (("bf16", True), ("qwen3_moe", False), ("mixtral", False)):
+        plan = make(sources[name], parts)
+        assert {plan.family.place(module).part for module in plan.quantized} == {
+            "routed expert",
+            *(["shared expert"] if shared else []),
+        }
+        assert not any(plan.family.place(module).mtp for module in plan.quantized)
+        noted = any("has no shared expert" in warning for warning in plan.warnings)
+        assert noted is not shared
+    dense = make(sources["llama"], ["part:attention", "part:mlp"])
+    assert len(dense.quantized) == 7 * len(dense.block_numbers)
+
+
+def test_parts_that_no_model_has_are_problems(sources: dict[str, Path]) -> None:
+    with pytest.raises(
+        RecipeError, match=r"'part:experts' matches no module of the source; the parts of this source are "
+    ):
+        make(sources["qwen3_moe"], ["part:experts"])
+    with pytest.raises(RecipeError, match="none of them is in this source; nothing would be quantized"):
+        make(sources["llama"], ["part:routed expert", "part:shared expert"])
