@@ -7,24 +7,21 @@ python -m tests.families --directory DIR [--method M] [FAMILY ...]
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from tests.integration.whole_runs import SERVING, write_recipe
+from tests.integration.whole_runs import run as run_recipe
 from tests.models import any_family
-from tests.reference.engine import VLLM_PYTHON
-from workflows.run.__main__ import main as run_command
+from verify.checks import LEVELS
 
-#: The checks that a good tiny checkpoint may not pass as a whole: what of them remains is said in the table.
-LEVELS = ("structure", "fidelity", "serving")
 METHODS = ("calibrate", "convert")
+_DATA = {"dataset": "bundled", "num_samples": 8, "max_seq_length": 64, "batch_size": 4}
+#: On the processor that tests claim; the perplexity is compared with the source's.
+_SERVED = {key: value for key, value in SERVING.items() if key in ("python", "dtype")} | {"max_tokens": 4, "windows": 1}
 
 
 @dataclass(frozen=True)
@@ -43,32 +40,26 @@ class Outcome:
 
 def run(family: str, method: str, directory: Path, serve: bool) -> Outcome:
     """Makes the checkpoint (once) and quantizes its linear layers as a user would; verified, and served if asked."""
-    source = directory / family
+    source, folder = directory / family, directory / f"{family}-{method}"
     if not source.is_dir():
         any_family.write(source, family)
-    recipe: dict[str, Any] = {
-        "source": {"checkpoint": str(source)},
-        "output": str(directory / f"{family}-{method}"),
-        "method": method,
-        "modifiers": [{"QuantizationModifier": {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["lm_head"]}}],
-        "verify": {"serving": {"python": VLLM_PYTHON, "max_tokens": 4, "windows": 1} if serve else None},
-    }
-    if method == "calibrate":
-        recipe["calibration"] = {"dataset": "bundled", "num_samples": 8, "max_seq_length": 64, "batch_size": 4}
-    path = directory / f"{family}-{method}.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    began, said = time.monotonic(), io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-        code = run_command([str(path), "--overwrite"])
-    found = directory / f"{family}-{method}.run" / "verify.json"
+    folder.mkdir(exist_ok=True)
+    modifier = {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["lm_head"]}
+    recipe = write_recipe(
+        folder, source, [], method=method, modifiers=[{"QuantizationModifier": modifier}],
+        calibration=_DATA if method == "calibrate" else None, verify={"serving": _SERVED if serve else None},
+    )  # fmt: skip
+    began = time.monotonic()
+    done = run_recipe(recipe, "--overwrite")
+    found = folder / "output.run" / "verify.json"
     judged = json.loads(found.read_text()) if found.is_file() else {"verdicts": {}, "checks": []}
     checks = {check["id"]: check for check in judged["checks"]}
     return Outcome(
-        family, method, code, judged["verdicts"],
+        family, method, done.returncode, judged["verdicts"],
         {id: f"{check['verdict']}: {check['figure']}" for id, check in checks.items()
          if check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales"},
         checks.get("fidelity.block_cosine", {}).get("figure", "").partition(" (")[0].removeprefix("worst "),
-        time.monotonic() - began, said.getvalue(),
+        time.monotonic() - began, done.stderr,
     )  # fmt: skip
 
 

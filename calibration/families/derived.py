@@ -38,6 +38,8 @@ _CLASSES = (
     ("convolution", ("shortconv",)),
     ("attention", ("attention",)),
 )
+#: A number between the dots of a name: a block's, an expert's.
+_NUMBER = r"(?<=\.)\d+(?=\.|$)"
 #: Fields of a config that count the blocks of its draft head, which the hub numbers after the last block.
 _DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
@@ -63,7 +65,9 @@ class _Underivable(Exception):
 def derive(config: dict[str, Any], where: str) -> Family:
     """The family of a config that transformers can build a model of. Raises SourceError, naming what cannot be derived."""
     try:
-        return _derived(json.dumps(config, sort_keys=True))
+        # Neither how weights are stored nor what code a checkpoint brings says anything of its names.
+        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
+        return _derived(json.dumps(plain, sort_keys=True))
     except _Underivable as problem:
         raise SourceError(
             f"{where}: model_type {config.get('model_type')!r} has no grammar here, and none can be derived: {problem}"
@@ -85,7 +89,7 @@ def _derived(text: str) -> Family:
         promised=_promise(tensors),
         renames=_renames(tensors),
         mtp=_draft(model, config, tensors, blocks),
-        never_quantized=_never_quantized(model, tensors),
+        never_quantized=_never_quantized(tensors),
         serving_parents=_SERVED.get(config["model_type"], ()),
         derived=True,
     )
@@ -98,9 +102,8 @@ def _empty_model(config: dict[str, Any]) -> PreTrainedModel:
         raise _Underivable("transformers has no such model")
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
-        built = CONFIG_MAPPING[model_type].from_dict(plain)
+        built = CONFIG_MAPPING[model_type].from_dict(config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 built, dtype=torch.bfloat16, attn_implementation="eager"
@@ -210,7 +213,7 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _generalized(name: str) -> str:
-    return "^" + r"\d+".join(re.escape(part) for part in re.split(r"(?<=\.)\d+(?=\.|$)", name))
+    return "^" + r"\d+".join(re.escape(part) for part in re.split(_NUMBER, name))
 
 
 def _parts(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
@@ -230,12 +233,11 @@ def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
     for name, tensor in tensors.items():
         if name == tensor.fills:
             continue
-        number = r"(?<=\.)\d+(?=\.|$)"
         source, target = name.removesuffix(".weight"), tensor.fills.removesuffix(".weight")
-        if re.findall(number, source) != re.findall(number, target):
+        if re.findall(_NUMBER, source) != re.findall(_NUMBER, target):
             raise _Underivable(f"{name} fills {tensor.fills}: the numbers are in another order")
-        pattern = "^" + r"(\d+)".join(re.escape(part) for part in re.split(number, source)) + r"(?=\.|$)"
-        parts = re.split(number, target)
+        pattern = "^" + r"(\d+)".join(re.escape(part) for part in re.split(_NUMBER, source)) + r"(?=\.|$)"
+        parts = re.split(_NUMBER, target)
         replacement = parts[0] + "".join(rf"\{group}{part}" for group, part in enumerate(parts[1:], 1))
         if found.setdefault(pattern, replacement) != replacement:
             raise _Underivable(f"{name} fills {tensor.fills}, and others of its name fill {found[pattern]}")
@@ -276,7 +278,7 @@ def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, _T
     return "|".join(ignored) or r"(?!)()"
 
 
-def _never_quantized(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+def _never_quantized(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
     rows = {
         _generalized(name.removesuffix(".weight")) + "$"
         for name, tensor in tensors.items()

@@ -1,5 +1,5 @@
-"""The known families. An unknown model type raises SourceError: another family's grammar or promised tensors say
-nothing about it."""
+"""The families with a table, and every other one whose grammar transformers tells. A model type that is neither raises
+SourceError: another family's grammar or promised tensors say nothing about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ ENCODINGS = tuple(dict.fromkeys(family.encoding for family in FAMILIES if family
 
 
 def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """The family of a checkpoint by its `model_type`. Raises SourceError for an unknown one."""
+    """The family of a checkpoint by its `model_type`: the table's, or else derived from the whole config. Raises SourceError
+    if it cannot be derived."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:

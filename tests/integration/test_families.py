@@ -9,6 +9,7 @@ import pytest
 
 from tests import families
 from tests.models import any_family
+from verify.checks import LEVELS
 
 #: A gate of one row beside the router, served; zero-centered norms, which llm-compressor would replace; latent attention with
 #: a dense block and a fused pair of its own.
@@ -26,11 +27,11 @@ def judged_good(done: families.Outcome, levels: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(("family", "served"), KINDS.items())
 def test_a_derived_family_is_calibrated_and_verified(family: str, served: bool, tmp_path: Path) -> None:
     done = families.run(family, "calibrate", tmp_path, serve=served)
-    judged_good(done, families.LEVELS if served else families.LEVELS[:2])
+    judged_good(done, LEVELS if served else LEVELS[:2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", families.METHODS)
 @pytest.mark.parametrize("family", any_family.FAMILIES)
 def test_every_family_of_the_matrix(family: str, method: str, tmp_path: Path) -> None:
-    judged_good(families.run(family, method, tmp_path, serve=True), families.LEVELS[:2])
+    judged_good(families.run(family, method, tmp_path, serve=True), LEVELS[:2])
