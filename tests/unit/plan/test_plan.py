@@ -266,6 +266,7 @@ def test_parts_are_targets_on_every_family(sources: dict[str, Path]) -> None:
             *(["shared expert"] if shared else []),
         }
         assert not any(plan.family.place(module).mtp for module in plan.quantized)
+        assert not any("MTP" in warning for warning in plan.warnings)  # a part never asks for the draft head
         noted = any("has no shared expert" in warning for warning in plan.warnings)
         assert noted is not shared
     dense = make(sources["llama"], ["part:attention", "part:mlp"])
