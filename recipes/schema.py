@@ -127,6 +127,9 @@ class Require(Section):
     min_top1: float | None = Field(default=None, ge=0, le=1)
     """Smallest fraction of tokens for which output and served source prefer the same next token; not judged by
     default."""
+    min_kept: float | None = Field(default=None, gt=0, le=1)
+    """Smallest share of the served source's quality that is kept: its perplexity divided by the output's, on the same
+    text; not judged by default."""
     coherent: bool = False
     """Samples that are empty, loop or are not text fail; false only warns."""
     max_loop: float = Field(default=0.5, ge=0, le=1)

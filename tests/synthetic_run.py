@@ -67,9 +67,15 @@ def write(
     if verified:
         _json(path / "fidelity.json", fidelity(random, blocks, experts))
         _json(path / "verify.json", to_json(CHECKS))
-        _json(path / "serving.json", {"samples": SAMPLES})
+        _json(path / "serving.json", SERVED)
         directory.record("verified", structure="PASS", fidelity="FAIL", serving="UNCHECKED")
     return path
+
+
+def remeasure(output: Path, losses: list[float], perplexity: float, **changes: Any) -> None:
+    """Replaces what the serving engine measured on the run of `output`."""
+    windows = [{"nll": loss} for loss in losses]
+    _json(RunDirectory(output).path / "serving.json", SERVED | {"windows": windows, "perplexity": perplexity} | changes)
 
 
 def batch(directory: BatchDirectory, root: Path) -> list[Entry]:
@@ -97,7 +103,7 @@ def batch(directory: BatchDirectory, root: Path) -> list[Entry]:
     done = entries["done"]
     write(Path(done.output), blocks=3, experts=4)
     (done.run.path / "report.html").write_text("report")
-    _json(done.run.path / "serving.json", {"perplexity": 5.213, "source": {"agreement": {"kl": 0.0123}}})
+    _json(done.run.path / "serving.json", SERVED)
     Path(done.output).mkdir()
     for name in ("model-0.safetensors", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"):
         (Path(done.output) / name).write_text("x")
@@ -112,6 +118,16 @@ SAMPLES = [
     {"kind": "short", "prompt": "The capital of France is", "text": " Paris.", "source_text": " Paris, the"},
     {"kind": "code", "prompt": "def f():\n" + "x" * 400, "text": "<img src=http://example.org/x>", "source_text": None},
 ]
+
+
+#: What the serving engine measured.
+SERVED: dict[str, Any] = {
+    "samples": SAMPLES, "perplexity": 5.213, "windows": [{"nll": 1.62}, {"nll": 1.70}, {"nll": 1.63}],
+    "scored": {"kind": "windows", "count": 3, "tokens": 1536, "digest": "d" * 64},
+    "source": {
+        "perplexity": 5.12, "nll_difference": 0.018, "nll_error": 0.002, "agreement": {"kl": 0.0123, "top1": 0.957}
+    },
+}  # fmt: skip
 
 
 def fidelity(random: np.random.Generator, blocks: int, experts: int) -> dict[str, Any]:
@@ -150,7 +166,7 @@ def _plan(blocks: int) -> dict[str, Any]:
     return {
         "checkpoint": {
             "checkpoint": "/models/V4", "family": "deepseek_v4", "parameters": 1_573_000_000_000,
-            "bytes": 865_000_000_000, "blocks": blocks,
+            "bytes": 865_000_000_000, "blocks": blocks, "tensors": 139_583,
         },
         "plan": {
             "groups": {"experts": {"scheme": "NVFP4", "modules": 70455}}, "output_bytes": 911_300_000_000,

@@ -30,8 +30,9 @@ from recipes.streams import exit_with, printed
 from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.known import Known
 from verify.levels import Settings, print_samples, verify_levels
+from verify.report.facts import Facts
 from verify.report.page import Report
-from verify.report.summary import Facts, print_quality, print_verdict
+from verify.report.summary import print_quality, print_verdict
 from verify.report.tables import OutputConsole, print_checks
 from verify.serving.serving import check_serving
 
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         granted = Granted(options.python, options.trust_remote_code, options.logs)
         checks, facts = verify(options.checkpoint, options.source, options.recipe, options.level, granted)
         if options.html is not None:
-            write_page(options.html, Report(options.checkpoint.name, checks, samples=facts.samples))
+            write_page(options.html, Report(options.checkpoint.name, checks, measured=facts))
         if options.json:
             print(json.dumps(to_json(checks) | {"samples": facts.samples}, indent=2))
         elif options.details:

@@ -62,6 +62,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "workflows/batch": (
         *RUNNING, "calibration/forecast", "verify/checks", "verify/serving", "verify/report", "workflows", "workflows/run",
     ),
+    "workflows/compare": (
+        "calibration/checkpoint", "calibration/runs", "verify", "verify/checks", "verify/report", "workflows/run",
+        "workflows/batch",
+    ),
     "workflows/batch/cluster": (*RUNNING, "workflows", "workflows/batch"),
     "workflows/batch/executors": ("workflows/batch", "workflows/batch/cluster"),
     "workflows/batch/__main__": ("workflows", "workflows/batch", "workflows/batch/executors", "verify/report"),

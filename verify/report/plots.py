@@ -15,6 +15,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Drawing
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from recipes.errors import printable
+
 _INK, _FIRST, _SECOND = "#33373c", "#2f6f9f", "#c0702a"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -108,6 +110,36 @@ def lines(
         if len(kept) > 1:
             axes.legend(frameon=False)
         return Figure(title, caption, _svg(drawing))
+
+
+def against_size(points: Mapping[str, tuple[float, float]], title: str, caption: str, label: str) -> Figure | None:
+    """One dot per checkpoint: (bytes, figure), named in the legend. None with fewer than two."""
+    if len(points) < 2:
+        return None
+    with rc_context(_STYLE):
+        drawing = Drawing(figsize=(_WIDTH, 3.2), layout="constrained")
+        axes = drawing.subplots()
+        for number, (name, (x, y)) in enumerate(points.items()):
+            # What a stranger calls a run is no formula: matplotlib reads $...$ as one.
+            shown = printable(name if len(name) <= 40 else f"...{name[-37:]}").replace("$", r"\$")
+            axes.scatter(x / 1e9, y, s=36, color=f"C{number % 10}", marker="osD^v"[number // 10 % 5], label=f" {shown}")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.margins(0.15)
+        axes.set_xlabel("GB")
+        axes.set_ylabel(label)
+        return Figure(title, caption, _svg(drawing))
+
+
+def size_figures(measured: Mapping[str, tuple[int | None, float | None, float | None]]) -> list[Figure]:
+    """KL and perplexity against size; `measured` maps a checkpoint's name to (bytes, perplexity, KL)."""
+    kl = {name: (size, kl) for name, (size, _, kl) in measured.items() if size and kl is not None}
+    perplexity = {name: (size, p) for name, (size, p, _) in measured.items() if size and p is not None}
+    how = "As the serving engine measured it, each run on the text of its recipe."
+    found = (
+        against_size(kl, "KL against size", how, "KL(source || output), nats"),
+        against_size(perplexity, "Perplexity against size", how, "perplexity"),
+    )
+    return [figure for figure in found if figure is not None]
 
 
 def time_and_memory(seconds: Mapping[int, float], memory: Mapping[int, float], caption: str) -> Figure | None:

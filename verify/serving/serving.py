@@ -5,6 +5,8 @@ This module makes the requests; `engine` runs them, `verdicts` judges the result
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -174,12 +176,22 @@ def verify_serving(
     finally:
         shutil.rmtree(log_dir / _LOGITS, ignore_errors=True)
     result["text"] = options.text if result.get("windows") else None
+    result["scored"] = _scored(result)
     result["samples"] = samples(result)
     checks = judge(result, options, config) + draft_head_checks(checkpoint, config)
     for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they are in the worker's own result
         entry.pop("token_ids", None)
         entry.pop("source_ids", None)
     return checks, result
+
+
+def _scored(result: dict[str, Any]) -> dict[str, Any]:
+    """What the perplexity is of: windows of text or the prompts, their number, tokens, and SHA-256 of the token ids, by
+    which runs on the same text are found."""
+    kind = "windows" if result.get("windows") else "prompts"
+    ids = [entry.get("token_ids") or [] for entry in result.get(kind) or []]
+    digest = hashlib.sha256(json.dumps(ids).encode()).hexdigest() if ids else None
+    return {"kind": kind, "count": len(ids), "tokens": sum(map(len, ids)), "digest": digest}
 
 
 def _serve_source(

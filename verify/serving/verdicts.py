@@ -84,7 +84,7 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
         thresholds["perplexity"] = f"<= {options.require.max_perplexity:g}"
     if result.get("source") is not None:
         wanted.append("source")
-        found["source"], thresholds["source"] = _source(result["source"], options)
+        found["source"], thresholds["source"] = _source(result["source"], result.get("perplexity"), options)
     reason = f"not reached: {failure.splitlines()[0]}" if failure else "not reached"
     stopped: Outcome = ("UNCHECKED", unserved or reason)
     checks = []
@@ -231,11 +231,12 @@ def _perplexity(result: dict[str, Any], options: Serving, limit: float) -> Outco
     return verdict, f"{_number(found)} {_measured(result)}"
 
 
-def _source(source: dict[str, Any], options: Serving) -> tuple[Outcome, str]:
-    """Outcome and threshold of the comparison with the served source."""
+def _source(source: dict[str, Any], perplexity: Any, options: Serving) -> tuple[Outcome, str]:
+    """Outcome and threshold of the comparison with the served source; `perplexity` is the output's."""
     limits = options.require
     wanted = [f"KL <= {limits.max_kl:g}"] if limits.max_kl is not None else []
     wanted += [f"top-1 >= {limits.min_top1:.1%}"] if limits.min_top1 is not None else []
+    wanted += [f"perplexity kept >= {limits.min_kept:.1%}"] if limits.min_kept is not None else []
     threshold, found = ", ".join(wanted), source.get("agreement")
     if found is None:
         reason = source.get("why") or engine.failure(source) or "no common tokens"
@@ -249,10 +250,13 @@ def _source(source: dict[str, Any], options: Serving) -> tuple[Outcome, str]:
     if source.get("nonfinite") is not None:
         return ("UNCHECKED", f"{figure}; the source itself is not finite in {source['nonfinite']['module']}"), threshold
     if not wanted:
-        return ("UNCHECKED", f"{figure}; not judged, require.max_kl and min_top1 are not set"), threshold
+        return ("UNCHECKED", f"{figure}; not judged, require.max_kl, min_top1 and min_kept are not set"), threshold
     far = limits.max_kl is not None and not (_finite(found["kl"]) and found["kl"] <= limits.max_kl)
     other = limits.min_top1 is not None and not found["top1"] >= limits.min_top1
-    return ("FAIL" if far or other else "PASS", figure), threshold
+    before = source.get("perplexity")
+    kept = before / perplexity if _finite(before) and _finite(perplexity) and perplexity else 0.0
+    lost = limits.min_kept is not None and not kept >= limits.min_kept
+    return ("FAIL" if far or other or lost else "PASS", figure), threshold
 
 
 def _measured(result: dict[str, Any]) -> str:

@@ -17,7 +17,8 @@ from rich.text import Text
 from calibration.checkpoint.files import no_link, read_json_or_none, write_json, write_text
 from recipes.errors import WorkflowError
 from recipes.units import clock, size
-from verify.checks import LEVELS
+from verify.checks import LEVELS, SEVERITY
+from verify.report.tiles import Tile
 from workflows.batch.attempt import resident_peak
 from workflows.batch.outcome import one_line
 from workflows.batch.preflight import predict_ends
@@ -66,7 +67,8 @@ def summarize(
 def write_summary(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Writes summary.json and summary.html and returns the former. Several processes (the jobs of a cluster) may call it
     at the same time. Raises EnvironmentProblem if the files cannot be written."""
-    from verify.report.page import render  # jinja2: not before it is needed
+    from verify.report.page import render  # jinja2 and matplotlib: not before they are needed
+    from verify.report.plots import size_figures
 
     with open(batch.path / "summary.lock", "a", opener=no_link) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,7 +78,10 @@ def write_summary(batch: BatchDirectory, jobs: Mapping[str, str] | None = None) 
         rows = sorted(found["runs"], key=lambda row: STATES.index(row["state"]))
         page = render(
             "batch.html.j2", title=batch.path.name, refresh=REFRESH if going else None, counts=found["counts"],
-            rows=[_shown(row) for row in rows],
+            rows=[_shown(row) for row in rows], tiles=_tiles(found),
+            figures=size_figures(
+                {row["name"]: (row["size"], row["perplexity"], row["kl"]) for row in rows if row["state"] == "done"}
+            ),
         )  # fmt: skip
         write_text(batch.path / "summary.html", page)
     return found
@@ -102,6 +107,28 @@ def print_summary(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     counts = ", ".join(f"{number} {state}" for state, number in found["counts"].items() if number)
     console.print(f"{counts}; {found['batch']}/summary.html", soft_wrap=True)
+
+
+def _tiles(found: Mapping[str, Any]) -> list[Tile]:
+    """What the page shows of the batch as a whole."""
+    counts, rows = found["counts"], found["runs"]
+    done = [row for row in rows if row["state"] == "done"]
+    verdicts = {verdict: sum(row["verdict"] == verdict for row in done) for verdict in SEVERITY}
+    judged = ", ".join(f"{number} {verdict}" for verdict, number in verdicts.items() if number)
+    tone = "FAIL" if counts["failed"] or verdicts["FAIL"] else ""
+    tiles = [Tile("runs finished", f"{len(done)} of {len(rows)}", judged, tone)]
+    if written := sum(row["size"] for row in rows):
+        tiles.append(Tile("written", size(written), f"of {size(sum(row['planned_size'] for row in rows))}"))
+    if any(row["seconds"] for row in rows):
+        ends = [row["expected_end_seconds"] for row in rows if row["expected_end_seconds"] is not None]
+        left = f"about {clock(max(ends))} to go" if ends else ""
+        tiles.append(
+            Tile("time", clock(sum(row["seconds"] or 0.0 for row in rows)), f"of all attempts; {left}".rstrip("; "))
+        )
+    best = min((row for row in done if row["kl"] is not None), key=lambda row: row["kl"], default=None)
+    if best is not None:
+        tiles.append(Tile("least KL", f"{best['kl']:.2e}", best["name"]))
+    return tiles
 
 
 def _row(batch: BatchDirectory, entry: Entry, job: str | None, job_end: str | None) -> dict[str, Any]:

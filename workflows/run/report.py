@@ -13,7 +13,7 @@ from calibration.runs.journal import RunDirectory
 from recipes.errors import SourceError
 from verify.checks import Check
 from verify.levels import samples_of
-from verify.report.summary import Facts
+from verify.report.facts import Facts
 from workflows.inspect_checkpoint import headroom
 from workflows.run.status import read_status, render_status
 
@@ -71,7 +71,7 @@ def write_report(output: Path) -> Path:
         error=error is not None,
         figures=figures + _block_figures(blocks),
         fidelity=fidelity,
-        samples=samples_of(read_json_or_none(directory.path / "serving.json")),
+        measured=verdict_facts(output),
         facts=_facts(directory, facts, events),
         recipe=_text(directory.path / "recipe.yaml"),
     )

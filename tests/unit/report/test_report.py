@@ -11,8 +11,11 @@ import pytest
 
 from calibration.runs.journal import RunDirectory
 from tests import synthetic_run
+from verify.checks import LEVELS, Check
 from verify.report import plots
-from verify.report.page import Report
+from verify.report.facts import Facts
+from verify.report.page import Report, marked
+from verify.report.tiles import sentence, tiles
 from workflows.run.report import ReportPage, write_report
 
 
@@ -49,8 +52,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_verdict_stands_first_and_what_failed_before_what_passed(finished: str) -> None:
     text = text_of(finished)
-    assert text.startswith("V4-NVFP4 V4-NVFP4 FAIL structure PASS fidelity FAIL serving UNCHECKED")
-    order = [text.index(check) for check in ("fidelity.weights", "serving.load", "fidelity.outliers", "structure.open")]
+    assert text.startswith(
+        "V4-NVFP4 V4-NVFP4 FAIL structure PASS fidelity FAIL serving UNCHECKED Do not serve this checkpoint: 1 of 4 checks "
+        "failed, the first is fidelity.weights. quality kept 98.2%"
+    )
+    text = text[text.index("What was checked") :]
+    order = [text.index(check) for check in ("fidelity.weights", "fidelity.outliers", "serving.load", "structure.open")]
     assert order == sorted(order)
 
 
@@ -59,7 +66,8 @@ def test_everything_is_on_the_page(finished: str) -> None:
     for part in (
         "complete: ", "blocks: 9/9 finished", "Weight error by block and expert", "Forward error by block",
         "Tokens per expert", "Group scales", "Time and memory per block", "layers.7.ffn.experts.200.w2 1.41",
-        "Paris, the", "1,573,000,000,000 parameters", "experts: NVFP4, 70,455 modules", "torch 2.13.0", "checkpoint: /models/V4",
+        "Paris . Paris , the", "1,573,000,000,000 parameters", "experts: NVFP4, 70,455 modules", "torch 2.13.0",
+        "checkpoint: /models/V4",
     ):  # fmt: skip
         assert part in text, part
     assert finished.count("<svg") == 5
@@ -131,6 +139,48 @@ def test_a_page_that_cannot_be_written_ends_no_run(
 def test_a_report_without_a_run_needs_checks_alone() -> None:
     html = Report("somebody's checkpoint", synthetic_run.CHECKS).html()
     assert "fidelity.weights" in html and "<svg" not in html
+
+
+def test_differing_words_of_samples_are_marked_and_escaped() -> None:
+    ours, its = marked("The <b> sat down.", "The <i> sat down.")
+    assert str(ours) == "The &lt;<mark>b</mark>&gt; sat down." and str(its) == "The &lt;<mark>i</mark>&gt; sat down."
+    assert str(marked("a <b>", None)[0]) == "a &lt;b&gt;"
+    many = marked("x " * 5000, "y " * 5000)[0]
+    assert "<mark>" not in many
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "perplexity", "said"),
+    [
+        ("PASS PASS PASS", 5.0, "Every check passed, and it predicts text nearly as its source does."),
+        (
+            "PASS PASS PASS",
+            7.7,
+            "Every check passed, but it predicts text clearly worse than its source. It keeps 66.5%",
+        ),
+        ("PASS WARN PASS", 5.0, "Nothing failed; 1 of 3 checks warn, and it predicts"),
+        ("PASS FAIL UNCHECKED", 5.0, "Do not serve this checkpoint: 1 of 3 checks failed, the first is fidelity.x."),
+        ("PASS PASS UNCHECKED", 5.0, "Nothing failed, but not everything is proven: 1 checks were not made."),
+        ("PASS PASS", 5.0, "Nothing failed, but not everything is proven: a level was not verified."),
+        ("", 5.0, "Not verified yet"),
+    ],
+)
+def test_the_sentence_says_what_to_think_of_it(verdicts: str, perplexity: float, said: str) -> None:
+    checks = [
+        Check(f"{level}.x", verdict, "", "", "", "")  # type: ignore[arg-type]
+        for level, verdict in zip(LEVELS, verdicts.split(), strict=False)
+    ]
+    served = synthetic_run.SERVED | {"perplexity": perplexity}
+    assert sentence(checks, Facts(served=served)).startswith(said)
+
+
+def test_tiles_show_what_is_known_and_no_quality_of_an_earlier_verification() -> None:
+    checks = [Check("structure.bits", "PASS", "", "4.50", "", ""), Check("serving.load", "PASS", "", "", "", "")]
+    facts = Facts(source_bytes=100, output_bytes=40, seconds={"calibrate": 90.0}, served=synthetic_run.SERVED)
+    shown = {tile.name: (tile.figure, tile.note) for tile in tiles(checks, facts)}
+    assert shown["quality kept"][0] == "98.2%" and shown["size"] == ("40 B", "source 100 B (40%)")
+    assert shown["bits per parameter"] == ("4.50", "") and shown["time"] == ("90.0 s", "calibrate 90.0 s")
+    assert "quality kept" not in {tile.name for tile in tiles(checks[:1], facts)}
 
 
 def test_strangers_of_a_heat_map_are_ringed_and_an_even_one_is_drawn() -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from tests.terminal import NASTY, SHOWN, console, text_of
 from verify.checks import Check
+from verify.report.facts import BOUNDS, Facts, read_quality
 from verify.report.remedies import REMEDIES, remedy
-from verify.report.summary import BOUNDS, MOST_ROWS, Facts, print_verdict, read_quality, verdict_lines
+from verify.report.summary import MOST_ROWS, print_verdict, verdict_lines
 from workflows.run.report import verdict_facts
 
 SERVED: dict[str, Any] = {

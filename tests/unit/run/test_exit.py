@@ -40,8 +40,14 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 def test_every_command_line_ends_that_way() -> None:
     files = [path for package in ("workflows", "verify") for path in (ROOT / package).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if "\n    exit_with(main)" in path.read_text()}
-    packages = {f"{package}/__main__.py" for package in ("workflows/run", "workflows/batch", "verify")}
-    assert found == {*packages, "workflows/inspect_checkpoint.py", "workflows/convert_dialect.py"}
+    packages = {
+        f"{package}/__main__.py" for package in ("workflows/run", "workflows/batch", "workflows/compare", "verify")
+    }
+    assert found == {
+        *packages,
+        "workflows/inspect_checkpoint.py",
+        "workflows/convert_dialect.py",
+    }
     assert not [path for path in files if "sys.exit(main" in path.read_text()]
 
 

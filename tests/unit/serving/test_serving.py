@@ -276,6 +276,9 @@ def test_a_served_source_is_compared_and_a_figure_without_threshold_is_no_pass()
     assert verdicts(result, max_kl=0.1)["source"] == "FAIL"
     assert verdicts(result, min_top1=0.9)["source"] == "FAIL"
     assert verdicts(result, max_kl=None, min_top1=0.7)["source"] == "PASS"
+    better = finished(source=source, perplexity=10.0)  # 70 % kept
+    assert verdicts(better, min_kept=0.71)["source"] == "FAIL" and verdicts(better, min_kept=0.7)["source"] == "PASS"
+    assert verdicts(finished(source=source, perplexity="nan"), min_kept=0.1)["source"] == "FAIL"
     assert verdicts(result, max_kl=None)["source"] == "UNCHECKED"
     assert verdicts(finished(source=source | {"agreement": agreement | {"kl": "nan"}}))["source"] == "FAIL"
     broken = source | {"nonfinite": {"module": "m"}, "agreement": agreement | {"kl": "nan"}}

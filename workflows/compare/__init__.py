@@ -1,0 +1,1 @@
+"""`python -m workflows.compare`: finished runs of one source side by side."""
