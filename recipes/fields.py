@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, JsonValue, WithJsonSchema
 
 from recipes.patterns import Pattern, PatternError
-from recipes.schemes import ARGUMENTS, OBSERVERS, is_observer
+from recipes.schemes import ARGUMENTS, OBSERVERS, OWN_OBSERVERS, is_observer, is_own_observer
 
 # Preset names of compressed-tensors (quant_scheme.PRESET_SCHEMES) without UNQUANTIZED: modules to leave unquantized are
 # simply not targeted. Those in `recipes.schemes` can be written; the others are refused by name.
@@ -62,7 +62,13 @@ def _check_scheme(name: str) -> str:
 
 def _check_observer(name: str) -> str:
     if not is_observer(name):
-        raise ValueError(f"is no observer of llm-compressor{did_you_mean(name, OBSERVERS)}")
+        raise ValueError(f"is no observer of llm-compressor{did_you_mean(name, (*OBSERVERS, *OWN_OBSERVERS))}")
+    return name
+
+
+def _check_not_of_weights(name: str) -> str:
+    if is_own_observer(name):
+        raise ValueError("chooses group scales of weights, and those of inputs are computed during serving; remove it")
     return name
 
 
@@ -103,6 +109,7 @@ GroupName = Annotated[str, AfterValidator(_check_group_name)]
 Target = Annotated[str, Field(min_length=1), AfterValidator(_check_target)]
 Scheme = Annotated[str, AfterValidator(_check_scheme), WithJsonSchema({"type": "string", "enum": list(ARGUMENTS)})]
 Observer = Annotated[str, AfterValidator(_check_observer)]
+ActivationObserver = Annotated[Observer, AfterValidator(_check_not_of_weights)]
 _OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Targets = Annotated[
     list[Target],

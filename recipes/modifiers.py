@@ -13,8 +13,19 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_serializer, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
-from recipes.fields import GroupName, Ignored, Observer, PassThrough, Scheme, Section, Targets, Text, did_you_mean
-from recipes.schemes import FORMATS, preset_of
+from recipes.fields import (
+    ActivationObserver,
+    GroupName,
+    Ignored,
+    Observer,
+    PassThrough,
+    Scheme,
+    Section,
+    Targets,
+    Text,
+    did_you_mean,
+)
+from recipes.schemes import FORMATS, is_own_observer, preset_of
 
 #: A key of pydantic's validation context. It says that the caller writes changes of modifiers outside the quantized
 #: layers (AWQ, SmoothQuant) into the output, which no workflow does.
@@ -101,13 +112,16 @@ class QuantizationArguments(Section):
     kv_cache_scheme: PassThrough | None = None
     """Must be null: the output has no place for scales of the key/value cache yet."""
     weight_observer: Observer | None = None
-    """Observer of the weights, for example memoryless_minmax, memoryless_mse, imatrix_mse."""
-    input_observer: Observer | None = None
+    """Observer of the weights: one of llm-compressor's, for example memoryless_minmax, memoryless_mse, imatrix_mse, or of this
+    project's, which choose NVFP4 group scales: nvfp4_weighted (least error weighted by the mean square of the inputs),
+    nvfp4_mse (least squared error), nvfp4_four_six (amax / 6 or amax / 4)."""
+    input_observer: ActivationObserver | None = None
     """Observer of the input activations, for example static_minmax."""
-    output_observer: Observer | None = None
+    output_observer: ActivationObserver | None = None
     """Observer of the output activations."""
     observer: dict[Literal["weights", "input", "output"], Observer] | None = None
     """The observers together: {weights: ..., input: ..., output: ...}. Instead of the three keys above."""
+
     bypass_divisibility_checks: bool = False
     """Skip llm-compressor's check that the columns of a weight divide by the group size."""
 
@@ -122,6 +136,14 @@ class QuantizationArguments(Section):
         if len(short) == 1:
             raise ValueError("'targets' and 'scheme' go together; give both, or config_groups instead of them")
         return groups
+
+    @field_validator("observer")
+    @classmethod
+    def _own_are_of_weights(cls, observers: dict[str, str] | None) -> dict[str, str] | None:
+        for part, name in (observers or {}).items():
+            if part != "weights" and is_own_observer(name):
+                raise ValueError(f"{part}: {name} chooses group scales of weights; name it under weights")
+        return observers
 
     @field_validator("kv_cache_scheme")
     @classmethod
@@ -217,6 +239,13 @@ class QuantizationEntry:
     """Ignore entries as written."""
     arguments: dict[str, Any]
     """Every other argument that the recipe sets (no config_groups, targets, scheme or ignore)."""
+
+    @property
+    def observers_of_weights(self) -> list[str]:
+        """The weight observers that the recipe names, for all groups or for one."""
+        of_groups = [(group.weights or {}).get("observer") for group in self.config_groups.values()]
+        of_all = [self.arguments.get("weight_observer"), (self.arguments.get("observer") or {}).get("weights")]
+        return [str(name) for name in (*of_all, *of_groups) if name is not None]
 
 
 def quantization_entries(modifiers: list[ModifierEntry]) -> list[QuantizationEntry]:

@@ -20,7 +20,7 @@ from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
 from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_entries
 from recipes.places import is_inside, own_scratch, run_directory, source_conflict
-from recipes.schemes import has_input_scale
+from recipes.schemes import has_input_scale, is_own_observer
 
 
 class Source(Section):
@@ -273,6 +273,9 @@ class Recipe(Section):
             raise ValueError(
                 "must be one QuantizationModifier with method 'convert': the others need method 'calibrate'"
             )
+        own = [name for entry in entries for name in entry.observers_of_weights if is_own_observer(name)]
+        if method == "convert" and own:
+            raise ValueError(f"weight observer {own[0]} needs method 'calibrate'; remove it")
         if len(found) > 1 or (not found and method in ("calibrate", "convert")):
             raise ValueError(
                 f"exactly one modifier must name the modules to quantize (config_groups, or targets and scheme), "

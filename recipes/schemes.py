@@ -34,6 +34,8 @@ OBSERVERS = (
     *("memoryless-minmax", "static-minmax", "minmax", "memoryless-mse", "mse", "nvfp4-expanded-mse", "fouroversix"),
     *("imatrix-mse", "nvfp4-expanded-imatrix"),
 )
+#: Observers of this project, of weights alone (calibration/engine/weighted.py).
+OWN_OBSERVERS = ("nvfp4-weighted", "nvfp4-mse", "nvfp4-four-six")
 
 
 def has_input_scale(preset: str) -> bool:
@@ -60,15 +62,26 @@ def preset_of(weights: Arguments, inputs: Arguments | None) -> str:
 
 
 def is_observer(name: object) -> bool:
-    """Whether llm-compressor has an observer of this name."""
-    return isinstance(name, str) and name.lower().replace("_", "-").replace(" ", "-") in OBSERVERS
+    """Whether llm-compressor or this project has an observer of this name."""
+    return isinstance(name, str) and _dashed(name) in (*OBSERVERS, *OWN_OBSERVERS)
 
 
-def _free_problem(key: str, value: object) -> str | None:
+def is_own_observer(name: object) -> bool:
+    """Whether an observer is this project's, and so of weights alone."""
+    return isinstance(name, str) and _dashed(name) in OWN_OBSERVERS
+
+
+def _dashed(name: str) -> str:
+    return name.lower().replace("_", "-").replace(" ", "-")
+
+
+def _free_problem(part: str, key: str, value: object) -> str | None:
     """The problem of an argument that only affects how values are computed, not what is stored; None if there is
     none."""
     if key == "observer" and value is not None and not is_observer(value):
-        return f"must be one of {', '.join(OBSERVERS)}"
+        return f"must be one of {', '.join((*OBSERVERS, *OWN_OBSERVERS))}"
+    if key == "observer" and part != "weights" and is_own_observer(value):
+        return "must not be an observer that chooses group scales of weights"
     if key == "observer_kwargs" and not isinstance(value, dict | None):
         return "must be a mapping"
     if key == "actorder" and value not in (None, False, "weight", "static"):
@@ -84,7 +97,7 @@ def _differences(part: str, given: Arguments, wanted: Arguments) -> list[str]:
         # Missing storage types follow from the other arguments.
         free = key in ("scale_dtype", "zp_dtype") and value in (None, _FP4["scale_dtype"])
         if key in ("observer", "observer_kwargs", "actorder"):
-            if problem := _free_problem(key, value):
+            if problem := _free_problem(part, key, value):
                 problems.append(f"{part}.{key} {problem}, is {str(value)[:40]!r}")
         elif not free and value != wanted.get(key):
             problems.append(f"{part}.{key} must be {wanted.get(key)!r}, is {str(value)[:40]!r}")

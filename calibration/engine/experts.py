@@ -27,6 +27,7 @@ from torch import nn
 
 from calibration.engine.observers import fast_extremes
 from calibration.engine.stacked_experts import Routing, Stack, is_plain
+from calibration.engine.weighted import Importance, is_importance_hook, weighted_observer
 
 #: Observers whose entire state is min_vals and max_vals, so that equal inputs give equal states.
 MIN_MAX = (StaticMinMaxObserver, MinMaxObserver, MemorylessMinMaxObserver)
@@ -133,6 +134,8 @@ class ExpertCalibration:
         if shared is not None and self.kind is Pass.CALIBRATE:
             for observers in shared:
                 _observe_once(observers, hidden)
+            if (importance := _shared_importance(experts)) is not None:
+                importance.add(hidden)
 
         stacks = hidden.device.type != "cpu" if self.stacked is None else self.stacked
         stack = Stack.of(experts) if stacks else None
@@ -164,9 +167,13 @@ class ExpertCalibration:
         return _linear(expert.down_proj, activated[_padded(tokens)])[: len(tokens)]
 
     def _observe_down(self, expert: ExpertMLPWithGate, activated: torch.Tensor) -> None:
+        if self.kind is not Pass.CALIBRATE:
+            return
         observer = getattr(expert.down_proj, "input_observer", None)
-        if observer is not None and self.kind is Pass.CALIBRATE:
+        if observer is not None:
             observer(activated)
+        if (weighted := weighted_observer(expert.down_proj)) is not None:
+            weighted.importance.add(activated)
 
     def _counted(self, experts: LinearExperts2D) -> list[int]:
         return self._tokens.get(experts) or [0] * experts.num_experts
@@ -269,6 +276,15 @@ def _observe_once(observers: list[Observer], hidden: torch.Tensor) -> None:
             setattr(observer, name, value)
 
 
+def _shared_importance(experts: LinearExperts2D) -> Importance | None:
+    """The one importance of the input that gate and up of all experts share; None if no such weight asks for one."""
+    linears = (getattr(experts[n], leaf) for n in range(experts.num_experts) for leaf in INPUT_SHARING[0])
+    observers = [observer for linear in linears if (observer := weighted_observer(linear)) is not None]
+    for observer in observers[1:]:
+        observer.importance = observers[0].importance
+    return observers[0].importance if observers else None
+
+
 def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
     groups: list[list[Observer]] = []
     for number in range(experts.num_experts):
@@ -292,6 +308,10 @@ def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether the module has a hook other than the input observer's."""
-    others = [h for h in module._forward_pre_hooks.values() if getattr(h, "__wrapped__", h) is not calibrate_input_hook]
+    """Whether the module has a hook other than those of its observers."""
+    others = [
+        hook
+        for hook in module._forward_pre_hooks.values()
+        if getattr(hook, "__wrapped__", hook) is not calibrate_input_hook and not is_importance_hook(hook)
+    ]
     return bool(module._forward_hooks or others)

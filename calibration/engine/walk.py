@@ -36,6 +36,7 @@ from calibration.engine.guards import (
     require_statistics,
 )
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
+from calibration.engine.weighted import all_reduce_importance
 from calibration.model import tracing
 from calibration.model.parity import BlockCall, hidden_of, own_block_calls, require_parity
 from calibration.model.source_model import SourceModel
@@ -253,6 +254,7 @@ class Walk:
         ranks, counted = self.run.ranks, self.run.experts
         found = (getattr(module, f"{base}_observer", None) for module in quantized.values() for base in ACTIVATION_OBS)
         all_reduce_extremes(ranks, [observer for observer in found if observer is not None])
+        all_reduce_importance(ranks, quantized.values())
         tokens = sum_counts(ranks, f"tokens of {where}", map(counted.tokens, experts))
         for module, total in zip(experts, tokens, strict=True):
             counted.count(module, total)

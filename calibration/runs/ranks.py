@@ -87,6 +87,9 @@ class Ranks:
     def all_reduce_min(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` (on this rank's device) by the minimum over all ranks, element by element."""
 
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor` (integers, on this rank's device) by the sum over all ranks, element by element."""
+
     def send(self, tensor: torch.Tensor) -> None:
         """Sends a tensor to rank 0, which calls `receive` with its shape and dtype."""
         raise NotImplementedError

@@ -159,6 +159,10 @@ class _Connected(Ranks):
         with self._channel_errors():
             dist.all_reduce(tensor, dist.ReduceOp.MIN)
 
+    def all_reduce_sum(self, tensor: torch.Tensor) -> None:
+        with self._channel_errors():
+            dist.all_reduce(tensor, dist.ReduceOp.SUM)
+
     def send(self, tensor: torch.Tensor) -> None:
         with self._channel_errors():
             dist.send(tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device or "cpu"), 0)

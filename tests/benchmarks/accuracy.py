@@ -56,7 +56,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "memoryless_mse": _quantized(weight_observer="memoryless_mse"),
     "nvfp4_expanded_mse": _quantized(weight_observer="nvfp4_expanded_mse"),
     "nvfp4_expanded_imatrix": _quantized(weight_observer="nvfp4_expanded_imatrix"),
+    "nvfp4_four_six": _quantized(weight_observer="nvfp4_four_six"),
+    "nvfp4_mse": _quantized(weight_observer="nvfp4_mse"),
+    "nvfp4_weighted": _quantized(weight_observer="nvfp4_weighted"),
     "GPTQ": _quantized("GPTQModifier"),
+    "GPTQ, nvfp4_weighted": _quantized("GPTQModifier", weight_observer="nvfp4_weighted"),
 }
 
 

@@ -17,7 +17,7 @@ TARGETS = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 
 
 class Case:
-    """A recipe of a tiny model, and what an uninterrupted run of it writes."""
+    """A recipe of a tiny model, and what an uninterrupted run of it writes; `arguments` are further ones of the modifier."""
 
     def __init__(
         self,
@@ -26,13 +26,14 @@ class Case:
         modifier: str,
         targets: list[str] = TARGETS,
         calibration: dict[str, Any] | None = None,
+        **arguments: Any,
     ) -> None:
         self.directory = directory
         directory.mkdir()
         self.body: dict[str, Any] = {
             "source": {"checkpoint": str(source)},
             "output": "unset",
-            "modifiers": [{modifier: {"targets": targets, "scheme": "NVFP4"}}],
+            "modifiers": [{modifier: {"targets": targets, "scheme": "NVFP4"} | arguments}],
             "calibration": calibration
             or {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
             "verify": {"structure": False, "fidelity": False},

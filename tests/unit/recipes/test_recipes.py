@@ -26,7 +26,7 @@ from recipes.modifiers import (
     QuantizationArguments,
 )
 from recipes.schema import Recipe, json_schema_text
-from recipes.schemes import OBSERVERS, is_observer
+from recipes.schemes import OBSERVERS, OWN_OBSERVERS, is_observer
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
@@ -175,7 +175,7 @@ def test_preset_schemes_are_those_of_the_installed_compressed_tensors() -> None:
 def test_observers_are_those_of_the_installed_llmcompressor() -> None:
     from llmcompressor.observers import Observer
 
-    assert list(OBSERVERS) == Observer.registered_names()
+    assert list(OBSERVERS) == [name for name in Observer.registered_names() if name not in OWN_OBSERVERS]
     assert Observer.get_value_from_registry("Static_MinMax") and is_observer("Static_MinMax")
 
 
@@ -315,6 +315,16 @@ GOOD = {"targets": ["a"], "scheme": "NVFP4"}
             "is no observer of llm-compressor; did you mean 'minmax'?",
         ),
         (
+            [{"QuantizationModifier": GOOD | {"input_observer": "nvfp4_weighted"}}],
+            "modifiers.0.QuantizationModifier.input_observer",
+            "chooses group scales of weights, and those of inputs are computed during serving; remove it",
+        ),
+        (
+            [{"QuantizationModifier": GOOD | {"observer": {"input": "NVFP4 MSE"}}}],
+            "modifiers.0.QuantizationModifier.observer",
+            "input: NVFP4 MSE chooses group scales of weights; name it under weights",
+        ),
+        (
             [{"QuantizationModifier": GOOD | {"observer": {"weight": "minmax"}}}],
             "modifiers.0.QuantizationModifier.observer.weight",
             "must be 'weights', 'input' or 'output'",
@@ -413,13 +423,17 @@ def test_arguments_written_out_are_taken_where_they_are_a_presets(group: dict[st
         ({"weights": FP8 | {"block_structure": [64, 64]}}, "weights.block_structure must be [128, 128], is '[64, 64]'"),
         ({"weights": {}}, "for FP8_BLOCK"),
         ({"weights": FP4 | {"observer": "minmacks"}}, "weights.observer must be one of memoryless-minmax, static-minmax, "),
+        (
+            {"weights": FP4, "input_activations": FP4 | {"dynamic": "local", "observer": "nvfp4_mse"}},
+            "input_activations.observer must not be an observer that chooses group scales of weights, is 'nvfp4_mse'",
+        ),
         ({"weights": FP4 | {"observer_kwargs": 3}}, "weights.observer_kwargs must be a mapping, is '3'"),
         ({"weights": FP4 | {"actorder": "group"}}, "weights.actorder must be null, 'weight' or 'static', is 'group'"),
         ({"weights": FP4, "output_activations": FP4}, "output_activations: quantized outputs have no place"),
         ({"weights": FP4, "format": "float-quantized"}, "format: of NVFP4A16 is nvfp4-pack-quantized, not float-quantized"),
         ({"scheme": "FP8_BLOCK", "format": "nvfp4-pack-quantized"}, "format: of FP8_BLOCK is float-quantized"),
     ],
-    ids=range(15),
+    ids=range(16),
 )  # fmt: skip
 def test_arguments_that_cannot_be_written_are_refused_by_the_loader(
     group: dict[str, Any], says: str, tmp_path: Path
@@ -429,6 +443,13 @@ def test_arguments_that_cannot_be_written_are_refused_by_the_loader(
     )
     assert len(found) == 1
     assert f": {GROUPS}.g: " in found[0] and says in found[0]
+
+
+def test_an_observer_that_needs_inputs_or_a_model_is_refused_without_them(tmp_path: Path) -> None:
+    for observer in ({"weight_observer": "nvfp4_weighted"}, {"observer": {"weights": "nvfp4_mse"}}):
+        path = with_modifiers(tmp_path, [{"QuantizationModifier": GOOD | observer}])
+        load_recipe(path)
+        assert "needs method 'calibrate'; remove it" in problems(path, "method=convert")[0]
 
 
 STAGE = {"targets": "Linear", "scheme": "nvfp4", "ignore": "lm_head"}
