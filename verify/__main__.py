@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from calibration.checkpoint.files import is_directory
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.families.registry import open_source
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
@@ -137,7 +138,7 @@ def verify(
     if named is not None:
         serving, fidelity = named.verify.serving or serving, named.verify.fidelity or fidelity
         text = named.calibration
-    formats = Formats(Checkpoint.open(source)) if source is not None else None
+    formats = Formats(open_source(source)) if source is not None else None
     plan, own = None, list[Check]()
     if formats is not None and named is not None:
         plan = make_plan(formats.checkpoint, formats, named)

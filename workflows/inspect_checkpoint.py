@@ -19,7 +19,7 @@ from rich.table import Table
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import ROUTED, SHARED
-from calibration.families.registry import family_of
+from calibration.families.registry import family_of, open_source
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
 from calibration.plan.source_check import contradictions
@@ -171,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.set) if options.recipe else None
         if options.checkpoint is None and recipe is not None:
             options.checkpoint = resolve_source(recipe.source)
-        checkpoint = Checkpoint.open(options.checkpoint)
+        checkpoint = open_source(options.checkpoint)
         formats = Formats(checkpoint)
         facts = describe_checkpoint(checkpoint, formats)
         plan = describe_plan(make_plan(checkpoint, formats, recipe), checkpoint) if recipe else None

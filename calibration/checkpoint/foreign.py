@@ -33,6 +33,7 @@ _METHODS = {
     "compressed-tensors": {"fp8_tiles", "fp8_tensor", "fp8_channel", "int4", "nvfp4"},
     "modelopt": {"fp8_tiles", "fp8_tensor", "fp8_channel", "modelopt_nvfp4"},
     "modelopt_fp4": {"modelopt_nvfp4"},
+    "mxfp4": {"mxfp4"},
 }
 #: The same for compressed-tensors' formats.
 _FORMATS = {

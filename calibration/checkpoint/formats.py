@@ -61,6 +61,8 @@ class Formats:
 
     def of(self, name: str) -> StoredFormat:
         """The stored format of tensor `name`."""
+        if name in self.checkpoint.whole:
+            return StoredFormat("plain", self.checkpoint.header(name).shape)
         return self._formats[name]
 
     @property

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from calibration.checkpoint.files import open_regular, parse_json
 from recipes.errors import SourceError, first_of
 
@@ -38,9 +41,39 @@ MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the values of a tensor are in a matrix `[rows, columns]` that contains it: the lines `begin`, `begin +
+    step`, ... (`count` of them), which are rows, or columns if `transposed`. A vector is a matrix of one column."""
+
+    rows: int
+    columns: int
+    begin: int
+    count: int
+    step: int = 1
+    transposed: bool = False
+    vector: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's own shape: `[count, columns]`, `[count, rows]` if transposed, `[count]` for a vector."""
+        return (self.count,) if self.vector else (self.count, self.rows if self.transposed else self.columns)
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether the tensor's bytes are adjacent and in its own order."""
+        return self.step == 1 and not self.transposed
+
+    def take(self, matrix: npt.NDArray[np.uint8], itemsize: int) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, uint8 `[count, bytes of a row]`, copied from those of the matrix."""
+        values = matrix.reshape(self.rows, self.columns, itemsize)
+        lines = (values.transpose(1, 0, 2) if self.transposed else values)[self.begin :: self.step][: self.count]
+        return np.ascontiguousarray(lines).reshape(self.count, -1)
+
+
+@dataclass(frozen=True, slots=True)
 class TensorHeader:
     """The location of one tensor: `dtype` in safetensors' spelling, `begin`/`end` as byte offsets in the file
-    `shard`."""
+    `shard`. With a `layout` these are the bytes of the matrix that contains the tensor's."""
 
     name: str
     dtype: str
@@ -48,10 +81,11 @@ class TensorHeader:
     shard: str
     begin: int
     end: int
+    layout: Layout | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.end - self.begin
+        return self.end - self.begin if self.layout is None else tensor_bytes(self.dtype, self.shape)
 
     @property
     def numel(self) -> int:

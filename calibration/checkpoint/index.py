@@ -6,13 +6,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 
 from calibration.checkpoint.files import MissingFile, is_directory, is_file, open_regular, read_json_object
-from calibration.checkpoint.header import TensorHeader, name_problem, read_header, shown_name
+from calibration.checkpoint.header import DTYPE_BYTES, TensorHeader, name_problem, read_header, shown_name
 from calibration.checkpoint.source_config import check_config
 from recipes.errors import SourceError, first_of
 
@@ -33,6 +36,14 @@ _LFS_SUFFIXES = frozenset({".safetensors", ".json", ".model", ".jinja", ".txt", 
 MAX_CONFIG_BYTES = 16 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """A stored tensor that `Checkpoint.tensors` has in `parts`."""
+
+    header: TensorHeader
+    parts: tuple[str, ...]
+
+
 class Checkpoint:
     """A safetensors checkpoint in hub form, opened for reading.
 
@@ -40,6 +51,9 @@ class Checkpoint:
     `config` is the parsed config.json, whose fields have the types that `source_config` requires. `state` is the result
     of `shard_state` before the headers were read. Nothing is ever written, and no file is kept open or mapped.
     """
+
+    #: Stored tensors that are in `tensors` only in parts (stacks of experts), by name; they can be read whole too.
+    whole: Mapping[str, Whole] = MappingProxyType({})
 
     def __init__(
         self, directory: Path, config: dict[str, Any], tensors: dict[str, TensorHeader], shards: list[str],
@@ -91,9 +105,13 @@ class Checkpoint:
             raise SourceError(first_of(problems))
         return cls(directory, config, tensors, shards, state)
 
+    def header(self, name: str) -> TensorHeader:
+        """The header of a tensor, or of one that is `whole` on disk and in parts in `tensors`."""
+        return self.whole[name].header if name in self.whole else self.tensors[name]
+
     def path(self, name: str) -> Path:
         """The file that holds tensor `name`."""
-        return self.directory / self.tensors[name].shard
+        return self.directory / self.header(name).shard
 
     def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor as stored, on the CPU, in memory of its own or in `out` (contiguous, of the stored dtype and
@@ -103,7 +121,7 @@ class Checkpoint:
         fails, the kernel kills it without a message. Raises SourceError if the file cannot be read, ends early or is
         not the one that was opened.
         """
-        header = self.tensors[name]
+        header = self.header(name)
         if out is None:
             out = torch.empty(header.shape, dtype=TORCH[header.dtype])
         if header.nbytes:
@@ -112,12 +130,22 @@ class Checkpoint:
 
     def read_bytes(self, name: str) -> bytearray:
         """The stored bytes of tensor `name`, unchanged. Raises SourceError as `read`."""
-        data = bytearray(self.tensors[name].nbytes)
+        data = bytearray(self.header(name).nbytes)
         self._fill(name, memoryview(data))
         return data
 
     def _fill(self, name: str, target: memoryview) -> None:
-        header, path, got = self.tensors[name], self.path(name), 0
+        layout = self.header(name).layout
+        if layout is None:
+            self._read_bytes(name, target)
+            return
+        matrix = np.empty(self.header(name).end - self.header(name).begin, np.uint8)
+        self._read_bytes(name, matrix.data)
+        target[:] = layout.take(matrix, DTYPE_BYTES[self.header(name).dtype]).reshape(-1).data
+
+    def _read_bytes(self, name: str, target: memoryview) -> None:
+        """Reads the bytes from the header's `begin` on."""
+        header, path, got = self.header(name), self.path(name), 0
         with open_regular(path, f"{name} is in it; is the source whole?") as file:
             try:
                 while got < len(target) and (count := os.preadv(file.fileno(), [target[got:]], header.begin + got)):

@@ -160,7 +160,11 @@ class ShardLayout:
                 yield from self._copies(step)
 
     def _copies(self, step: Step) -> Iterator[list[Piece]]:
-        header = self.formats.checkpoint.tensors[step.source]
+        header = self.formats.checkpoint.header(step.source)
+        if header.layout is not None:  # its bytes lie apart
+            whole = Extent(header.shard, header.begin, header.end)
+            yield [Piece("copy", step, 0, header.nbytes, header.nbytes, {"weight": whole})]
+            return
         for begin in range(0, header.nbytes, JOB):
             end = min(begin + JOB, header.nbytes)
             extent = Extent(header.shard, header.begin + begin, header.begin + end)
@@ -168,7 +172,7 @@ class ShardLayout:
 
     def _whole(self, step: Step, output: OutputTensor) -> Piece:
         """One piece that casts a tensor of any shape."""
-        header = self.formats.checkpoint.tensors[step.source]
+        header = self.formats.checkpoint.header(step.source)
         if len(output.shape) == 2:
             return next(self._rows(step, "cast", 0, None))
         return Piece("cast", step, 0, 1, output.nbytes, {"weight": Extent(header.shard, header.begin, header.end)})
@@ -183,9 +187,13 @@ class ShardLayout:
         """Yields pieces of about JOB bytes, in whole tiles."""
         stored = self.formats.of(step.source)
         rows = stored.shape[0]
+        header = self.formats.checkpoint.header(step.source)
+        if header.layout is not None:  # each stripe would read the whole matrix that contains it
+            yield from self._rows(step, kind, 0, None)
+            return
         # FP8_BLOCK is written in tiles of 128 rows.
         tile = math.lcm(stored.tile[0] if stored.tile else 1, 128)
-        row = max(self.formats.checkpoint.tensors[step.source].nbytes, step.outputs[0].nbytes) / max(rows, 1)
+        row = max(header.nbytes, step.outputs[0].nbytes) / max(rows, 1)
         stride = max(int(JOB / max(row, 1)) // tile, 1) * tile
         for begin in range(0, max(rows, 1), stride):
             yield from self._rows(step, kind, begin, min(begin + stride, rows))
@@ -223,8 +231,9 @@ class ShardLayout:
 
 
 def _part(header: TensorHeader, begin: int, end: int | None) -> Extent:
-    """The bytes of rows [begin, end); if `end` is None, of all rows."""
-    if end is None:
+    """The bytes of rows [begin, end); if `end` is None, of all rows; those of the whole matrix that contains the tensor if
+    its rows are not adjacent."""
+    if end is None or header.layout is not None:
         return Extent(header.shard, header.begin, header.end)
     row = header.nbytes // header.shape[0]
     return Extent(header.shard, header.begin + begin * row, header.begin + end * row)

@@ -14,6 +14,7 @@ from calibration.checkpoint.dequantize import cast_dtype, dequantize, is_finite
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
 from calibration.checkpoint.direct import Bytes, Extent
 from calibration.checkpoint.formats import TORCH_DTYPES
+from calibration.checkpoint.header import DTYPE_BYTES, TensorHeader
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.nvfp4 import RANGE
@@ -119,8 +120,8 @@ class Work:
 
     def _other(self, piece: Piece, data: dict[Extent, Bytes], target: Bytes) -> None:
         if piece.kind == "copy":
-            given = data[piece.extents["weight"]]
-            if not kernels.finite(self.formats.checkpoint.tensors[piece.step.source].dtype, given):
+            given = self._stored(piece, "weight", data)
+            if not kernels.finite(self.formats.checkpoint.header(piece.step.source).dtype, given):
                 raise kernels.NotFinite("holds NaN or Inf")
             target[:] = given
         elif piece.kind == "cast":
@@ -139,22 +140,33 @@ class Work:
 
     def _stripe(self, piece: Piece, data: dict[Extent, Bytes]) -> Stripe:
         stored = self.formats.of(piece.step.source)
-        dtype = self.formats.checkpoint.tensors[piece.step.source].dtype
-        codes = data[piece.extents["weight"]].reshape(piece.end - piece.begin, -1)
+        dtype = self.formats.checkpoint.header(piece.step.source).dtype
+        codes = self._stored(piece, "weight", data).reshape(piece.end - piece.begin, -1)
         stripe = Stripe(stored, dtype, codes)
         if stored.kind == "fp8_tiles":
             grid = self._companion(piece, "tile_scale", data).to(torch.float32)
             stripe.scales = np.ascontiguousarray(grid.numpy())
         elif stored.kind == "mxfp4":
-            stripe.scales = data[piece.extents["group_scale"]].reshape(codes.shape[0], -1)
+            stripe.scales = self._stored(piece, "group_scale", data).reshape(codes.shape[0], -1)
         else:
             stripe.companions = {r: self._companion(piece, r, data) for r in piece.extents if r != "weight"}
         return stripe
 
+    def _header(self, piece: Piece, role: str) -> TensorHeader:
+        source = piece.step.source
+        name = source if role == "weight" else self.formats.of(source).companions[role]
+        return self.formats.checkpoint.header(name)
+
+    def _stored(self, piece: Piece, role: str, data: dict[Extent, Bytes]) -> Bytes:
+        """The piece's bytes of a weight or of one of its companions; a piece of a tensor whose bytes lie apart is the whole
+        tensor."""
+        header, given = self._header(piece, role), data[piece.extents[role]]
+        return given if header.layout is None else header.layout.take(given, DTYPE_BYTES[header.dtype]).reshape(-1)
+
     def _companion(self, piece: Piece, role: str, data: dict[Extent, Bytes]) -> torch.Tensor:
         """A scale companion's rows as stored; scalars have shape `[1]`."""
-        header = self.formats.checkpoint.tensors[self.formats.of(piece.step.source).companions[role]]
-        tensor = torch.from_numpy(data[piece.extents[role]].copy()).view(TORCH[header.dtype])
+        header = self._header(piece, role)
+        tensor = torch.from_numpy(self._stored(piece, role, data).copy()).view(TORCH[header.dtype])
         return tensor.reshape(-1, header.shape[1]) if len(header.shape) == 2 else tensor
 
     def _measure(self, piece: Piece, stripe: Stripe) -> None:
@@ -231,8 +243,8 @@ class Work:
 
     def _cast(self, piece: Piece, data: dict[Extent, Bytes]) -> Bytes:
         step = piece.step
-        stored, header = self.formats.of(step.source), self.formats.checkpoint.tensors[step.source]
-        codes = torch.from_numpy(data[piece.extents["weight"]].copy()).view(TORCH[header.dtype])
+        stored, header = self.formats.of(step.source), self.formats.checkpoint.header(step.source)
+        codes = torch.from_numpy(self._stored(piece, "weight", data).copy()).view(TORCH[header.dtype])
         if stored.kind != "plain":
             codes = codes.reshape(piece.end - piece.begin, -1)
         scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}

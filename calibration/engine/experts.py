@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.modifiers.quantization.calibration import calibrate_input_hook
 from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.observers import Observer
@@ -104,7 +105,22 @@ class ExpertCalibration:
                 calibration._last[experts] = _Call.of(given, made)
             return made
 
-        with patch_attr(LinearExperts2D, "forward", forward), fast_extremes():
+        def forward_sorted(experts: Llama4LinearExperts, hidden: torch.Tensor) -> torch.Tensor:
+            """hidden [E T, D], the tokens of one expert after those of another, already multiplied by their routing
+            weight, which is zero without routing. As stock: every expert observes the tokens of all."""
+            rows = hidden.any(dim=1).nonzero().flatten()
+            made = torch.zeros_like(hidden)
+            if len(rows):
+                number = rows.div(len(hidden) // experts.num_experts, rounding_mode="floor")
+                weights = torch.ones(len(rows), 1, dtype=hidden.dtype, device=hidden.device)
+                made[rows] = forward(experts, hidden[rows], number.unsqueeze(-1), weights)
+            return made
+
+        with (
+            patch_attr(LinearExperts2D, "forward", forward),
+            patch_attr(Llama4LinearExperts, "forward", forward_sorted),
+            fast_extremes(),
+        ):
             yield
 
     def tokens(self, experts: nn.Module) -> dict[int, int]:

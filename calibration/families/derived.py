@@ -22,8 +22,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from calibration.checkpoint.stacks import Stack
 from calibration.families.family import ROUTED, ROUTER, SHARED, Family
 from calibration.families.promised import ConfigReader, Kind, Promise, Wanted
+from calibration.families.stacked import UnknownLayout, mxfp4_stacks, projections, stack_of
 from recipes.errors import SourceError
 
 #: Projections that vLLM runs as one matrix, by their leaves on the hub (`packed_modules_mapping` of its models, 0.32).
@@ -47,6 +49,13 @@ _DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_l
 #: What vLLM calls otherwise than the hub, and transformers cannot tell: its MiniMaxM2DecoderLayer keeps the hub's name and
 #: hands `mlp` to the layers below as their prefix (models/minimax_m2.py, 0.32).
 _SERVED = {"minimax_m2": ((r"\.block_sparse_moe\.", ".mlp."),)}
+
+
+#: Families whose stacked experts are released in MXFP4, under names of their own.
+_MXFP4 = ("gpt_oss",)
+#: CompressedTensorsW4A4Nvfp4MoEMethod.create_weights (vllm 0.32) makes no parameter for them, and the loader of the model
+#: (models/gpt_oss.py, `_load_weights_other`) reads no global scale of an expert.
+_NO_BIASES = "vLLM 0.32 has no biases in NVFP4 experts and could not load them"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +87,7 @@ def derive(config: dict[str, Any], where: str) -> Family:
 def _derived(text: str) -> Family:
     config = json.loads(text)
     model = _empty_model(config)
-    tensors = _tensors(model)
+    tensors, stacks = _tensors(model)
     blocks = _block_pattern(model, tensors)
     return Family(
         name=str(config["model_type"]),
@@ -91,6 +100,7 @@ def _derived(text: str) -> Family:
         mtp=_draft(model, config, tensors, blocks),
         never_quantized=_never_quantized(tensors),
         serving_parents=_SERVED.get(config["model_type"], ()),
+        stacks=stacks if model.config.model_type not in _MXFP4 else stacks + sum(map(mxfp4_stacks, stacks), ()),
         derived=True,
     )
 
@@ -125,18 +135,19 @@ class _Views(TorchFunctionMode):
         return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
-def _tensors(model: PreTrainedModel) -> dict[str, _Tensor]:
-    """Every tensor of the hub checkpoint, by name."""
+def _tensors(model: PreTrainedModel) -> tuple[dict[str, _Tensor], tuple[Stack, ...]]:
+    """Every tensor of the hub checkpoint, by name, with stacks of experts taken apart, and those stacks."""
     state: dict[str, torch.Tensor] = dict(model.state_dict())
     with _Views(), torch.no_grad():
         hub: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
     owners: dict[int, str] = {}
     for name, tensor in state.items():
         owners.setdefault(tensor.untyped_storage()._cdata, name)
-    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
     experts = _expert_modules(model)
     modules = dict(model.named_modules())
     found: dict[str, _Tensor] = {}
+    stacks: list[Stack] = []
     for name, tensor in hub.items():
         parameter = name if name in state else owners.get(tensor.untyped_storage()._cdata, "")
         if not parameter:
@@ -144,6 +155,10 @@ def _tensors(model: PreTrainedModel) -> dict[str, _Tensor]:
                 f"{name} of the hub is no part of one parameter in transformers: such names are not read yet"
             )
         owner, _, leaf = parameter.rpartition(".")
+        if owner in experts and tensor.dim() == state[parameter].dim():
+            stacks.append(_stack(name, tensor, modules[owner], leaf))
+            found |= _of_stack(stacks[-1], owner)
+            continue
         if owner in experts:
             expert, projection = _slice(name, tensor, parameter, state[parameter])
             fills = f"{owner}.{expert}.{projection}.weight"
@@ -156,6 +171,26 @@ def _tensors(model: PreTrainedModel) -> dict[str, _Tensor]:
         linear = isinstance(modules[owner], nn.Linear) and leaf == "weight" and tensor.dtype != torch.float32
         wanted = Wanted(tuple(tensor.shape), "linear" if linear else _kind(tensor), parameter in tied)
         found[name] = _Tensor(wanted, _part(model, modules, experts, owner), parameter)
+    return found, tuple(stacks)
+
+
+def _stack(name: str, tensor: torch.Tensor, module: nn.Module, leaf: str) -> Stack:
+    """The slices of a hub tensor that holds the parameter `leaf`, or a part of it, of all experts of a block."""
+    try:
+        views = {projection: view for parameter, projection, view in projections(module) if parameter == leaf}
+        return stack_of(name, tensor, views)
+    except UnknownLayout as problem:
+        raise _Underivable(f"{name} holds all experts of a block in one tensor: {problem}") from None
+
+
+def _of_stack(stack: Stack, owner: str) -> dict[str, _Tensor]:
+    """The tensors of single experts in a stack, whose module in transformers is `owner`."""
+    found = {}
+    for part in stack.slices:
+        leaf = ".".join(part.name.split(".")[-2:])
+        wanted = Wanted(part.layout.shape, "linear" if leaf.endswith(".weight") else "plain")
+        for expert in range(stack.shape[0]):
+            found[part.name.format(expert)] = _Tensor(wanted, ROUTED, f"{owner}.{expert}.{leaf}")
     return found
 
 
@@ -178,7 +213,7 @@ def _expert_modules(model: PreTrainedModel) -> set[str]:
 def _slice(name: str, tensor: torch.Tensor, parameter: str, stacked: torch.Tensor) -> tuple[int, str]:
     """Expert and projection of a hub tensor that is a view of the stacked weight `[E, M, K]`."""
     if tensor.dim() != 2 or stacked.dim() != 3 or tensor.stride() != stacked.stride()[1:]:
-        raise _Underivable(f"{name} holds all experts of a block in one tensor: such checkpoints are not read yet")
+        raise _Underivable(f"{name} is no part of {parameter} of one expert")
     expert, rest = divmod(int(tensor.storage_offset()), stacked.stride(0))
     first, leaf = rest // stacked.stride(1), parameter.rpartition(".")[2]
     if leaf == "gate_up_proj" and len(tensor) * 2 == stacked.shape[1] and first in (0, len(tensor)):
@@ -284,7 +319,15 @@ def _never_quantized(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]
         for name, tensor in tensors.items()
         if tensor.wanted.kind == "linear" and tensor.wanted.shape[0] == 1
     }
-    return tuple((pattern, "engines run a gate of one row as it is") for pattern in sorted(rows))
+    biased = {
+        _generalized(name.removesuffix(".bias")) + "$"
+        for name, tensor in tensors.items()
+        if tensor.part == ROUTED and name.endswith(".bias")
+    }
+    return (
+        *((pattern, "engines run a gate of one row as it is") for pattern in sorted(rows)),
+        *((pattern, _NO_BIASES) for pattern in sorted(biased)),
+    )
 
 
 def _promise(tensors: dict[str, _Tensor]) -> Promise:

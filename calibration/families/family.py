@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from calibration.checkpoint.stacks import Stack
 from calibration.families.encoding import Encoding
 from calibration.families.promised import Promise
 
@@ -97,6 +98,8 @@ class Family:
     not_calibrated: str = ""
     #: The family's own chat format, if its tokenizers have no template.
     encoding: Encoding | None = None
+    #: Hub tensors that hold all routed experts of a block; names of single experts are those of their slices.
+    stacks: tuple[Stack, ...] = ()
     #: Whether this grammar is derived from transformers for one config (`calibration.families.derived`), not from a table.
     derived: bool = False
 

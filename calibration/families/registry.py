@@ -4,13 +4,17 @@ SourceError: another family's grammar or promised tensors say nothing about it."
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.checkpoint.stacks import by_expert
 from calibration.families import huggingface
 from calibration.families.deepseek_v4 import DEEPSEEK_V4
 from calibration.families.deepseek_v41 import DEEPSEEK_V41
 from calibration.families.family import Family
 from calibration.families.promised import ConfigReader, Wanted
+from recipes.errors import SourceError
 
 FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, DEEPSEEK_V41, *huggingface.FAMILIES)
 #: The chat formats that a recipe may name; a tokenizer with their special tokens has them.
@@ -27,6 +31,22 @@ def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
     from calibration.families.derived import derive  # imports transformers, which no family of the table needs
 
     return derive(config, where)
+
+
+def open_source(directory: Path) -> Checkpoint:
+    """Opens a source as `Checkpoint.open` does, with stacks of experts as one tensor per expert and projection. Raises
+    SourceError as it does, and for a stack that does not fit config.json. A config of no known family, or in which a
+    family cannot be derived, has no stacks: whoever needs the family reports that."""
+    return unstacked(Checkpoint.open(directory))
+
+
+def unstacked(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with its stacks of experts taken apart, as `open_source` presents them."""
+    try:
+        family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+    except SourceError:
+        return checkpoint
+    return by_expert(checkpoint, family.stacks)
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:

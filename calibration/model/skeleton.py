@@ -12,9 +12,10 @@ import torch
 from accelerate import init_empty_weights
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, logical_name
@@ -86,12 +87,19 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
         for name, experts in get_non_linearized_moes(model):
             # transformers' class patching would import every lazy module of transformers; replacing the empty modules
             # gives the same tree.
-            linear = LinearExperts2D.get_linear_experts_cls(type(experts))
-            model.set_submodule(name, _gate_first(linear(getattr(experts, "config", model.config))))
+            model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
     for module in model.modules():
         for leaf, tensor in list(own_tensors(module)):
             place(module, leaf, tensor.detach().to("meta"))
     return model.eval()
+
+
+def _linearized(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+    """One nn.Linear per projection of every expert of an empty module."""
+    linear = LinearExperts2D.get_linear_experts_cls(type(experts))
+    if linear is Llama4LinearExperts:  # takes sizes where the others take a config
+        return linear(experts.num_experts, experts.hidden_size, experts.expert_dim, config.get_text_config())
+    return linear(getattr(experts, "config", config))
 
 
 def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:

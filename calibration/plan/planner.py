@@ -119,9 +119,10 @@ class _Planner:
                 self._note_left_out(target, left)
                 wanted = [m for m in hits if m not in ignored and m not in left]
                 if hits and not wanted:
+                    why = left.get(hits[0], self.places[hits[0]].part)
                     self.problems.append(
                         f"config_groups.{name}.targets: {target!r} matches {len(hits)} modules and none of them can be "
-                        f"quantized, for example {hits[0]} ({self.places[hits[0]].part})"
+                        f"quantized, for example {hits[0]} ({why})"
                     )
                 for module in wanted:
                     shape_problem = scheme.problem(self.formats.of(self.weights[module]).shape)
@@ -226,7 +227,27 @@ class _Planner:
         for name in self.checkpoint.tensors:
             if name not in self.formats.companions:
                 steps.update(self._step(name, assigned, groups, scheme_names))
-        return {name: steps[name] for name in self.checkpoint.tensors if name in steps}
+        return self._rejoined({name: steps[name] for name in self.checkpoint.tensors if name in steps})
+
+    def _rejoined(self, steps: dict[str, Step]) -> dict[str, Step]:
+        """The steps with one copy of each stored stack of experts instead of one for each part, where all experts of that
+        block stay as they are: engines read those in the source's own form, some in no other."""
+        blocks = {name: self.family.place(whole.parts[0]).block for name, whole in self.checkpoint.whole.items()}
+        changed = {
+            blocks[name]
+            for name, whole in self.checkpoint.whole.items()
+            if any(part in steps and steps[part].action != "copy" for part in whole.parts)
+        }
+        joined: dict[str, Step] = {}
+        stack_of = {part: name for name, whole in self.checkpoint.whole.items() for part in whole.parts}
+        for source, step in steps.items():
+            name = stack_of.get(source)
+            if name is None or blocks[name] in changed:
+                joined[source] = step
+            elif name not in joined:
+                header = self.checkpoint.header(name)
+                joined[name] = Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), step.reason)
+        return joined
 
     def _step(
         self, name: str, assigned: dict[str, str], groups: dict[str, Scheme], kinds: dict[str, list[str]]

@@ -8,6 +8,7 @@ from pathlib import Path
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.family import Family
+from calibration.families.registry import open_source
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
 from recipes.schema import Recipe
@@ -24,8 +25,8 @@ class Task:
     @classmethod
     def open(cls, recipe: Recipe, directory: Path) -> Task:
         """The task of `recipe` on the source in `directory`, from its headers. Raises SourceError and RecipeError as
-        `Checkpoint.open` and `make_plan` do."""
-        return cls.of(recipe, Formats(Checkpoint.open(directory)))
+        `open_source` and `make_plan` do."""
+        return cls.of(recipe, Formats(open_source(directory)))
 
     @classmethod
     def of(cls, recipe: Recipe, formats: Formats) -> Task:

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from tests.models.storage import new_directory, normal
+from calibration.checkpoint.index import INDEX_NAME
+from tests.models.storage import new_directory, normal, to_mxfp4
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
 
 VOCAB = 1024
@@ -64,6 +66,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "solar_open": _MOE,
     "afmoe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "num_dense_layers": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "granitemoe": {**_MOE, "intermediate_size": 128},
+    "granitemoeshared": {**_MOE, "intermediate_size": 128, "shared_intermediate_size": 128},
+    "llama4_text": {
+        **_MOE, "intermediate_size": 128, "intermediate_size_mlp": 256, "interleave_moe_layer_step": 2,
+        "num_experts_per_tok": 1, "layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0],
+    },
+    "gpt_oss": {**_MOE, "intermediate_size": 128, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64},
+    "gemma4_text": {
+        **_MOE, "enable_moe_block": True, "top_k_experts": 2, "sliding_window": 64, "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+    },
     "qwen3_next": {
         **_MOE, "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128,
         "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
@@ -77,9 +90,9 @@ _HUB: dict[str, dict[str, Any]] = {
 }
 
 
-def write(directory: Path, family: str, *, seed: int = 0) -> Path:
-    """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it. Raises FileExistsError
-    if the directory holds something."""
+def write(directory: Path, family: str, *, seed: int = 0, mxfp4: bool = False) -> Path:
+    """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it; with `mxfp4` stacked
+    experts as gpt-oss is released. Raises FileExistsError if the directory holds something."""
     new_directory(directory)
     model = _model(family, seed)
     model.save_pretrained(directory, max_shard_size="300KB")
@@ -87,7 +100,40 @@ def write(directory: Path, family: str, *, seed: int = 0) -> Path:
     write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
     write_tokenizer(directory, VOCAB, chat_template=True)
     write_sidecars(directory)
+    if mxfp4:
+        _stack_in_mxfp4(directory)
     return directory
+
+
+def _stack_in_mxfp4(directory: Path) -> None:
+    """Stores the experts `[E, K, M]` as `<name>_blocks` uint8 `[E, M, K/32, 16]` and `<name>_scales` uint8 `[E, M, K/32]`
+    (E8M0), as the headers of openai/gpt-oss-20b have them."""
+    index = json.loads((directory / INDEX_NAME).read_text())
+    for shard in sorted(set(index["weight_map"].values())):
+        tensors = {}
+        for name, tensor in load_file(directory / shard).items():
+            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                tensors[name] = tensor
+                continue
+            experts, width, rows = tensor.shape
+            codes, scales = zip(*(to_mxfp4(expert.t()) for expert in tensor), strict=True)
+            tensors[f"{name}_blocks"] = torch.stack(codes).view(torch.uint8).reshape(experts, rows, width // 32, 16)
+            tensors[f"{name}_scales"] = torch.stack([scale.view(torch.uint8) for scale in scales])
+            del index["weight_map"][name]
+        index["weight_map"] |= dict.fromkeys(tensors, shard)
+        save_file(tensors, directory / shard, {"format": "pt"})
+    sizes = (
+        tensor.nbytes for shard in set(index["weight_map"].values()) for tensor in load_file(directory / shard).values()
+    )
+    write_json(directory / INDEX_NAME, index | {"metadata": {"total_size": sum(sizes)}})
+    declared = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+        ],
+    }  # fmt: skip
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", config | {"quantization_config": declared})
 
 
 def _model(family: str, seed: int) -> Any:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from calibration.checkpoint.formats import Formats, logical_name, module_of
-from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.family import Family, Place
-from calibration.families.registry import family_of
+from calibration.families.registry import family_of, open_source
 from calibration.plan.plan import Plan
 from recipes.errors import WorkflowError
 from recipes.schema import Calibration, Fidelity
@@ -65,7 +64,7 @@ def measure_fidelity(
     options = options or Fidelity()
     what = "no quantized weight is far from the source's"
     try:
-        output = Formats(as_compressed_tensors(Checkpoint.open(directory)))
+        output = Formats(as_compressed_tensors(open_source(directory)))
         family = family_of(source.checkpoint.config)
         pairs = find_pairs(output, source, plan.quantized if plan else ())
         differing = [name for original, name in pairs.kept if not _same(output, name, source, original)]

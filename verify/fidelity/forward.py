@@ -23,7 +23,7 @@ from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import GROUP, RANGE
 from calibration.checkpoint.view import as_compressed_tensors
-from calibration.families.registry import family_of
+from calibration.families.registry import family_of, open_source
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
@@ -162,7 +162,7 @@ def measure_blocks(
     unseen = list(text_batches(beginning, wanted, tokenizer, source_directory=source.directory).batches)
     with TemporaryDirectory(prefix="verify-forward-") as work, torch.no_grad():
         original = build_skeleton(source, Path(work), trust_remote_code)
-        output = Formats(as_compressed_tensors(Checkpoint.open(directory)))
+        output = Formats(as_compressed_tensors(open_source(directory)))
         emulated = _of_output(original, output)
         outside = original.outside_blocks()
         original.load(outside)

@@ -19,7 +19,7 @@ from calibration.checkpoint.nvfp4 import GROUP
 from calibration.checkpoint.permissions import requests
 from calibration.families.family import Family
 from calibration.families.promised import ADDED, Wanted
-from calibration.families.registry import expected_tensors, family_of
+from calibration.families.registry import expected_tensors, family_of, unstacked
 from calibration.plan.draft_head import draft_head_doubts
 from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
@@ -60,7 +60,10 @@ def verify_structure(directory: Path, known: Known | None = None, progress: Prog
         _requests(output, source),
         verdict("structure.total_size", "index total_size equals the bytes", _total_size(output), [], "headers and index"),
     ]  # fmt: skip
-    stored, orphans = stored_tensors(output)
+    try:
+        stored, orphans = stored_tensors(unstacked(output))
+    except SourceError:  # a stack that does not fit config.json: structure.tensors reports it
+        stored, orphans = stored_tensors(output)
     try:
         family, (wanted, lacking) = family_of(output.config), expected_tensors(output.config)
     except SourceError:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from calibration.checkpoint.files import write_text
 from calibration.checkpoint.formats import Formats
-from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.side_files import side_files
+from calibration.families.registry import open_source
 from calibration.forecast.cost import boundary_bytes, hidden_width, nominal_shapes, scratch_bytes
 from calibration.plan.task import Task
 from calibration.runs.disk import Need, space_problems
@@ -179,7 +179,7 @@ def _plan_runs(
     for (checkpoint, _), names in by_source.items():
         say(f"preflight: {checkpoint}, read by {len(names)} run{'s' if len(names) > 1 else ''}")
         try:
-            formats = Formats(Checkpoint.open(resolve_source(loaded[names[0]].source)))
+            formats = Formats(open_source(resolve_source(loaded[names[0]].source)))
         except WorkflowError as error:
             for name in names:
                 problems[name] += [(error.exit_code, text) for text in error.problems]

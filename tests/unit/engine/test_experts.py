@@ -9,8 +9,10 @@ import pytest
 import torch
 from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.observers import Observer
 from torch import nn
+from transformers import Llama4TextConfig
 
 from calibration.engine.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
 from calibration.engine.stacked_experts import Stack
@@ -55,6 +57,37 @@ def test_statistics_and_outputs_equal_stock(
     assert statistics(theirs)
     assert same(statistics(mine), statistics(theirs))
     del hooks
+
+
+@pytest.mark.parametrize("all_experts", [True, False])
+def test_llama_4_whose_experts_get_sorted_scaled_tokens_equals_stock(all_experts: bool) -> None:
+    """Its experts are called with every token once for each of them, multiplied by a routing weight that is mostly zero."""
+    config = Llama4TextConfig(hidden_size=HIDDEN, num_local_experts=EXPERTS, intermediate_size=96, dtype="bfloat16")
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(96 if at % 3 < 2 else HIDDEN, HIDDEN if at % 3 < 2 else 96, generator=generator)
+               for at in range(3 * EXPERTS)]  # fmt: skip
+    found = []
+    for calibration in (ExpertCalibration(), None):
+        experts = Llama4LinearExperts(EXPERTS, HIDDEN, 96, config).eval()
+        for parameter, weight in zip(experts.parameters(), weights, strict=True):
+            parameter.data = weight.mul(0.2).to(torch.bfloat16)
+        hooks = watch(experts)
+        installed = nullcontext() if calibration is None else calibration.installed()
+        with torch.no_grad(), installed, moe_calibration_context() if all_experts else nullcontext():
+            made = []
+            for hidden, index, scores in batches():
+                spread = torch.zeros(len(hidden), EXPERTS, dtype=torch.bfloat16).scatter_add_(1, index, scores)
+                made.append(experts(hidden.repeat(EXPERTS, 1) * spread.t().reshape(-1, 1)))
+        found.append((made, statistics(experts)))
+        if calibration is not None:
+            assert sum(calibration.tokens(experts).values()) == sum(int((s != 0).sum()) for _, _, s in batches())
+        del hooks
+    (mine, seen), (theirs, wanted) = found
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    if all_experts:
+        assert seen and same(seen, wanted)
+    else:  # stock observes zeros for the tokens that an expert did not get
+        assert all(torch.equal(seen[name], wanted[name]) for name in seen) and seen
 
 
 @pytest.fixture

@@ -89,7 +89,11 @@ def test_targets_bear_the_names_under_which_vllm_looks_modules_up(tmp_path: Path
 @pytest.mark.parametrize(
     ("model_type", "why"),
     [
-        ("gpt_oss", r"model\.layers\.0\.mlp\.experts\.gate_up_proj holds all experts of a block in one tensor"),
+        (
+            "inkling_text",
+            r"mlp\.shared_experts\.gate_proj holds all experts of a block in one tensor: transformers does not say how "
+            "InklingSharedExperts lays out its experts",
+        ),
         ("kimi_linear", "is a part of .*conv1d.weight in transformers"),
         ("gpt9", "transformers has no such model"),
     ],

@@ -1,0 +1,124 @@
+"""Finds the experts in hub tensors that hold all routed experts of a block.
+
+transformers declares how its experts' parameters are laid out (`use_experts_implementation`: transposed, gate and up
+interleaved, biases), so that one expert's projection is a strided view of a parameter. The hub tensor is a view of the same
+memory (`calibration.families.derived`). Where the one lies in the other follows from offsets and strides; the slices of a
+stack must cover it, each of its rows or columns once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from calibration.checkpoint.header import Layout
+from calibration.checkpoint.stacks import Slice, Stack
+
+#: Experts that transformers does not decorate, by class: whether they are transposed, and whether gate and up are the
+#: halves of one parameter (models/llama4/modeling_llama4.py, 5.17).
+_UNDECLARED = {"Llama4TextExperts": (True, True)}
+#: Values of a group with one scale in MXFP4 (transformers/integrations/mxfp4.py, 5.17).
+_MXFP4_GROUP = 32
+
+
+class UnknownLayout(Exception):
+    """Why the experts of a module cannot be found in a hub tensor."""
+
+
+def projections(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yields (parameter, projection, view) of the first expert of a module with stacked experts: the parameter's leaf, the
+    tensor of the expert that it fills (`gate_proj.weight`), and that tensor `[M, K]` or `[M]` as a view of the parameter.
+    Raises UnknownLayout for a class whose layout is not declared."""
+    kind = type(module).__name__
+    transposed, halves = _UNDECLARED.get(
+        kind, (getattr(module, "is_transposed", None), getattr(module, "is_concatenated", None))
+    )
+    if transposed is None or halves is None:
+        raise UnknownLayout(f"transformers does not say how {kind} lays out its experts")
+    for leaf, parameter in module._parameters.items():
+        if parameter is None:
+            continue
+        name, kept = leaf.removesuffix("_bias"), "bias" if leaf.endswith("_bias") else "weight"
+        if name not in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
+            raise UnknownLayout(f"{leaf} of {kind} is not known here")
+        first = parameter.detach()[0]
+        first = first.transpose(0, 1) if transposed and first.dim() == 2 else first
+        if name != "gate_up_proj":
+            yield leaf, f"{name}.{kept}", first
+            continue
+        width = len(first) // 2
+        parts = (first[:width], first[width:]) if halves else (first[::2], first[1::2])
+        for projection, view in zip(("gate_proj", "up_proj"), parts, strict=True):
+            yield leaf, f"{projection}.{kept}", view
+
+
+def stack_of(name: str, tensor: torch.Tensor, views: dict[str, torch.Tensor]) -> Stack:
+    """The stack `name` of the hub, a view of a parameter's memory like `views` (projection -> the first expert's tensor):
+    those of them that lie in it. Raises UnknownLayout if they do not cover it."""
+    slices = []
+    for projection, view in views.items():
+        if (layout := _layout(view, tensor)) is not None:
+            slices.append(Slice(f"{experts_name(name)}.{{}}.{projection}", layout))
+    lines = sorted(line for part in slices for line in _lines(part.layout))
+    if not slices or lines != list(range(tensor.shape[2 if slices[0].layout.transposed else 1])):
+        raise UnknownLayout(f"the projections of its experts do not cover {name}")
+    return Stack(name, tuple(tensor.shape), tuple(slices))
+
+
+def experts_name(stack: str) -> str:
+    """What contains the experts of a stack, in the hub's spelling: `mlp.experts` of `mlp.experts.gate_up_proj`, and
+    `moe.experts` of `moe.input_linear.weight`, where the hub has no such module."""
+    parent = stack.removesuffix(".weight").rpartition(".")[0]
+    return parent if parent.endswith(".experts") else f"{parent}.experts"
+
+
+def mxfp4_stacks(stack: Stack) -> tuple[Stack, ...]:
+    """The two stacks that hold the weights of `stack` in MXFP4: codes uint8 `[E, M, K/32, 16]` and E8M0 scales `[E, M,
+    K/32]`, with the rows of the dequantized matrix; none for biases and for K that 32 does not divide."""
+    (*_, inner), first = stack.shape, stack.slices[0].layout
+    rows, width = (inner, first.rows) if first.transposed else (first.rows, first.columns)
+    if first.vector or width % _MXFP4_GROUP:
+        return ()
+    made = []
+    for suffix, tail, leaf, dtype in (
+        ("_blocks", (width // _MXFP4_GROUP, _MXFP4_GROUP // 2), "weight", None),
+        ("_scales", (width // _MXFP4_GROUP,), "scale", "F8_E8M0"),
+    ):
+        columns = torch.Size(tail).numel()
+        slices = tuple(
+            Slice(
+                f"{part.name.removesuffix('.weight')}.{leaf}",
+                replace(part.layout, rows=rows, columns=columns, transposed=False),
+            )
+            for part in stack.slices
+        )
+        made.append(Stack(stack.name + suffix, (stack.shape[0], rows, *tail), slices, dtype, ("U8",)))
+    return tuple(made)
+
+
+def _layout(view: torch.Tensor, stack: torch.Tensor) -> Layout | None:
+    """Where `view`, of the first expert, lies in that expert's part of `stack`; None if it is not in it."""
+    if view.dim() != stack.dim() - 1:
+        return None
+    vector = view.dim() == 1
+    rows, columns = stack.shape[1], 1 if vector else stack.shape[2]
+    strides = (stack.stride(1), 1) if vector else stack.stride()[1:]
+    offset = int(view.storage_offset() - stack.storage_offset())
+    for transposed in (False,) if vector else (False, True):
+        (line, lines), (across, width) = (strides[0], rows), (strides[1], columns)
+        if transposed:
+            (line, lines), (across, width) = (across, width), (line, lines)
+        if not vector and (view.shape[1] != width or view.stride(1) != across):
+            continue
+        begin, step = offset // line, view.stride(0) // line
+        layout = Layout(rows, columns, begin, len(view), step, transposed, vector)
+        if offset >= 0 and not offset % line and not view.stride(0) % line and _lines(layout)[-1] < lines:
+            return layout
+    return None
+
+
+def _lines(layout: Layout) -> range:
+    return range(layout.begin, layout.begin + layout.count * layout.step, layout.step)
