@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
 from recipes.errors import RecipeError
@@ -21,6 +21,9 @@ from recipes.fields import Bytes, PathText, Section, Text
 from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_entries
 from recipes.places import is_inside, own_scratch, run_directory, source_conflict
 from recipes.schemes import has_input_scale, is_own_observer
+
+#: More would be `all` at a higher price: every candidate is held in memory.
+MOST_TOKENS = 65_536
 
 
 class Source(Section):
@@ -32,6 +35,13 @@ class Source(Section):
     """Branch, tag or commit of a hub id. Pin a commit for a run that must be repeatable."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Only for checkpoints you trust."""
+
+
+class ToppedUp(Section):
+    """Every expert sees its routed tokens and, if these are fewer, those that its router ranks next for it."""
+
+    topped_up: int = Field(ge=1, le=MOST_TOKENS)
+    """Tokens that every expert sees at least, if the calibration has as many."""
 
 
 class Calibration(Section):
@@ -63,13 +73,52 @@ class Calibration(Section):
     """Seed of the shuffle; the same seed draws the same samples."""
     shuffle: bool = True
     """Shuffle before drawing; false takes the first rows."""
-    all_experts: bool = True
-    """Show every token to every expert during calibration, so that no expert remains without statistics."""
+    experts: Literal["all", "routed"] | ToppedUp = "all"
+    """Tokens that routed experts observe. all: every token, exactly as llm-compressor's default. routed: those routed to the
+    expert. {topped_up: N}: those, and up to N those that its router ranks next; several times less work than all."""
+    all_experts: bool | None = None
+    """Older spelling of experts: true means all, false means routed."""
     min_tokens_per_expert: int = Field(default=1, ge=1)
-    """With all_experts: false, an expert that saw fewer tokens takes its input scales from the largest of its peers."""
+    """With experts: routed, an expert that saw fewer tokens takes its input scales from the largest of its peers."""
     input_headroom: float = Field(default=1.0, ge=1, le=16)
     """Factor on the largest calibrated input: each input global scale is divided by it, so that inputs larger than in
     calibration do not saturate. 1 keeps the calibrated scales; powers of two are exact."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling_of_experts(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("all_experts"), bool):
+            return data
+        meant = "all" if data["all_experts"] else "routed"
+        if data.get("experts", meant) != meant:
+            given = str(data["all_experts"]).lower()
+            raise ValueError(
+                f"all_experts: {given} means `experts: {meant}`, and experts says otherwise; remove all_experts"
+            )
+        return {key: value for key, value in data.items() if key != "all_experts"} | {"experts": meant}
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _known_experts(cls, value: object) -> object:
+        number = value.get("topped_up") if isinstance(value, dict) and len(value) == 1 else None
+        whole = isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= MOST_TOKENS
+        if not whole and value not in ("all", "routed") and not isinstance(value, ToppedUp):
+            raise ValueError(f"must be all, routed or {{topped_up: N}} with a whole number N from 1 to {MOST_TOKENS:,}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_least(self) -> Self:
+        if self.topped_up and self.min_tokens_per_expert != 1:
+            raise ValueError(
+                f"min_tokens_per_expert: {self.min_tokens_per_expert} is for `experts: routed`; with topped_up its number "
+                "is the least; remove min_tokens_per_expert"
+            )
+        return self
+
+    @property
+    def topped_up(self) -> int | None:
+        """The least tokens of an expert with `experts: {topped_up: N}`, else None."""
+        return self.experts.topped_up if isinstance(self.experts, ToppedUp) else None
 
 
 class Conversion(Section):

@@ -1,5 +1,5 @@
-"""Calibration forward of linearized experts: every expert observes every token, and only what observers and outputs
-need is computed.
+"""Calibration forward of linearized experts: every expert observes every token, or those routed to it, and only what
+observers and outputs need is computed.
 
 Stock llm-compressor runs each expert's whole MLP on all tokens and drops the outputs that were not routed. Observers
 need less: gate and up of all experts share one input, which is observed once; the input of the down projection must be
@@ -9,9 +9,10 @@ observed on all tokens, but its output is needed only for routed tokens. The sta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import nn
 
 from calibration.engine.observers import fast_extremes
 from calibration.engine.stacked_experts import Routing, Stack, is_plain
+from calibration.engine.topped_up import TopUp
 from calibration.engine.weighted import Importance, is_importance_hook, weighted_observer
 
 #: Observers whose entire state is min_vals and max_vals, so that equal inputs give equal states.
@@ -45,6 +47,14 @@ class Pass(Enum):
     CALIBRATE = "calibrate"
     REPEAT = "repeat"
     PROPAGATE = "propagate"
+
+
+@dataclass(frozen=True)
+class _Observers:
+    """Input observers of gate and up, grouped by equal behavior: `shared` over all experts, `own` by expert."""
+
+    shared: list[list[Observer]]
+    own: list[list[list[Observer]]]
 
 
 @dataclass(frozen=True)
@@ -66,24 +76,26 @@ class _Call:
 
 
 class ExpertCalibration:
-    """State of the calibration forward: the kind of pass that runs, and the tokens routed to each expert so far."""
+    """State of the calibration forward: the kind of pass that runs, the tokens routed to each expert so far, and with
+    `top_up` the candidates for experts that are short of tokens."""
 
     #: Whether to compute all experts at once if possible (stacked_experts.py); None: only on accelerators.
     stacked: bool | None = None
 
-    def __init__(self) -> None:
-        self.kind = Pass.CALIBRATE
+    def __init__(self, top_up: TopUp | None = None) -> None:
+        self.kind, self.top_up = Pass.CALIBRATE, top_up
         #: The last CALIBRATE call of each module: a REPEAT with the same input has the same output.
         self._last: dict[nn.Module, _Call] = {}
         self._tokens: dict[nn.Module, list[int]] = {}
-        self._observers: dict[nn.Module, list[list[Observer]] | None] = {}
+        self._observers: dict[nn.Module, _Observers | None] = {}
 
     @contextmanager
     def running(self, kind: Pass) -> Iterator[None]:
         """Runs the forward passes inside as `kind`; llm-compressor's hooks are disabled unless it is CALIBRATE."""
         with patch_attr(self, "kind", kind):
             if kind is Pass.CALIBRATE:
-                yield
+                with nullcontext() if self.top_up is None else self.top_up.choices:
+                    yield
             else:
                 with HooksMixin.disable_hooks():
                     yield
@@ -137,6 +149,22 @@ class ExpertCalibration:
         self._last.pop(experts, None)
         self._tokens.pop(experts, None)
         self._observers.pop(experts, None)
+        if self.top_up is not None:
+            self.top_up.forget(experts)
+
+    def show(self, experts: LinearExperts2D, number: int, tokens: torch.Tensor) -> None:
+        """Shows one expert further tokens, [T, D], which nothing but observers and hooks notices."""
+        expert, observers = experts[number], self._input_observers(experts)
+        # Sums of importance are rounded once a call: one token at a time, so that they do not depend on what other ranks show.
+        step = 1 if any(weighted_observer(linear) is not None for linear in expert.children()) else len(tokens)
+        if observers is None:
+            for part in torch.split(tokens, step):
+                expert(part)
+            return
+        activated = _activated(expert, tokens[_padded(torch.arange(len(tokens), device=tokens.device))])[: len(tokens)]
+        for part, made in zip(torch.split(tokens, step), torch.split(activated, step), strict=True):
+            self._observe_inputs(experts, number, part)
+            self._observe_down(expert, made)
 
     def _forward(
         self, experts: LinearExperts2D, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -145,20 +173,24 @@ class ExpertCalibration:
         routing = Routing.of(hidden.shape[0], experts.num_experts, top_k_index, top_k_weights)
         if self.kind is Pass.CALIBRATE:
             self._tokens[experts] = [a + b for a, b in zip(routing.counts, self._counted(experts), strict=True)]
+            if self.top_up is not None:
+                self.top_up.offer(experts, hidden, top_k_index, self._tokens[experts])
         all_experts = get_calibrate_all_experts_flag() and self.kind is not Pass.PROPAGATE
-        shared = self._shared_observers(experts) if all_experts else None
-        if shared is not None and self.kind is Pass.CALIBRATE:
-            for observers in shared:
-                _observe_once(observers, hidden)
-            if (importance := _shared_importance(experts)) is not None:
+        observers = self._input_observers(experts) if self.kind is not Pass.PROPAGATE else None
+        if observers is not None and all_experts and self.kind is Pass.CALIBRATE:
+            for group in observers.shared:
+                _observe_once(group, hidden)
+            if (importance := _shared_importance(experts[number] for number in range(experts.num_experts))) is not None:
                 importance.add(hidden)
 
         stacks = hidden.device.type != "cpu" if self.stacked is None else self.stacked
         stack = Stack.of(experts) if stacks else None
-        if stack is not None and shared is not None:
-            return stack.all_tokens(hidden, routing, lambda number, value: self._observe_down(experts[number], value))
-        if stack is not None and self.kind is Pass.PROPAGATE:
-            return stack.routed_tokens(hidden, routing)
+        down = partial(self._observe_down_of, experts)
+        if stack is not None and observers is not None and all_experts:
+            return stack.all_tokens(hidden, routing, down)
+        if stack is not None and (observers is not None or self.kind is Pass.PROPAGATE):
+            inputs = partial(self._observe_inputs, experts)
+            return stack.routed_tokens(hidden, routing, inputs, down)
         output = torch.zeros_like(hidden)
         begin = 0
         for number, count in enumerate(routing.counts):
@@ -166,8 +198,16 @@ class ExpertCalibration:
             tokens = routing.rows[part]
             if not count and not all_experts:
                 continue
-            if shared is not None:
-                out = self._fast(expert, hidden, tokens)
+            if observers is not None and all_experts:
+                activated = _activated(expert, hidden)
+                self._observe_down(expert, activated)
+                out = _linear(expert.down_proj, activated[_padded(tokens)])[:count]
+            elif observers is not None:
+                chosen = hidden[_padded(tokens)]
+                self._observe_inputs(experts, number, chosen[:count])
+                activated = _activated(expert, chosen)
+                self._observe_down(expert, activated[:count])
+                out = _linear(expert.down_proj, activated)[:count]
             elif all_experts:
                 out = expert(hidden)[tokens]
             else:
@@ -176,11 +216,17 @@ class ExpertCalibration:
             output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
         return output
 
-    def _fast(self, expert: ExpertMLPWithGate, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        gate, up = _linear(expert.gate_proj, hidden), _linear(expert.up_proj, hidden)
-        activated = expert._apply_gate(torch.cat([gate, up], dim=-1))
-        self._observe_down(expert, activated)
-        return _linear(expert.down_proj, activated[_padded(tokens)])[: len(tokens)]
+    def _observe_inputs(self, experts: LinearExperts2D, number: int, value: torch.Tensor) -> None:
+        observers = self._input_observers(experts) if self.kind is Pass.CALIBRATE else None
+        if observers is None:
+            return
+        for group in observers.own[number]:
+            _observe_once(group, value)
+        if (importance := _shared_importance([experts[number]])) is not None:
+            importance.add(value)
+
+    def _observe_down_of(self, experts: LinearExperts2D, number: int, activated: torch.Tensor) -> None:
+        self._observe_down(experts[number], activated)
 
     def _observe_down(self, expert: ExpertMLPWithGate, activated: torch.Tensor) -> None:
         if self.kind is not Pass.CALIBRATE:
@@ -194,9 +240,9 @@ class ExpertCalibration:
     def _counted(self, experts: LinearExperts2D) -> list[int]:
         return self._tokens.get(experts) or [0] * experts.num_experts
 
-    def _shared_observers(self, experts: LinearExperts2D) -> list[list[Observer]] | None:
-        """Input observers of gate and up of all experts, grouped by equal behavior; None if observing once would skip
-        something: another modifier's hook (GPTQ), another observer, another expert class."""
+    def _input_observers(self, experts: LinearExperts2D) -> _Observers | None:
+        """Input observers of gate and up; None if observing once would skip something: another modifier's hook (GPTQ),
+        another observer, another expert class."""
         if experts not in self._observers:
             self._observers[experts] = _group_observers(experts)
         return self._observers[experts]
@@ -292,17 +338,24 @@ def _observe_once(observers: list[Observer], hidden: torch.Tensor) -> None:
             setattr(observer, name, value)
 
 
-def _shared_importance(experts: LinearExperts2D) -> Importance | None:
-    """The one importance of the input that gate and up of all experts share; None if no such weight asks for one."""
-    linears = (getattr(experts[n], leaf) for n in range(experts.num_experts) for leaf in INPUT_SHARING[0])
+def _shared_importance(experts: Iterable[nn.Module]) -> Importance | None:
+    """The one importance of the input that gate and up of these experts share; None if no such weight asks for one."""
+    linears = (getattr(expert, leaf) for expert in experts for leaf in INPUT_SHARING[0])
     observers = [observer for linear in linears if (observer := weighted_observer(linear)) is not None]
     for observer in observers[1:]:
         observer.importance = observers[0].importance
     return observers[0].importance if observers else None
 
 
-def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
-    groups: list[list[Observer]] = []
+def _activated(expert: ExpertMLPWithGate, value: torch.Tensor) -> torch.Tensor:
+    """The input of the down projection."""
+    gate, up = _linear(expert.gate_proj, value), _linear(expert.up_proj, value)
+    made: torch.Tensor = expert._apply_gate(torch.cat([gate, up], dim=-1))
+    return made
+
+
+def _group_observers(experts: LinearExperts2D) -> _Observers | None:
+    found = _Observers([], [[] for _ in range(experts.num_experts)])
     for number in range(experts.num_experts):
         expert = experts[number]
         if type(expert) is not ExpertMLPWithGate or _hooked(expert):
@@ -314,13 +367,13 @@ def _group_observers(experts: LinearExperts2D) -> list[list[Observer]] | None:
                 return None
             if observer is None or leaf == "down_proj":
                 continue
-            for group in groups:
-                if type(group[0]) is type(observer) and group[0].args == observer.args:
+            for groups in (found.shared, found.own[number]):
+                equal = (g for g in groups if type(g[0]) is type(observer) and g[0].args == observer.args)
+                if (group := next(equal, None)) is None:
+                    groups.append([observer])
+                else:
                     group.append(observer)
-                    break
-            else:
-                groups.append([observer])
-    return groups
+    return found
 
 
 def _hooked(module: nn.Module) -> bool:

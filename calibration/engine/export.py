@@ -193,5 +193,5 @@ def _check_scale(name: str, scale: torch.Tensor) -> None:
         bad = value[~(torch.isfinite(value) & (value > 0))].flatten()[0].item()
         raise SourceError(
             f"{name}: {bad} is not a finite positive scale; no calibration token reached this module, or the weight or "
-            "activations overflow; use more samples or all_experts: true"
+            "activations overflow; use more samples or `experts: all`"
         )

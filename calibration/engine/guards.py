@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.observers import ACTIVATION_OBS
 from torch import nn
 
@@ -32,6 +33,17 @@ def require_mappings_inside_blocks(modifiers: Iterable[Any], source: SourceModel
         raise RecipeError(collapsed(problems))
 
 
+def require_routing(source: SourceModel) -> None:
+    """Raises RecipeError if experts of the model are called without what the router chose (Llama 4), so that nobody knows
+    which tokens they saw."""
+    for name, module in source.model.named_modules():
+        if isinstance(module, LinearExperts2D) and type(module).forward is not LinearExperts2D.forward:
+            raise RecipeError(
+                f"calibration.experts: topped_up counts the tokens of each expert, and {type(source.model).__name__} calls "
+                f"{name} without its router's choice; use `experts: all`"
+            )
+
+
 def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:
     """Raises RecipeError if an activation observer saw nothing. Must run before the scales are computed, which drops
     the statistics. Stock llm-compressor logs a warning and keeps an uninitialized scale."""
@@ -45,7 +57,7 @@ def require_statistics(quantized: Mapping[str, nn.Module], where: str) -> None:
         more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
         raise RecipeError(
             f"{where}: no calibration token reached {', '.join(blind[:4])}{more}; their input scales would be "
-            "arbitrary: for routed experts set calibration.all_experts: true, or use more samples; add other layers to "
+            "arbitrary: for routed experts set `calibration.experts: all`, or use more samples; add other layers to "
             "ignore, their model does not run them as one matrix product"
         )
 

@@ -33,8 +33,10 @@ from torch.utils.data import DataLoader
 
 from calibration.engine.attachment import BlockQuantizationModifier
 from calibration.engine.exact import ExactWeights
+from calibration.engine.experts import ExpertCalibration
 from calibration.engine.pipeline import PIPELINE, current
 from calibration.engine.results import CalibrationSummary, Callbacks
+from calibration.engine.topped_up import TopUp
 from calibration.engine.walk import CalibrationRun
 from calibration.model.source_model import SourceModel
 from calibration.plan.plan import Plan
@@ -95,6 +97,7 @@ def calibrate(
         resume=resume,
         ranks=ranks,
         owners=assign_owners(plan, ranks.size),
+        experts=ExpertCalibration(TopUp(calibration.topped_up) if calibration.topped_up else None),
     )
     with contextlib.ExitStack() as stack:
         # llm-compressor's own way with ranks broadcasts what lies on accelerators alone, and hangs where an expert saw
@@ -116,7 +119,7 @@ def calibrate(
                 recipe=modifiers,
                 dataset=batches,
                 pipeline=PIPELINE,
-                moe_calibrate_all_experts=calibration.all_experts,
+                moe_calibrate_all_experts=calibration.experts == "all",
                 # The batches are tokens already; without an object here oneshot looks for a tokenizer.
                 processor=object(),
             )

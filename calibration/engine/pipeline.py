@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier, link_fused
-from calibration.engine.guards import require_mappings_inside_blocks
+from calibration.engine.guards import require_mappings_inside_blocks, require_routing
 from calibration.engine.walk import CalibrationRun, Walk
 from calibration.model.parity import parity_samples
 from recipes.errors import RecipeError
@@ -61,6 +61,8 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         batches = 0
         for number, batch in enumerate(without_padding(dataloader)):
             batches += 1
+            if run.experts.top_up is not None:
+                run.experts.top_up.add_batch(batch["input_ids"], run.ranks.owns(number))
             if run.ranks.owns(number):
                 cache.add(batch, number)
         if not len(cache):
@@ -70,6 +72,8 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         subgraphs = run.trace(samples[0], tracing_ignore)
         stack.enter_context(run.experts.installed())
         LifecycleCallbacks.calibration_start()
+        if run.experts.top_up is not None:
+            require_routing(run.source)
         require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, run.source)
         link_fused([model.get_submodule(name) for name in group] for group in run.fused)
         gc.collect()  # tracing leaves reference cycles of graphs

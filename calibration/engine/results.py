@@ -18,6 +18,7 @@ class BlockResult:
 
     `modules` maps source module names to the calibrated linear layers with their scales as parameters; `block` counts
     from 0 and is None for the modules before the first block; modules after the last block come with the last block.
+    `tokens_per_expert` counts the tokens routed to each expert, `topped_up` those it was shown beyond them.
     `edited` holds source tensors outside `modules` that a modifier wrote to (AWQ, SmoothQuant). `parity` is the largest
     absolute difference to the model's own forward. Times in seconds; `peak_rss` in bytes of anonymous memory, the
     highest sample of this block.
@@ -29,6 +30,7 @@ class BlockResult:
     modules: dict[str, nn.Module]
     edited: dict[str, torch.Tensor]
     tokens_per_expert: dict[int, int]
+    topped_up: dict[int, int]
     filled_experts: list[int]
     rounded_to_nearest: list[str]
     parity: float
@@ -40,6 +42,7 @@ class BlockResult:
         return {
             "modules": len(self.modules),
             "tokens_per_expert": {str(expert): count for expert, count in self.tokens_per_expert.items()},
+            "topped_up": {str(expert): count for expert, count in self.topped_up.items()},
             "filled_experts": self.filled_experts,
             "rounded_to_nearest": self.rounded_to_nearest,
             "parity": self.parity,
@@ -66,12 +69,13 @@ class Callbacks:
 
 @dataclass
 class CalibrationSummary:
-    """The totals of a run; `tokens_per_expert` by block and expert, `parity` by block."""
+    """The totals of a run; `tokens_per_expert` and `topped_up` by block and expert, `parity` by block."""
 
     blocks: int = 0
     batches: int = 0
     modules: int = 0
     tokens_per_expert: dict[int, dict[int, int]] = field(default_factory=dict)
+    topped_up: dict[int, dict[int, int]] = field(default_factory=dict)
     filled_experts: dict[int, list[int]] = field(default_factory=dict)
     rounded_to_nearest: list[str] = field(default_factory=list)
     parity: dict[int, float] = field(default_factory=dict)
@@ -81,12 +85,14 @@ class CalibrationSummary:
     def take(self, block: int, facts: dict[str, Any]) -> None:
         """Adds one block, from its `BlockResult.facts`; a journal may lack some of them."""
         facts = {"modules": 0, "peak_rss": 0, "rounded_to_nearest": [], "parity": 0.0, "tokens_per_expert": {},
-                 "filled_experts": [], **facts}  # fmt: skip
+                 "topped_up": {}, "filled_experts": [], **facts}  # fmt: skip
         self.peak_rss = max(self.peak_rss, facts["peak_rss"])
         self.modules += facts["modules"]
         self.rounded_to_nearest += facts["rounded_to_nearest"]
         self.parity[block] = facts["parity"]
         if facts["tokens_per_expert"]:
             self.tokens_per_expert[block] = {int(e): count for e, count in facts["tokens_per_expert"].items()}
+        if facts["topped_up"]:
+            self.topped_up[block] = {int(e): count for e, count in facts["topped_up"].items()}
         if facts["filled_experts"]:
             self.filled_experts[block] = facts["filled_experts"]

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from torch import nn
 
+#: Called with the number of an expert and a tensor of its inputs.
+Observe = Callable[[int, torch.Tensor], None]
 #: Bytes of gate and up outputs at a time, on the accelerator; their activation takes the same amount.
 CHUNK = 2**30
 #: Grouped products need rows that start at a multiple of 16 bytes.
@@ -96,9 +98,7 @@ class Stack:
             mlps[0]._apply_gate,
         )
 
-    def all_tokens(
-        self, hidden: torch.Tensor, routing: Routing, observe: Callable[[int, torch.Tensor], None]
-    ) -> torch.Tensor:
+    def all_tokens(self, hidden: torch.Tensor, routing: Routing, observe: Observe) -> torch.Tensor:
         """hidden [T, D] -> [T, D]. Calls `observe(expert, input of its down projection [T, I])` for every expert."""
         made = hidden.new_empty(len(routing.rows), hidden.shape[1])
         number_of_row = torch.repeat_interleave(
@@ -118,9 +118,15 @@ class Stack:
             made[part] = _grouped(chosen, self.down[first : first + step], counts)
         return routing.summed(made, hidden)
 
-    def routed_tokens(self, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """hidden [T, D] -> [T, D], every expert on its own tokens alone."""
-        activated = self.apply_gate(_grouped(hidden[routing.rows], self.gate_up, routing.counts))
+    def routed_tokens(self, hidden: torch.Tensor, routing: Routing, inputs: Observe, observe: Observe) -> torch.Tensor:
+        """hidden [T, D] -> [T, D], every expert on its own tokens alone. Calls `inputs` and `observe` with each expert
+        that has tokens and the inputs of its gate and up [n, D], and of its down projection [n, I]."""
+        chosen = hidden[routing.rows]
+        activated = self.apply_gate(_grouped(chosen, self.gate_up, routing.counts))
+        for call, rows in ((inputs, chosen), (observe, activated)):
+            for number, value in enumerate(torch.split(rows, routing.counts)):
+                if len(value):
+                    call(number, value)
         return routing.summed(_grouped(activated, self.down, routing.counts), hidden)
 
 

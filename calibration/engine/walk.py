@@ -229,9 +229,11 @@ class Walk:
         _attach_again(quantized.values())
         parity = self._calibrate(part)
         experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
-        self._share_statistics(quantized, experts, where)
+        self._share_counts(experts, where)
+        added = [self._top_up(module, where) for module in experts]
+        self._share_statistics(quantized)
         tokens = {expert: count for module in experts for expert, count in run.experts.tokens(module).items()}
-        filled = self._fill(experts)
+        filled = self._fill(experts, added)
         require_statistics(quantized, where)
         own = {name: m for name, m in quantized.items() if run.owners.get(name, 0) == run.ranks.rank}
         others = set(quantized.values()) - set(own.values())
@@ -245,19 +247,40 @@ class Walk:
         require_scales(own, where)
         figures = run.ranks.all_gather(f"scales of {where}", (parity, run.memory.take()))
         return BlockResult(
-            part.number, len(source.blocks), part.name, quantized, self._edited(roots, quantized, where), tokens, filled,
+            part.number, len(source.blocks), part.name, quantized, self._edited(roots, quantized, where), tokens,
+            {number: count for counts in added for number, count in counts.items()}, filled,
             nearest, max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
         )  # fmt: skip
 
-    def _share_statistics(self, quantized: dict[str, nn.Module], experts: list[LinearExperts2D], where: str) -> None:
-        """Combines the statistics and token counts of all ranks on every rank."""
-        ranks, counted = self.run.ranks, self.run.experts
+    def _share_statistics(self, quantized: dict[str, nn.Module]) -> None:
+        """Combines the statistics of all ranks on every rank."""
         found = (getattr(module, f"{base}_observer", None) for module in quantized.values() for base in ACTIVATION_OBS)
-        all_reduce_extremes(ranks, [observer for observer in found if observer is not None])
-        all_reduce_importance(ranks, quantized.values())
-        tokens = sum_counts(ranks, f"tokens of {where}", map(counted.tokens, experts))
+        all_reduce_extremes(self.run.ranks, [observer for observer in found if observer is not None])
+        all_reduce_importance(self.run.ranks, quantized.values())
+
+    def _share_counts(self, experts: list[LinearExperts2D], where: str) -> None:
+        """Adds up the token counts of all ranks on every rank."""
+        counted = self.run.experts
+        tokens = sum_counts(self.run.ranks, f"tokens of {where}", map(counted.tokens, experts))
         for module, total in zip(experts, tokens, strict=True):
             counted.count(module, total)
+
+    def _top_up(self, experts: LinearExperts2D, where: str) -> dict[int, int]:
+        """Shows experts that are short of tokens the tokens that the router ranks next for them. Returns expert number ->
+        tokens added on all ranks."""
+        run, top_up = self.run, self.run.experts.top_up
+        if top_up is None:
+            return {}
+        offers = run.ranks.all_gather(f"candidates of {where}", top_up.ranks(experts))
+        if run.ranks.any(f"ranking of {where}", top_up.is_unranked(experts)):
+            run.tell(
+                "log", level="warning", message=f"{where}: no ranking of tokens chooses its experts (as in hash-routed "
+                f"layers), so none is topped up; with fewer than {top_up.wanted} tokens they take the largest inputs of peers"
+            )  # fmt: skip
+        shown, added = top_up.choose(experts, run.experts.tokens(experts), offers, run.ranks.rank)
+        for number, tokens in shown.items():
+            run.experts.show(experts, number, tokens)
+        return added
 
     def _hand_over(self, result: BlockResult) -> None:
         if result.block is not None or result.modules:
@@ -270,7 +293,7 @@ class Walk:
         self.run.tell(
             "block", block=result.block, blocks=result.blocks, name=result.name, modules=len(result.modules),
             seconds=round(result.seconds, 3), peak_rss=result.peak_rss, parity=result.parity,
-            tokens_per_expert=result.tokens_per_expert, filled_experts=result.filled_experts,
+            tokens_per_expert=result.tokens_per_expert, topped_up=result.topped_up, filled_experts=result.filled_experts,
         )  # fmt: skip
 
     def _repeat(self, part: Part) -> None:
@@ -335,6 +358,8 @@ class Walk:
 
         for batch in range(len(self.cache)):
             active_session().state.current_batch_idx = batch
+            if self.run.experts.top_up is not None:
+                self.run.experts.top_up.enter_batch(batch)
             inputs = self.cache.fetch(batch, subgraph.input_names)
             handle = None if part.block is None else part.block.register_forward_hook(watch, with_kwargs=True)
             outputs = subgraph.forward(self.run.source.model, **inputs)
@@ -375,13 +400,18 @@ class Walk:
             f"or Inf is {first or name}; the source overflows in BF16 on this text, or is damaged"
         )
 
-    def _fill(self, experts: list[LinearExperts2D]) -> list[int]:
+    def _fill(self, experts: list[LinearExperts2D], added: list[dict[int, int]]) -> list[int]:
         for module in experts:
             fill_dead_experts(module)
         if get_calibrate_all_experts_flag():
             return []
-        least = self.run.min_tokens_per_expert
-        return [n for module in experts for n in fill_from_peers(module, self.run.experts.tokens(module), least)]
+        filled = []
+        for module, more in zip(experts, added, strict=True):
+            tokens, least = self.run.experts.tokens(module), self.run.min_tokens_per_expert
+            if self.run.experts.top_up is not None:
+                least = self.run.experts.top_up.least
+            filled += fill_from_peers(module, {n: count + more.get(n, 0) for n, count in tokens.items()}, least)
+        return filled
 
     @staticmethod
     def _round_to_nearest(quantized: dict[str, nn.Module]) -> list[str]:

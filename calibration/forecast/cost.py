@@ -30,12 +30,13 @@ _BESIDE = 24
 class Product:
     """A matrix product of a block: `[tokens * share, columns] x [columns, rows]`. `share` is below 1 if only routed
     tokens enter (the mean over the experts). `use`: gate or up of a routed expert, all of which read one input; its
-    down; any other layer."""
+    down; any other layer. `observed` is the share of the tokens whose input is observed."""
 
     rows: int
     columns: int
     share: float = 1.0
     use: Literal["expert gate", "expert down", "layer"] = "layer"
+    observed: float = 1.0
 
     @property
     def operations(self) -> float:
@@ -79,13 +80,13 @@ def products(
     shapes: Mapping[str, Sequence[int]],
     config: Mapping[str, Any],
     everything: bool = False,
-    all_experts: bool = True,
+    shown: float = 1.0,
 ) -> dict[int, Counter[Product]]:
     """Block number -> its matrix products, from weight shapes by source tensor name.
 
-    With `all_experts` every token passes gate and up of every routed expert, but down only of the experts it is routed
-    to, or of all with `everything` (stock llm-compressor). Routers and modules that are not linear layers are not
-    counted.
+    `shown` is the share of the tokens that gate and up of every routed expert see at least: 1 with `experts: all`. Down
+    sees only the tokens that are routed to its expert, or all with `everything` (stock llm-compressor). Routers and
+    modules that are not linear layers are not counted.
     """
     layers: dict[int, Counter[Product]] = {}
     gated = {leaf for group in family.fused_leaves for leaf in group}
@@ -103,11 +104,12 @@ def products(
     for block, sizes in routed.items():
         experts = sum(count for (_, _, gate), count in sizes.items() if not gate)
         share = min(chosen / max(experts, 1), 1.0)
+        seen = 1.0 if everything else max(share, shown)
         for (rows, columns, gate), count in sizes.items():
             product = (
-                Product(rows, columns, 1.0 if everything or all_experts else share, "expert gate")
+                Product(rows, columns, seen, "expert gate", seen)
                 if gate
-                else Product(rows, columns, 1.0 if everything else share, "expert down")
+                else Product(rows, columns, 1.0 if everything else share, "expert down", seen)
             )
             layers.setdefault(block, Counter())[product] += count
     return layers
@@ -120,11 +122,11 @@ def attention(config: Mapping[str, Any]) -> tuple[int, int]:
     return heads, int(config.get("head_dim") or (int(config.get("hidden_size") or 0) // heads if heads else 0))
 
 
-def block_costs(plan: Plan, formats: Formats, all_experts: bool = True) -> list[BlockCost]:
-    """The cost of every block of a plan in order, then (number None) of the rest; `all_experts` as in `products`."""
+def block_costs(plan: Plan, formats: Formats, shown: float = 1.0) -> list[BlockCost]:
+    """The cost of every block of a plan in order, then (number None) of the rest; `shown` as in `products`."""
     checkpoint, family = formats.checkpoint, plan.family
     weights = {name: formats.of(name).shape for name in checkpoint.tensors if name not in formats.companions}
-    per_block = products(family, weights, checkpoint.config, all_experts=all_experts)
+    per_block = products(family, weights, checkpoint.config, shown=shown)
     costs: dict[int | None, dict[str, Any]] = {
         number: {"reads": Counter(), "values": 0, "quantized": 0, "modules": 0, "written": 0}
         for number in (*plan.block_numbers, None)
@@ -173,6 +175,14 @@ def nominal_shapes(recipe: Recipe) -> list[tuple[int, int]]:
         return []
     full, rest = divmod(data.num_samples, data.batch_size)
     return [(data.batch_size, data.max_seq_length)] * full + ([(rest, data.max_seq_length)] if rest else [])
+
+
+def shown_share(recipe: Recipe, tokens: int) -> float:
+    """The share of a calibration's `tokens` that every routed expert is shown at least."""
+    data = recipe.calibration
+    if data is None or data.experts == "all":
+        return 1.0
+    return min(data.topped_up / max(tokens, 1), 1.0) if data.topped_up else 0.0
 
 
 def needs(task: Task) -> dict[str, int]:

@@ -22,6 +22,7 @@ from calibration.forecast.cost import (
     boundary_bytes,
     hidden_width,
     nominal_shapes,
+    shown_share,
 )
 from calibration.forecast.speed import ASSUMED_WRITE, Machine, Spent
 from calibration.plan.task import Task
@@ -65,8 +66,8 @@ def predict(
     else:
         notes.append(f"writing measured: {1e-6 / max(machine.write.clock, 1e-12):,.0f} MB/s")
     notes.append(f"reading measured: {1e-6 / max(machine.read.clock, 1e-12):,.0f} MB/s")
-    data = task.recipe.calibration
-    every = block_costs(task.plan, task.formats, data is None or data.all_experts)
+    tokens = sum(n * t for n, t in seen.shapes or nominal_shapes(task.recipe))
+    every = block_costs(task.plan, task.formats, shown_share(task.recipe, tokens))
     costs = [cost for cost in every if cost.number not in finished or cost.number is None]
     if task.recipe.method == "calibrate":
         if seen.shapes is None:
@@ -119,8 +120,11 @@ class _Calibration:
             terms["load"] += known.load if known else load
             count = largest[0] * largest[1]
             for product, equal in cost.products.items():
-                if product.use != "expert gate":  # all have one input, which is observed once
-                    terms["observe"] += machine.observe(count, product.columns) * (equal * passed)
+                # Gate and up of an expert have one input, and so have those of all experts that see all tokens.
+                inputs = equal if product.use != "expert gate" else equal / 2 if product.observed < 1 else 0
+                if inputs:
+                    rows = max(round(count * product.observed), 1)
+                    terms["observe"] += machine.observe(rows, product.columns) * (inputs * passed)
             # The model's own forward reuses the outputs of the traced forward's experts for the same input.
             times = passed + again * cost.outside_experts(largest[1])
             if known:

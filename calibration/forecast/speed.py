@@ -125,9 +125,10 @@ class Machine:
         )
 
     def _expert(self, down: Product, tokens: int) -> Spent:
-        """The time of an expert on a batch of `tokens` besides its products: activation of all tokens, and gathering,
-        weighting and adding up the rows that are routed to it."""
-        gate = torch.randn(tokens, down.columns, dtype=torch.bfloat16, device=self.device)
+        """The time of an expert on a batch of `tokens` besides its products: activation of all tokens that it sees, and
+        gathering, weighting and adding up the rows that are routed to it."""
+        seen = max(round(tokens * down.observed), 1)
+        gate = torch.randn(seen, down.columns, dtype=torch.bfloat16, device=self.device)
         output = torch.zeros(tokens, down.rows, dtype=torch.bfloat16, device=self.device)
         routed = torch.arange(max(round(tokens * down.share), 1), device=self.device)
         weights = torch.ones(len(routed), 1, dtype=torch.bfloat16, device=self.device)

@@ -40,8 +40,13 @@ def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:
     number gives the same bytes. Raises SourceError if a file of the source cannot be read."""
     source = task.source
     settings = task.recipe.model_dump(mode="json", exclude=_WITHOUT_EFFECT)
-    if task.recipe.calibration and task.recipe.calibration.input_headroom == 1:
-        del settings["calibration"]["input_headroom"]  # runs from before this key existed can still resume
+    if task.recipe.calibration:
+        # Runs from before these keys existed can still resume.
+        if task.recipe.calibration.input_headroom == 1:
+            del settings["calibration"]["input_headroom"]
+        settings["calibration"]["all_experts"] = task.recipe.calibration.experts == "all"
+        if not task.recipe.calibration.topped_up:
+            del settings["calibration"]["experts"]
     try:
         tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
         files = _source_digest(source)

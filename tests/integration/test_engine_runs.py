@@ -17,7 +17,18 @@ from calibration.engine.activations import ActivationCache
 from calibration.engine.oneshot import resolved_targets
 from calibration.engine.walk import BlockResult
 from recipes.errors import RecipeError, SourceError, WorkflowError
-from tests.integration.engine_runs import TARGETS, batches, differing, family, ours, recipe, skeleton
+from tests.integration.engine_runs import (
+    TARGETS,
+    Run,
+    batches,
+    differing,
+    even_products,
+    family,
+    loader,
+    ours,
+    recipe,
+    skeleton,
+)
 
 
 def groups(name: str) -> dict[str, Any]:
@@ -107,6 +118,43 @@ def test_all_experts_gives_more_than_routed_tokens() -> None:
     assert any(everything.scales[name] < some.scales[name] for name in down)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "bf16"])
+def test_topped_up_calibrates_every_expert_whatever_the_batches(name: str) -> None:
+    """With N at least as large as the calibration, every expert sees every token, as with `all`; with few tokens the
+    scales lie between those of routed and all. The outputs of a block are the model's own in any case."""
+
+    def run(experts: Any, size: int = 1, backwards: bool = False) -> Run:
+        data = list(batches(count=8, size=1, tokens=24))
+        data = data[::-1] if backwards else data
+        joined = [
+            {key: torch.cat([d[key] for d in data[at : at + size]]) for key in data[0]} for at in range(0, 8, size)
+        ]
+        calibration = {"dataset": "bundled", "experts": experts}
+        return ours(recipe(name, calibration=calibration), skeleton(name), loader(joined))
+
+    every, routed, few = run("all"), run("routed"), run({"topped_up": 100})
+    if not even_products(every):
+        pytest.skip("products depend on the number of rows here: outputs of blocks are not the same bits")
+    assert every.summary.tokens_per_expert == few.summary.tokens_per_expert == routed.summary.tokens_per_expert
+    assert differing(few.scales, run({"topped_up": 100}, 4).scales) == []
+    assert differing(few.scales, run({"topped_up": 100}, 2, True).scales) == []
+    hashed = {number for number in (0, 1, 2) if any(f"block {number} " in e.get("message", "") for e in few.events)}
+    for result, less in zip(few.results, routed.results, strict=True):
+        tokens, added = result.tokens_per_expert, result.topped_up
+        starving = [number for number, count in tokens.items() if count < 100]
+        if result.block in hashed:
+            assert result.filled_experts == starving and not added
+            continue
+        assert added == {number: 100 - tokens[number] for number in starving} and not result.filled_experts
+        for scale in every.scales:
+            expert = re.search(rf"{re.escape(result.name)}\..*experts\.(\d+)\.(w2|down_proj)\.input_global", scale)
+            if expert and int(expert[1]) not in less.filled_experts:
+                assert every.scales[scale] <= few.scales[scale] <= routed.scales[scale]
+    assert few.summary.topped_up and bool(hashed) == (name == "bf16")
+    if not hashed:
+        assert differing(every.scales, run({"topped_up": 1000}).scales) == []
+
+
 def test_an_observer_that_saw_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stock llm-compressor logs a warning and writes an uninitialised scale."""
     monkeypatch.setattr(sequential, "fill_from_peers", lambda *_: [])
@@ -165,6 +213,14 @@ def test_gptq_rounds_experts_without_tokens_to_nearest_and_says_so() -> None:
         unseen = {number for number, count in result.tokens_per_expert.items() if not count}
         assert {int(re.findall(r"experts\.(\d+)", name)[0]) for name in result.rounded_to_nearest} == unseen
     assert run.summary.rounded_to_nearest
+
+
+def test_gptq_corrects_topped_up_experts_too() -> None:
+    """Their further tokens enter the Hessians, in an order that batches do not change."""
+    calibration = {"dataset": "bundled", "experts": {"topped_up": 16}}
+    chosen = recipe("qwen3_moe", [{"GPTQModifier": groups("qwen3_moe")}], calibration=calibration)
+    run = ours(chosen, skeleton("qwen3_moe"), batches(count=1, size=1, tokens=12))
+    assert run.summary.topped_up and not run.summary.rounded_to_nearest
 
 
 def test_spilled_activations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,12 +67,13 @@ def test_qwen3_moe(case: Case, attempt: Attempt) -> None:
     assert [line["block"] for line in attempt.journal()] == [0, 1, 2]
 
 
-def test_routed_tokens_only(root: Path, case: Case) -> None:
-    """Experts that saw nothing on one rank, or on both, take what the others saw on either."""
-    calibration = case.body["calibration"] | {
-        "all_experts": False, "min_tokens_per_expert": 6, "max_seq_length": 4, "batch_size": 1
-    }  # fmt: skip
-    routed = Case(root / "routed", root / "qwen3_moe", "QuantizationModifier", TARGETS, calibration)
+@pytest.mark.parametrize("experts", ["routed", "topped_up"])
+def test_routed_tokens_only(root: Path, case: Case, experts: str) -> None:
+    """Experts that saw nothing on one rank, or on both, take what the others saw on either, or are topped up with the best
+    candidates of all ranks."""
+    mode = {"experts": {"topped_up": 6}} if experts == "topped_up" else {"experts": experts, "min_tokens_per_expert": 6}
+    calibration = case.body["calibration"] | mode | {"max_seq_length": 4, "batch_size": 1}
+    routed = Case(root / experts, root / "qwen3_moe", "QuantizationModifier", TARGETS, calibration)
     counts = [line["result"]["tokens_per_expert"].values() for line in routed.reference.journal()]
     # With two tokens for three ranks one of them saw nothing.
     assert min(map(min, counts)) == 0 and any(0 < count < 3 for block in counts for count in block)
@@ -81,8 +82,9 @@ def test_routed_tokens_only(root: Path, case: Case) -> None:
         assert go(attempt, size) == [0] * size, attempt.text
         same(attempt, routed)
         for mine, one in zip(attempt.journal(), routed.reference.journal(), strict=True):
-            for key in ("tokens_per_expert", "filled_experts", "modules", "parity"):
+            for key in ("tokens_per_expert", "topped_up", "filled_experts", "modules", "parity"):
                 assert mine["result"][key] == one["result"][key]
+            assert bool(mine["result"]["topped_up"]) == (experts == "topped_up")
 
 
 @pytest.mark.parametrize("all_experts", [True, False])

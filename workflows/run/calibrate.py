@@ -113,6 +113,8 @@ def _calibrate(run: Run, data: CalibrationData, blocks: _Blocks) -> CalibrationS
 def _say_end(run: Run, data: CalibrationData, summary: CalibrationSummary, exact: dict[str, bool]) -> None:
     counts = [count for block in summary.tokens_per_expert.values() for count in block.values()]
     seen = f"min {min(counts)}, median {statistics.median(counts):.0f}" if counts else "no routed experts"
+    if more := [count for block in summary.topped_up.values() for count in block.values()]:
+        seen += f"; {len(more)} of {len(counts)} experts topped up with {sum(more)} tokens"
     if exact:
         kept = sum(exact.values())
         run.reporter.say(f"MXFP4 weights: {kept} keep their values, {len(exact) - kept} are requantized")
@@ -147,6 +149,7 @@ class _Blocks:
             "export_seconds": round(time.monotonic() - started, 2),
             "modules": len(inside),
             "tokens_per_expert": result.tokens_per_expert,
+            "topped_up": result.topped_up,
             "filled_experts": result.filled_experts,
             "worst_error": max(errors.values(), default=None),
             "exact_weights": sum(self.exporter.exact.get(name, False) for name in inside),

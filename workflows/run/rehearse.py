@@ -145,7 +145,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
             data = prepared.data
             if model is not None and data is not None:
                 prepared.rehearsal = attempts.of(
-                    lambda: rehearse_blocks(model, data.batches, options.all_experts, Path(folder))
+                    lambda: rehearse_blocks(model, data.batches, options.experts == "all", Path(folder))
                 )
                 prepared.model = model
     if prepared.data is None:

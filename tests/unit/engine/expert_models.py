@@ -10,10 +10,13 @@ from compressed_tensors.quantization.lifecycle.initialize import initialize_modu
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.quantization.calibration import calibrate_input_hook, initialize_observer
+from llmcompressor.observers import Observer
 from torch import nn
 from transformers import DeepseekV4Config, MixtralConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from calibration.model.weight_buffer import WeightBuffer
 
 EXPERTS, HIDDEN, TOP_K = 8, 64, 3
 
@@ -64,3 +67,21 @@ def batches(count: int = 3, tokens: int = 50) -> list[tuple[torch.Tensor, torch.
         weights[3, 1:] = 0  # equal sums in any order, where an expert is chosen more than once
         made.append((hidden, index, weights))
     return made
+
+
+def statistics(experts: LinearExperts2D) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, module in experts.named_modules()
+        if isinstance(module, Observer) and module.has_statistics
+        for key, value in module.get_statistics().items()
+    }
+
+
+def side_by_side(experts: LinearExperts2D) -> LinearExperts2D:
+    """The same experts with their weights in one room, in the order in which SourceModel reads them."""
+    linears = [getattr(experts[n], f"{leaf}_proj") for n in range(EXPERTS) for leaf in ("gate", "up", "down")]
+    buffer = WeightBuffer(torch.device("cpu"), [linear.weight for linear in linears])
+    for linear in linears:
+        linear.weight.data = buffer.take(linear.weight).copy_(linear.weight)
+    return experts

@@ -16,17 +16,16 @@ from transformers import Llama4TextConfig
 
 from calibration.engine.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
 from calibration.engine.stacked_experts import Stack
-from calibration.model.weight_buffer import WeightBuffer
-from tests.unit.engine.expert_models import EXPERTS, HIDDEN, TOP_K, batches, make_experts, watch
-
-
-def statistics(experts: LinearExperts2D) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}.{key}": value
-        for name, module in experts.named_modules()
-        if isinstance(module, Observer) and module.has_statistics
-        for key, value in module.get_statistics().items()
-    }
+from tests.unit.engine.expert_models import (
+    EXPERTS,
+    HIDDEN,
+    TOP_K,
+    batches,
+    make_experts,
+    side_by_side,
+    statistics,
+    watch,
+)
 
 
 def run(
@@ -99,15 +98,6 @@ def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr("calibration.engine.stacked_experts.CHUNK", 2 * 50 * 2 * 96 * 2)
     monkeypatch.setattr(nn.functional, "grouped_mm", lambda *a, **k: calls.append(a[1].shape[0]) or product(*a, **k))
     return calls
-
-
-def side_by_side(experts: LinearExperts2D) -> LinearExperts2D:
-    """The same experts with their weights in one room, in the order in which SourceModel reads them."""
-    linears = [getattr(experts[n], f"{leaf}_proj") for n in range(EXPERTS) for leaf in ("gate", "up", "down")]
-    buffer = WeightBuffer(torch.device("cpu"), [linear.weight for linear in linears])
-    for linear in linears:
-        linear.weight.data = buffer.take(linear.weight).copy_(linear.weight)
-    return experts
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "deepseek_v4"])
