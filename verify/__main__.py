@@ -17,12 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from calibration.checkpoint.files import is_directory
+from calibration.checkpoint.files import is_directory, write_json
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.registry import open_source
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
+from calibration.plan.task import Task
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside
@@ -31,6 +32,8 @@ from recipes.streams import exit_with, printed
 from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.known import Known
 from verify.levels import Settings, print_samples, verify_levels
+from verify.proof.prove import Proof, prove
+from verify.proof.statistics import recorded_statistics
 from verify.report.facts import Facts
 from verify.report.page import Report
 from verify.report.summary import print_quality, print_verdict
@@ -50,7 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
         help="the recipe it was made with, for plan, thresholds, data and trust (default: the plan alone, from the "
         "checkpoint's own recipe.yaml)",
     )  # fmt: skip
-    parser.add_argument("--level", choices=LEVELS, default="serving", help="check up to this level (default: serving)")
+    parser.add_argument(
+        "--level", choices=LEVELS, help="check up to this level (default: serving; with --prove: structure)"
+    )
+    parser.add_argument(
+        "--prove", action="store_true",
+        help="derive every byte again from --source and the recipe, without calibrating, and name those that differ",
+    )  # fmt: skip
+    parser.add_argument(
+        "--provenance", type=Path, metavar="FILE",
+        help="provenance.json of the run, for its calibrated input scales (default: that of the run directory, if it is there)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--statement", type=Path, metavar="FILE", help="write there what --prove states, as an in-toto statement (JSON)"
+    )
     parser.add_argument(
         "--python", help="interpreter of the vLLM environment (default: that of --recipe, or .venv-vllm)"
     )
@@ -66,8 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         _require_apart(options)
+        _require_provable(options)
         granted = Granted(options.python, options.trust_remote_code, options.logs)
-        checks, facts = verify(options.checkpoint, options.source, options.recipe, options.level, granted)
+        level = options.level or ("structure" if options.prove else "serving")
+        checks, facts = verify(options.checkpoint, options.source, options.recipe, level, granted)
+        if options.prove:
+            proof = prove_checkpoint(options.checkpoint, options.source, options.recipe, options.provenance)
+            checks = [*checks, *proof.checks]
+            if options.statement is not None:
+                write_json(options.statement, proof.statement)
         if options.html is not None:
             write_page(options.html, Report(options.checkpoint.name, checks, measured=facts))
         if options.json:
@@ -92,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _require_apart(options: argparse.Namespace) -> None:
     """Raises RecipeError if a page or logs would be written into a checkpoint."""
-    written = [(name, path) for name, path in (("--html", options.html), ("--logs", options.logs)) if path is not None]
+    places = {"--html": options.html, "--logs": options.logs, "--statement": options.statement}
+    written = [(name, path) for name, path in places.items() if path is not None]
     read = [path for path in (options.checkpoint, options.source) if path is not None]
     problems = [
         f"{name}: {path} lies inside the checkpoint {place}, which is only read; name another place"
@@ -102,6 +126,15 @@ def _require_apart(options: argparse.Namespace) -> None:
     ]
     if problems:
         raise RecipeError(problems)
+
+
+def _require_provable(options: argparse.Namespace) -> None:
+    """Raises RecipeError if the options of a proof are not all there, or there without it."""
+    if options.prove and options.source is None:
+        raise RecipeError("--prove: needs --source, the checkpoint that it was made from")
+    alone = [name for name in ("provenance", "statement") if getattr(options, name) is not None and not options.prove]
+    if alone:
+        raise RecipeError(f"--{alone[0]}: belongs to --prove; add it")
 
 
 def write_page(path: Path, report: Report) -> None:
@@ -161,6 +194,19 @@ def verify(
         samples=result.get("samples", []),
     )
     return own + checks, facts
+
+
+def prove_checkpoint(checkpoint: Path, source: Path, recipe: Path | None, provenance: Path | None = None) -> Proof:
+    """The proof of a checkpoint by the recipe that the caller names, or else by its own recipe.yaml, which only says what to
+    derive. Raises RecipeError if there is neither, and for one that makes no plan of the source."""
+    path = recipe or checkpoint / "recipe.yaml"
+    remedy = "name the recipe that it was made with by --recipe"
+    if recipe is None and not path.exists():
+        raise RecipeError(f"--prove: {checkpoint} holds no recipe.yaml, which says what to derive; {remedy}")
+    if recipe is None and not {"source", "output"} <= read_yaml(path)[1].keys():
+        raise RecipeError(f"--prove: {path}: is no recipe of this project; {remedy}")
+    task = Task.open(load_recipe(path), source)
+    return prove(checkpoint, task, recorded_statistics(checkpoint, provenance))
 
 
 def _tensor_bytes(checkpoint: Path) -> int | None:

@@ -10,13 +10,15 @@ from recipes.errors import collapsed
 
 Verdict = Literal["PASS", "FAIL", "WARN", "UNCHECKED"]
 LEVELS = ("structure", "fidelity", "serving")
+#: The level of a proof, which is only there if it was asked for.
+PROOF = "proof"
 #: The verdicts, worst first.
 SEVERITY: tuple[Verdict, ...] = ("FAIL", "UNCHECKED", "WARN", "PASS")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check. `id` is `<level>.<name>` with level structure, fidelity or serving; `what` says what it proves,
+    """One check. `id` is `<level>.<name>` with level structure, fidelity, serving or proof; `what` says what it proves,
     `figure` and `threshold` are text for people, `how` says how the figure was obtained. UNCHECKED means that nothing
     was proven; it is never a PASS."""
 
@@ -46,8 +48,10 @@ def unchecked(id: str, what: str, why: str) -> Check:
 
 def level_verdicts(checks: Sequence[Check]) -> dict[str, Verdict]:
     """Level -> its verdict: FAIL if one of its checks failed, UNCHECKED if it has no checks or one is unchecked, else
-    WARN or PASS. A level is the part of a check's id before the first dot."""
-    return {level: _worst(c.verdict for c in checks if c.id.split(".")[0] == level) for level in LEVELS}
+    WARN or PASS. A level is the part of a check's id before the first dot; a proof is only listed if there is one."""
+    found = [(check.id.split(".")[0], check.verdict) for check in checks]
+    levels = (*LEVELS, *((PROOF,) if any(level == PROOF for level, _ in found) else ()))
+    return {level: _worst(verdict for named, verdict in found if named == level) for level in levels}
 
 
 def overall(checks: Sequence[Check]) -> Verdict:

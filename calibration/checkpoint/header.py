@@ -118,6 +118,18 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     characters, an unknown dtype, a shape that does not fit its offsets, overlapping or gapped offsets, missing or extra
     bytes at the end.
     """
+    raw, size = _raw_header(path)
+    return parse_header(path, raw, size)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """`__metadata__` of one safetensors file whose header `read_header` accepts. Raises SourceError as it does."""
+    metadata: dict[str, str] = parse_json(_raw_header(path)[0], str(path)).get("__metadata__", {})
+    return metadata
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """The JSON of a header, and the file's size."""
     with open_regular(path, "copy or download the shard again") as file:
         try:
             size = os.fstat(file.fileno()).st_size
@@ -131,7 +143,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
             raw = file.read(length)
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}; check the path and the permissions") from None
-    return parse_header(path, raw, size)
+    return raw, size
 
 
 def parse_header(path: Path, raw: bytes, size: int) -> dict[str, TensorHeader]:

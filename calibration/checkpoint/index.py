@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from calibration.checkpoint.files import MissingFile, is_directory, is_file, open_regular, read_json_object
@@ -134,21 +135,32 @@ class Checkpoint:
         self._fill(name, memoryview(data))
         return data
 
-    def _fill(self, name: str, target: memoryview) -> None:
+    def read_span(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """Bytes [begin, end) of tensor `name`, counted from its first one; a tensor with a layout is read as a whole for each
+        call. Raises SourceError as `read`."""
+        data = np.empty(end - begin, np.uint8)
+        if self.header(name).layout is not None:
+            data[:] = np.frombuffer(self.read_bytes(name), np.uint8)[begin:end]
+        elif end > begin:
+            self._fill(name, data.data, begin)
+        return data
+
+    def _fill(self, name: str, target: memoryview, offset: int = 0) -> None:
         layout = self.header(name).layout
         if layout is None:
-            self._read_bytes(name, target)
+            self._read_bytes(name, target, offset)
             return
         matrix = np.empty(self.header(name).end - self.header(name).begin, np.uint8)
         self._read_bytes(name, matrix.data)
         target[:] = layout.take(matrix, DTYPE_BYTES[self.header(name).dtype]).reshape(-1).data
 
-    def _read_bytes(self, name: str, target: memoryview) -> None:
-        """Reads the bytes from the header's `begin` on."""
+    def _read_bytes(self, name: str, target: memoryview, offset: int = 0) -> None:
+        """Reads the bytes from `offset` after the header's `begin` on."""
         header, path, got = self.header(name), self.path(name), 0
+        begin = header.begin + offset
         with open_regular(path, f"{name} is in it; is the source whole?") as file:
             try:
-                while got < len(target) and (count := os.preadv(file.fileno(), [target[got:]], header.begin + got)):
+                while got < len(target) and (count := os.preadv(file.fileno(), [target[got:]], begin + got)):
                     got += count
                 state = _state(os.fstat(file.fileno()))
             except OSError as error:

@@ -55,6 +55,15 @@ class Stripe:
     moved: torch.Tensor | None = None
     companions: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, stored: StoredFormat, dtype: str, codes: Bytes, companions: dict[str, torch.Tensor]) -> Stripe:
+        """The stripe of `codes` and its scale companions as stored, by role, cut to the stripe's rows."""
+        if stored.kind == "fp8_tiles":
+            return cls(stored, dtype, codes, np.ascontiguousarray(companions["tile_scale"].to(torch.float32).numpy()))
+        if stored.kind == "mxfp4":
+            return cls(stored, dtype, codes, companions["group_scale"].view(torch.uint8).numpy())
+        return cls(stored, dtype, codes, companions=companions)
+
     @property
     def rows(self) -> int:
         return int(self.codes.shape[0])

@@ -78,6 +78,22 @@ def _pack_compiled(weight: torch.Tensor, effective: torch.Tensor, packed: torch.
     return float((sums[0] / max(sums[1], 1e-300)) ** 0.5)
 
 
+def observed_global_scale(amax: torch.Tensor) -> torch.Tensor:
+    """The weight global scale float32 `[1]` that compressed-tensors computes (generate_gparam) for the largest magnitude `[1]`
+    of a fused group, in the dtype of `amax`: that of the weight in the model."""
+    scale = RANGE / amax.clamp(min=torch.finfo(amax.dtype).tiny)
+    return torch.nan_to_num(scale, nan=1.0, posinf=1.0, neginf=1.0).to(torch.float32)
+
+
+def observed_group_scales(weight: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """The group scales float8_e4m3fn `[M, K/16]` that compressed-tensors computes (calculate_qparams) from the extremes of
+    every group of a weight `[M, K]`; `global_scale` float32 `[1]`. Magnitudes and their sixths have the weight's dtype."""
+    largest = weight.reshape(weight.shape[0], -1, GROUP).abs().amax(-1)
+    scale = global_scale * (largest / torch.tensor(E2M1[7], dtype=weight.dtype, device=weight.device))
+    rounded = scale.clamp(max=RANGE / E2M1[7]).to(torch.float8_e4m3fn)
+    return torch.where(rounded.to(torch.float32) == 0, torch.tensor(0.125), rounded.to(torch.float32)).to(rounded.dtype)
+
+
 def unpack(packed: torch.Tensor) -> torch.Tensor:
     """uint8 `[M, K/2]` -> the E2M1 values as float32 `[M, K]`."""
     values = torch.tensor(E2M1, dtype=torch.float32, device=packed.device)

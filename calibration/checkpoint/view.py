@@ -19,8 +19,8 @@ class _Respelled(Checkpoint):
         super().__init__(stored.directory, stored.config, tensors, stored.shards, stored.state)
         self.inverted = inverted
 
-    def _fill(self, name: str, target: memoryview) -> None:
-        super()._fill(name, target)
+    def _fill(self, name: str, target: memoryview, offset: int = 0) -> None:
+        super()._fill(name, target, offset)
         if name in self.inverted:
             target[:] = memoryview(inverse(np.frombuffer(target, np.float32)[0]).tobytes())
 

@@ -18,14 +18,13 @@ from calibration.checkpoint.header import DTYPE_BYTES, TensorHeader
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.nvfp4 import RANGE
-from calibration.convert.inverted import invert_scales
+from calibration.checkpoint.tiles import TILE, quantize_tiles
 from calibration.convert.layout import Job, Piece
+from calibration.plan.inverted import invert_scales
 from calibration.plan.plan import Step
 from calibration.plan.schemes import FP8_BLOCK
 from calibration.plan.task import Task
 from recipes.errors import Interrupted, SourceError
-
-_E4M3_MAX = 448.0
 
 
 @dataclass
@@ -142,15 +141,8 @@ class Work:
         stored = self.formats.of(piece.step.source)
         dtype = self.formats.checkpoint.header(piece.step.source).dtype
         codes = self._stored(piece, "weight", data).reshape(piece.end - piece.begin, -1)
-        stripe = Stripe(stored, dtype, codes)
-        if stored.kind == "fp8_tiles":
-            grid = self._companion(piece, "tile_scale", data).to(torch.float32)
-            stripe.scales = np.ascontiguousarray(grid.numpy())
-        elif stored.kind == "mxfp4":
-            stripe.scales = self._stored(piece, "group_scale", data).reshape(codes.shape[0], -1)
-        else:
-            stripe.companions = {r: self._companion(piece, r, data) for r in piece.extents if r != "weight"}
-        return stripe
+        companions = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}
+        return Stripe.of(stored, dtype, codes, companions)
 
     def _header(self, piece: Piece, role: str) -> TensorHeader:
         source = piece.step.source
@@ -212,7 +204,7 @@ class Work:
         row, scale_row = weight.nbytes // weight.shape[0], scales.nbytes // scales.shape[0]
         packed = target[: rows * row].reshape(rows, row)
         if self.plan.groups[str(step.group)] is FP8_BLOCK:
-            first, last = piece.begin // 128, -(-piece.end // 128)
+            first, last = piece.begin // TILE, -(-piece.end // TILE)
         else:
             first, last = piece.begin, piece.end
         if piece.inline:
@@ -265,22 +257,12 @@ class Work:
 
 
 def _quantize_tiles(stripe: Stripe, codes: Bytes, scales: Bytes) -> None:
-    """FP8_BLOCK: E4M3 codes and a float32 scale per 128x128 tile, as compressed-tensors computes them."""
-    # Imported late: it takes a second, and few recipes need it.
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.utils import calculate_qparams
-
+    """FP8_BLOCK: E4M3 codes and a float32 scale per 128x128 tile."""
     kernels.check_scales(stripe)
-    weights = QuantizationArgs(**FP8_BLOCK.weights)
     for begin, values in kernels.parts(stripe):
-        rows, columns = values.shape
         if not is_finite(values):
             raise kernels.NotFinite("holds NaN or Inf, or its values overflow float32")
-        padded = torch.nn.functional.pad(values, (0, -columns % 128, 0, -rows % 128))
-        tiles = padded.reshape(padded.shape[0] // 128, 128, -1, 128)
-        grid = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), weights)[0].to(torch.float32)
-        quantized = (tiles / grid[:, None, :, None]).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-        quantized = quantized.reshape(padded.shape)[:rows, :columns].contiguous()
-        codes[begin : begin + rows] = quantized.view(torch.uint8).cpu().numpy()
-        first = begin // 128
+        quantized, grid = quantize_tiles(values)
+        codes[begin : begin + len(values)] = quantized.view(torch.uint8).cpu().numpy()
+        first = begin // TILE
         scales[first : first + len(grid)] = grid.contiguous().view(torch.uint8).cpu().numpy().reshape(len(grid), -1)

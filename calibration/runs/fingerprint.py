@@ -6,8 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,12 @@ from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from calibration.checkpoint.side_files import TOKENIZER_FILES
 from calibration.plan.task import Task
+from calibration.plan.versions import versions
 from recipes.errors import EnvironmentProblem, SourceError
 
-#: Packages, including this one, whose arithmetic or file format the output depends on.
-PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "nvfp4-workflows")
 #: The parts of a recipe that do not affect what the calibrate stage computes.
 _WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"}}
 _SAMPLE_BYTES = 1 << 16
-
-
-def versions() -> dict[str, str]:
-    """The version of each of PACKAGES."""
-    found = dict.fromkeys(PACKAGES, "not installed")
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:

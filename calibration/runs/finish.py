@@ -5,12 +5,9 @@ from __future__ import annotations
 import functools
 import shutil
 
-from calibration.checkpoint.dialect import NVIDIA
 from calibration.checkpoint.files import write_json, write_safely, write_text
-from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME
 from calibration.checkpoint.side_files import side_files
-from calibration.plan.nvidia_config import HF_QUANT_CONFIG, nvidia_config
-from calibration.plan.quantization_config import output_config
+from calibration.plan.output_files import planned_files
 from calibration.plan.task import Task
 
 #: The model card; the output has one of its own.
@@ -29,13 +26,7 @@ def finish_output(task: Task, recipe_text: str | None) -> list[str]:
     if recipe_text is not None:
         write_text(output / "recipe.yaml", recipe_text)
         written.append("recipe.yaml")
-    if plan.dialect == NVIDIA.name:
-        write_json(output / HF_QUANT_CONFIG, nvidia_config(plan, source.config)[1])
-        written.append(HF_QUANT_CONFIG)
-    write_json(output / CONFIG_NAME, output_config(plan, source.config))
-    index = {
-        "metadata": {"total_size": plan.output_bytes},
-        "weight_map": dict(sorted(plan.weight_map.items())),
-    }
-    write_json(output / INDEX_NAME, index)
-    return [*written, CONFIG_NAME, INDEX_NAME]
+    planned = planned_files(plan, source.config)
+    for name, content in planned.items():
+        write_json(output / name, content)
+    return [*written, *planned]

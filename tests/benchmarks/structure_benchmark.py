@@ -1,4 +1,4 @@
-"""Speed of the structure check: interleaved rounds against a bare read of the same files, cold page cache.
+"""Speed of the structure check and of the proof: interleaved rounds against a bare read of the same files, cold page cache.
 
     python -m tests.benchmarks.structure_benchmark [--directory DIR] [--gigabytes 2] [--rounds 5]
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from calibration.checkpoint.direct import Buffer, Bytes, digest
 from calibration.checkpoint.index import Checkpoint
+from calibration.plan.task import Task
 from recipes.schema import Recipe
 from tests.benchmarks import fp8_source
 from tests.benchmarks.convert_benchmark import forget
@@ -26,6 +27,7 @@ from tests.benchmarks.convert_once import TARGET
 from tests.converted import run
 from tests.exported import plan_of
 from verify.known import Known
+from verify.proof.prove import prove
 from verify.structure.stream import Judge, Piece, read_all
 from verify.structure.structure import verify_structure
 
@@ -63,11 +65,13 @@ def main() -> None:
         "structure, plan": lambda: verify_structure(output, Known(plan, formats)),
         "structure, plan, CRC-32": lambda: verify_structure(output, Known(plan, formats, crc)),
         "structure, plan, SHA-256": lambda: verify_structure(output, Known(plan, formats, sha)),
+        "proof, with digests of both": lambda: prove(output, Task(recipe, formats, plan)),
     }
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     for _ in range(options.rounds):
         for name, method in methods.items():
             forget(output)
+            forget(source)
             wall, cpu = time.monotonic(), time.process_time()
             method()
             rounds[name].append((time.monotonic() - wall, time.process_time() - cpu))

@@ -15,6 +15,7 @@ from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
 from tests.reference.engine import random_prompts, serve
 from tests.reference.model import decided, logits, reference_model
+from verify.__main__ import prove_checkpoint
 
 TOP1, KL = 0.995, 1e-4
 #: The one case that also scores a text and serves its source.
@@ -51,6 +52,8 @@ def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
         assert_compared(tmp_path / "output.run")
     card = (output / "README.md").read_text()
     assert f"structure PASS, fidelity PASS, serving {verdict}" in card and "serving.w4a4 | PASS" in card
+    proof = {check.id: check.verdict for check in prove_checkpoint(output, tmp_path / "source", None).checks}
+    assert proof.pop("proof.tensors") == proof.pop("proof.files") == "PASS" and "proof.tuned" not in proof, proof
     events = [json.loads(line) for line in (tmp_path / "output.run" / "events.jsonl").read_text().splitlines()]
     blocks = [event for event in events if event["event"] == "block"]
     assert [event["block"] for event in blocks] == list(range(1, blocks[0]["blocks"] + 1))

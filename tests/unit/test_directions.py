@@ -50,9 +50,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "verify/structure": (*KNOWING, "verify/checks", "verify/known"),
     "verify/fidelity": (*KNOWING, "verify/checks", "verify/unseen_text", "calibration/data", "calibration/model"),
     "verify/serving": (*KNOWING, "verify/checks", "verify/unseen_text"),
+    "verify/proof": (*KNOWING, "verify/checks"),
     "verify/report": ("verify/checks",),
     "verify": (
         *KNOWING, "verify/checks", "verify/known", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
+        "verify/proof",
     ),
     "workflows": (*RUNNING, "calibration/convert", "verify/report"),
     "workflows/run": (
@@ -73,7 +75,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 #: Package -> the only folders that may import it. Who checks a plan or a header must not wait seconds for transformers.
 PACKAGES = {
     "llmcompressor": ("calibration/model", "calibration/engine", "calibration/forecast"),
-    "compressed_tensors": ("calibration/model", "calibration/engine", "calibration/forecast", "calibration/convert"),
+    "compressed_tensors": ("calibration/model", "calibration/engine", "calibration/forecast"),
     "transformers": ("calibration/data", "calibration/model", "calibration/families/derived", "verify/structure"),
     "vllm": ("verify/inside_vllm",),
     "submitit": ("workflows/batch/cluster",),

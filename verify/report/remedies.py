@@ -10,6 +10,7 @@ _COPY = "copy what is named from the source"
 _OTHER_WEIGHTS = "is that its source? then make it again (--overwrite)"
 _MORE_TEXT = "calibrate on more text, or on text like the one you serve"
 _KEEP = "calibrate on more text, or quantize fewer modules"
+_REPEAT = "run the recipe again to repeat what data or a search decided"
 _LOG = "read logs/serving.log and docs/troubleshooting.md"
 
 #: Check -> what to do if it says FAIL or WARN.
@@ -64,6 +65,11 @@ REMEDIES: dict[str, str] = {
     "serving.perplexity": _KEEP,
     "serving.draft_head": "try speculation on the device that will serve it",
     "serving.source": _KEEP,
+    "proof.tensors": "it was edited, or made by another recipe: make it again (--overwrite)",
+    "proof.scales": _REPEAT,
+    "proof.tuned": _REPEAT,
+    "proof.input_scales": _REMAKE,
+    "proof.files": "remove or copy again what is named",
 }
 
 #: Check or level -> what to do if it stayed UNCHECKED.
@@ -72,6 +78,10 @@ _UNCHECKED: dict[str, str] = {
     "serving.draft_head": REMEDIES["serving.draft_head"],
     "serving.source": "verify.serving.compare: true, in a run if the source is not BF16",
     "serving.input_scales": "judge it on a device whose kernels know both modes",
+    "proof.scales": _REPEAT,
+    "proof.tuned": _REPEAT,
+    "proof.input_scales": "--provenance FILE of the run; or verify a signature",
+    "proof": "docs/verification.md#proof says what can be derived",
     "structure": "give what is named: --source SOURCE, --recipe RECIPE",
     "fidelity": "repair the structure first, or give --source SOURCE",
     "serving": _LOG,

@@ -9,7 +9,7 @@ import yaml
 
 from calibration.checkpoint.dialect import NVIDIA
 from calibration.plan.task import Task
-from calibration.runs.fingerprint import versions
+from calibration.plan.versions import versions
 from recipes.loader import dump_recipe
 from verify.checks import Check, level_verdicts
 from verify.report.tables import markdown, markdown_text

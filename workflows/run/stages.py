@@ -8,7 +8,7 @@ from typing import Any
 from calibration.checkpoint.files import read_json_or_none, write_json, write_text
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint, changed_shards
 from calibration.forecast.cost import needs
-from calibration.runs.fingerprint import versions
+from calibration.plan.versions import versions
 from calibration.runs.finish import CARD_NAME, finish_output
 from calibration.runs.output import start_over
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError

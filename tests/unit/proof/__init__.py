@@ -1,0 +1,1 @@
+"""Tests of the proof: what is derived again, and what is found."""
