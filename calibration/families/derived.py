@@ -229,7 +229,11 @@ def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[st
     if modules[owner] is model.get_output_embeddings():
         return "head"
     moe = next((name.rpartition(".")[0] for name in experts if owner.startswith(name.rpartition(".")[0] + ".")), None)
-    if moe is not None:
+    if moe is not None and isinstance(modules[moe.rpartition(".")[0]], nn.ModuleList):
+        # The experts are a child of the block itself (gemma4): not all beside them belongs to them.
+        if "router" in type(modules[f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"]).__name__.lower():
+            return ROUTER
+    elif moe is not None:
         child = f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"
         return SHARED if _is_mlp(modules[child]) else ROUTER
     while owner:

@@ -135,8 +135,9 @@ class SourceModel:
         }
 
     def _tensors(self, roots: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, str, torch.Tensor]]:
+        seen = set[nn.Module]()  # a root may lie in another: a block with a parameter of its own, and its children
         for root in roots:
-            for name, module in root.named_modules(prefix=self._names[root]):
+            for name, module in root.named_modules(prefix=self._names[root], memo=seen):
                 prefix = f"{name}." if name else ""
                 for leaf, tensor in own_tensors(module):
                     yield module, leaf, prefix + leaf, tensor

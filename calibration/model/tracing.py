@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.pipelines.sequential import helpers
 from llmcompressor.pipelines.sequential.helpers import Subgraph
@@ -53,6 +52,7 @@ def called_modules(subgraph: Subgraph, model: nn.Module) -> list[nn.Module]:
             found[model.get_submodule(node.target)] = None
         elif node.op == "get_attr":
             owner = model.get_submodule(node.target.rpartition(".")[0])
-            if isinstance(getattr(owner, node.target.rpartition(".")[2], None), torch.Tensor):
+            # Constants that tracing met are attributes of the model, and no tensors of it.
+            if any(node.target.rpartition(".")[2] in own for own in (owner._parameters, owner._buffers)):
                 found[owner] = None
     return list(found)

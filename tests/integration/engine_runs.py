@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
-from calibration.checkpoint.index import Checkpoint
 from calibration.data.padding import without_padding
 from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.walk import BlockResult, CalibrationSummary, Callbacks
+from calibration.families.registry import open_source
 from calibration.model.skeleton import build_skeleton
 from calibration.model.source_model import SourceModel
 from calibration.plan.planner import make_plan
@@ -34,7 +34,7 @@ from calibration.plan.task import Task
 from calibration.runs.row_invariance import try_products
 from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
-from tests.models import deepseek_v4, standard
+from tests.models import any_family, deepseek_v4, standard
 from tests.uneven import ROUNDED, install_if_asked
 
 STANDARD = ("llama", "qwen3", "mistral", "qwen3_moe", "mixtral")
@@ -59,10 +59,12 @@ def _root() -> TemporaryDirectory[str]:
 
 @cache
 def model_directory(name: str) -> Path:
-    """A tiny checkpoint: a family of tests.models.standard, or a stored format of tests.models.deepseek_v4."""
+    """A tiny checkpoint: a family of tests.models.standard or any_family, or a stored format of tests.models.deepseek_v4."""
     directory = Path(_root().name) / name
     if name in STANDARD:
         return standard.write(directory, name)
+    if name in any_family.FAMILIES:
+        return any_family.write(directory, name)
     # No ragged FP8 tiles: transformers cuts 160 rows with 2 tile scales into 80 + 80 rows, the format says 128 + 32.
     return deepseek_v4.write(directory, name, o_lora_rank=64)
 
@@ -122,7 +124,7 @@ def recipe(name: str, modifiers: list[dict[str, Any]] | None = None, **sections:
 
 
 def skeleton(name: str) -> SourceModel:
-    return build_skeleton(Checkpoint.open(model_directory(name)), Path(_root().name) / f"{name}.run", False)
+    return build_skeleton(open_source(model_directory(name)), Path(_root().name) / f"{name}.run", False)
 
 
 def ours(
@@ -161,6 +163,7 @@ def stock_model(name: str) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             model_directory(name), dtype=torch.bfloat16, attn_implementation="eager"
         )
+        model.config.text_config = model.config.get_text_config()  # asked for by its linearization of Llama-4
         linearize_moe(model)
     return model.eval()
 

@@ -24,10 +24,12 @@ from tests.uneven import uneven_products
 SCALES = {"weight_scale", "weight_global_scale", "input_global_scale"}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "bf16", "fp8", "fp8_mxfp4"])
+@pytest.mark.parametrize(
+    "name", ["llama", "qwen3", "bf16", "fp8", "fp8_mxfp4", "granitemoe", "llama4_text", "gemma4_text"]
+)
 def test_scales_equal_stock_llm_compressor(name: str) -> None:
     """Bit for bit where products are even (calibration.runs.row_invariance). For FP8 and MXFP4 the stock side is dequantized by
-    transformers, independently of formats.py."""
+    transformers, independently of formats.py; for stacks of experts llm-compressor takes them apart."""
     source = skeleton(name)
     run = ours(recipe(name), source)
     theirs = {key: value for key, value in stock(name, source).items() if key.endswith("_scale")}

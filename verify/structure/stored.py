@@ -4,6 +4,7 @@ that its own config.json promises."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +42,20 @@ class Stored:
         return self.dialect is not None
 
 
-def stored_tensors(output: Checkpoint) -> tuple[dict[str, Stored], list[str]]:
-    """Logical name -> stored tensor, and the names of companions whose weight is absent."""
+def belongs_to_weight(name: str, names: Container[str]) -> bool:
+    """Whether a tensor named like a scale has a weight beside it; the router of gemma4 has a parameter `scale`."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in COMPANIONS and any(f"{module}.{weight}" in names for weight in ("weight_packed", "weight"))
+
+
+def stored_tensors(output: Checkpoint, promised: Container[str] = ()) -> tuple[dict[str, Stored], list[str]]:
+    """Logical name -> stored tensor, and the names of companions whose weight is absent, but for tensors that are
+    `promised` under that name."""
     names, stored, orphans = output.tensors, dict[str, Stored](), list[str]()
     for name, header in names.items():
         module, _, leaf = name.rpartition(".")
-        weights = [f"{module}.{w}" for w in ("weight_packed", "weight") if f"{module}.{w}" in names]
-        if leaf in COMPANIONS:
-            if not weights:
+        if leaf in COMPANIONS and (belongs_to_weight(name, names) or name not in promised):
+            if not belongs_to_weight(name, names):
                 orphans.append(name)
             continue
         scaled = f"{module}.scale" in names or f"{module}.weight_scale" in names

@@ -61,13 +61,13 @@ def verify_structure(directory: Path, known: Known | None = None, progress: Prog
         verdict("structure.total_size", "index total_size equals the bytes", _total_size(output), [], "headers and index"),
     ]  # fmt: skip
     try:
-        stored, orphans = stored_tensors(unstacked(output))
-    except SourceError:  # a stack that does not fit config.json: structure.tensors reports it
-        stored, orphans = stored_tensors(output)
-    try:
         family, (wanted, lacking) = family_of(output.config), expected_tensors(output.config)
     except SourceError:
         family, wanted, lacking = _UNKNOWN, {}, []
+    try:
+        stored, orphans = stored_tensors(unstacked(output), wanted)
+    except SourceError:  # a stack that does not fit config.json: structure.tensors reports it
+        stored, orphans = stored_tensors(output, wanted)
     nvidia = is_nvidia(output.config.get("quantization_config"))
     quantization = read_nvidia(output.config, family) if nvidia else read_quantization(output.config)
     resolution = Resolution(family, quantization, stored)
@@ -149,7 +149,7 @@ def _plan_problems(output: Checkpoint, plan: Plan) -> list[str]:
 def _source_problems(output: Checkpoint, source: Checkpoint, stored: dict[str, Stored]) -> list[str]:
     """Without a plan the output must have every logical tensor of the source and no other, except those that writers
     omit."""
-    theirs, _ = stored_tensors(source)
+    theirs, _ = stored_tensors(source, stored)
     free = ("lm_head.weight",) if source.config.get("tie_word_embeddings") is True else ()
     problems = [f"{name}: missing" for name in sorted(theirs.keys() - stored.keys()) if not name.endswith(ADDED + free)]
     problems += [

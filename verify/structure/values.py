@@ -22,7 +22,7 @@ from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from verify.checks import Check, unchecked, verdict
 from verify.known import Known
-from verify.structure.stored import COMPANIONS
+from verify.structure.stored import COMPANIONS, belongs_to_weight
 from verify.structure.stream import JOB, Judge, Piece, Progress, read_all
 
 #: Dtype -> unsigned view, mask of the magnitude, smallest magnitude that is NaN or Inf, smallest normal magnitude.
@@ -237,11 +237,13 @@ def _casts(output: Checkpoint, plan: Plan, source: Checkpoint) -> list[str]:
 
 def _scales(output: Checkpoint, values: Values) -> Check:
     tensors = output.tensors
-    problems = [
-        f"{name}: {count} of {tensors[name].numel} with a sign" for name, count in sorted(values.negative.items())
-    ]
+    negative, zero = (
+        [(name, count) for name, count in sorted(counts.items()) if belongs_to_weight(name, tensors)]
+        for counts in (values.negative, values.zero)
+    )
+    problems = [f"{name}: {count} of {tensors[name].numel} with a sign" for name, count in negative]
     doubts = []
-    for name, count in sorted(values.zero.items()):
+    for name, count in zero:
         lost = _lost(output, name)
         problems += [f"{name}: {lost} of {tensors[name].numel} are zero over weights that are not"] if lost else []
         doubts += [] if lost else [f"{name}: {count} of {tensors[name].numel} are zero"]

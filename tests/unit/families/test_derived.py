@@ -63,6 +63,13 @@ def test_parts_beside_the_routed_experts() -> None:
     )
 
 
+def test_parts_of_a_block_that_holds_its_experts_itself() -> None:
+    family = derived("gemma4_text", enable_moe_block=True, top_k_experts=2, layer_types=["full_attention"] * 2)
+    leaves = ("mlp.up_proj", "self_attn.q_proj", "router.proj", "router.scale", "experts.3.up_proj", "input_layernorm")
+    parts = [family.place(f"model.layers.1.{leaf}").part for leaf in leaves]
+    assert parts == ["mlp", "attention", "router", "router", "routed expert", "norm"]
+
+
 def test_the_draft_head_is_what_comes_after_the_last_block() -> None:
     family = derived("deepseek_v3", num_nextn_predict_layers=1, q_lora_rank=32)
     assert family.place("model.layers.2.mlp.experts.0.up_proj.weight").mtp

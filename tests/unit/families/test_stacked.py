@@ -23,8 +23,9 @@ from tests.converted import converting, failing, run, tensors
 from tests.exported import task_of
 from tests.models import any_family
 
-#: Rows of one matrix; columns, transposed; interleaved, with biases.
-FAMILIES = ("granitemoe", "llama4_text", "gpt_oss")
+#: Rows of one matrix; the same in a block without a module around experts and router; columns, transposed; interleaved, with
+#: biases.
+FAMILIES = ("granitemoe", "gemma4_text", "llama4_text", "gpt_oss")
 EXPERTS = ["part:routed expert"]
 
 
@@ -75,7 +76,7 @@ def test_mxfp4_of_gpt_oss_is_what_transformers_makes_of_it(tmp_path: Path) -> No
             assert torch.equal(formats.read(name), wanted.t()), name
 
 
-@pytest.mark.parametrize("family", FAMILIES[:2])
+@pytest.mark.parametrize("family", FAMILIES[:3])
 def test_a_stack_is_converted_like_its_experts_alone(family: str, sources: dict[str, Path], tmp_path: Path) -> None:
     source = open_source(sources[family])
     apart = tmp_path / "apart"
@@ -90,6 +91,7 @@ def test_a_stack_is_converted_like_its_experts_alone(family: str, sources: dict[
     assert stacked.keys() == single.keys() and any(name.endswith(".weight_packed") for name in stacked)
     for name in stacked:
         assert torch.equal(stacked[name].view(torch.uint8), single[name].view(torch.uint8)), name
+    assert not failing(converting(sources[family], tmp_path / "stack-out", EXPERTS))
 
 
 @pytest.mark.parametrize("targets", [EXPERTS, ["re:.*experts.3.up_proj$"]])
