@@ -133,10 +133,10 @@ def block_costs(plan: Plan, formats: Formats, shown: float = 1.0) -> list[BlockC
     }
     for name, step in plan.steps.items():
         facts = costs[family.place(name).block]
-        owner = formats.of(name).kind if name in weights else "scale"
-        facts["reads"][owner] += checkpoint.tensors[name].nbytes
+        owner = "scale" if name in formats.companions else formats.of(name).kind
+        facts["reads"][owner] += checkpoint.header(name).nbytes
         facts["written"] += sum(output.nbytes for output in step.outputs)
-        values = math.prod(weights.get(name, (0,)))
+        values = 0 if name in formats.companions else math.prod(formats.of(name).shape)
         facts["values"] += values
         if step.action == "quantize":
             facts["quantized"] += values

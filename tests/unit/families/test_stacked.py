@@ -18,6 +18,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.registry import family_of, open_source
 from calibration.families.stacked import UnknownLayout, projections, stack_of
+from calibration.forecast.cost import block_costs
 from recipes.errors import RecipeError, SourceError
 from tests.converted import converting, failing, run, tensors
 from tests.exported import task_of
@@ -109,6 +110,9 @@ def test_a_stack_whose_experts_stay_is_copied_whole(family: str, sources: dict[s
     before, after = tensors(sources[family]), tensors(tmp_path / "out")
     stacks = [stack.name for stack in family_of(Checkpoint.open(sources[family]).config).stacks if stack.name in before]
     assert stacks and all(torch.equal(before[name], after[name]) for name in stacks)
+    task = task_of(made)
+    read = sum(sum(block.reads.values()) for block in block_costs(task.plan, task.formats))
+    assert read == task.source.total_bytes
     assert not [name for name in after if ".experts.0." in name]
     assert not failing(made)
 
