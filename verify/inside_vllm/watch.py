@@ -19,43 +19,45 @@ def describe_layers(model: Any) -> list[dict[str, Any]]:
     name."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, module in model.named_modules():
-        method = getattr(module, "quant_method", None)
-        backend = getattr(module, "attn_backend", None) or getattr(module, "backend_cls", None)
-        if method is None and backend is None:
-            continue
-        scheme = getattr(module, "scheme", None)
-        # compressed-tensors keeps its kernel in the layer's scheme, modelopt and FP8 in the method.
-        found_kernels = (getattr(owner, key, None) for owner in (scheme, method) for key in ("kernel", "fp8_linear"))
-        kernel = next((found for found in found_kernels if found is not None), None)
-        if backend is not None:
-            kind, kernel_name = "attention", backend.get_name()
-        elif type(module).__name__ == "RoutedExperts":
-            kind = "experts"
-            gpu_backend = getattr(method, "nvfp4_backend", None) or getattr(method, "unquantized_backend", None)
-            experts = getattr(method, "experts_cls", None)
-            names = (getattr(method, "backend_name", None), getattr(gpu_backend, "name", None))
-            kernel_name = " ".join(filter(None, (*names, getattr(experts, "__name__", None))))
-        else:
-            kind = "embedding" if "Embedding" in type(module).__name__ else "linear"
-            kernel_name = type(kernel).__name__ if kernel is not None else ""
-        names_of_it = f"{type(method).__name__} {type(scheme).__name__} {kernel_name}"
-        nvfp4 = "nvfp4" in names_of_it.lower().replace("w4a4fp4", "nvfp4")
-        use_a16 = any(
-            getattr(owner, key, False) for owner in (scheme, method, module) for key in ("use_a16", "is_w4a16_nvfp4")
-        )
-        key = (kind, type(module).__name__, type(method).__name__, type(scheme).__name__, kernel_name)
-        entry = found.setdefault(
-            key,
-            {
-                "kind": kind, "cls": key[1], "method": key[2] if method is not None else "",
-                "scheme": key[3] if scheme is not None else "", "kernel": kernel_name,
-                "format": "nvfp4" if nvfp4 else ("fp8" if "fp8" in f"{key[2]} {key[3]}".lower() else ""),
-                "activations_quantized": quantizes(kernel_name, use_a16) if nvfp4 else None,
-                "count": 0, "example": name,
-            },
-        )  # fmt: skip
-        entry["count"] += 1
+        described = describe_layer(module)
+        if described is not None:
+            entry = found.setdefault(tuple(described.values()), described | {"count": 0, "example": name})
+            entry["count"] += 1
     return list(found.values())
+
+
+def describe_layer(module: Any) -> dict[str, Any] | None:
+    """The classes that run a linear, expert or attention layer, and the format in which it keeps its weights; None for
+    other modules."""
+    method = getattr(module, "quant_method", None)
+    backend = getattr(module, "attn_backend", None) or getattr(module, "backend_cls", None)
+    if method is None and backend is None:
+        return None
+    scheme = getattr(module, "scheme", None)
+    # compressed-tensors keeps its kernel in the layer's scheme, modelopt and FP8 in the method.
+    found_kernels = (getattr(owner, key, None) for owner in (scheme, method) for key in ("kernel", "fp8_linear"))
+    kernel = next((found for found in found_kernels if found is not None), None)
+    if backend is not None:
+        kind, kernel_name = "attention", backend.get_name()
+    elif type(module).__name__ == "RoutedExperts":
+        kind = "experts"
+        gpu_backend = getattr(method, "nvfp4_backend", None) or getattr(method, "unquantized_backend", None)
+        experts = getattr(method, "experts_cls", None)
+        names = (getattr(method, "backend_name", None), getattr(gpu_backend, "name", None))
+        kernel_name = " ".join(filter(None, (*names, getattr(experts, "__name__", None))))
+    else:
+        kind = "embedding" if "Embedding" in type(module).__name__ else "linear"
+        kernel_name = type(kernel).__name__ if kernel is not None else ""
+    classes = [type(found).__name__ if found is not None else "" for found in (method, scheme)]
+    nvfp4 = "nvfp4" in " ".join([*classes, kernel_name]).lower().replace("w4a4fp4", "nvfp4")
+    use_a16 = any(
+        getattr(owner, key, False) for owner in (scheme, method, module) for key in ("use_a16", "is_w4a16_nvfp4")
+    )
+    return {
+        "kind": kind, "cls": type(module).__name__, "method": classes[0], "scheme": classes[1], "kernel": kernel_name,
+        "format": "nvfp4" if nvfp4 else ("fp8" if "fp8" in " ".join(classes).lower() else ""),
+        "activations_quantized": quantizes(kernel_name, use_a16) if nvfp4 else None,
+    }  # fmt: skip
 
 
 def quantizes(kernel: str, use_a16: bool) -> bool | None:

@@ -91,12 +91,12 @@ def compile_cache() -> Path:
 
 
 def run_engine(
-    request: dict[str, Any], options: Serving, log_dir: Path, name: str, run: Run | None = None
+    request: dict[str, Any], options: Serving, log_dir: Path, name: str, run: Run | None = None, script: Path = WORKER
 ) -> dict[str, Any]:
-    """Runs one process of the engine. Returns the worker's result, with `seconds.wall`, `exit_code`, `timed_out` and
+    """Runs one process of the engine. Returns the script's result, with `seconds.wall`, `exit_code`, `timed_out` and
     `log` added.
 
-    run: instead of `run_process`. Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`.
+    run: instead of `run_process`. script: of `verify/inside_vllm`. Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`.
     Raises EnvironmentProblem if there is no vLLM.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def run_engine(
     request_path.write_text(json.dumps(request, indent=1))
     result_path.unlink(missing_ok=True)
     began = time.monotonic()
-    command = [options.python, str(WORKER), str(request_path), str(result_path)]
+    command = [options.python, str(script), str(request_path), str(result_path)]
     try:
         exit_code, timed_out = (run or run_process)(command, log, options.timeout)
     except (FileNotFoundError, PermissionError, NotADirectoryError):
