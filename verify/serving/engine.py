@@ -96,7 +96,8 @@ def run_engine(
     """Runs one process of the engine. Returns the script's result, with `seconds.wall`, `exit_code`, `timed_out` and
     `log` added.
 
-    run: instead of `run_process`. script: of `verify/inside_vllm`. Writes `<name>-request.json`, `<name>-result.json` and `<name>.log` into `log_dir`.
+    run: instead of `run_process`. script: of `verify/inside_vllm`. Writes `<name>-request.json`, `<name>-result.json` and
+    `<name>.log` into `log_dir`.
     Raises EnvironmentProblem if there is no vLLM.
     """
     log_dir.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ as NVFP4 and what it runs as one matrix. Nothing here knows vLLM's names.
 from __future__ import annotations
 
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -57,6 +57,16 @@ class Wants:
     #: Why the class could not be built, else empty; `at_fault`: it can be built without quantization_config.
     unproven: str = ""
     at_fault: bool = False
+
+    @property
+    def described(self) -> str:
+        """What was asked and what of it is proven, in one line."""
+        if self.unproven:
+            first = self.unproven.splitlines()[0]
+            return f"vLLM {self.version} cannot build its class without memory here, so its names are unproven: {first}"
+        counts = Counter(layer.scheme for layer in self.layers.values() if layer.format)
+        layers = ", ".join(f"{count} x {scheme}" for scheme, count in counts.items())
+        return f"{self.architecture} of vLLM {self.version} takes {len(self.written):,} planned tensors; {layers}"
 
     def layers_of(self, tensor: str) -> list[Layer]:
         """The layers whose parameters took the tensor."""
@@ -125,33 +135,40 @@ def differences(plan: Plan, wants: Wants) -> tuple[list[str], list[str]]:
     engine = f"vLLM {wants.version}"
     if wants.at_fault:
         return [f"quantization_config: {engine} builds the model without it, and with it raises {wants.unproven}"], []
-    problems, doubts, judged = list[str](), list[str](), list[str]()
+    if wants.unproven:
+        return [], []
+    problems, doubts, judged = dict[str, str](), list[str](), list[str]()
     for step in plan.steps.values():
+        scheme = plan.groups[step.group] if step.group is not None else None
+        form = "" if scheme is None else "nvfp4" if scheme.name.startswith("NVFP4") else "fp8"
         for tensor in (output.name for output in step.outputs if not plan.family.place(output.name).mtp):
-            scheme = plan.groups[step.group] if step.group is not None else None
-            if scheme is not None:
-                judged.append(tensor)
-            wanted = "" if scheme is None else "nvfp4" if scheme.name.startswith("NVFP4") else "fp8"
-            found = {layer.format for layer in wants.layers_of(tensor)}
+            found = {layer.format or "plain" for layer in wants.layers_of(tensor)}
             if tensor in wants.refused:
                 wrong = f"refuses {tensor}: {wants.refused[tensor]}"
             elif not wants.read(tensor):
                 wrong = f"has no parameter for {tensor}"
-            elif scheme is not None and found - {wanted}:
-                wrong = f"runs that layer as {' and '.join(sorted(form or 'plain' for form in found))}"
+            elif scheme is not None and found - {form}:
+                wrong = f"runs that layer as {' and '.join(sorted(found))}"
             else:
-                continue
+                wrong = ""
             if scheme is None:
-                doubts.append(f"{engine} {wrong}")
-            else:
+                doubts += [f"{engine} {wrong}"] if wrong else []
+                continue
+            judged.append(tensor)
+            if wrong:  # once a module
                 module = module_of(tensor)
-                problems.append(f"{module}: planned as {scheme.name}, and {engine} {wrong}; add the module to ignore")
+                said = f"{module}: planned as {scheme.name}, and {engine} {wrong}; add the module to ignore"
+                problems.setdefault(module, said)
     together = {module: group for group in plan.fused for module in group}
     for group in wants.fused(judged, lambda tensor: plan.family.place(tensor).expert):
         if any(together.get(module) != together.get(group[0], ()) for module in group):
-            problems.append(f"{', '.join(group)}: {engine} runs them as one matrix, and the plan scales them apart")
+            apart = f"{', '.join(group)}: {engine} runs them as one matrix, and the plan scales them apart"
+            problems.setdefault(apart, apart)
     for parameter in wants.unwritten if len(wants.refused) < _MOST_REFUSED else ():
         layer = wants.layers.get(parameter.rpartition(".")[0])
         wrong = f"{parameter}: {engine} has this parameter, and the plan no tensor for it"
-        (problems if layer is not None and layer.format == "nvfp4" else doubts).append(wrong)
-    return collapsed(dict.fromkeys(problems)), collapsed(dict.fromkeys(doubts))
+        if layer is not None and layer.format == "nvfp4":
+            problems.setdefault(parameter, wrong)
+        else:
+            doubts.append(wrong)
+    return collapsed(problems.values()), collapsed(doubts)

@@ -18,8 +18,9 @@ from calibration.runs.disk import Need, probe_write, space_problems
 from calibration.runs.memory import available_memory
 from calibration.runs.output import BEGUN, entries, overwrite_problems
 from calibration.runs.resume import activations_directory, finished_blocks
-from recipes.errors import EnvironmentProblem, WorkflowError
+from recipes.errors import EnvironmentProblem, RecipeError, WorkflowError
 from verify.serving.serving import check_serving
+from verify.serving.wants import ask_server, differences
 from workflows.run.prediction import FILE, render
 from workflows.run.state import STAGES, Run
 
@@ -33,6 +34,9 @@ _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
 #: Number of files: of the output besides shards and side files, of a run directory with its logs, of a batch's
 #: activations.
 OWN_FILES, RUN_FILES, FILES_PER_BATCH = 5, 32, 2
+
+#: What vLLM's own class made of the plan, in the run directory.
+SERVER = "server.json"
 
 T = TypeVar("T")
 
@@ -59,6 +63,8 @@ def rehearse(run: Run, early: Sequence[str] = ()) -> None:
     attempts = _Attempts([EnvironmentProblem(early)] if early else [])
     speed = attempts.of(lambda: _probe_disks(run))
     facts: dict[str, Any] = {"write_bytes_per_second": speed}
+    if not early:  # which may say that there is no vLLM
+        facts["server"] = attempts.of(lambda: _ask_server(run))
     if run.recipe.method == "calibrate":
         facts |= _calibration(run, attempts)
     attempts.end()
@@ -109,6 +115,24 @@ def _probe_disks(run: Run) -> dict[str, float]:
             run.reporter.say(f"{what}: {size / 1e6:.0f} MB written, fsynced and renamed at {speed / 1e6:,.0f} MB/s")
     attempts.end()
     return speeds
+
+
+def _ask_server(run: Run) -> dict[str, str] | None:
+    """Compares the plan with what vLLM's own class makes of it, if the recipe serves; writes the proof into the run
+    directory. Raises RecipeError with every module that vLLM would not run as planned."""
+    options = run.recipe.verify.serving
+    if options is None or not run.plan.groups or _finished(run):
+        return None
+    wants = ask_server(run.task, options, run.directory.path / "logs", run.side_files.copied)
+    problems, doubts = differences(run.plan, wants)
+    for doubt in doubts:
+        run.reporter.say(doubt, "warning")
+    if problems:
+        raise RecipeError(problems)
+    proof = {"verdict": "UNCHECKED" if wants.unproven else "PASS", "figure": wants.described}
+    write_json(run.directory.path / SERVER, proof)
+    run.reporter.say(f"server: {proof['verdict']}: {proof['figure']}")
+    return proof
 
 
 def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
