@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from calibration.checkpoint.stacks import Stack
@@ -113,7 +113,8 @@ def _empty_model(config: dict[str, Any]) -> PreTrainedModel:
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        built = CONFIG_MAPPING[model_type].from_dict(config)
+        # transformers writes an infinity as an object of its own.
+        built = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(config))
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 built, dtype=torch.bfloat16, attn_implementation="eager"

@@ -38,6 +38,10 @@ _MLA: dict[str, Any] = {
     "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64,
     "v_head_dim": 64, "head_dim": 64,
 }  # fmt: skip
+_INDEXER: dict[str, Any] = {
+    "index_topk": 512, "index_head_dim": 128, "index_n_heads": 4, "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": ["deepseek_sparse_attention", "deepseek_sparse_attention"],
+}  # fmt: skip
 #: Families that the matrix tries, with what their config class wants beside the shapes.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
@@ -76,6 +80,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma4_text": {
         **_MOE, "enable_moe_block": True, "top_k_experts": 2, "sliding_window": 64, "num_kv_shared_layers": 0,
         "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+    },
+    "deepseek_v32": {**_MOE, **_MLA, **_INDEXER},
+    "glm4_moe_lite": {**_MOE, **_MLA, "mlp_layer_types": ["dense", "sparse"]},
+    "glm_moe_dsa": {**_MOE, **_MLA, **_INDEXER, "indexer_types": ["full", "full"]},
+    "lfm2_moe": {**_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "nemotron_h": {
+        **_MOE, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4,
+        "moe_shared_expert_intermediate_size": 128, "mamba_num_heads": 8, "ssm_state_size": 16, "n_groups": 1,
+        "expand": 2, "chunk_size": 32,
+    },
+    "mimo_v2_flash": {
+        **_MOE, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64, "v_head_dim": 64,
+        "mlp_layer_types": ["dense", "sparse"], "n_shared_experts": None,
+    },
+    "jamba": {
+        **_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 16, "expert_layer_period": 2,
+        "expert_layer_offset": 1, "use_mamba_kernels": False,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_chunk_size": 32,
     },
     "qwen3_next": {
         **_MOE, "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128,

@@ -80,8 +80,11 @@ def build(request: dict[str, Any]) -> tuple[Any, dict[int, str]]:
     from vllm.distributed.parallel_state import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    if current_platform.is_cpu():  # DeepSeek-V4 makes events, which only streams would use
+        torch.cuda.Event = type("Event", (), {})
     config = EngineArgs(
         model=request["checkpoint"], skip_tokenizer_init=True, dtype=request["dtype"], enforce_eager=True,
         trust_remote_code=request["trust_remote_code"], enable_prefix_caching=False, max_model_len=512,
@@ -107,9 +110,10 @@ def load(model: Any, tensors: dict[str, Any], result: dict[str, Any]) -> dict[st
     """Has vLLM's own loading take the tensors, and records the parameters that each wrote to. Returns the number of
     elements that were written of every parameter."""
     import torch
-    from safetensors.torch import _getdtype
+    from safetensors.torch import _TYPES
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    dtypes = {"F8_E8M0": torch.float8_e8m0fnu} | _TYPES
     owners = {p.untyped_storage()._cdata: name for name, p in [*model.named_parameters(), *model.named_buffers()]}
     sources: dict[int, str] = {}
     elements: dict[str, int] = {}
@@ -140,7 +144,7 @@ def load(model: Any, tensors: dict[str, Any], result: dict[str, Any]) -> dict[st
 
     def offer() -> Iterator[tuple[str, torch.Tensor]]:
         for name, (dtype, shape) in waiting:
-            tensor = torch.empty(shape, dtype=_getdtype(dtype), device="meta")
+            tensor = torch.empty(shape, dtype=dtypes[dtype], device="meta")
             sources[tensor.untyped_storage()._cdata] = name
             offered.append((name, tensor))  # a storage that is freed gives its address to another one
             yield offered[-1]
