@@ -13,7 +13,16 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ByteSize, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from pydantic.json_schema import GenerateJsonSchema
 
 from recipes.errors import RecipeError
@@ -268,6 +277,14 @@ class Verify(Section):
     """Serve the output; `serving: {}` uses the defaults. Without it, serving stays UNCHECKED."""
 
 
+class Rehearse(Section):
+    """The dress rehearsal before a run: the first block of every kind calibrated, exported and verified like the whole."""
+
+    serving: bool | Literal["auto"] = "auto"
+    """Whether vLLM serves the miniature before the run begins. auto: if the run is predicted to take more than 15 minutes; true:
+    always; false: never, and a long run is rehearsed without vLLM."""
+
+
 class Recipe(Section):
     """A run: source checkpoint, output directory, quantization, calibration data, checks."""
 
@@ -289,6 +306,8 @@ class Recipe(Section):
     """Form of the output checkpoint."""
     verify: Verify = Verify()
     """Checks of the output."""
+    rehearse: Rehearse = Rehearse()
+    """What is tried before a long run begins."""
 
     @field_validator("output")
     @classmethod
@@ -363,6 +382,22 @@ class Recipe(Section):
                 "scheme NVFP4"
             )
         return calibration
+
+    @field_validator("rehearse")
+    @classmethod
+    def _an_engine_is_named(cls, rehearse: Rehearse, info: ValidationInfo) -> Rehearse:
+        verify = info.data.get("verify")
+        if rehearse.serving is True and verify is not None and verify.serving is None:
+            raise ValueError("serving: true needs an engine; add `serving: {}` to verify, or remove it")
+        return rehearse
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A dump of a recipe is in every output and behind every digest: a key that came later is not in it at its default.
+        body: dict[str, Any] = handler(self)
+        if self.rehearse == Rehearse():
+            body.pop("rehearse", None)
+        return body
 
     @property
     def quantization_modifier(self) -> QuantizationEntry:

@@ -17,7 +17,9 @@ from calibration.plan.versions import versions
 from recipes.errors import EnvironmentProblem, SourceError
 
 #: The parts of a recipe that do not affect what the calibrate stage computes.
-_WITHOUT_EFFECT: Any = {"verify": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"}}
+_WITHOUT_EFFECT: Any = {
+    "verify": True, "rehearse": True, "output": True, "offload": True, "convert": True, "calibration": {"exact"},
+}  # fmt: skip
 _SAMPLE_BYTES = 1 << 16
 
 

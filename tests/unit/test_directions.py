@@ -33,8 +33,9 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "calibration/checkpoint/writer": ("calibration/checkpoint",),
     "calibration/families": ("calibration/checkpoint",),
     "calibration/families/derived": ("calibration/checkpoint", "calibration/families"),
+    "calibration/families/cut": (),
     "calibration/families/registry": ("calibration/checkpoint", "calibration/families", "calibration/families/derived"),
-    "calibration/plan": FAMILIES,
+    "calibration/plan": (*FAMILIES, "calibration/families/cut"),
     "calibration/data": FAMILIES,
     "calibration/model": KNOWING,
     "calibration/runs": KNOWING,
@@ -76,7 +77,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
 PACKAGES = {
     "llmcompressor": ("calibration/model", "calibration/engine", "calibration/forecast"),
     "compressed_tensors": ("calibration/model", "calibration/engine", "calibration/forecast"),
-    "transformers": ("calibration/data", "calibration/model", "calibration/families/derived", "verify/structure"),
+    "transformers": (
+        "calibration/data",
+        "calibration/model",
+        "calibration/families/derived",
+        "calibration/families/cut",
+        "verify/structure",
+    ),
     "vllm": ("verify/inside_vllm",),
     "submitit": ("workflows/batch/cluster",),
 }

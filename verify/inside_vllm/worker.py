@@ -22,7 +22,8 @@ REQUEST.json
     processor           {feature: bool}: what the CPU is pretended to have or lack, {} for the truth (see processor)
 
 RESULT.json (written .partial and renamed at every stage and at the end, also after an exception; keys always there)
-    format 2; ok: no exception. stage: the stage reached, one of STAGES; error: null | {type, message, traceback}
+    format 2; ok: no exception. stage: the stage reached, one of STAGES; error: null | {type, message, module, traceback};
+                        module: the name of the module that vLLM was building or loading, null if it has none
     engine              {name, version, torch, python, platform, processor, emulations, dtype, kv_cache_dtype};
                         processor: {feature: yes | no | hidden | claimed} of the CPU, as vLLM sees it; emulations: what
                         ran as a torch emulation of ours because the platform has no kernel, [] on a GPU
@@ -75,11 +76,23 @@ def main(request_path: str, result_path: str) -> int:
         result["error"] = {
             "type": type(error).__name__,
             "message": str(error),
+            "module": module_of(error),
             "traceback": traceback.format_exc().splitlines()[-40:],
         }
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     write_json(Path(result_path), result)
     return 0 if result["ok"] else 1
+
+
+def module_of(error: BaseException) -> str | None:
+    """The module that was being built or loaded when `error` was raised: vLLM's constructors and quantization methods are handed
+    its name as `prefix`, and its messages leave it out."""
+    found, frame = None, error.__traceback__
+    while frame is not None:
+        prefix = frame.tb_frame.f_locals.get("prefix")
+        found = prefix if isinstance(prefix, str) and prefix else found
+        frame = frame.tb_next
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

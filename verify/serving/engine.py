@@ -37,8 +37,9 @@ NO_MEMORY = (
 """What Python, torch, the C library and vLLM print if memory runs out."""
 
 
-def check_environment(python: str) -> None:
-    """Raise EnvironmentProblem unless `python` is an interpreter that imports vLLM; takes seconds."""
+def check_environment(python: str) -> str:
+    """The version of the vLLM that `python` imports. Raises EnvironmentProblem if it is no interpreter that does; takes
+    seconds."""
     try:
         done = subprocess.run(
             [python, "-c", "import vllm; print(vllm.__version__)"],
@@ -51,6 +52,7 @@ def check_environment(python: str) -> None:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise EnvironmentProblem(f"{python}: `import vllm` fails there (verify.serving.python): {last}; {REMEDY}")
+    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
 def environment() -> dict[str, str]:
@@ -163,6 +165,8 @@ def failure(result: dict[str, Any]) -> str | None:
     elif result.get("error"):
         text = f"{result['error']['type']}: {result['error']['message']}"
         memory = "out of memory: " if any(mark in text for mark in NO_MEMORY) else ""
+        if module := result["error"].get("module"):
+            text += f" (in {module})"
         return f"stage {stage}: {memory}{text}"
     else:
         first = f"exit code {code} in stage {stage}"

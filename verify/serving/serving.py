@@ -78,9 +78,9 @@ def default_prompts() -> list[dict[str, Any]]:
     ]
 
 
-def check_serving(options: Serving, *strangers: Path) -> None:
-    """Raise EnvironmentProblem if there is no vLLM, or if its interpreter is inside one of the `strangers`, directories
-    that could provide one of their own; RecipeError if the text to score cannot be read. Takes seconds."""
+def check_serving(options: Serving, *strangers: Path) -> str:
+    """The version of vLLM. Raises EnvironmentProblem if there is none, or if its interpreter is inside one of the `strangers`,
+    directories that could provide one of their own; RecipeError if the text to score cannot be read. Takes seconds."""
     read_text(options)
     for directory in strangers:
         # Only the parent is resolved: an environment's python is a link to the system's.
@@ -89,7 +89,7 @@ def check_serving(options: Serving, *strangers: Path) -> None:
                 f"{options.python}: lies inside the checkpoint {directory} (verify.serving.python), and would run what it "
                 "brings; run the command from another directory, or name an interpreter outside"
             )
-    check_environment(options.python)
+    return check_environment(options.python)
 
 
 def read_text(options: Serving) -> str | None:

@@ -20,6 +20,7 @@ from verify.levels import Settings, samples_of, verify_levels
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.run import rehearse as rehearsal
 from workflows.run.card import model_card
+from workflows.run.dress_rehearsal import dress_rehearsal, remove_remains
 from workflows.run.output_state import last_checks, read_output_state
 from workflows.run.plain_copy import source_to_serve
 from workflows.run.state import STAGES, Run
@@ -77,6 +78,7 @@ def inspect(run: Run, stages: list[str]) -> None:
     if problems:
         raise EnvironmentProblem(problems)
     run.directory.open()
+    remove_remains(run)
     run.reporter.directory = run.directory
     run.reporter.watch = run.page.update
     write_text(run.directory.path / "recipe.yaml", dump_recipe(run.recipe))
@@ -94,8 +96,10 @@ def inspect(run: Run, stages: list[str]) -> None:
 
 
 def rehearse(run: Run) -> None:
-    """Tries everything that could fail later; see `workflows.run.rehearse`."""
+    """Tries everything that could fail later (`workflows.run.rehearse`), and then, before a long run, the whole way in
+    miniature (`workflows.run.dress_rehearsal`)."""
     rehearsal.rehearse(run)
+    dress_rehearsal(run, (calibrate, export))
 
 
 def require_shareable(recipe: Recipe) -> None:

@@ -69,6 +69,8 @@ class Run:
     #: The rehearsal's prediction, and what each stage of this process took.
     prediction: dict[str, Any] | None = None
     took: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: The version of the recipe's vLLM, after it was asked.
+    engine_version: str | None = None
 
     def __post_init__(self) -> None:
         self.output = Path(self.recipe.output)
