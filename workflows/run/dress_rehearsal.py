@@ -19,8 +19,8 @@ from calibration.checkpoint.files import read_json_or_none, write_json
 from calibration.checkpoint.side_files import side_files
 from calibration.plan.miniature import SAMPLES, TOKENS, Cut, NoMiniature, find_cut, make_miniature
 from calibration.plan.task import Task
+from calibration.plan.versions import versions
 from calibration.runs.disk import Need, space_problems
-from calibration.runs.fingerprint import versions
 from calibration.runs.memory import available_memory
 from recipes.errors import Interrupted, VerificationFailed, WorkflowError
 from recipes.schema import Serving
