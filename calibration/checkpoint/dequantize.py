@@ -25,6 +25,8 @@ MXFP4_GROUP = 32
 #: INT4 values in an int32; zero points, if packed too, are packed along the rows.
 INT4_PACKED = 8
 #: Roles of companions that do not affect the values: how activations were quantized, and a shape that headers contain.
+#: Dimensions of the MXFP4 codes of all experts of a block.
+_STACKED = 4
 _VALUELESS = frozenset({"input_scale", "input_bound", "shape"})
 _LABELS = {
     "plain": "plain", "fp8_tensor": "FP8 per tensor", "fp8_channel": "FP8 per channel", "mxfp4": "MXFP4", "int4": "INT4",
@@ -71,7 +73,10 @@ def dequantize(
 ) -> torch.Tensor:
     """Dequantizes on the tensor's device to float `[M, K]` of `dtype`, with one rounding from float32, into `out` if it
     is given (contiguous, of that shape and dtype). The result never shares memory with `tensor`, which may be the
-    file's memory map."""
+    file's memory map. MXFP4 of stacked experts, codes `[E, M, K/32, 16]` and scales uint8 `[E, M, K/32]`, becomes
+    `[E, K, M]`, as such experts are stored plain."""
+    if tensor.dim() == _STACKED:
+        return _dequantize_stacked(tensor, scales["group_scale"], dtype, out)
     if tensor.device.type == "cpu" and dtype == torch.bfloat16 and native.compiled() and tensor.is_contiguous():
         # If the weight is processed in stripes, the tensor has only some of its rows.
         into = torch.empty((tensor.shape[0], stored.shape[-1]), dtype=dtype) if out is None else out
@@ -81,6 +86,18 @@ def dequantize(
         return out.copy_(tensor)
     value = _dequantize(stored, tensor, scales, dtype)
     return value if out is None else out.copy_(value)
+
+
+def _dequantize_stacked(
+    codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None
+) -> torch.Tensor:
+    experts, rows, groups, _ = codes.shape
+    one = StoredFormat("mxfp4", (rows, groups * MXFP4_GROUP))
+    made = torch.empty((experts, one.shape[1], rows), dtype=dtype, device=codes.device) if out is None else out
+    for expert, value in enumerate(made):
+        scale = {"group_scale": scales[expert].view(torch.float8_e8m0fnu)}
+        value.copy_(dequantize(one, codes[expert].reshape(rows, -1), scale, dtype).t())
+    return made
 
 
 def _dequantize_compiled(

@@ -61,9 +61,12 @@ class Formats:
 
     def of(self, name: str) -> StoredFormat:
         """The stored format of tensor `name`."""
-        if name in self.checkpoint.whole:
+        if name not in self.checkpoint.whole:
+            return self._formats[name]
+        undone = self.checkpoint.whole[name].undone
+        if undone is None:
             return StoredFormat("plain", self.checkpoint.header(name).shape)
-        return self._formats[name]
+        return StoredFormat("mxfp4", undone.shape, {"group_scale": undone.scales})
 
     @property
     def parameters(self) -> int:
@@ -77,7 +80,7 @@ class Formats:
         BF16. Integer tensors are never cast. The tensor has memory of its own, or that of `out` (of the logical shape
         and `dtype`) if it is given and the values are not integers. Raises SourceError that names the tensor for NaN or
         Inf."""
-        stored, kept = self._formats[name], TORCH[self.checkpoint.tensors[name].dtype]
+        stored, kept = self.of(name), TORCH[self.checkpoint.header(name).dtype]
         if stored.kind == "plain" and out is not None and out.dtype == kept:
             value = self.checkpoint.read(name, out)
         elif stored.kind == "plain":
@@ -95,7 +98,7 @@ class Formats:
     def _codes(self, name: str) -> torch.Tensor:
         """The codes of a weight, in a buffer of this thread that the next call overwrites: fresh pages for every weight
         would cost a third of the time of dequantizing FP8."""
-        header = self.checkpoint.tensors[name]
+        header = self.checkpoint.header(name)
         if header.nbytes > _CODE_BYTES:
             return self.checkpoint.read(name)
         if not hasattr(self._memory, "codes"):

@@ -38,11 +38,22 @@ MAX_CONFIG_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Undone:
+    """What becomes of codes if they are dequantized: the tensor's `name` and `shape`, and the stored tensor with the
+    `scales`."""
+
+    name: str
+    shape: tuple[int, ...]
+    scales: str
+
+
+@dataclass(frozen=True, slots=True)
 class Whole:
-    """A stored tensor that `Checkpoint.tensors` has in `parts`."""
+    """A stored tensor that `Checkpoint.tensors` has in `parts`; `undone`, if it holds codes."""
 
     header: TensorHeader
     parts: tuple[str, ...]
+    undone: Undone | None = None
 
 
 class Checkpoint:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from calibration.checkpoint.header import Layout, TensorHeader
-from calibration.checkpoint.index import Checkpoint, Whole
+from calibration.checkpoint.index import Checkpoint, Undone, Whole
 from recipes.errors import SourceError, collapsed
 
 
@@ -27,13 +27,14 @@ class Slice:
 class Stack:
     """One tensor of the hub with all experts of a block: its name, its shape, and its slices, which cover it. `dtype`
     is the one that its slices have if it differs from the stored one (E8M0 scales stored as integers), and `stored`
-    are the dtypes that it may have on disk; empty: any."""
+    are the dtypes that it may have on disk; empty: any. `undone`, if it holds codes: the stack of their values."""
 
     name: str
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
     dtype: str | None = None
     stored: tuple[str, ...] = ()
+    undone: Undone | None = None
 
 
 def by_expert(checkpoint: Checkpoint, stacks: Iterable[Stack]) -> Checkpoint:
@@ -56,7 +57,7 @@ def by_expert(checkpoint: Checkpoint, stacks: Iterable[Stack]) -> Checkpoint:
             )
             continue
         parts = list(_slices(stack, header))
-        whole[name] = Whole(header, tuple(part.name for part in parts))
+        whole[name] = Whole(header, tuple(part.name for part in parts), stack.undone)
         for tensor in parts:
             if tensor.name in checkpoint.tensors or tensor.name in tensors:
                 problems.append(f"{path}: {name} holds {tensor.name}, which the checkpoint has beside it; remove one")

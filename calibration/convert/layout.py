@@ -152,7 +152,7 @@ class ShardLayout:
         for output in step.outputs:
             if output.name not in self._in_front:
                 continue
-            if step.action == "cast" and len(output.shape) == 2:
+            if step.action == "cast" and (len(output.shape) == 2 or step.source in self.formats.checkpoint.whole):
                 yield from ([piece] for piece in self._striped(step, "cast"))
             elif step.action == "cast":
                 yield [self._whole(step, output)]
@@ -191,21 +191,21 @@ class ShardLayout:
         if header.layout is not None:  # each stripe would read the whole matrix that contains it
             yield from self._rows(step, kind, 0, None)
             return
-        # FP8_BLOCK is written in tiles of 128 rows.
-        tile = math.lcm(stored.tile[0] if stored.tile else 1, 128)
+        # FP8_BLOCK is written in tiles of 128 rows; the rows of a stack are its experts.
+        tile = 1 if len(stored.shape) > 2 else math.lcm(stored.tile[0] if stored.tile else 1, 128)
         row = max(header.nbytes, step.outputs[0].nbytes) / max(rows, 1)
         stride = max(int(JOB / max(row, 1)) // tile, 1) * tile
         for begin in range(0, max(rows, 1), stride):
             yield from self._rows(step, kind, begin, min(begin + stride, rows))
 
     def _rows(self, step: Step, kind: str, begin: int, end: int | None, whole: bool = False) -> Iterator[Piece]:
-        stored, tensors = self.formats.of(step.source), self.formats.checkpoint.tensors
+        stored, header = self.formats.of(step.source), self.formats.checkpoint.header
         rows = stored.shape[0]
         end = rows if end is None else end
-        extents = {"weight": _part(tensors[step.source], begin, end)}
+        extents = {"weight": _part(header(step.source), begin, end)}
         for role, name in stored.scales.items():
             rows_of = stored.companion_rows(role, begin, end)
-            extents[role] = _part(tensors[name], *(rows_of or (0, None)))
+            extents[role] = _part(header(name), *(rows_of or (0, None)))
         if kind != "quantize":
             out = step.outputs[0].nbytes * (end - begin) // max(rows, 1) if kind == "cast" else 0
             yield Piece(kind, step, begin, end, out, extents)

@@ -159,7 +159,7 @@ class Work:
         """A scale companion's rows as stored; scalars have shape `[1]`."""
         header = self._header(piece, role)
         tensor = torch.from_numpy(self._stored(piece, role, data).copy()).view(TORCH[header.dtype])
-        return tensor.reshape(-1, header.shape[1]) if len(header.shape) == 2 else tensor
+        return tensor.reshape(-1, *header.shape[1:]) if len(header.shape) > 1 else tensor
 
     def _measure(self, piece: Piece, stripe: Stripe) -> None:
         largest = kernels.amax(stripe)
@@ -238,7 +238,7 @@ class Work:
         stored, header = self.formats.of(step.source), self.formats.checkpoint.header(step.source)
         codes = torch.from_numpy(self._stored(piece, "weight", data).copy()).view(TORCH[header.dtype])
         if stored.kind != "plain":
-            codes = codes.reshape(piece.end - piece.begin, -1)
+            codes = codes.reshape(piece.end - piece.begin, *header.shape[1:])
         scales = {role: self._companion(piece, role, data) for role in piece.extents if role != "weight"}
         dtype = cast_dtype(step.outputs[0].dtype, self.dtype)
         moved = {role: scale.to(native.device()) for role, scale in scales.items()}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from calibration.checkpoint.header import Layout
+from calibration.checkpoint.index import Undone
 from calibration.checkpoint.stacks import Slice, Stack
 
 #: Experts that transformers does not decorate, by class: whether they are transposed, and whether gate and up are the
@@ -77,10 +78,10 @@ def experts_name(stack: str) -> str:
 
 def mxfp4_stacks(stack: Stack) -> tuple[Stack, ...]:
     """The two stacks that hold the weights of `stack` in MXFP4: codes uint8 `[E, M, K/32, 16]` and E8M0 scales `[E, M,
-    K/32]`, with the rows of the dequantized matrix; none for biases and for K that 32 does not divide."""
-    (*_, inner), first = stack.shape, stack.slices[0].layout
-    rows, width = (inner, first.rows) if first.transposed else (first.rows, first.columns)
-    if first.vector or width % _MXFP4_GROUP:
+    K/32]`, with the columns of `stack` `[E, K, M]` as rows; none for biases and for K that 32 does not divide."""
+    first = stack.slices[0].layout
+    width, rows = first.rows, first.columns
+    if not first.transposed or width % _MXFP4_GROUP:
         return ()
     made = []
     for suffix, tail, leaf, dtype in (
@@ -95,7 +96,8 @@ def mxfp4_stacks(stack: Stack) -> tuple[Stack, ...]:
             )
             for part in stack.slices
         )
-        made.append(Stack(stack.name + suffix, (stack.shape[0], rows, *tail), slices, dtype, ("U8",)))
+        undone = Undone(stack.name, stack.shape, f"{stack.name}_scales") if dtype is None else None
+        made.append(Stack(stack.name + suffix, (stack.shape[0], rows, *tail), slices, dtype, ("U8",), undone))
     return tuple(made)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 
 from calibration.checkpoint.dequantize import StoredFormat
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
@@ -230,13 +231,13 @@ class _Planner:
         return self._rejoined({name: steps[name] for name in self.checkpoint.tensors if name in steps})
 
     def _rejoined(self, steps: dict[str, Step]) -> dict[str, Step]:
-        """The steps with one copy of each stored stack of experts instead of one for each part, where all experts of that
-        block stay as they are: engines read those in the source's own form, some in no other."""
+        """The steps with one of each stored stack of experts instead of one for each part, where no expert of that block is
+        quantized: engines read those in the source's own form, some in no other."""
         blocks = {name: self.family.place(whole.parts[0]).block for name, whole in self.checkpoint.whole.items()}
         changed = {
             blocks[name]
             for name, whole in self.checkpoint.whole.items()
-            if any(part in steps and steps[part].action != "copy" for part in whole.parts)
+            if any(part in steps and steps[part].action == "quantize" for part in whole.parts)
         }
         joined: dict[str, Step] = {}
         stack_of = {part: name for name, whole in self.checkpoint.whole.items() for part in whole.parts}
@@ -245,9 +246,15 @@ class _Planner:
             if name is None or blocks[name] in changed:
                 joined[source] = step
             elif name not in joined:
-                header = self.checkpoint.header(name)
-                joined[name] = Step(name, "copy", (OutputTensor(name, header.dtype, header.shape),), step.reason)
+                joined[name] = replace(step, source=name, outputs=self._joined(name, step))
         return joined
+
+    def _joined(self, name: str, step: Step) -> tuple[OutputTensor, ...]:
+        """The outputs of a stack whose parts all have steps like this one."""
+        header, undone = self.checkpoint.header(name), self.checkpoint.whole[name].undone
+        if step.action == "copy":
+            return (OutputTensor(name, header.dtype, header.shape),)
+        return (OutputTensor(undone.name, step.outputs[0].dtype, undone.shape),) if undone is not None else ()
 
     def _step(
         self, name: str, assigned: dict[str, str], groups: dict[str, Scheme], kinds: dict[str, list[str]]

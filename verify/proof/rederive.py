@@ -129,8 +129,7 @@ class Rederiver:
         dtype = cast_dtype(output.dtype, dtype)
         compare, row = _Comparison(self.output, output), output.nbytes // max(output.shape[0] if output.shape else 1, 1)
         if len(stored.shape) != 2:
-            value = self.formats.checkpoint.read(step.source).to(dtype)
-            compare(0, _bytes(value))
+            compare(0, _bytes(self.formats.read(step.source, dtype)))
         else:
             for begin, end in self._stripes(step):
                 raw, scales = self._rows(step, begin, end)

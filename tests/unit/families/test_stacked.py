@@ -4,7 +4,10 @@ takes out of them, and what cannot be taken apart is refused by tensor."""
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from calibration.families.registry import family_of, open_source
 from calibration.families.stacked import UnknownLayout, projections, stack_of
 from calibration.forecast.cost import block_costs
 from recipes.errors import RecipeError, SourceError
-from tests.converted import converting, failing, run, tensors
+from tests.converted import converting, failing, run, tensors, undoing
 from tests.exported import task_of
 from tests.models import any_family
 
@@ -60,10 +63,14 @@ def test_every_expert_is_what_llm_compressor_takes_out_of_the_stack(family: str,
     assert source.total_bytes == Checkpoint.open(sources[family]).total_bytes
 
 
-def test_mxfp4_of_gpt_oss_is_what_transformers_makes_of_it(tmp_path: Path) -> None:
-    path = any_family.write(tmp_path / "source", "gpt_oss", mxfp4=True)
-    formats = Formats(source := open_source(path))
-    stored = {name: tensor for shard in path.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+@pytest.fixture(scope="module")
+def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return any_family.write(tmp_path_factory.mktemp("mxfp4") / "source", "gpt_oss", mxfp4=True)
+
+
+def test_mxfp4_of_gpt_oss_is_what_transformers_makes_of_it(mxfp4: Path) -> None:
+    formats = Formats(source := open_source(mxfp4))
+    stored = tensors(mxfp4)
     prefix = "model.layers.1.mlp.experts"
     gate_up, down = (  # [E, K, M]
         convert_moe_packed_tensors(*(stored[f"{prefix}.{leaf}_{kind}"] for kind in ("blocks", "scales")))
@@ -75,6 +82,23 @@ def test_mxfp4_of_gpt_oss_is_what_transformers_makes_of_it(tmp_path: Path) -> No
             name = f"{prefix}.{expert}.{part}_proj.weight"
             assert formats.of(name).kind == "mxfp4" and source.tensors[name].dtype == "U8"
             assert torch.equal(formats.read(name), wanted.t()), name
+
+
+@pytest.mark.parametrize(
+    "made_by", [undoing, partial(converting, targets=["part:attention"], export={"kept": "plain"})]
+)
+def test_mxfp4_experts_that_stay_become_the_stack_that_transformers_makes_of_them(
+    made_by: Any, tmp_path: Path, mxfp4: Path
+) -> None:
+    made = made_by(mxfp4, tmp_path / "out")
+    run(made)
+    before, after = tensors(mxfp4), tensors(tmp_path / "out")
+    for name in [name.removesuffix("_blocks") for name in before if name.endswith("_blocks")]:
+        wanted = convert_moe_packed_tensors(before[f"{name}_blocks"], before[f"{name}_scales"])
+        assert after[name].is_contiguous() and torch.equal(after[name], wanted)
+    assert not [name for name in after if name.endswith(("_blocks", "_scales")) or ".experts.0." in name]
+    assert not failing(made)
+    assert torch.equal(Formats(open_source(mxfp4)).read(f"{name}_blocks"), after[name])
 
 
 @pytest.mark.parametrize("family", FAMILIES[:3])
@@ -138,6 +162,16 @@ def test_an_expert_beside_its_stack_is_refused(tmp_path: Path) -> None:
         SourceError, match=r"input_linear.weight holds .*experts.3.up_proj.weight, which the checkpoint"
     ):
         open_source(source)
+
+
+def test_an_expert_is_read_without_the_rest_of_its_stack(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, read = list[int](), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: asked.append(len(into[0])) or read(file, into, at))
+    source = open_source(sources["llama4_text"])
+    source.read("model.layers.1.feed_forward.experts.5.up_proj.weight")
+    assert asked == [256 * 256 * 2]  # [D, 2 I] of one of eight experts
 
 
 def test_a_stack_that_its_projections_do_not_cover_is_no_stack() -> None:
