@@ -36,6 +36,8 @@ _SCALES = (
     "inputs before it scaled them"
 )
 _PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
+#: Arguments of modifiers that are this project's.
+OWN_ARGUMENTS = {"quantized_inputs"}
 #: Modifiers of llm-compressor that no run supports, and why.
 REFUSED = {
     "AWQModifier": _SCALES,
@@ -169,6 +171,9 @@ class GPTQArguments(QuantizationArguments):
     """Order in which columns are quantized: static, group, weight or null (llm-compressor's default: static)."""
     batched_quantization: JsonValue = None
     """Batching of modules of one shape: auto, a positive number, or null (llm-compressor's default: auto)."""
+    quantized_inputs: bool = False
+    """This project's: Hessians of the inputs as they are served, in NVFP4; one for every input that layers share (gate and up of
+    all experts of a block), with a damping that is raised until there is a factor. false is llm-compressor's own."""
 
 
 class ModifierEntry(Section):

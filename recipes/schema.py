@@ -29,6 +29,7 @@ from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
 from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_entries
 from recipes.places import is_inside, own_scratch, run_directory, source_conflict
+from recipes.presets import expand
 from recipes.schemes import has_input_scale, is_own_observer
 
 #: More would be `all` at a higher price: every candidate is held in memory.
@@ -294,6 +295,8 @@ class Recipe(Section):
     """Directory of the output checkpoint, apart from the source. The run directory is beside it: `<output>.run/`."""
     method: Literal["calibrate", "convert", "plain"] = "calibrate"
     """calibrate runs data through the model; convert uses only weight statistics; plain only dequantizes."""
+    preset: Literal["fast", "best"] | None = Field(default=None, exclude=True)
+    """A choice of modifiers by measurement (docs/methods.md); the run's recipe.yaml has it written out."""
     modifiers: list[ModifierEntry] = Field(default=[], validate_default=True)
     """llm-compressor modifiers in order, one name per entry. Exactly one of them selects the modules to quantize."""
     calibration: Calibration | None = Field(default=None, validate_default=True)
@@ -308,6 +311,11 @@ class Recipe(Section):
     """Checks of the output."""
     rehearse: Rehearse = Rehearse()
     """What is tried before a long run begins."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_written_out(cls, data: Any) -> Any:
+        return expand(data) if isinstance(data, dict) else data
 
     @field_validator("output")
     @classmethod

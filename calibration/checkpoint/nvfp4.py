@@ -107,3 +107,15 @@ def dequantize(packed: torch.Tensor, group_scale: torch.Tensor, global_scale: to
     effective = group_scale.to(torch.float32) / global_scale.to(torch.float32)
     values = unpack(packed)
     return (values.reshape(*effective.shape, GROUP) * effective.unsqueeze(-1)).reshape(values.shape)
+
+
+def quantize_dequantize(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """`x [..., K]` to NVFP4 and back, in its dtype: a dynamic E4M3 group scale per 16 values under the global scale `[1]`, E2M1
+    values, ties to even. Equal to compressed-tensors' fake_quantize in float32."""
+    flat = x.reshape(-1, x.shape[-1])
+    largest = flat.to(torch.float32).view(flat.shape[0], flat.shape[1] // GROUP, GROUP).abs().amax(-1)
+    scale = (global_scale * (largest / 6)).clamp(max=RANGE / 6).to(torch.float8_e4m3fn)
+    # A group below E4M3's smallest value takes 0.125, as the packed weights do.
+    scale = torch.where(scale.to(torch.float32) == 0, 0.125, scale.to(torch.float32)).to(torch.float8_e4m3fn)
+    packed, _ = pack(flat, scale, global_scale)
+    return dequantize(packed, scale, global_scale).to(x.dtype).reshape(x.shape)

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from calibration.engine.attachment import BlockQuantizationModifier
 from calibration.engine.exact import ExactWeights
 from calibration.engine.experts import ExpertCalibration
+from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.pipeline import PIPELINE, current
 from calibration.engine.results import CalibrationSummary, Callbacks
 from calibration.engine.topped_up import TopUp
@@ -151,7 +152,10 @@ def build_modifiers(task: Task, source: SourceModel) -> list[Modifier]:
             if position == quantization.position:
                 groups = _schemes(quantization.config_groups, source, plan, _is_pinned(recipe))
                 arguments = quantization.arguments | {"config_groups": groups}
-            modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, task, source))
+            if arguments.pop("quantized_inputs", False):
+                modifiers.append(StreamingGPTQModifier(**arguments))
+            else:
+                modifiers.append(create(entry.name, **arguments) if others else _blockwise(arguments, task, source))
         except ValidationError as error:
             problems += [
                 f"{where}.{'.'.join(map(str, detail['loc']))}: {detail['msg']}".replace(".:", ":")

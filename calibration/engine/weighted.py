@@ -8,8 +8,9 @@ stored in E4M3; and the sums are exact, so that neither the order of samples nor
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from compressed_tensors.quantization import QuantizationStrategy
@@ -32,6 +33,9 @@ _COARSE, _FINE, _LARGEST = 2.0**10, 2.0**40, 2.0**60
 class Importance:
     """The sum of squares of every input channel over all tokens. Exact: it depends on the batches, not on their order."""
 
+    #: The tensor summed last, its version and its sums: q, k and v see one after the other.
+    _last: ClassVar[tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None] = None
+
     def __init__(self) -> None:
         #: int64 `[2, K]`: multiples of 2^10 and of 2^-40.
         self.sums: torch.Tensor | None = None
@@ -40,10 +44,12 @@ class Importance:
         """Adds the tokens of `inputs [..., K]`."""
         if not inputs.numel():
             return
-        square = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32).square()
-        total = square.sum(0).to(torch.float64).clamp_(max=_LARGEST)
-        coarse = (total / _COARSE).floor_()
-        parts = torch.stack([coarse, ((total - coarse * _COARSE) * _FINE).round_()]).to(torch.int64)
+        last = Importance._last
+        if last is not None and last[0]() is inputs and last[1] == inputs._version:
+            parts = last[2]
+        else:
+            parts = _sums_of_squares(inputs)
+            Importance._last = weakref.ref(inputs), inputs._version, parts
         self.sums = parts if self.sums is None else self.sums + parts
 
     def vector(self) -> torch.Tensor | None:
@@ -53,6 +59,13 @@ class Importance:
         coarse, fine = self.sums.to(torch.float64)
         vector: torch.Tensor = (coarse * _COARSE + fine / _FINE).to(torch.float32)
         return vector
+
+
+def _sums_of_squares(inputs: torch.Tensor) -> torch.Tensor:
+    square = inputs.detach().reshape(-1, inputs.shape[-1]).to(torch.float32).square()
+    total = square.sum(0).to(torch.float64).clamp_(max=_LARGEST)
+    coarse = (total / _COARSE).floor_()
+    return torch.stack([coarse, ((total - coarse * _COARSE) * _FINE).round_()]).to(torch.int64)
 
 
 class SearchingObserver(MemorylessMinMaxObserver):  # type: ignore[misc]

@@ -201,3 +201,22 @@ def needs(task: Task) -> dict[str, int]:
         "largest_block_bf16_bytes": max(block_bytes.values(), default=0),
         "activation_bytes_at_a_boundary": boundary_bytes(hidden_width(task.source.config), nominal_shapes(task.recipe)),
     }
+
+
+def hessian_bytes(task: Task) -> int:
+    """Memory that GPTQ's Hessians take in the block that has most of them, in bytes: float32 `[K, K]` for every quantized layer,
+    or with `quantized_inputs` for every input that layers share. 0 without GPTQ."""
+    recipe, plan, formats = task.recipe, task.plan, task.formats
+    if recipe.calibration is None or "GPTQModifier" not in [entry.name for entry in recipe.modifiers]:
+        return 0
+    shared = bool(recipe.quantization_modifier.arguments.get("quantized_inputs"))
+    leader = {module: group[0] for group in plan.fused for module in group}
+    widths: dict[int | None, dict[str, int]] = {}
+    for module, step in plan.quantized.items():
+        place, name = task.family.place(step.source), module
+        if shared and module in leader:
+            # Gate and up of all experts see the same tokens if every expert is shown all of them.
+            of_all = place.part == ROUTED and recipe.calibration.experts == "all"
+            name = "gate and up of all experts" if of_all else leader[module]
+        widths.setdefault(place.block, {})[name] = formats.of(step.source).shape[1]
+    return max((sum(4 * width**2 for width in found.values()) for found in widths.values()), default=0)

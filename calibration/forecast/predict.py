@@ -20,6 +20,7 @@ from calibration.forecast.cost import (
     Shapes,
     block_costs,
     boundary_bytes,
+    hessian_bytes,
     hidden_width,
     nominal_shapes,
     shown_share,
@@ -142,7 +143,10 @@ class _Calibration:
         if not _one_pass(self.task):
             notes.append("weights are edited (GPTQ, ...): two passes; the modifier's own arithmetic is not predicted")
         block = max((cost.values * BF16 for cost in blocks), default=0)
-        peak = _peak(costs, block, largest, rehearsal) + held
+        hessians = hessian_bytes(self.task)
+        if hessians:
+            notes.append(f"the Hessians of a block take {hessians / 1e9:,.2f} GB beside it")
+        peak = _peak(costs, block, largest, rehearsal) + held + hessians
         return _figures(
             terms, sum(cost.source_bytes for cost in costs), sum(cost.written for cost in costs) + kept, peak
         )

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
+from calibration.checkpoint import nvfp4
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.model.skeleton import build_skeleton
@@ -61,6 +62,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "nvfp4_weighted": _quantized(weight_observer="nvfp4_weighted"),
     "GPTQ": _quantized("GPTQModifier"),
     "GPTQ, nvfp4_weighted": _quantized("GPTQModifier", weight_observer="nvfp4_weighted"),
+    "GPTQ of quantized inputs, nvfp4_weighted": _quantized(
+        "GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
+    ),
 }
 
 
@@ -84,6 +88,19 @@ class Bench:
     source: Path
     tokens: dict[str, list[torch.Tensor]]
     states: dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _SharedInput:
+    """`forward._NvFp4Input`, but layers that share input and scale quantize it once. `last`: input, scale, result."""
+
+    scale: torch.Tensor
+    last: list[Any]
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        if self.last[0] is not arguments[0] or self.last[1] != float(self.scale):
+            self.last[:] = arguments[0], float(self.scale), nvfp4.quantize_dequantize(arguments[0], self.scale)
+        return self.last[2], *arguments[1:]
 
 
 def novel(directory: Path) -> str:
@@ -114,7 +131,8 @@ def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bo
             filled = emulated if weights else original
             if inputs:
                 layers = scaled_layers(original, emulated, formats)
-                hooks = {module: forward._NvFp4Input(scale) for module, (_, scale) in layers.items()}
+                last: list[Any] = [None, 0.0, None]
+                hooks = {module: _SharedInput(scale, last) for module, (_, scale) in layers.items()}
         original.load(original.outside_blocks())
         filled.load(list(original.blocks.values()))
         head, entering = original.model.get_output_embeddings(), list[torch.Tensor]()
@@ -123,15 +141,15 @@ def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bo
                 losses, kls, agree = [], [], []
                 for at, ids in enumerate(tokens):
                     logits = original.model(input_ids=ids, use_cache=False).logits[0].float()
-                    losses.append(F.cross_entropy(logits[:-1], ids[0, 1:]).item())
                     states = bench.states.setdefault(text, [])
                     if len(states) <= at:
                         assert output is None, "BF16 is evaluated first"
                         states.append(entering[-1])
-                    base = F.linear(states[at], head.weight)[0].float()
-                    kls.append(F.kl_div(logits.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none")
-                               .sum(-1).mean().item())  # fmt: skip
+                    base = F.linear(states[at], head.weight)[0].float().log_softmax(-1)
                     agree.append((logits.argmax(-1) == base.argmax(-1)).float().mean().item())
+                    mine = logits.log_softmax(-1)
+                    losses.append(F.nll_loss(mine[:-1], ids[0, 1:]).item())
+                    kls.append((base.exp() * (base - mine)).sum(-1).mean().item())
                     entering.clear()
                 found.nll[text], found.kl[text] = losses, sum(kls) / len(kls)
                 found.top1[text] = sum(agree) / len(agree)

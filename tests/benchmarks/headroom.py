@@ -5,7 +5,7 @@
 The source is quantized as the recipe says by this project's engine, once for each number of calibration samples. Headroom
 divides the stored input global scales, as `calibration.input_headroom` does. Without --source: SmolLM2-135M-Instruct, bundled
 data, and the help text of Python, which no bundled text holds. Loss of transformers' model with the output's weights and
-quantized inputs (`verify.fidelity.forward.quantize_input`), paired by window with the loss of the source in BF16.
+quantized inputs (`calibration.checkpoint.nvfp4.quantize_dequantize`), paired by window with the loss of the source in BF16.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ class Case:
         modifier: str,
         targets: list[str] = TARGETS,
         calibration: dict[str, Any] | None = None,
+        preset: str | None = None,
         **arguments: Any,
     ) -> None:
         self.directory = directory
@@ -37,6 +38,7 @@ class Case:
             "calibration": calibration
             or {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
             "verify": {"structure": False, "fidelity": False},
+            **({"preset": preset} if preset else {}),
         }
         began = time.monotonic()
         self.reference = Attempt(self, "reference", KillAt(0, directory / "steps"))

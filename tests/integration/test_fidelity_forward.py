@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.nvfp4 import quantize_dequantize
 from calibration.families.registry import family_of
 from recipes.schema import Calibration, Fidelity
 from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard
 from tests.reference import nvfp4 as reference
 from verify.fidelity.fidelity import verify_with_forward
-from verify.fidelity.forward import InputSeen, measure_blocks, quantize_input, quantize_input_fp8, verify_forward
+from verify.fidelity.forward import InputSeen, measure_blocks, quantize_input_fp8, verify_forward
 from verify.fidelity.input_scales import input_scale_check
 from verify.known import Known
 from verify.structure.structure import verify_structure
@@ -44,14 +45,14 @@ def test_inputs_are_quantized_as_compressed_tensors_does(dtype: torch.dtype) -> 
     x, scale = x.to(dtype), torch.tensor([2688 / 40.0])
     arguments = preset_name_to_scheme("NVFP4", ["Linear"]).input_activations
     scales, zero_points = compute_dynamic_scales_and_zp(x, arguments, torch.nn.Linear(1, 1), global_scale=scale)
-    made = quantize_input(x, scale)
+    made = quantize_dequantize(x, scale)
     if dtype == torch.float32:  # in BF16 it rounds amax / 6 once more, which no kernel does
         assert torch.equal(made, fake_quantize(x, scales, zero_points, arguments, global_scale=scale))
     expected = reference.fake_quantize(x, scale)
     # Float64 and float32 part where amax / 6 lies between two E4M3 codes, which BF16 values often hit exactly.
     apart = (made.double() - expected).abs() > 2**-8 * expected.abs()
     assert float(apart.float().mean()) < 0.01
-    assert quantize_input(x[:0], scale).shape == (0, 256)
+    assert quantize_dequantize(x[:0], scale).shape == (0, 256)
     fp8 = quantize_input_fp8(x)
     assert float((fp8 - x).norm() / x.norm()) < 0.04 and not torch.equal(fp8, x)
 

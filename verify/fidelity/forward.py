@@ -21,7 +21,7 @@ from torch import nn
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
-from calibration.checkpoint.nvfp4 import GROUP, RANGE
+from calibration.checkpoint.nvfp4 import RANGE
 from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.registry import family_of, open_source
 from recipes.errors import SourceError, WorkflowError
@@ -177,18 +177,6 @@ def measure_blocks(
         )
 
 
-def quantize_input(x: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """`x [..., K]` to NVFP4 and back, in its dtype: a dynamic E4M3 group scale per 16 values under the stored input
-    global scale `[1]`, E2M1 values, ties to even. Equal to compressed-tensors' fake_quantize in float32."""
-    flat = x.reshape(-1, x.shape[-1])
-    largest = flat.to(torch.float32).view(flat.shape[0], flat.shape[1] // GROUP, GROUP).abs().amax(-1)
-    scale = (global_scale * (largest / 6)).clamp(max=_E4M3_MAX).to(torch.float8_e4m3fn)
-    # A group below E4M3's smallest value takes 0.125, as the packed weights do.
-    scale = torch.where(scale.to(torch.float32) == 0, 0.125, scale.to(torch.float32)).to(torch.float8_e4m3fn)
-    packed, _ = nvfp4.pack(flat, scale, global_scale)
-    return nvfp4.dequantize(packed, scale, global_scale).to(x.dtype).reshape(x.shape)
-
-
 def quantize_input_fp8(x: torch.Tensor) -> torch.Tensor:
     """`x [..., K]` to E4M3 and back, in its dtype, one dynamic scale per token and 128 values."""
     flat = x.to(torch.float32).reshape(-1, x.shape[-1])
@@ -273,7 +261,7 @@ def _rounded_to_nearest(
             if stored is None or not isinstance(module, nn.Linear) or output.of(stored).kind != "nvfp4":
                 continue
             amax = module.weight.data.abs().amax().float().clamp_min(1e-30)
-            module.weight.data = quantize_input(module.weight.data, (RANGE / amax).reshape(1))
+            module.weight.data = nvfp4.quantize_dequantize(module.weight.data, (RANGE / amax).reshape(1))
             if seen := largest.get(module_of(stored)):
                 scale = torch.tensor([RANGE / seen], device=original.device)
                 stack.callback(module.register_forward_pre_hook(_NvFp4Input(scale)).remove)
@@ -334,7 +322,7 @@ class _NvFp4Input:
     scale: torch.Tensor
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return quantize_input(arguments[0], self.scale), *arguments[1:]
+        return nvfp4.quantize_dequantize(arguments[0], self.scale), *arguments[1:]
 
 
 def _fp8_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

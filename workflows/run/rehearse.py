@@ -12,8 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from calibration.checkpoint.files import write_json
-from calibration.forecast.cost import boundary_bytes, hidden_width, scratch_bytes
+from calibration.forecast.cost import boundary_bytes, hessian_bytes, hidden_width, scratch_bytes
 from calibration.runs.disk import Need, probe_write, space_problems
 from calibration.runs.memory import available_memory
 from calibration.runs.output import BEGUN, entries, overwrite_problems
@@ -228,11 +230,14 @@ def _space(run: Run, boundary: int) -> None:
 
 def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
     held = min(boundary, run.recipe.offload.max_host_memory or 0)
-    wanted, there = rehearsal.peak_memory * run.ranks.local + held, available_memory()
+    # Hessians lie beside the block's weights.
+    hessians = 0 if torch.accelerator.is_available() else hessian_bytes(run.task) * run.ranks.local
+    wanted, there = rehearsal.peak_memory * run.ranks.local + held + hessians, available_memory()
     if wanted > there:
+        also = f", a block's Hessians take {hessians:,}" if hessians else ""
         raise EnvironmentProblem(
             f"memory: the rehearsal took {rehearsal.peak_memory:,} bytes and offload.max_host_memory lets activations take "
-            f"{held:,}, together more than the {there:,} that this process can have; lower offload.max_host_memory, "
+            f"{held:,}{also}, together more than the {there:,} that this process can have; lower offload.max_host_memory, "
             "calibration.batch_size or calibration.max_seq_length"
         )
 

@@ -80,6 +80,15 @@ def test_importance_is_the_sum_of_squares_whatever_the_order() -> None:
     assert torch.allclose(vector.double(), torch.cat(parts).double().square().sum(0), rtol=1e-6)
 
 
+def test_importance_of_a_tensor_that_was_written_to_is_summed_again() -> None:
+    inputs, first, second = torch.ones(3, 16), Importance(), Importance()
+    first.add(inputs)
+    inputs.mul_(2)
+    second.add(inputs)
+    second.add(inputs)
+    assert first.vector().tolist() == [3.0] * 16 and second.vector().tolist() == [24.0] * 16  # type: ignore[union-attr]
+
+
 def test_importance_takes_inputs_that_overflow_a_sum() -> None:
     importance = Importance()
     importance.add(torch.full((2, 16), 3e38))

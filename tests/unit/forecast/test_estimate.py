@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from calibration.checkpoint.formats import Formats
-from calibration.forecast.cost import Product, block_costs, boundary_bytes
+from calibration.forecast.cost import Product, block_costs, boundary_bytes, hessian_bytes
 from calibration.forecast.predict import predict
 from calibration.forecast.speed import Machine, Spent
 from recipes.errors import SourceError
@@ -150,3 +150,26 @@ def test_facts_of_a_stage(tmp_path: Path) -> None:
     assert list(both["stages"]) == ["export"]
     (line,) = estimate.render(both)
     assert line.startswith("export: ") and "; predicted " in line and "3.1 MB written" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "experts", "gates", "downs"),
+    [({"quantized_inputs": True}, "all", 1, 1), ({"quantized_inputs": True}, "routed", 8, 1), ({}, "all", 16, 1)],
+)
+def test_hessians_are_one_for_every_input(
+    tmp_path: Path, arguments: dict[str, Any], experts: str, gates: int, downs: int
+) -> None:
+    """8 experts of 1, DeepSeek-V4: gate and up share their input, and with all experts so do those of all."""
+    source = deepseek_v4.write(tmp_path / "source", "bf16")
+    target = {"targets": [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"], "scheme": "NVFP4"}
+    calibration = {"dataset": "bundled", "experts": experts}
+    made = recipe(
+        source, tmp_path / "output", modifiers=[{"GPTQModifier": target | arguments}], calibration=calibration
+    )
+    task = task_of(made)
+    inside = {name: task.formats.of(f"layers.0.ffn.experts.0.{name}.weight").shape[1] for name in ("w1", "w2")}
+    count = sum(name.startswith("layers.0.") and name.endswith(".w2") for name in task.plan.quantized)
+    expected = 4 * (inside["w1"] ** 2 * gates * (1 if gates == 1 else count // 8) + inside["w2"] ** 2 * count * downs)
+    assert hessian_bytes(task) == expected
+    plain = recipe(source, tmp_path / "output", modifiers=[{"QuantizationModifier": target}], calibration=calibration)
+    assert hessian_bytes(task_of(plain)) == 0
