@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -54,6 +54,14 @@ class Whole:
     header: TensorHeader
     parts: tuple[str, ...]
     undone: Undone | None = None
+
+    def renamed(self, names: Mapping[str, str]) -> Whole:
+        """The same tensor with other names of itself, its parts and what becomes of it."""
+        undone = self.undone
+        if undone is not None:
+            undone = replace(undone, name=names[undone.name], scales=names[undone.scales])
+        header = replace(self.header, name=names[self.header.name])
+        return Whole(header, tuple(names[part] for part in self.parts), undone)
 
 
 class Checkpoint:

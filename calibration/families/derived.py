@@ -48,7 +48,7 @@ _DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_l
 
 #: What vLLM calls otherwise than the hub, and transformers cannot tell: its MiniMaxM2DecoderLayer keeps the hub's name and
 #: hands `mlp` to the layers below as their prefix (models/minimax_m2.py, 0.32).
-_SERVED = {"minimax_m2": ((r"\.block_sparse_moe\.", ".mlp."),)}
+_SERVED = {"minimax_m2": ((r"\.block_sparse_moe\.", ".mlp."),), "gpt_oss": ((r"\.self_attn\.", ".attn."),)}
 
 
 #: Families whose stacked experts are released in MXFP4, under names of their own.

@@ -50,18 +50,18 @@ class Cut:
 
     def output_bytes(self, plan: Plan) -> int:
         """Bytes that `plan` writes for these tensors."""
-        return sum(tensor.nbytes for name in self.names for tensor in plan.steps[name].outputs)
+        return sum(tensor.nbytes for name in self.names if name in plan.steps for tensor in plan.steps[name].outputs)
 
 
 def kinds_of_blocks(task: Task) -> list[tuple[int, ...]]:
     """The numbers of equal blocks, kind by kind in the order of their first block. Equal are blocks with the same tensors (names,
     stored dtypes, shapes), planned alike, of which config.json says the same."""
-    plan, tensors = task.plan, task.source.tensors
+    plan = task.plan
     content: dict[int, set[object]] = {number: set() for number in plan.block_numbers}
     for name, step in plan.steps.items():
         if (number := task.family.place(name).block) is not None:
             scheme = plan.groups[step.group].name if step.group in plan.groups else step.group
-            header = tensors[name]
+            header = task.source.header(name)
             own = _renumbered(task.family.block, name, 0)
             content[number].add((own, header.dtype, header.shape, step.action, step.group, scheme))
     traits = block_traits(task.source.config, len(content), task.family.language)
@@ -103,13 +103,14 @@ def make_miniature(task: Task, cut: Cut, directory: Path) -> Task:
         target = where / path.relative_to(source.directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_safely(target, functools.partial(shutil.copyfile, path), path.stat().st_size)
-    headers = {new: replace(source.tensors[old], name=new) for old, new in cut.names.items()}
+    headers = {new: replace(source.tensors[old], name=new) for old, new in cut.names.items() if old in source.tensors}
     used = {header.shard for header in headers.values()}
     shards = [shard for shard in source.shards if shard in used]
     for shard in shards:
         (where / shard).symlink_to(os.path.realpath(source.directory / shard))
     state = {shard: source.state[shard] for shard in shards}
     view = Checkpoint(where, cut.config, headers, shards, state)
+    view.whole = {cut.names[old]: whole.renamed(cut.names) for old, whole in source.whole.items() if old in cut.names}
     try:
         small = Task.of(_recipe(task, cut, directory), Formats(view))
     except WorkflowError as error:
@@ -126,7 +127,8 @@ def _renumbered(block: str, name: str, number: int) -> str:
 
 def _names(task: Task, kept: Sequence[int]) -> dict[str, str]:
     names = {}
-    for name in task.source.tensors:
+    undone = [whole.undone.name for whole in task.source.whole.values() if whole.undone is not None]
+    for name in (*task.source.tensors, *task.source.whole, *undone):
         place = task.family.place(name)
         if place.mtp or (place.block is not None and place.block not in kept):
             continue

@@ -74,6 +74,22 @@ def test_families_of_the_table(family: Any, tmp_path: Path) -> None:
     assert find_cut(task).kept == ((0, 1) if family == "glm4_moe" else (0,))
 
 
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama4_text", "Linear"), ("gpt_oss", "Linear"), ("mxfp4", "part:attention")]
+)
+def test_stacks_of_experts_taken_apart_and_whole(family: str, targets: str, tmp_path: Path) -> None:
+    source = any_family.write(tmp_path / "source", "gpt_oss" if family == "mxfp4" else family, mxfp4=family == "mxfp4")
+    task = task_of(recipe(source, tmp_path / "output", targets, export={"kept": "plain"}))
+    cut = find_cut(task)
+    small = make_miniature(task, cut, tmp_path / "small")
+    read = 0
+    for old, new in cut.names.items():
+        if new in small.plan.steps and small.plan.steps[new].outputs:
+            assert torch.equal(small.formats.read(new), task.formats.read(old)), old
+            read += 1
+    assert read == sum(1 for step in small.plan.steps.values() if step.outputs)
+
+
 def test_a_period_that_the_cut_cannot_say_keeps_the_blocks_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
