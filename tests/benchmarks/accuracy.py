@@ -44,6 +44,8 @@ from verify.unseen_text import help_text
 NOVEL = "guidellm==0.3.0"
 LINEAR = [r"re:^model\.layers\.\d+\..*(_proj|\.w[123])$"]
 TEXTS = ("prose", "reference")
+#: Model -> routed experts of each block; of these two are chosen.
+MODELS = {"smollm2": None, "upcycled": upcycled.EXPERTS, "upcycled16": 16}
 RTN = "round to nearest"
 
 
@@ -65,6 +67,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ of quantized inputs, nvfp4_weighted": _quantized(
         "GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
     ),
+}
+
+
+#: The same for models with experts: which tokens an expert is calibrated on; round to nearest is on all.
+EXPERT_METHODS: dict[str, dict[str, Any]] = {
+    "routed": _quantized() | {"calibration": {"experts": "routed"}},
+    **{f"topped_up {n}": _quantized() | {"calibration": {"experts": {"topped_up": n}}} for n in (16, 64, 256)},
 }
 
 
@@ -160,13 +169,10 @@ def calibrate(directory: Path, source: Path, samples: int, sections: dict[str, A
     """Runs a recipe into `<directory>/output` in a process of its own; what engine_once measured."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    body = {
-        "source": {"checkpoint": str(source)},
-        "output": str(directory / "output"),
-        "calibration": {"dataset": "bundled", "num_samples": samples, "max_seq_length": 512, "batch_size": 4},
-    }
+    data = {"dataset": "bundled", "num_samples": samples, "max_seq_length": 512, "batch_size": 4}
+    body = {"source": {"checkpoint": str(source)}, "output": str(directory / "output")} | sections
     recipe = directory / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(body | sections))
+    recipe.write_text(yaml.safe_dump(body | {"calibration": data | sections.get("calibration", {})}))
     command = [sys.executable, "-m", "tests.benchmarks.engine_once", "ours", str(recipe)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -216,7 +222,7 @@ def prepare(directory: Path, model: str, count: int) -> Bench:
         smollm2.write(dense)
     source = directory / model
     if not source.exists():
-        upcycled.write(source, dense)
+        upcycled.write(source, dense, experts=MODELS[model] or 1)
     texts = dict(zip(TEXTS, (novel(directory), help_text()), strict=True))
     tokens = {name: windows(source, text[: count * 512 * 8], count, 512) for name, text in texts.items()}
     kept = directory / f"{model}-{count}.states.pt"
@@ -227,7 +233,7 @@ def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True)
-    parser.add_argument("--model", choices=["smollm2", "upcycled"], default="smollm2")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, of each text")
     parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, of the bundled calibration text")
     parser.add_argument("--only", action="append", help="names of methods; round to nearest always runs")
@@ -239,7 +245,11 @@ def main() -> None:
     options.directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     bench = prepare(options.directory, options.model, options.windows)
-    methods = METHODS | (yaml.safe_load(options.methods.read_text()) if options.methods else {})
+    methods = (
+        METHODS
+        | (EXPERT_METHODS if MODELS[options.model] else {})
+        | (yaml.safe_load(options.methods.read_text()) if options.methods else {})
+    )
     wanted = [RTN, *(options.only if options.only is not None else methods)]
     file = options.directory / f"{options.model}-{options.windows}-{options.samples}.json"
     results = {

@@ -2,6 +2,9 @@
 the models' dimensions with the formulas of `calibration.forecast.cost`; nothing is run or measured here. See docs/cost-model.md.
 
     python -m tests.benchmarks.cost_model [--samples 512] [--tokens 2048] [--teraflops 600] [--read 6] [--write 3]
+    python -m tests.benchmarks.cost_model --terms [--gpus 8] [--teraflops 1100]
+
+`--terms` lists V4-Pro's terms, each with its amount, its rate, and whether the rate was measured or is assumed.
 """
 
 from __future__ import annotations
@@ -19,7 +22,11 @@ NVFP4_BYTES = 0.5 + 1 / 16
 HOURS = 3600
 
 
-def operations(sizes: Sizes, tokens: int, everything: bool) -> tuple[float, float]:
+#: CPU-seconds a GB of SHA-256, and before the first forward pass of V4-Pro (docs/measurements.md, docs/cost-model.md).
+SHA256, START = 0.602, 46.1
+
+
+def operations(sizes: Sizes, tokens: int, everything: bool, shown: float = 1.0) -> tuple[float, float]:
     """Operations per token, the mean over the blocks, in routed and shared experts and in the rest, for samples of
     `tokens`; see `calibration.forecast.cost`."""
     settings = config(sizes, "fp8_mxfp4")
@@ -29,7 +36,7 @@ def operations(sizes: Sizes, tokens: int, everything: bool) -> tuple[float, floa
     both = [
         sum(
             BlockCost(block, made).operations(tokens)
-            for block, made in products(family, part, settings, everything).items()
+            for block, made in products(family, part, settings, everything, shown).items()
         )
         for part in (experts, {name: shape for name, shape in shapes.items() if name not in experts})
     ]
@@ -54,6 +61,43 @@ def output_bytes(sizes: Sizes) -> float:
     return total
 
 
+def terms(given: argparse.Namespace) -> None:
+    """Prints V4-Pro's terms on `given.gpus` GPUs as rows of a table."""
+    sizes, count, gpus = ProSizes(), given.samples * given.tokens, given.gpus
+    blocks, rate = sizes.layers, given.teraflops * 1e12
+    boundary = boundary_bytes(hidden_width(config(sizes, "fp8_mxfp4")), [(1, given.tokens)] * given.samples)
+    source, output, moved = source_bytes(sizes), output_bytes(sizes), blocks * boundary
+    values = BF16 * blocks * sizes.hidden * sizes.moe_intermediate * 3 * (sizes.experts + 1)
+    rows: list[tuple[str, float, str, str]] = [
+        ("plan, empty model, trace", START, "V4-Pro's headers, one thread", "measured on a CPU"),
+        *(
+            (f"products, experts: {name}", count * blocks * sum(operations(sizes, given.tokens, False, shown)) / rate / gpus,
+             f"{count * blocks * sum(operations(sizes, given.tokens, False, shown)) / 1e18:.2f} EFLOP on {gpus} GPUs at "
+             f"{given.teraflops:.0f} TFLOP/s each", "operations counted, rate assumed")
+            for name, shown in (("all", 1.0), ("topped_up 64", 64 / count))
+        ),
+        ("source from the disk, once", source / given.read / 1e9, f"{source / 1e9:.0f} GB at {given.read:g} GB/s, shared",
+         "bytes measured on headers, rate assumed"),
+        ("source to every GPU", source / given.link / 1e9, f"{source / 1e9:.0f} GB at {given.link:g} GB/s each", "rate assumed"),
+        ("dequantized on every GPU", values / given.memory / 1e9, f"{values / 1e12:.2f} TB of BF16 written at "
+         f"{given.memory:g} GB/s", "rate assumed"),
+        ("activations, written and read", moved / given.write / 1e9 + moved / given.read / 1e9,
+         f"{2 * moved / 1e12:.2f} TB at {given.write:g} and {given.read:g} GB/s, shared", "rate assumed"),
+        ("SHA-256 of activations", moved / 1e9 * SHA256 / gpus, f"{moved / 1e12:.2f} TB on {gpus} threads", "measured on a CPU"),
+        ("SHA-256 of the output, rank 0", output / 1e9 * SHA256, f"{output / 1e9:.0f} GB", "measured on a CPU"),
+        ("output to the disk, rank 0", output / given.write / 1e9, f"{output / 1e9:.0f} GB at {given.write:g} GB/s",
+         "rate assumed"),
+    ]  # fmt: skip
+    print("| term | seconds | of | how known |\n|---|---|---|---|")
+    for name, seconds, amount, known in rows:
+        print(f"| {name} | {seconds:,.0f} | {amount} | {known} |")
+    for mode in ("all", "topped_up 64"):
+        total = sum(
+            seconds for name, seconds, _, _ in rows if not name.startswith("products") or name.endswith(f": {mode}")
+        )
+        print(f"| in turn, experts: {mode} | {total:,.0f} | {total / HOURS:.2f} h | |")
+
+
 def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,7 +106,14 @@ def main() -> None:
     parser.add_argument("--teraflops", type=float, default=600, help="sustained BF16 per GPU")
     parser.add_argument("--read", type=float, default=6, help="GB/s of the disk")
     parser.add_argument("--write", type=float, default=3, help="GB/s of the disk")
+    parser.add_argument("--terms", action="store_true", help="V4-Pro's terms, one by one")
+    parser.add_argument("--gpus", type=int, default=8, help="of --terms")
+    parser.add_argument("--link", type=float, default=50, help="GB/s from the host to a GPU, of --terms")
+    parser.add_argument("--memory", type=float, default=5000, help="GB/s of a GPU's memory, of --terms")
     given = parser.parse_args()
+    if given.terms:
+        terms(given)
+        return
     count, read, write = given.samples * given.tokens, given.read * 1e9, given.write * 1e9
     models: dict[str, Sizes] = {"Flash": FlashSizes(), "Pro": ProSizes()}
     for name, sizes in models.items():

@@ -4,7 +4,8 @@
     python -m tests.benchmarks.engine_benchmark --quick
 
 Interleaved rounds, every run in a process of its own with one thread; CPU-seconds from the open source to the finished
-checkpoint, imports left out. Of a source in FP8 and MXFP4 stock gets a BF16 copy with the same values, which
+checkpoint, imports left out. This engine also runs with fewer tokens for each expert (`calibration.experts`), where its input
+scales are others than stock's. Of a source in FP8 and MXFP4 stock gets a BF16 copy with the same values, which
 `method: plain` wrote beforehand: from the source itself it writes E4M3 codes where NVFP4 was asked for. Asserts that packed
 weights, group scales, global scales and input global scales are identical (input global scales within three BF16 roundings where
 products depend on the number of rows, calibration.runs.row_invariance), and prints peak memory per block over 6 and 24
@@ -38,6 +39,8 @@ from tests.models import deepseek_v4, standard
 from tests.uneven import ROUNDED
 
 LEAVES = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
+#: Further modes of `calibration.experts`; without one, this engine calibrates on all tokens, as stock does.
+MODES: dict[str, Any] = {"topped_up 64": {"topped_up": 64}, "routed": "routed"}
 CASES = ("v4-bf16", "v4-fp8_mxfp4", "qwen3_moe")
 TARGETS = {
     "v4": r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$",
@@ -66,15 +69,15 @@ def write_source(directory: Path, case: str, quick: bool) -> Path:
     return deepseek_v4.write(directory, stored, **(TINY if quick else MID))
 
 
-def write_recipe(base: Path, source: Path, case: str, samples: int, tokens: int) -> Path:
-    """A recipe with input global scales per expert, as stock has them."""
+def write_recipe(base: Path, source: Path, case: str, data: dict[str, Any]) -> Path:
+    """A recipe with input global scales per expert, as stock has them; `data` are keys of its calibration."""
     base.mkdir(parents=True, exist_ok=True)
     quantize = {"QuantizationModifier": {"targets": [TARGETS[case.partition("-")[0]]], "scheme": "NVFP4"}}
     body = {
         "source": {"checkpoint": str(source)},
         "output": str(base / "output"),
         "modifiers": [quantize],
-        "calibration": {"dataset": "bundled", "num_samples": samples, "max_seq_length": tokens},
+        "calibration": {"dataset": "bundled"} | data,
         "export": {"kept": "plain", "input_global_scale": "per_expert", "mxfp4": "requantize"},
         "verify": {"structure": False, "fidelity": False},
     }
@@ -154,13 +157,16 @@ def block_bytes(source: Path) -> int:
 
 def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: int, quick: bool) -> None:
     """Prints the rows of one case."""
-    source = write_source(base / "source", case, quick)
-    sources = {"ours": source, "stock": plain_copy(base, source, case)}
-    recipes = {method: write_recipe(base / method, sources[method], case, samples, tokens) for method in sources}
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "stock": []}
+    source, data = write_source(base / "source", case, quick), {"num_samples": samples, "max_seq_length": tokens}
+    stock = write_recipe(base / "stock", plain_copy(base, source, case), case, data)
+    recipes = {"ours": write_recipe(base / "ours", source, case, data), "stock": stock} | {
+        f"ours, {name}": write_recipe(base / name, source, case, data | {"experts": mode})
+        for name, mode in MODES.items()
+    }
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in recipes}
     for _ in range(rounds):
         for method, recipe in recipes.items():
-            runs[method].append(measure(method, recipe))
+            runs[method].append(measure(method.partition(",")[0], recipe))
         compared, rounded = compare(base / "ours" / "output", base / "stock" / "output")
     block = block_bytes(source)
     cpu = {method: statistics.median(run["cpu_seconds"] for run in runs[method]) for method in runs}
@@ -187,7 +193,7 @@ def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: in
 def flatness(base: Path, blocks: int, samples: int, tokens: int, sizes: dict[str, int]) -> None:
     """Prints peak memory above baseline of the second and the last block, in MB and in BF16 blocks."""
     source = deepseek_v4.write(base / "source", "fp8_mxfp4", **(sizes | {"layers": blocks}))
-    run = measure("ours", write_recipe(base / "ours", source, "v4", samples, tokens))
+    run = measure("ours", write_recipe(base / "ours", source, "v4", {"num_samples": samples, "max_seq_length": tokens}))
     peaks, block = [peak - run["base"] for peak in run["block_peaks"]], block_bytes(source)
     assert len(peaks) == blocks
     print(
