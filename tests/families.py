@@ -44,7 +44,7 @@ def run(family: str, method: str, directory: Path, serve: bool) -> Outcome:
     if not source.is_dir():
         any_family.write(source, family)
     folder.mkdir(exist_ok=True)
-    modifier = {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["lm_head"]}
+    modifier = {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["part:head"]}
     recipe = write_recipe(
         folder, source, [], method=method, modifiers=[{"QuantizationModifier": modifier}],
         calibration=_DATA if method == "calibrate" else None, verify={"serving": _SERVED if serve else None},

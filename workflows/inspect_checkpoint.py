@@ -35,7 +35,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
     """A checkpoint's headers summarized as JSON: `patterns` (name pattern, count, dtype, stored format, shapes, bytes),
     `parts` (bytes), `problems` (how the tensors differ from what config.json promises), `blocks`, experts per block,
     routers, norms, MTP blocks, total bytes and parameters."""
-    family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+    family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME), checkpoint.tensors)
     places = {name: family.place(name) for name in checkpoint.tensors}
     rows: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for name, header in checkpoint.tensors.items():

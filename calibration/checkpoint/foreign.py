@@ -11,6 +11,7 @@ from typing import Any
 
 from calibration.checkpoint.files import MissingFile, read_json_object
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.checkpoint.source_config import declared_quantization
 
 REMEDY = "start from the original checkpoint, or have the library that made this one write BF16"
 #: A format and the regex of its tensors' names, from the quantizers and integrations of transformers (5.17) and the
@@ -97,9 +98,8 @@ def undeclared(checkpoint: Checkpoint, kinds: Iterable[str]) -> list[str]:
 
 
 def _declaration(checkpoint: Checkpoint) -> tuple[Path, dict[str, Any]]:
-    for key in ("quantization_config", "compression_config"):
-        declared = checkpoint.config.get(key)
-        if isinstance(declared, dict):
+    for declared in (declared_quantization(checkpoint.config), checkpoint.config.get("compression_config")):
+        if isinstance(declared, dict) and declared:
             return checkpoint.directory / CONFIG_NAME, declared
     path = checkpoint.directory / _MODELOPT_CONFIG
     try:

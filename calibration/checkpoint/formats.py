@@ -14,6 +14,7 @@ from calibration.checkpoint.dialect import COMPRESSED_TENSORS, NVIDIA
 from calibration.checkpoint.foreign import REMEDY, foreign_formats
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import TORCH, Checkpoint
+from calibration.checkpoint.source_config import declared_quantization
 from recipes.errors import SourceError, collapsed
 
 FLOATS = frozenset({"BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0"})
@@ -228,14 +229,14 @@ class Formats:
 
 def _weights_arguments(config: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     """The `weights` of compressed-tensors' config groups whose type is `kind`."""
-    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    groups = declared_quantization(config).get("config_groups") or {}
     found = [group.get("weights") or {} for group in groups.values()]
     return [weights for weights in found if weights.get("type") == kind]
 
 
 def _configured_tile(config: dict[str, Any]) -> tuple[int, int] | None:
     """The tile that config.json names: transformers' `weight_block_size`, compressed-tensors' `block_structure`."""
-    size = (config.get("quantization_config") or {}).get("weight_block_size")
+    size = declared_quantization(config).get("weight_block_size")
     sizes = [size] if size else [weights.get("block_structure") for weights in _weights_arguments(config, "float")]
     return next(((int(size[0]), int(size[1])) for size in sizes if isinstance(size, list)), None)
 

@@ -7,7 +7,7 @@ must add it here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +22,8 @@ MOST_EXPERTS = 100_000
 EXPERT_COUNTS = ("n_routed_experts", "num_experts", "num_local_experts")
 #: Maximum number of problems that one message lists.
 _MOST_PROBLEMS = 20
+#: The field of a vision or audio model's config that holds its language model's.
+TEXT_CONFIG = "text_config"
 
 Width = Annotated[int, Field(ge=0, le=1 << 31)]
 Count = Annotated[int, Field(ge=0, le=100_000)]
@@ -121,6 +123,7 @@ class LanguageConfig(_Part):
     dspark_target_layer_ids: Annotated[list[Width], Field(max_length=1_000, fail_fast=True)] | None = None
     draft_vocab_size: Width | None = None
     enable_confidence_head: bool | None = None
+    quantization_config: Quantization | None = None
     kv_source_layer_ids: Widths | None = None
     index_source_layer_ids: Widths | None = None
     engram_layer_ids: Widths | None = None
@@ -135,8 +138,24 @@ class SourceConfig(LanguageConfig):
 
     text_config: LanguageConfig | None = None
     vision_config: VisionConfig | None = None
-    quantization_config: Quantization | None = None
     compression_config: Quantization | None = None
+
+
+def declared_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a config.json, or of the language model in it (Kimi-K2.5 has it there); empty if there is
+    none."""
+    inner = config.get(TEXT_CONFIG)
+    nested = inner.get("quantization_config") if isinstance(inner, dict) else None
+    found = config.get("quantization_config") or nested
+    return found if isinstance(found, dict) else {}
+
+
+def without(config: Mapping[str, Any], *fields: str) -> dict[str, Any]:
+    """A config without these fields, in it and in that of its language model."""
+    kept = {key: value for key, value in config.items() if key not in fields}
+    if isinstance(inner := kept.get(TEXT_CONFIG), dict):
+        kept[TEXT_CONFIG] = {key: value for key, value in inner.items() if key not in fields}
+    return kept
 
 
 def routed_experts(config: dict[str, Any]) -> int | None:

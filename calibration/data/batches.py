@@ -49,7 +49,7 @@ class CalibrationData:
 def embedding_rows(source: Checkpoint) -> dict[str, int]:
     """Where the source states the rows of its embedding (config.json, the tensor's header) -> the number of rows."""
     rows = {"vocab_size in config.json": language_config(source.config).get("vocab_size")}
-    family = family_of(source.config, str(source.directory / CONFIG_NAME))
+    family = family_of(source.config, str(source.directory / CONFIG_NAME), source.tensors)
     for name, tensor in source.tensors.items():
         if len(tensor.shape) == 2 and family.place(name).part == "embedding" and name.endswith(".weight"):
             rows[f"{name} in {tensor.shard}"] = tensor.shape[0]

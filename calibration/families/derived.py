@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,8 +22,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from calibration.checkpoint.formats import logical_name
+from calibration.checkpoint.source_config import TEXT_CONFIG, without
 from calibration.checkpoint.stacks import Stack
-from calibration.families.family import ROUTED, ROUTER, SHARED, Family
+from calibration.families import wrapped
+from calibration.families.family import BESIDE, ROUTED, ROUTER, SHARED, Family
 from calibration.families.promised import ConfigReader, Kind, Promise, Wanted
 from calibration.families.stacked import UnknownLayout, mxfp4_stacks, projections, stack_of
 from recipes.errors import SourceError
@@ -71,24 +74,53 @@ class _Underivable(Exception):
     """Why a grammar cannot be derived."""
 
 
-def derive(config: dict[str, Any], where: str) -> Family:
-    """The family of a config that transformers can build a model of. Raises SourceError, naming what cannot be derived."""
+@dataclass(frozen=True, slots=True)
+class _Grammar:
+    """The empty model of a config, its wrapper if it is one, and every hub tensor by the name that transformers writes."""
+
+    model: PreTrainedModel
+    wrapper: wrapped.Wrapper | None
+    tensors: dict[str, _Tensor]
+    stacks: tuple[Stack, ...]
+
+    @property
+    def fills(self) -> dict[str, str]:
+        """Hub name -> the tensor that it fills; of a stack, its own name."""
+        return {stack.name: stack.name for stack in self.stacks} | {name: t.fills for name, t in self.tensors.items()}
+
+
+def derive(config: dict[str, Any], where: str, names: Iterable[str] = ()) -> Family:
+    """The family of a config that transformers can build a model of, spelled as the `names` of a checkpoint's tensors are.
+    Raises SourceError, naming what cannot be derived."""
     try:
         # Neither how weights are stored nor what code a checkpoint brings says anything of its names.
-        plain = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
-        return _derived(json.dumps(plain, sort_keys=True))
-    except _Underivable as problem:
+        plain = without(config, "quantization_config", "auto_map")
+        text = json.dumps(plain, sort_keys=True)
+        read = _read(text)
+        spelled = wrapped.own_spelling(read.model, read.fills, map(logical_name, names))
+        return _derived(text, tuple(sorted(_with_stacks(read.stacks, spelled).items())))
+    except (_Underivable, wrapped.UnknownPart) as problem:
         raise SourceError(
             f"{where}: model_type {config.get('model_type')!r} has no grammar here, and none can be derived: {problem}"
         ) from None
 
 
+@lru_cache(maxsize=4)
+def _read(text: str) -> _Grammar:
+    model = _empty_model(json.loads(text))
+    wrapper = wrapped.read_wrapper(model)
+    return _Grammar(model, wrapper, *_tensors(model, wrapper))
+
+
 @lru_cache(maxsize=8)
-def _derived(text: str) -> Family:
-    config = json.loads(text)
-    model = _empty_model(config)
-    tensors, stacks = _tensors(model)
-    blocks = _block_pattern(model, tensors)
+def _derived(text: str, spelled: tuple[tuple[str, str], ...]) -> Family:
+    config, read, own = json.loads(text), _read(text), dict(spelled)
+    model, wrapper = read.model, read.wrapper
+    stacks = tuple(_spelled_stack(stack, own) for stack in read.stacks)
+    tensors = {own.get(name, name): tensor for name, tensor in read.tensors.items()}
+    blocks = _block_pattern(model, tensors, wrapper)
+    if wrapper is not None:
+        tensors = {name: replace(tensor, fills=wrapper.in_text_model(tensor.fills)) for name, tensor in tensors.items()}
     return Family(
         name=str(config["model_type"]),
         model_types=(str(config["model_type"]),),
@@ -101,6 +133,9 @@ def _derived(text: str) -> Family:
         never_quantized=_never_quantized(tensors),
         serving_parents=_SERVED.get(config["model_type"], ()),
         stacks=stacks if model.config.model_type not in _MXFP4 else stacks + sum(map(mxfp4_stacks, stacks), ()),
+        serving_renames=() if wrapper is None else _served_names(blocks),
+        served_in="" if wrapper is None else wrapped.LANGUAGE_MODEL,
+        language="" if wrapper is None else TEXT_CONFIG,
         derived=True,
     )
 
@@ -115,10 +150,10 @@ def _empty_model(config: dict[str, Any]) -> PreTrainedModel:
     try:
         # transformers writes an infinity as an object of its own.
         built = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(config))
+        kind = wrapped.wrapper_class(built)
+        build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                built, dtype=torch.bfloat16, attn_implementation="eager"
-            )
+            model: PreTrainedModel = build(built, dtype=torch.bfloat16, attn_implementation="eager")
     except Exception as error:  # transformers, its validators and torch raise what they like
         first = str(error).strip().partition("\n")[0] or "no message"
         raise _Underivable(
@@ -136,7 +171,7 @@ class _Views(TorchFunctionMode):
         return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
-def _tensors(model: PreTrainedModel) -> tuple[dict[str, _Tensor], tuple[Stack, ...]]:
+def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[dict[str, _Tensor], tuple[Stack, ...]]:
     """Every tensor of the hub checkpoint, by name, with stacks of experts taken apart, and those stacks."""
     state: dict[str, torch.Tensor] = dict(model.state_dict())
     with _Views(), torch.no_grad():
@@ -156,6 +191,9 @@ def _tensors(model: PreTrainedModel) -> tuple[dict[str, _Tensor], tuple[Stack, .
                 f"{name} of the hub is no part of one parameter in transformers: such names are not read yet"
             )
         owner, _, leaf = parameter.rpartition(".")
+        if wrapper is not None and (beside := wrapper.part(owner)) is not None:
+            found[name] = _Tensor(Wanted(tuple(tensor.shape), _kind(tensor)), beside, parameter)
+            continue
         if owner in experts and tensor.dim() == state[parameter].dim():
             stacks.append(_stack(name, tensor, modules[owner], leaf))
             found |= _of_stack(stacks[-1], owner)
@@ -193,6 +231,31 @@ def _of_stack(stack: Stack, owner: str) -> dict[str, _Tensor]:
         for expert in range(stack.shape[0]):
             found[part.name.format(expert)] = _Tensor(wanted, ROUTED, f"{owner}.{expert}.{leaf}")
     return found
+
+
+def _experts(stack: Stack) -> list[str]:
+    return [part.name.format(expert) for part in stack.slices for expert in range(stack.shape[0])]
+
+
+def _with_stacks(stacks: tuple[Stack, ...], own: dict[str, str]) -> dict[str, str]:
+    """The spelling `own` of some names of stacks, or of experts in them, as that of all of their names."""
+    found = dict(own)
+    for stack in stacks:
+        name = next((name for name in (stack.name, *_experts(stack)) if name in own), None)
+        if name is None:
+            continue
+        module = stack.name.rpartition(".")[0]
+        spelled = own[name].removesuffix(name.removeprefix(module))
+        found |= {other: spelled + other.removeprefix(module) for other in (stack.name, *_experts(stack))}
+    return found
+
+
+def _spelled_stack(stack: Stack, own: Mapping[str, str]) -> Stack:
+    if stack.name not in own:
+        return stack
+    old, new = stack.name.rpartition(".")[0], own[stack.name].rpartition(".")[0]
+    slices = tuple(replace(part, name=new + part.name.removeprefix(old)) for part in stack.slices)
+    return replace(stack, name=own[stack.name], slices=slices)
 
 
 def _kind(tensor: torch.Tensor) -> Kind:
@@ -271,7 +334,7 @@ def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
     """Hub names -> transformers' tree, those that differ, as patterns of whole names."""
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if name == tensor.fills:
+        if name == tensor.fills or tensor.part in BESIDE:
             continue
         source, target = name.removesuffix(".weight"), tensor.fills.removesuffix(".weight")
         if re.findall(_NUMBER, source) != re.findall(_NUMBER, target):
@@ -284,18 +347,29 @@ def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
     return tuple(found.items())
 
 
-def _block_pattern(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> str:
+def _block_pattern(model: PreTrainedModel, tensors: dict[str, _Tensor], wrapper: wrapped.Wrapper | None) -> str:
     """The pattern of a block's tensors on the hub."""
     number = model.config.get_text_config().num_hidden_layers
+    inner = "" if wrapper is None else f"{wrapper.language}."
     stacks = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == number
-    ]
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number and name.startswith(inner)
+    ]  # fmt: skip
     for stack in stacks:
         inside = [name for name, tensor in tensors.items() if tensor.fills.startswith(f"{stack}.0.")]
         prefixes = {name.partition(".0.")[0] for name in inside}
         if len(prefixes) == 1 and all(".0." in name for name in inside):
             return rf"^{re.escape(prefixes.pop())}\.(\d+)\."
     raise _Underivable(f"no list of {number} decoder blocks is in transformers' {type(model).__name__}")
+
+
+def _served_names(blocks: str) -> tuple[tuple[str, str], ...]:
+    """The hub's names of a wrapper's language model -> those in vLLM's wrappers (`hf_to_vllm_mapper` of its models, 0.32)."""
+    before = blocks.removeprefix("^").removesuffix(r"layers\.(\d+)\.")
+    return (
+        (rf"^{before}(?=\w)", f"{wrapped.LANGUAGE_MODEL}.model."),
+        (r"^(?:language_model\.|model\.)*lm_head(?=\.|$)", f"{wrapped.LANGUAGE_MODEL}.lm_head"),
+    )
 
 
 def _fused_leaves(tensors: dict[str, _Tensor]) -> tuple[tuple[str, ...], ...]:
@@ -311,7 +385,8 @@ def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, _T
         if not any(re.search(pattern, name) for name in tensors)
     ]
     last = int(model.config.get_text_config().num_hidden_layers)
-    count = max((value for key in _DRAFT_BLOCKS if isinstance(value := config.get(key), int)), default=0)
+    fields = {**config, **(config.get(TEXT_CONFIG) or {})}
+    count = max((value for key in _DRAFT_BLOCKS if isinstance(value := fields.get(key), int)), default=0)
     if count > 0:
         numbers = "|".join(str(last + number) for number in range(min(count, 1_000)))
         ignored.insert(0, blocks.replace(r"(\d+)", f"({numbers})"))

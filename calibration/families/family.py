@@ -19,9 +19,14 @@ from calibration.families.promised import Promise
 
 ROUTED, SHARED, ROUTER = "routed expert", "shared expert", "router"
 
+#: What lies beside the language model of a vision or audio model: copied, whatever a recipe's targets are.
+VISION_TOWER, AUDIO_TOWER, PROJECTOR = "vision tower", "audio tower", "projector"
+BESIDE = frozenset({VISION_TOWER, AUDIO_TOWER, PROJECTOR})
+
 #: Parts that a recipe may name (`part:routed expert`), whether or not a family has them.
 PARTS = (
     ROUTED, SHARED, ROUTER, "attention", "linear attention", "mamba", "convolution", "mlp", "norm", "embedding", "head",
+    VISION_TOWER, AUDIO_TOWER, PROJECTOR,
 )  # fmt: skip
 
 #: Parts whose weights are not linear layers; `Linear` in a recipe never matches them.
@@ -82,6 +87,8 @@ class Family:
     serving_leaves: tuple[tuple[str, tuple[str, ...]], ...] = ()
     #: vLLM's module tree from source modules, as `renames`.
     serving_renames: tuple[tuple[str, str], ...] = ()
+    #: The name of the language model in vLLM's module tree, if it is a part of a wrapper: targets begin with it.
+    served_in: str = ""
     #: Modules that vLLM looks up under another parent than the hub's: pattern and replacement.
     serving_parents: tuple[tuple[str, str], ...] = ()
     #: Parts, besides linear layers, that vLLM quantizes if a target matches them.

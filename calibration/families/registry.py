@@ -3,7 +3,7 @@ SourceError: another family's grammar or promised tensors say nothing about it."
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,16 @@ FAMILIES: tuple[Family, ...] = (DEEPSEEK_V4, DEEPSEEK_V41, *huggingface.FAMILIES
 ENCODINGS = tuple(dict.fromkeys(family.encoding for family in FAMILIES if family.encoding is not None))
 
 
-def family_of(config: dict[str, Any], where: str = "config.json") -> Family:
-    """The family of a checkpoint by its `model_type`: the table's, or else derived from the whole config. Raises SourceError
-    if it cannot be derived."""
+def family_of(config: dict[str, Any], where: str = "config.json", names: Iterable[str] = ()) -> Family:
+    """The family of a checkpoint by its `model_type`: the table's, or else derived from the whole config, and spelled as
+    the `names` of its tensors are. Raises SourceError if it cannot be derived."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
             return family.of_config(config)
     from calibration.families.derived import derive  # imports transformers, which no family of the table needs
 
-    return derive(config, where)
+    return derive(config, where, names)
 
 
 def open_source(directory: Path) -> Checkpoint:
@@ -43,7 +43,7 @@ def open_source(directory: Path) -> Checkpoint:
 def unstacked(checkpoint: Checkpoint) -> Checkpoint:
     """`checkpoint` with its stacks of experts taken apart, as `open_source` presents them."""
     try:
-        family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+        family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME), checkpoint.tensors)
     except SourceError:
         return checkpoint
     return by_expert(checkpoint, family.stacks)
@@ -51,18 +51,20 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of the language model: those of config.json, overridden by the nested ones if the family nests them
-    (`Family.language`). An unknown family nests nothing."""
-    nested = next((family.language for family in FAMILIES if config.get("model_type") in family.model_types), "")
+    (`Family.language`), as wrappers of vision and audio models do."""
+    model_type = config.get("model_type")
+    nested = next((family.language for family in FAMILIES if model_type in family.model_types), "text_config")
     inner = config.get(nested)
     return (
         {**config, **{k: v for k, v in inner.items() if k != "model_type"}} if isinstance(inner, dict) else dict(config)
     )
 
 
-def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, Wanted], list[str]]:
-    """Every logical tensor of a checkpoint with this config, and the problems of the config. If it has problems, the
-    tensors are empty, because nothing can be derived from it. Raises SourceError for an unknown model_type."""
-    family = family_of(config)
+def expected_tensors(config: dict[str, Any], names: Iterable[str] = ()) -> tuple[dict[str, Wanted], list[str]]:
+    """Every logical tensor of a checkpoint with this config, spelled as its `names` are, and the problems of the config. If
+    it has problems, the tensors are empty, because nothing can be derived from it. Raises SourceError for an unknown
+    model_type."""
+    family = family_of(config, names=names)
     reader = ConfigReader(language_config(config), family.language)
     tensors = dict(family.promised(reader))
     # A field that every block needs is reported once per block.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,17 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, logical_name
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.checkpoint.permissions import without_choices
-from calibration.families.family import Family
-from calibration.families.registry import family_of
+from calibration.checkpoint.source_config import without
+from calibration.families.family import BESIDE, Family
+from calibration.families.registry import family_of, language_config
 from calibration.model.source_model import SourceModel, own_tensors, place
+from calibration.model.text_model import build_language_model, language_model_config
 from calibration.plan.source_check import is_carried, is_left_out
 from recipes.errors import SourceError
 
@@ -40,12 +44,13 @@ def build_skeleton(
     that transformers cannot build and, all at once, for model tensors without a source, source tensors (outside MTP)
     without a destination, and shapes that differ.
     """
-    family, formats = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME)), Formats(checkpoint)
+    family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME), checkpoint.tensors)
+    formats = Formats(checkpoint)
     if family.not_calibrated:
         raise SourceError(f"{checkpoint.directory}: {family.not_calibrated}")
     _check_padding(checkpoint)
     device = device or _main_device()
-    model = _empty_model(_clean_config(checkpoint, run_directory, trust_remote_code), trust_remote_code)
+    model = _empty_model(_clean_config(checkpoint, family, run_directory, trust_remote_code), trust_remote_code)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf in module._non_persistent_buffers_set:
@@ -59,10 +64,12 @@ def _main_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def _clean_config(checkpoint: Checkpoint, run_directory: Path, trust_remote_code: bool) -> Path:
+def _clean_config(checkpoint: Checkpoint, family: Family, run_directory: Path, trust_remote_code: bool) -> Path:
     directory = run_directory / "skeleton"
     directory.mkdir(parents=True, exist_ok=True)
-    config = without_choices({k: value for k, value in checkpoint.config.items() if k != "quantization_config"})
+    plain = without_choices(without(checkpoint.config, "quantization_config"))
+    with _explained(directory):
+        config = language_model_config(plain, family.language)
     write_json(directory / CONFIG_NAME, config)
     for code in checkpoint.directory.glob("*.py") if trust_remote_code else ():
         write_safely(directory / code.name, partial(shutil.copyfile, code), code.stat().st_size)
@@ -104,24 +111,29 @@ def _linearized(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D
 
 def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     """transformers' model of the config in `directory`. Raises SourceError for every error of transformers."""
-    try:
+    with _explained(directory):
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         config.dtype = torch.bfloat16
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
+        return build_language_model(config, trust_remote_code)
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    """Raises SourceError for whatever transformers raises about the config in `directory`."""
+    try:
+        yield
     except Exception as error:  # transformers, its validators and torch raise all kinds of errors
         lines = str(error).strip().splitlines()
         raise SourceError(
             f"{directory / CONFIG_NAME}: transformers cannot build the model: {type(error).__name__}: "
             f"{lines[0] if lines else 'no message'}; correct the source's {CONFIG_NAME}"
         ) from error
-    return model
 
 
 def _check_padding(checkpoint: Checkpoint) -> None:
     """Raises SourceError for a pad token outside the embedding: torch asserts this when it builds the model."""
-    pad, rows = checkpoint.config.get("pad_token_id"), checkpoint.config.get("vocab_size")
+    config = language_config(checkpoint.config)
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
         raise SourceError(
             f"{checkpoint.directory / CONFIG_NAME}: pad_token_id: {pad} has no row in an embedding of vocab_size {rows}; "
@@ -153,7 +165,10 @@ def _match(model: PreTrainedModel, checkpoint: Checkpoint, formats: Formats, fam
     unplaced: list[str] = []
     problems: list[str] = []
     for source in checkpoint.tensors:
-        if source in formats.companions or family.place(source).mtp or is_left_out(source) or is_carried(source):
+        where_to = family.place(source)
+        if source in formats.companions or where_to.mtp or where_to.part in BESIDE:
+            continue
+        if is_left_out(source) or is_carried(source):
             continue
         name = family.model_name(logical_name(source))
         if name in sources:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Mapping
 
-from calibration.families.family import NOT_LINEAR, PARTS, Place
+from calibration.families.family import BESIDE, NOT_LINEAR, PARTS, Place
 from recipes.errors import without_numbers
 from recipes.patterns import Pattern, PatternError, TimeLimit
 
@@ -46,7 +46,7 @@ class Matcher:
 
     def _hits(self, where: str, entry: str) -> list[str] | None:
         if entry == "Linear":
-            return [module for module, place in self._places.items() if place.part not in NOT_LINEAR]
+            return [module for module, place in self._places.items() if place.part not in NOT_LINEAR | BESIDE]
         if entry.startswith(PART):
             part = entry.removeprefix(PART)
             return [module for module, place in self._places.items() if place.part == part and not place.mtp]

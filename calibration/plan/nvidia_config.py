@@ -16,6 +16,7 @@ from typing import Any
 from calibration.checkpoint.formats import module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.nvfp4 import GROUP
+from calibration.checkpoint.source_config import without
 from calibration.families.family import NOT_LINEAR, ROUTED, ROUTER, FP8Dialect
 from calibration.plan.plan import Plan, Step
 from calibration.plan.schemes import FP8_BLOCK, NVFP4
@@ -75,7 +76,7 @@ def _scale_of(plan: Plan, step: Step) -> OutputTensor | None:
 
 def nvidia_config(plan: Plan, source_config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and hf_quant_config.json of the output of `plan`; every other field of config.json is the source's."""
-    config = {key: value for key, value in source_config.items() if key != "quantization_config"}
+    config = without(source_config, "quantization_config")
     if plan.family.fp8_dialect is not None:
         config |= dict(plan.family.fp8_dialect.config)
         described, beside = _hybrid(plan, plan.family.fp8_dialect)

@@ -12,7 +12,7 @@ from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
 from calibration.checkpoint.formats import Formats, module_of
 from calibration.checkpoint.header import OutputTensor
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
-from calibration.families.family import NOT_LINEAR, ROUTED, Place
+from calibration.families.family import BESIDE, NOT_LINEAR, ROUTED, Place
 from calibration.families.registry import family_of
 from calibration.plan.matching import PART, Matcher
 from calibration.plan.nvidia_config import nvidia_problems
@@ -40,7 +40,7 @@ def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
 class _Planner:
     def __init__(self, checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> None:
         self.checkpoint, self.formats, self.recipe = checkpoint, formats, recipe
-        self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME))
+        self.family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME), checkpoint.tensors)
         self.dialect = DIALECTS[recipe.export.dialect]
         native = self.family.fp8_dialect if self.dialect is NVIDIA else None
         #: The FP8 tile that the output can keep.
@@ -148,6 +148,8 @@ class _Planner:
         place, stored = self.places[module], self.formats.of(self.weights[module])
         if place.mtp:
             return "MTP modules are copied byte for byte"
+        if place.part in BESIDE:
+            return f"a {place.part} is copied byte for byte: the language model alone is quantized"
         if never := next((why for pattern, why in self.family.never_quantized if re.search(pattern, module)), None):
             return never
         if place.part in NOT_LINEAR or len(stored.shape) != 2:
@@ -301,7 +303,7 @@ class _Planner:
             reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
         elif self.recipe.export.kept == "plain":
             return self._undone(name, place.part)
-        elif stored.kind in _NOT_KEPT:
+        elif stored.kind in _NOT_KEPT or place.part in BESIDE:  # engines build what lies beside the blocks plain
             self._undone_unasked[stored.label].append(name)
             return self._undone(name, place.part)
         elif self._keeps_tiles(FP8_BLOCK, stored):

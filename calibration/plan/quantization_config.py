@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 from calibration.checkpoint.dialect import NVIDIA
+from calibration.checkpoint.source_config import without
 from calibration.plan.nvidia_config import nvidia_config
 from calibration.plan.plan import Plan
 from calibration.plan.schemes import Scheme
@@ -22,8 +23,7 @@ def output_config(plan: Plan, source_config: dict[str, Any]) -> dict[str, Any]:
     the source has them. In NVIDIA's dialect `nvidia_config` makes it."""
     if plan.dialect == NVIDIA.name:
         return nvidia_config(plan, source_config)[0]
-    config = dict(source_config)
-    config.pop("quantization_config", None)
+    config = without(source_config, "quantization_config")
     if not plan.groups:
         return {key: value for key, value in config.items() if key not in dict(plan.family.serving_config)}
     config |= dict(plan.family.serving_config)
@@ -56,13 +56,14 @@ def targets(plan: Plan, group: str) -> list[str]:
     each leaf is accompanied by its `serving_leaves`. Block numbers are listed, so that MTP modules, which vLLM numbers
     after the last block, never match.
     """
-    further = dict(plan.family.serving_leaves)
+    further, within = dict(plan.family.serving_leaves), plan.family.served_in
+    prefix = rf"(?:.*\.)?{re.escape(within)}\.(?:model\.)?" if within else r"(?:.*\.)?"
     blocks_of: dict[tuple[str, str], list[int]] = defaultdict(list)
     plain: list[str] = []
     for module in map(plan.family.served_parent, plan.modules(group)):
         block = re.search(plan.family.block, module)
         if block is None:
-            plain.append(module)
+            plain += plan.family.serving_names(module)[:1] if within else [module]
             continue
         parent, _, leaf = module[block.end() :].rpartition(".")
         numbers = blocks_of[(re.sub(r"\d+", r"\\d+", parent.replace(".", r"\.")), leaf)]
@@ -72,7 +73,7 @@ def targets(plan: Plan, group: str) -> list[str]:
     for (parent, leaf), numbers in blocks_of.items():
         leaves_of[(tuple(sorted(numbers)), parent)] += [leaf, *further.get(leaf, ())]
     return plain + [
-        rf"re:(?:.*\.)?layers\.(?:{'|'.join(map(str, numbers))})\.{parent}\.(?:{'|'.join(sorted(set(leaves)))})$"
+        rf"re:{prefix}layers\.(?:{'|'.join(map(str, numbers))})\.{parent}\.(?:{'|'.join(sorted(set(leaves)))})$"
         for (numbers, parent), leaves in leaves_of.items()
     ]
 

@@ -92,7 +92,9 @@ class _Respelling:
     def __init__(self, formats: Formats, to: Dialect) -> None:
         self.formats, self.checkpoint, self.to = formats, formats.checkpoint, to
         self.where = str(self.checkpoint.directory)
-        self.family = family_of(self.checkpoint.config, str(self.checkpoint.directory / CONFIG_NAME))
+        self.family = family_of(
+            self.checkpoint.config, str(self.checkpoint.directory / CONFIG_NAME), self.checkpoint.tensors
+        )
         self.groups: dict[str, Scheme] = {}
         self.problems: list[str] = []
 

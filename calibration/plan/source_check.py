@@ -36,7 +36,7 @@ def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[st
     shapes, and integers instead of values. MTP is copied byte for byte and not checked."""
     checkpoint = formats.checkpoint
     where = checkpoint.directory
-    wanted, lacking = expected_tensors(checkpoint.config)
+    wanted, lacking = expected_tensors(checkpoint.config, checkpoint.tensors)
     if lacking:
         return [f"{where}: {problem}" for problem in lacking], []
     wanted = {name: want for name, want in wanted.items() if not re.search(family.mtp, name)}

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from calibration.checkpoint.index import INDEX_NAME
 from tests.models.storage import new_directory, normal, to_mxfp4
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
+from tests.models.wrappers import SPECIAL, WRAPPERS, write_processor
 
 VOCAB = 1024
 #: What most families take; each config class keeps what it knows.
@@ -105,6 +106,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_MOE, "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128,
         "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     },
+    **WRAPPERS,
 }  # fmt: skip
 #: Fields of the hub's config.json that transformers' classes rename or drop.
 _HUB: dict[str, dict[str, Any]] = {
@@ -122,7 +124,9 @@ def write(directory: Path, family: str, *, seed: int = 0, mxfp4: bool = False) -
     model.save_pretrained(directory, max_shard_size="300KB")
     made = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
-    write_tokenizer(directory, VOCAB, chat_template=True)
+    write_tokenizer(directory, VOCAB - (SPECIAL if family in WRAPPERS else 0), chat_template=True)
+    if family in WRAPPERS:
+        write_processor(directory, family)
     write_sidecars(directory)
     if mxfp4:
         _stack_in_mxfp4(directory)
@@ -160,13 +164,23 @@ def _stack_in_mxfp4(directory: Path) -> None:
     write_json(directory / "config.json", config | {"quantization_config": declared})
 
 
+def _config(model_type: str, fields: dict[str, Any]) -> Any:
+    kind = CONFIG_MAPPING[model_type]
+    if "text_config" in fields:
+        text = dict(fields["text_config"])
+        inner = _config(text.pop("model_type"), text)
+        ends = {key: _SHAPE[key] for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings")}
+        return kind(**{**ends, **fields, "text_config": inner.to_dict()})
+    known = kind().to_dict().keys() | (kind.attribute_map or {}).keys() | fields.keys() - _MOE.keys()
+    return kind(**{key: value for key, value in {**_SHAPE, **fields}.items() if key in known})
+
+
 def _model(family: str, seed: int) -> Any:
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    kind = CONFIG_MAPPING[family]
-    known = kind().to_dict().keys() | (kind.attribute_map or {}).keys() | FAMILIES[family].keys() - _MOE.keys()
-    config = kind(**{key: value for key, value in {**_SHAPE, **FAMILIES[family]}.items() if key in known})
+    config = _config(family, FAMILIES[family])
+    build = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = build.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():

@@ -82,6 +82,7 @@ PACKAGES = {
         "calibration/model",
         "calibration/families/derived",
         "calibration/families/cut",
+        "calibration/families/wrapped",
         "verify/structure",
     ),
     "vllm": ("verify/inside_vllm",),

@@ -65,7 +65,7 @@ def measure_fidelity(
     what = "no quantized weight is far from the source's"
     try:
         output = Formats(as_compressed_tensors(open_source(directory)))
-        family = family_of(source.checkpoint.config)
+        family = family_of(source.checkpoint.config, names=source.checkpoint.tensors)
         pairs = find_pairs(output, source, plan.quantized if plan else ())
         differing = [name for original, name in pairs.kept if not _same(output, name, source, original)]
         # Our own plans never rescale weights.
@@ -98,7 +98,10 @@ def verify_with_forward(
                   "tokens": found.tokens}  # fmt: skip
     if blocks:
         seen = [found for block in blocks for found in block.inputs]
-        family, headroom = family_of(source.checkpoint.config), text.input_headroom if text else 1.0
+        family, headroom = (
+            family_of(source.checkpoint.config, names=source.checkpoint.tensors),
+            text.input_headroom if text else 1.0,
+        )
         checks += input_scale_check(seen, family, options or Fidelity(), checks[0].how, headroom)
         checks += saturation_check((found for block in blocks for found in block.unseen), family)
     data = report.data | {"blocks": [known[block] for block in sorted(known)]}

@@ -61,7 +61,8 @@ def verify_structure(directory: Path, known: Known | None = None, progress: Prog
         verdict("structure.total_size", "index total_size equals the bytes", _total_size(output), [], "headers and index"),
     ]  # fmt: skip
     try:
-        family, (wanted, lacking) = family_of(output.config), expected_tensors(output.config)
+        family = family_of(output.config, names=output.tensors)
+        wanted, lacking = expected_tensors(output.config, output.tensors)
     except SourceError:
         family, wanted, lacking = _UNKNOWN, {}, []
     try:

@@ -1,0 +1,61 @@
+"""The language model of a vision or audio model's checkpoint, built alone."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from calibration.checkpoint.source_config import without
+
+
+def language_model_config(config: dict[str, Any], within: str) -> dict[str, Any]:
+    """The config of the language model that a checkpoint's config nests in the field `within`, as a file of its own; that
+    config itself if it nests none. Defaults that the wrapper's class fills in are written out."""
+    if not within:
+        return config
+    whole = AutoConfig.for_model(**without(config, "auto_map"))
+    text = whole.get_text_config()
+    made: dict[str, Any] = text.to_dict() | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    for key in ("dtype", "torch_dtype"):
+        made.pop(key, None)
+    return made
+
+
+def build_language_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """transformers' causal language model of a config; of one that has none (the language model of Qwen3-VL), its decoder
+    under a head."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "auto_map", None) is not None:
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+        return made
+    return _Headed(config)
+
+
+class _Headed(PreTrainedModel):  # type: ignore[misc]
+    """A decoder that transformers uses in wrappers only, and the head that they put on it."""
+
+    base_model_prefix = "model"
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=torch.bfloat16)
+        self._no_split_modules = self.model._no_split_modules
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.lm_head
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, use_cache: bool = False
+    ) -> CausalLMOutput:
+        """Logits of text."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)[0]
+        return CausalLMOutput(logits=self.lm_head(hidden))
