@@ -145,7 +145,8 @@ def _is_proven(task: Task, cut: Cut) -> bool:
     """Whether the cut config promises the tensors that the source's config promises for the same blocks, and says of every
     block what the source's says."""
     try:
-        (whole, problems), (small, others) = expected_tensors(task.source.config), expected_tensors(cut.config)
+        whole, problems = expected_tensors(task.source.config, task.source.tensors)
+        small, others = expected_tensors(cut.config, cut.names.values())
     except WorkflowError:
         return False
     wanted = {}
