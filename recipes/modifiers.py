@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, ValidationInfo, field_validator, model_serializer, model_validator
-from pydantic.json_schema import SkipJsonSchema
 
 from recipes.fields import (
     ActivationObserver,
@@ -26,23 +25,16 @@ from recipes.fields import (
     did_you_mean,
 )
 from recipes.schemes import FORMATS, is_own_observer, preset_of
+from recipes.smoothing import AWQArguments, Smoothing, SmoothQuantArguments
 
-#: A key of pydantic's validation context. It says that the caller writes changes of modifiers outside the quantized
-#: layers (AWQ, SmoothQuant) into the output, which no workflow does.
-TAKES_EDITS = "takes_edits"
 _WHOLE_MODEL = "transforms the weights of all blocks before calibration, and only one block is in memory at a time"
-_SCALES = (
-    "changes norms and other tensors that the output copies from the source, and its input scales would be those of the "
-    "inputs before it scaled them"
-)
 _PRUNES = "prunes weights, and the output's quantization scheme has no place for sparsity"
 #: Arguments of modifiers that are this project's.
 OWN_ARGUMENTS = {"quantized_inputs"}
 #: Modifiers of llm-compressor that no run supports, and why.
 REFUSED = {
-    "AWQModifier": _SCALES,
-    "SmoothQuantModifier": _SCALES,
-    "LogarithmicEqualizationModifier": _SCALES,
+    "LogarithmicEqualizationModifier": "is SmoothQuant with a formula that does not look at the weights, and loses to it; "
+    "use SmoothQuantModifier",
     "SpinQuantModifier": _WHOLE_MODEL,
     "QuIPModifier": _WHOLE_MODEL,
     "AutoRoundModifier": "trains each block with forward passes of its own, which this engine does not feed",
@@ -185,22 +177,23 @@ class ModifierEntry(Section):
     """Round to nearest with calibrated activation scales. The usual choice, and the fastest."""
     GPTQModifier: GPTQArguments | None = None
     """GPTQ: corrects each column's rounding error in the columns after it. Slower, smaller error."""
-    AWQModifier: SkipJsonSchema[PassThrough | None] = None
-    SmoothQuantModifier: SkipJsonSchema[PassThrough | None] = None
-    LogarithmicEqualizationModifier: SkipJsonSchema[PassThrough | None] = None
+    SmoothQuantModifier: SmoothQuantArguments | None = None
+    """Stands before one of the others: makes inputs easier to quantize, by a formula. Cheap."""
+    AWQModifier: AWQArguments | None = None
+    """Stands before one of the others: makes inputs easier to quantize, by a search. Slower, smaller error."""
 
     @model_validator(mode="before")
     @classmethod
-    def _one_known_modifier(cls, value: Any, info: ValidationInfo) -> Any:
-        takes_edits = bool(info.context and info.context.get(TAKES_EDITS))
+    def _one_known_modifier(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError("must be a mapping of a modifier's name to its arguments, as in `AWQModifier: {}`")
         for name in value:
-            if name in REFUSED and not (takes_edits and name in cls.model_fields):
+            if name in REFUSED:
                 raise ValueError(f"{name} {REFUSED[name]}; remove it")
             if name not in cls.model_fields:
-                known = [field for field in cls.model_fields if field not in REFUSED]
-                raise ValueError(f"{name!r} is no modifier that can run here{did_you_mean(str(name), known)}")
+                raise ValueError(
+                    f"{name!r} is no modifier that can run here{did_you_mean(str(name), cls.model_fields)}"
+                )
         if len(value) != 1:
             names = ", ".join(value) or "none"
             raise ValueError(
@@ -219,15 +212,15 @@ class ModifierEntry(Section):
         return next(iter(self.model_fields_set))
 
     @property
-    def edits(self) -> bool:
-        """Whether it changes tensors outside the quantized layers."""
-        return self.name in REFUSED
+    def smoothing(self) -> Smoothing | None:
+        """Its arguments if it smooths, which changes tensors outside the quantized layers too."""
+        return self.SmoothQuantModifier or self.AWQModifier
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments that the recipe sets, without defaults, as JSON types."""
-        value = getattr(self, self.name)
-        return value.model_dump(mode="json", exclude_unset=True) if isinstance(value, Section) else dict(value)
+        value: Section = getattr(self, self.name)
+        return value.model_dump(mode="json", exclude_unset=True)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from recipes.modifiers import ModifierEntry, QuantizationEntry, quantization_ent
 from recipes.places import is_inside, own_scratch, run_directory, source_conflict
 from recipes.presets import expand
 from recipes.schemes import has_input_scale, is_own_observer
+from recipes.smoothing import Smoothing
 
 #: More would be `all` at a higher price: every candidate is held in memory.
 MOST_TOKENS = 65_536
@@ -360,10 +361,15 @@ class Recipe(Section):
         idle = [
             entry.name
             for at, entry in enumerate(modifiers)
-            if not entry.edits and at not in {e.position for e in entries}
+            if entry.smoothing is None and at not in {e.position for e in entries}
         ]
         if found and idle:
             raise ValueError(f"{idle[0]} beside {found[0]} names no modules to quantize; remove it")
+        smoothing = [entry.name for entry in modifiers if entry.smoothing is not None]
+        if len(smoothing) > 1:
+            raise ValueError(f"{' and '.join(smoothing)} smooth the same layers; keep one of them")
+        if smoothing and modifiers[0].smoothing is None:
+            raise ValueError(f"{smoothing[0]} changes weights before they are quantized; write it before {found[0]}")
         return modifiers
 
     @field_validator("calibration")
@@ -406,6 +412,11 @@ class Recipe(Section):
         if self.rehearse == Rehearse():
             body.pop("rehearse", None)
         return body
+
+    @property
+    def smoothing(self) -> Smoothing | None:
+        """The arguments of the modifier that smooths, if there is one."""
+        return next((entry.smoothing for entry in self.modifiers if entry.smoothing is not None), None)
 
     @property
     def quantization_modifier(self) -> QuantizationEntry:

@@ -24,7 +24,7 @@ class ExactWeights:
     def __init__(self, task: Task) -> None:
         recipe, plan = task.recipe, task.plan
         self._plan, self._formats = plan, task.formats
-        edits = [entry.name for entry in recipe.modifiers] != ["QuantizationModifier"]
+        edits = [e.name for e in recipe.modifiers if e.smoothing is None] != ["QuantizationModifier"]
         self._wanted = recipe.export.mxfp4 == "lossless" and not edits
         self._fused = {module: group for group in plan.fused for module in group}
         self._scales: dict[tuple[str, ...], np.float32 | None] = {}

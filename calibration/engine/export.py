@@ -14,6 +14,7 @@ from calibration.checkpoint.formats import TORCH_DTYPES
 from calibration.checkpoint.index import TORCH
 from calibration.checkpoint.writer import write_shard
 from calibration.engine.exact import ExactWeights
+from calibration.engine.smoothing import Factors
 from calibration.plan.plan import PlannedShard, Step
 from calibration.plan.schemes import FP8_BLOCK
 from calibration.plan.task import Task
@@ -36,12 +37,17 @@ class Exporter:
         self._exact = ExactWeights(task)
         #: Modules stored in MXFP4 and packed so far: whether they kept their values.
         self.exact: dict[str, bool] = {}
+        self._factors: Mapping[str, Factors] = {}
 
-    def block(self, block: int, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
+    def block(
+        self, block: int, modules: Mapping[str, torch.nn.Module], factors: Mapping[str, Factors] | None = None
+    ) -> dict[str, str]:
         """Writes the shards of one calibrated block; `modules` maps source module names to llm-compressor's calibrated
-        linear layers, loaded. Returns shard file name -> sha256. Raises WorkflowError if a scale is not finite and
-        positive or a fused group does not share its weight global scale. All ranks call it: each packs the modules it
-        owns, rank 0 alone writes, and the others return an empty dict."""
+        linear layers, loaded; `factors` are those of smoothing, by source module. Returns shard file name -> sha256.
+        Raises WorkflowError if a scale is not finite and positive or a fused group does not share its weight global
+        scale. All ranks call it: each packs the modules it owns, rank 0 alone writes, and the others return an empty
+        dict."""
+        self._factors = factors or {}
         return self._shards(block, modules)
 
     def rest(self, modules: Mapping[str, torch.nn.Module]) -> dict[str, str]:
@@ -105,6 +111,10 @@ class Exporter:
         if step.action == "copy":
             tensor = self.formats.checkpoint.read(step.source)
             check_finite(tensor, f"{self.formats.checkpoint.path(step.source)}: {step.source}")
+        elif step.action == "rescale":
+            tensor = self.formats.read(step.source, TORCH[output.dtype])
+            tensor = self._factors.get(step.module, Factors()).apply(tensor)
+            check_finite(tensor, f"{step.source} after smoothing")
         else:
             dtype = cast_dtype(output.dtype, TORCH_DTYPES[self.task.recipe.export.plain_dtype])
             tensor = self.formats.read(step.source, dtype)

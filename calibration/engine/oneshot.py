@@ -37,6 +37,7 @@ from calibration.engine.experts import ExpertCalibration
 from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.pipeline import PIPELINE, current
 from calibration.engine.results import CalibrationSummary, Callbacks
+from calibration.engine.smoothing import Smoother
 from calibration.engine.topped_up import TopUp
 from calibration.engine.walk import CalibrationRun
 from calibration.model.source_model import SourceModel
@@ -99,6 +100,7 @@ def calibrate(
         ranks=ranks,
         owners=assign_owners(plan, ranks.size),
         experts=ExpertCalibration(TopUp(calibration.topped_up) if calibration.topped_up else None),
+        smoother=None if recipe.smoothing is None else Smoother(plan, recipe.smoothing, source_model, ranks),
     )
     with contextlib.ExitStack() as stack:
         # llm-compressor's own way with ranks broadcasts what lies on accelerators alone, and hangs where an expert saw
@@ -140,13 +142,15 @@ def build_modifiers(task: Task, source: SourceModel) -> list[Modifier]:
     problems: list[str] = []
     modifiers: list[Modifier] = []
     quantization = recipe.quantization_modifier
-    others = any(entry.name != QuantizationModifier.__name__ for entry in recipe.modifiers)
+    others = quantization.name != QuantizationModifier.__name__
     if others and not ModifierFactory._loaded:
         # It imports every modifier with its packages (auto_round alone takes half a second), and prints what fails.
         with contextlib.redirect_stdout(io.StringIO()):
             ModifierFactory.refresh()
     create = partial(ModifierFactory.create, allow_registered=True, allow_experimental=False)
     for position, entry in enumerate(recipe.modifiers):
+        if entry.smoothing is not None:  # calibration.engine.smoothing
+            continue
         where, arguments = f"modifiers.{position}.{entry.name}", dict(entry.arguments)
         try:
             if position == quantization.position:
@@ -176,6 +180,8 @@ def require_divisible(recipe: Recipe) -> None:
     problems = []
     for position, entry in enumerate(recipe.modifiers):
         where = f"modifiers.{position}.{entry.name}"
+        if entry.name == "SmoothQuantModifier":
+            continue
         if entry.name != "QuantizationModifier":
             problems.append(f"{where}: sums over all samples, and floating-point sums depend on their order")
             continue

@@ -20,6 +20,7 @@ from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier, link_fused
 from calibration.engine.guards import require_mappings_inside_blocks, require_routing
+from calibration.engine.smoothing import SAMPLE
 from calibration.engine.walk import CalibrationRun, Walk
 from calibration.model.parity import parity_samples
 from recipes.errors import RecipeError
@@ -58,9 +59,11 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         stack.enter_context(cache)
         stack.enter_context(run.memory)
         stack.callback(run.source.stop_prefetch)
-        batches = 0
+        batches = tokens = 0
         for number, batch in enumerate(without_padding(dataloader)):
-            batches += 1
+            if tokens < SAMPLE:
+                run.sample = range(number + 1)
+            batches, tokens = batches + 1, tokens + batch["input_ids"].numel()
             if run.experts.top_up is not None:
                 run.experts.top_up.add_batch(batch["input_ids"], run.ranks.owns(number))
             if run.ranks.owns(number):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
+from calibration.engine.smoothing import Factors
 from calibration.runs.resume import Boundary
 
 
@@ -19,7 +19,7 @@ class BlockResult:
     `modules` maps source module names to the calibrated linear layers with their scales as parameters; `block` counts
     from 0 and is None for the modules before the first block; modules after the last block come with the last block.
     `tokens_per_expert` counts the tokens routed to each expert, `topped_up` those it was shown beyond them.
-    `edited` holds source tensors outside `modules` that a modifier wrote to (AWQ, SmoothQuant). `parity` is the largest
+    `factors` are those that smoothing multiplied each source module by, in `modules` or outside. `parity` is the largest
     absolute difference to the model's own forward. Times in seconds; `peak_rss` in bytes of anonymous memory, the
     highest sample of this block.
     """
@@ -28,7 +28,7 @@ class BlockResult:
     blocks: int
     name: str
     modules: dict[str, nn.Module]
-    edited: dict[str, torch.Tensor]
+    factors: dict[str, Factors]
     tokens_per_expert: dict[int, int]
     topped_up: dict[int, int]
     filled_experts: list[int]
@@ -56,13 +56,10 @@ class Callbacks:
     weights. `on_finished` follows with the block's number, its `BlockResult.facts` (None if the block was finished
     before and only its outputs were computed again) and the saved activations that enter the next block; after it
     returns, the previous activations are removed. `on_progress` receives small JSON-ready facts, with `event` one of
-    trace, load, batch, block, log. If `should_stop` returns true, the run ends after the block with Interrupted.
-    `takes_edits` says that `on_block` also writes `BlockResult.edited` into the output; without it, modifiers that need
-    this are refused."""
+    trace, load, batch, block, log. If `should_stop` returns true, the run ends after the block with Interrupted."""
 
     on_block: Callable[[BlockResult], None]
     on_progress: Callable[[dict[str, Any]], None] = lambda event: None
-    takes_edits: bool = False
     on_finished: Callable[[int, dict[str, Any] | None, Boundary | None], None] = lambda block, facts, boundary: None
     should_stop: Callable[[], bool] = lambda: False
 

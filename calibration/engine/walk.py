@@ -36,6 +36,7 @@ from calibration.engine.guards import (
     require_statistics,
 )
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
+from calibration.engine.smoothing import Factors, Smoother
 from calibration.engine.weighted import all_reduce_importance
 from calibration.model import tracing
 from calibration.model.parity import BlockCall, hidden_of, own_block_calls, require_parity
@@ -66,6 +67,10 @@ class CalibrationRun:
     resume: Resume | None = None
     ranks: Ranks = field(default_factory=Ranks)
     owners: Mapping[str, int] = field(default_factory=dict)
+    #: Smooths each block before its layers are observed.
+    smoother: Smoother | None = None
+    #: Numbers of the batches that the smoother sees.
+    sample: range = range(0)
     experts: ExpertCalibration = field(default_factory=ExpertCalibration)
     summary: CalibrationSummary = field(default_factory=CalibrationSummary)
     memory: PeakMemory = field(default_factory=PeakMemory)
@@ -227,6 +232,9 @@ class Walk:
             if is_module_quantized(module)
         }
         _attach_again(quantized.values())
+        factors = self._smooth(part)
+        if factors:  # what such observers saw was not smoothed
+            _attach_again(quantized.values())
         parity = self._calibrate(part)
         experts = [m for root in roots for m in root.modules() if isinstance(m, LinearExperts2D)]
         self._share_counts(experts, where)
@@ -247,7 +255,8 @@ class Walk:
         require_scales(own, where)
         figures = run.ranks.all_gather(f"scales of {where}", (parity, run.memory.take()))
         return BlockResult(
-            part.number, len(source.blocks), part.name, quantized, self._edited(roots, quantized, where), tokens,
+            part.number, len(source.blocks), part.name, quantized, self._factors(factors, roots, quantized, where),
+            tokens,
             {number: count for counts in added for number, count in counts.items()}, filled,
             nearest, max(parity for parity, _ in figures), time.monotonic() - started, max(peak for _, peak in figures),
         )  # fmt: skip
@@ -422,12 +431,36 @@ class Walk:
         update_qparams(list(left.values()), "weight")
         return list(left)
 
-    def _edited(self, roots: list[nn.Module], modules: dict[str, nn.Module], where: str) -> dict[str, torch.Tensor]:
-        edited = self.run.source.edited(roots)
-        outside = {name: tensor for name, tensor in edited.items() if name.rpartition(".")[0] not in modules}
-        if outside and not self.run.callbacks.takes_edits:
-            raise RecipeError(f"{where}: the modifiers changed {', '.join(outside)}, which the output copies unchanged")
-        return outside
+    def _smooth(self, part: Part) -> dict[str, Factors]:
+        """Smooths the loaded block. Observers with state of their own start after it."""
+        if self.run.smoother is None or part.number is None:
+            return {}
+
+        def outputs(which: str) -> list[torch.Tensor]:
+            made = []
+            with self.run.experts.running(Pass.PROPAGATE):
+                for batch, _, passed in self.forward(part, "smooth"):
+                    if which == "sample" and self.cache.numbers[batch] not in self.run.sample:
+                        break
+                    assert passed is not None
+                    made.append(passed[1])
+                    if which == "first":
+                        break
+            return made
+
+        return self.run.smoother.smooth(part.number, outputs, self.run.tell)
+
+    def _factors(
+        self, factors: dict[str, Factors], roots: list[nn.Module], modules: dict[str, nn.Module], where: str
+    ) -> dict[str, Factors]:
+        """The factors. Raises RecipeError if a modifier changed what the plan copies."""
+        edited = {name.rpartition(".")[0] for name in self.run.source.edited(roots)}
+        smoothed = self.run.smoother.modules if self.run.smoother is not None else set()
+        if outside := edited - smoothed - modules.keys():
+            raise RecipeError(
+                f"{where}: the modifiers changed {', '.join(sorted(outside))}, which the output copies unchanged"
+            )
+        return factors
 
 
 def _attach_again(modules: Iterable[nn.Module]) -> None:

@@ -176,7 +176,7 @@ def _conversion(task: Task, machine: Machine, costs: list[BlockCost]) -> dict[st
 
 
 def _one_pass(task: Task) -> bool:
-    return all(entry.name == "QuantizationModifier" for entry in task.recipe.modifiers)
+    return task.recipe.quantization_modifier.name == "QuantizationModifier"
 
 
 def _writing(machine: Machine) -> Spent:

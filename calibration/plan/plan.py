@@ -19,7 +19,7 @@ from calibration.checkpoint.header import OutputTensor
 from calibration.families.family import ROUTED, Family
 from calibration.plan.schemes import Scheme
 
-Action = Literal["copy", "cast", "quantize", "invert", "consume"]
+Action = Literal["copy", "cast", "quantize", "rescale", "invert", "consume"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,22 @@ class Step:
     @property
     def module(self) -> str:
         return module_of(self.source)
+
+
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """A module whose output channels are divided by factors, and the modules that read them, whose columns are multiplied
+    by the same factors. `head` is the number of channels of an attention head if `smooth` makes values that several query
+    heads share; 0 if channel c of `smooth` is column c of each reader."""
+
+    smooth: str
+    readers: tuple[str, ...]
+    head: int = 0
+
+    def channels(self, columns: int, width: int) -> list[int]:
+        """The channel of `smooth`, of `width`, that each of a reader's `columns` reads."""
+        shared = columns // width
+        return [c // (shared * self.head) * self.head + c % self.head if self.head else c for c in range(columns)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,8 @@ class Plan:
     #: The largest input that an input global scale admits, as a multiple of the largest calibrated one; None if no
     #: input scale is calibrated.
     input_headroom: float | None = None
+    #: The layers that the recipe smooths; the factors are found in the run.
+    smoothed: tuple[Smoothed, ...] = ()
 
     @cached_property
     def quantized(self) -> dict[str, Step]:
@@ -139,4 +157,6 @@ class Plan:
             body["dialect"] = self.dialect
         if self.input_headroom not in (None, 1.0):
             body["input_headroom"] = self.input_headroom
+        if self.smoothed:
+            body["smoothed"] = [asdict(site) for site in self.smoothed]
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -19,6 +19,7 @@ from calibration.plan.nvidia_config import nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.respelling import draft_head_warnings, respelled_steps, tile_scale_step
 from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
+from calibration.plan.smoothing import rescaled_steps, smoothed_sites
 from calibration.plan.source_check import contradictions, is_carried, is_left_out
 from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
 from recipes.fields import KEPT_FP8
@@ -78,6 +79,9 @@ class _Planner:
             raise RecipeError(collapsed([*self.problems, *differing]))
         if differing:
             raise SourceError(differing)
+        smoothed, notes = smoothed_sites(self.recipe, self.formats, self.family, steps)
+        steps = rescaled_steps(steps, smoothed)
+        self.warnings += notes
         plan = Plan(
             family=self.family,
             steps=steps,
@@ -89,6 +93,7 @@ class _Planner:
             input_global_scale=self.recipe.export.input_global_scale,
             dialect=COMPRESSED_TENSORS.name if plain else self.dialect.name,
             input_headroom=self._input_headroom(groups),
+            smoothed=smoothed,
         )
         if plan.dialect == NVIDIA.name:
             if problems := nvidia_problems(plan):

@@ -32,7 +32,6 @@ from calibration.model.source_model import SourceModel
 from calibration.plan.planner import make_plan
 from calibration.plan.task import Task
 from calibration.runs.row_invariance import try_products
-from recipes.modifiers import TAKES_EDITS
 from recipes.schema import Recipe
 from tests.models import any_family, deepseek_v4, standard
 from tests.uneven import ROUNDED, install_if_asked
@@ -101,7 +100,6 @@ class Run:
     summary: CalibrationSummary
     source: SourceModel
     parameters: Scales = field(default_factory=dict)
-    edited: Scales = field(default_factory=dict)
     results: list[BlockResult] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -120,7 +118,7 @@ def recipe(name: str, modifiers: list[dict[str, Any]] | None = None, **sections:
         "calibration": {"dataset": "bundled"},
         "export": {"kept": "plain", "mxfp4": "requantize"},  # stock knows nothing else
     }
-    return Recipe.model_validate(content | sections, context={TAKES_EDITS: True})
+    return Recipe.model_validate(content | sections)
 
 
 def skeleton(name: str) -> SourceModel:
@@ -132,7 +130,6 @@ def ours(
     source: SourceModel,
     data: DataLoader[Any] | None = None,
     watch: Callable[[BlockResult], None] = lambda result: None,
-    takes_edits: bool = False,
 ) -> Run:
     """Runs our engine."""
     formats = source.formats
@@ -141,14 +138,13 @@ def ours(
     def on_block(result: BlockResult) -> None:
         watch(result)
         run.results.append(result)
-        run.edited.update({name: value.clone() for name, value in result.edited.items()})
         for module, linear in result.modules.items():
             for leaf, value in linear.named_parameters(recurse=False):
                 run.parameters[f"{module}.{leaf}"] = value.data.clone()
 
     task = Task.of(chosen, formats)
     scratch = Path(_root().name) / "scratch"
-    callbacks = Callbacks(on_block, run.events.append, takes_edits)
+    callbacks = Callbacks(on_block, run.events.append)
     run.summary = calibrate(task, source, batches() if data is None else data, callbacks, scratch)
     return run
 

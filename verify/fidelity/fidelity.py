@@ -27,6 +27,7 @@ from verify.checks import Check
 from verify.fidelity.forward import verify_forward
 from verify.fidelity.input_scales import input_scale_check, saturation_check
 from verify.fidelity.rescaled import Rescaled, rescaled_blocks
+from verify.fidelity.smoothing import SmoothedWeights
 from verify.fidelity.verdicts import HOW, Pairs, block_errors, coverage_check, kept_checks, weight_checks
 from verify.fidelity.weights import Measured, Stored, measure
 
@@ -67,11 +68,22 @@ def measure_fidelity(
         output = Formats(as_compressed_tensors(open_source(directory)))
         family = family_of(source.checkpoint.config, names=source.checkpoint.tensors)
         pairs = find_pairs(output, source, plan.quantized if plan else ())
-        differing = [name for original, name in pairs.kept if not _same(output, name, source, original)]
-        # Our own plans never rescale weights.
+        smoothed = SmoothedWeights(plan, output, source) if plan is not None and plan.smoothed else None
+        differing = [
+            name
+            for original, name in pairs.kept
+            if not (
+                smoothed.same(original, name)
+                if smoothed is not None and plan is not None and plan.steps[original].action == "rescale"
+                else _same(output, name, source, original)
+            )
+        ]
+        # Weights that our own plans rescale are compared up to exact factors.
         rescaled = rescaled_blocks(output, source, family, pairs.quantized, differing) if plan is None else set()
-        measured = measure_weights(output, source, pairs, family, rescaled, progress)
+        counterparts = Counterparts(output, source, family, rescaled, smoothed)
+        measured = measure_weights(pairs, counterparts, progress)
         checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, rescaled)]
+        checks += [] if smoothed is None else [smoothed.check()]
     except WorkflowError as problem:
         check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", HOW)
         return FidelityReport([check], _data({}, {}, str(source.checkpoint.directory)))
@@ -144,19 +156,32 @@ def find_pairs(output: Formats, source: Formats, planned: Collection[str]) -> Pa
     return Pairs(quantized, kept, problems)
 
 
-def measure_weights(
-    output: Formats, source: Formats, pairs: Pairs, family: Family, rescaled: Collection[int] = (),
-    progress: _Progress | None = None,
-) -> dict[str, Measured]:  # fmt: skip
-    """Module -> figures of its quantized weight, computed with a thread per processor; in `rescaled` blocks up to
-    factors per row and column. Raises SourceError for unreadable files."""
+@dataclass(frozen=True)
+class Counterparts:
+    """What each weight of the output is compared with: the source's, in `rescaled` blocks up to factors per row and column,
+    in `smoothed` layers with their factors."""
 
-    def one(pair: tuple[str, str, str]) -> Measured:
-        stored = Stored(output, pair[2])
-        if family.place(pair[0]).block in rescaled:
-            return measure(Rescaled(source, pair[1], stored), stored)
-        return measure(Stored(source, pair[1]), stored)
+    output: Formats
+    source: Formats
+    family: Family
+    rescaled: Collection[int] = ()
+    smoothed: SmoothedWeights | None = None
 
+    def measure(self, pair: tuple[str, str, str]) -> Measured:
+        """The figures of one pair of `Pairs.quantized`."""
+        module, original, name = pair
+        stored = Stored(self.output, name)
+        if self.smoothed is not None and module in self.smoothed:
+            self.smoothed.compare_columns(module, stored)
+            return measure(self.smoothed.expected(module), stored)
+        if self.family.place(module).block in self.rescaled:
+            return measure(Rescaled(self.source, original, stored), stored)
+        return measure(Stored(self.source, original), stored)
+
+
+def measure_weights(pairs: Pairs, counterparts: Counterparts, progress: _Progress | None = None) -> dict[str, Measured]:
+    """Module -> figures of its quantized weight, computed with a thread per processor. Raises SourceError for unreadable
+    files."""
     measured: dict[str, Measured] = {}
     threads = torch.get_num_threads()
     # Stripes are small: one thread per weight is faster than torch's own threads, which would wait for each other.
@@ -164,7 +189,7 @@ def measure_weights(
     try:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for done, (pair, figures) in enumerate(
-                zip(pairs.quantized, pool.map(one, pairs.quantized), strict=True), 1
+                zip(pairs.quantized, pool.map(counterparts.measure, pairs.quantized), strict=True), 1
             ):
                 measured[pair[0]] = figures
                 if progress is not None:

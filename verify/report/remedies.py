@@ -47,6 +47,7 @@ REMEDIES: dict[str, str] = {
     "fidelity.rounding": _OTHER_WEIGHTS,
     "fidelity.outliers": "see them in the report; make it again without them as targets",
     "fidelity.rescaled": _OTHER_WEIGHTS,
+    "fidelity.smoothing": _OTHER_WEIGHTS,
     "fidelity.fp8_weights": _OTHER_WEIGHTS,
     "fidelity.coverage": _REMAKE,
     "fidelity.kept": _OTHER_WEIGHTS,

@@ -137,7 +137,7 @@ class _Blocks:
         started = time.monotonic()
         inside = {name: m for name, m in result.modules.items() if self.run.task.family.place(name).block is not None}
         outside = {name: m for name, m in result.modules.items() if name not in inside}
-        self._shards = {} if result.block is None else self.exporter.block(result.block, inside)
+        self._shards = {} if result.block is None else self.exporter.block(result.block, inside, result.factors)
         if result.block == result.blocks - 1:
             self._shards |= self.exporter.rest(outside)
             self.resume.rest = True

@@ -20,7 +20,6 @@ from recipes.matrix import Matrix
 from recipes.modifiers import (
     OWN_ARGUMENTS,
     REFUSED,
-    TAKES_EDITS,
     ConfigGroup,
     GPTQArguments,
     ModifierEntry,
@@ -28,6 +27,7 @@ from recipes.modifiers import (
 )
 from recipes.schema import Recipe, json_schema_text
 from recipes.schemes import OBSERVERS, OWN_OBSERVERS, is_observer
+from recipes.smoothing import AWQArguments, SmoothQuantArguments
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
@@ -139,7 +139,9 @@ def test_every_key_of_the_json_schema_is_described() -> None:
     assert bare == []
 
 
-@pytest.mark.parametrize("model", [Recipe, QuantizationArguments, ConfigGroup, Matrix])
+@pytest.mark.parametrize(
+    "model", [Recipe, QuantizationArguments, ConfigGroup, Matrix, SmoothQuantArguments, AWQArguments]
+)
 def test_field_reference_matches_the_schema(model: type[BaseModel]) -> None:
     readme = (RECIPES / "README.md").read_text(encoding="ascii").splitlines()
     assert [row for row in field_rows(model) if row not in readme] == []
@@ -159,6 +161,13 @@ def test_modifier_names_are_those_of_the_installed_llmcompressor() -> None:
         "QuantizationModifier": QuantizationArguments,
         "GPTQModifier": GPTQArguments,
     }
+    for name, smoothing in (("AWQModifier", AWQArguments), ("SmoothQuantModifier", SmoothQuantArguments)):
+        # Ours: ignore for both. Not taken: where stock keeps inputs, another formula, functions and steps of a training loop.
+        left_out = {"offload_device", "algorithm", "num_calibration_steps", "calibration_function"}
+        theirs = (
+            {k for k in installed[name].model_fields if not k.endswith("_")} - set(Modifier.model_fields) - left_out
+        )
+        assert theirs <= set(smoothing.model_fields) <= theirs | {"ignore"}
     quantizing = {name for name, kind in installed.items() if issubclass(kind, QuantizationMixin)}
     assert set(parsed) == quantizing - set(REFUSED)
     for name, arguments in parsed.items():
@@ -207,7 +216,7 @@ def test_quantization_modifier_separates_groups_from_other_arguments(tmp_path: P
     }
     modifiers = [{"AWQModifier": None}, {"QuantizationModifier": quantization}]
     raw = yaml.safe_load(MINIMAL) | {"modifiers": modifiers}
-    recipe = Recipe.model_validate(raw, context={TAKES_EDITS: True})
+    recipe = Recipe.model_validate(raw)
     entry = recipe.quantization_modifier
     assert (entry.name, entry.position) == ("QuantizationModifier", 1)
     assert entry.config_groups == {"group_0": ConfigGroup(targets=["lm_head"], scheme="NVFP4")}
@@ -338,6 +347,22 @@ GOOD = {"targets": ["a"], "scheme": "NVFP4"}
             "compiles",
         ),
         ([{"QuantizationModifier": {"scheme": "NVFP4"}}], GROUPS, "go together"),
+        (
+            [{"QuantizationModifier": GOOD}, {"SmoothQuantModifier": {}}],
+            "modifiers",
+            "SmoothQuantModifier changes weights before they are quantized; write it before QuantizationModifier",
+        ),
+        ([{"AWQModifier": {}}, {"SmoothQuantModifier": {}}, {"QuantizationModifier": GOOD}], "modifiers", "keep one"),
+        (
+            [{"SmoothQuantModifier": {"smoothing_strength": 1.5}}, {"QuantizationModifier": GOOD}],
+            "modifiers.0.SmoothQuantModifier.smoothing_strength",
+            "must be at most 1.0, is 1.5",
+        ),
+        (
+            [{"AWQModifier": {"mappings": [["re:.*q_proj"]]}}, {"QuantizationModifier": GOOD}],
+            "modifiers.0.AWQModifier.mappings.0",
+            "must be [balance_layers, smooth_layer]",
+        ),
         ([{"QuantizationModifier": GOOD | {"config_groups": {"b": GOOD}}}], GROUPS, "excludes 'targets' and 'scheme'"),
         (
             [{"QuantizationModifier": GOOD}, {"GPTQModifier": GOOD}],
@@ -377,7 +402,8 @@ def test_a_modifier_that_no_run_can_take_is_refused_by_the_loader(name: str, tmp
 
 def test_the_json_schema_offers_what_can_run_and_nothing_else() -> None:
     schema = json.loads(json_schema_text())["$defs"]
-    assert set(schema["ModifierEntry"]["properties"]) == {"QuantizationModifier", "GPTQModifier"}
+    assert set(schema["ModifierEntry"]["properties"]) == {
+        "QuantizationModifier", "GPTQModifier", "AWQModifier", "SmoothQuantModifier"}  # fmt: skip
     assert schema["ConfigGroup"]["properties"]["scheme"]["anyOf"][0]["enum"] == ["NVFP4", "NVFP4A16", "FP8_BLOCK"]
 
 

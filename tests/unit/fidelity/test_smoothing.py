@@ -1,0 +1,114 @@
+"""Fidelity of a smoothed output: factors are found in it, and each must be taken in by all that read it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.engine.export import Exporter
+from calibration.engine.smoothing import Factors
+from calibration.plan.task import Task
+from calibration.runs.finish import finish_output
+from recipes.loader import dump_recipe
+from tests.exported import calibrated, recipe
+from tests.models import standard
+from verify.checks import Check
+from verify.fidelity.fidelity import verify_fidelity
+
+SMOOTH = [
+    {"SmoothQuantModifier": {}},
+    {"QuantizationModifier": {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": "NVFP4"}},
+]
+NORM, ROUTER = "model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.gate.weight"
+
+
+@pytest.fixture(scope="module")
+def smoothed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
+    """A Qwen3-MoE with random factors at every site, as the engine would hand them to the exporter."""
+    base = tmp_path_factory.mktemp("smoothed")
+    source, output = standard.write(base / "source", "qwen3_moe"), base / "output"
+    task = Task.open(recipe(source, output, modifiers=SMOOTH), source)
+    generator, rows, columns = torch.Generator().manual_seed(0), {}, {}
+    for site in task.plan.smoothed:
+        width = task.formats.of(f"{site.smooth}.weight").shape[0]
+        exponents = torch.randint(-2, 3, (width,), generator=generator).float()
+        rows[site.smooth] = torch.exp2(-exponents)
+        for reader in site.readers:
+            count = task.formats.of(f"{reader}.weight").shape[1]
+            columns[reader] = torch.exp2(exponents)[site.channels(count, width)]
+    factors = {name: Factors(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
+    exporter = Exporter(task)
+    for block in task.plan.block_numbers:
+        exporter.block(block, _smoothed_modules(task, block, factors), factors)
+    exporter.rest({})
+    finish_output(task, dump_recipe(task.recipe))
+    return task, output
+
+
+def _smoothed_modules(task: Task, block: int, factors: dict[str, Factors]) -> dict[str, nn.Module]:
+    class Scaled(Formats):
+        def read(
+            self, name: str, dtype: torch.dtype | None = torch.bfloat16, out: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return factors.get(name.removesuffix(".weight"), Factors()).apply(super().read(name, dtype, out))
+
+    return calibrated(task.plan, Scaled(task.formats.checkpoint), block)
+
+
+def checks(task: Task, output: Path, known: bool = True) -> dict[str, Check]:
+    found = verify_fidelity(output, task.plan if known else None, Formats(Checkpoint.open(task.source.directory)))
+    return {check.id.removeprefix("fidelity."): check for check in found}
+
+
+def test_a_smoothed_output_passes_and_each_code_is_the_nearest_to_the_scaled_weight(
+    smoothed: tuple[Task, Path],
+) -> None:
+    found = checks(*smoothed)
+    assert {name: c.figure for name, c in found.items() if c.verdict != "PASS"} == {}
+    assert found["smoothing"].figure == f"{len(smoothed[0].plan.smoothed)} layers and their readers"
+    assert "all codes" in found["rounding"].figure
+
+
+@pytest.mark.parametrize(
+    ("tensor", "factor", "failing"),
+    [
+        (NORM, 2.0, {"smoothing", "kept"}),
+        (NORM, 1.25, {"smoothing", "kept"}),
+        (ROUTER, 2.0, {"kept"}),
+        ("model.layers.1.input_layernorm.weight", 0.5, {"smoothing"}),
+    ],
+)
+def test_a_norm_that_is_not_the_inverse_of_what_its_readers_took_in_fails(
+    smoothed: tuple[Task, Path], tmp_path: Path, tensor: str, factor: float, failing: set[str]
+) -> None:
+    task, output = smoothed
+    broken = Path(shutil.copytree(output, tmp_path / "broken"))
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        if tensor in tensors:
+            tensors[tensor][..., 1::2] *= factor
+            save_file(tensors, path)
+    found = checks(task, broken)
+    assert failing <= {name for name, check in found.items() if check.verdict == "FAIL"}
+
+
+def test_a_norm_that_was_copied_although_its_readers_took_factors_in_fails(
+    smoothed: tuple[Task, Path], tmp_path: Path
+) -> None:
+    task, output = smoothed
+    broken = Path(shutil.copytree(output, tmp_path / "broken"))
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        if NORM in tensors:
+            tensors[NORM] = task.formats.read(NORM)
+            save_file(tensors, path)
+    found = checks(task, broken)
+    assert {"smoothing", "kept"} <= {name for name, check in found.items() if check.verdict == "FAIL"}
+    assert ROUTER in found["kept"].figure
