@@ -25,7 +25,7 @@ from calibration.families.registry import expected_tensors
 from calibration.plan.plan import Plan, Step
 from calibration.plan.task import Task
 from recipes.errors import WorkflowError
-from recipes.modifiers import TAKES_EDITS, ModifierEntry, QuantizationArguments
+from recipes.modifiers import ModifierEntry, QuantizationArguments
 from recipes.schema import Offload, Recipe, Verify
 
 #: modelopt's description of a source, which tells its stored format (calibration.checkpoint.foreign).
@@ -167,6 +167,16 @@ def _is_proven(task: Task, cut: Cut) -> bool:
     return not problems and not others and wanted == small and apart
 
 
+def _mappings(task: Task, names: dict[str, str]) -> list[dict[str, Any]]:
+    """The sites that the plan smooths in the miniature's blocks, by their names there."""
+    modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in names.items()}
+    return [
+        {"smooth_layer": modules[site.smooth], "balance_layers": [modules[reader] for reader in site.readers]}
+        for site in task.plan.smoothed
+        if site.smooth in modules
+    ]
+
+
 def _recipe(task: Task, cut: Cut, directory: Path) -> Recipe:
     """The recipe for the miniature: targets by the names of the modules that the plan quantizes, because an expression may name
     block numbers; nothing is ignored; no checks of its own."""
@@ -187,7 +197,10 @@ def _recipe(task: Task, cut: Cut, directory: Path) -> Recipe:
                 for name, group in groups.items()
                 if name in targets
             }
-        modifiers.append(ModifierEntry.model_validate({entry.name: arguments}, context={TAKES_EDITS: True}))
+        if entry.smoothing is not None and (entry.smoothing.mappings or entry.smoothing.ignore):
+            arguments |= {"mappings": _mappings(task, position), "ignore": []}
+        if entry.smoothing is None or arguments.get("mappings") != []:
+            modifiers.append(ModifierEntry.model_validate({entry.name: arguments}))
     data = recipe.calibration
     if data is not None:
         least = min(data.min_tokens_per_expert, SAMPLES)

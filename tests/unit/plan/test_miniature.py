@@ -173,3 +173,21 @@ def test_cut_counts_the_bytes_of_its_tensors_alone(pro: Path, tmp_path: Path) ->
     plan = task_of(recipe(pro, tmp_path / "output")).plan
     cut = Cut((0,), ((0,),), {}, {"embed.weight": "embed.weight"})
     assert cut.output_bytes(plan) == plan.outputs["embed.weight"].nbytes
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "sites"),
+    [
+        ({}, (0,), 4),
+        ({"mappings": [["re:.*q_proj", "model.layers.1.input_layernorm"]]}, (0, 1), 1),
+        ({"ignore": ["re:.*norm"]}, (0,), 2),
+    ],
+)
+def test_what_a_recipe_smooths_is_smoothed_in_the_miniature(
+    words: dict[str, Any], kept: tuple[int, ...], sites: int, tmp_path: Path
+) -> None:
+    modifiers = [{"SmoothQuantModifier": words}, {"QuantizationModifier": {"targets": "Linear", "scheme": "NVFP4"}}]
+    task = task_of(recipe(standard.write(tmp_path / "source", "llama"), tmp_path / "output", modifiers=modifiers))
+    cut = find_cut(task)
+    assert cut.kept == kept
+    assert len(make_miniature(task, cut, tmp_path / "miniature").plan.smoothed) == sites
