@@ -23,6 +23,11 @@ def hub_id(source: Source) -> str | None:
     return source.checkpoint if named and not os.path.isdir(source.checkpoint) else None
 
 
+def hub_dataset(name: str) -> str | None:
+    """`name` if it is a data set of the hub, None for the bundled text and for local files."""
+    return name if _HUB_ID.fullmatch(name) and not os.path.exists(os.path.expanduser(name)) else None
+
+
 def revision(source: Source) -> str | None:
     """The revision of a source: the recipe's own, or the commit of the hub's cache that it points into."""
     cached = _SNAPSHOT.search(source.checkpoint)

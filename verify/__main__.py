@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from calibration.checkpoint.files import is_directory, write_json
 from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.hub import named_directory
 from calibration.checkpoint.index import Checkpoint
 from calibration.families.registry import open_source
 from calibration.plan.plan import Plan
@@ -39,6 +40,7 @@ from verify.report.page import Report
 from verify.report.summary import print_quality, print_verdict
 from verify.report.tables import OutputConsole, print_checks
 from verify.serving.serving import check_serving
+from verify.signature import require_public_key, signature_check
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +48,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="directory of the checkpoint to verify")
-    parser.add_argument("--source", type=Path, help="the checkpoint that it was made from: compares weights and blocks")
+    parser.add_argument(
+        "checkpoint", type=Path, help="directory of the checkpoint to verify, or owner/name[@revision] of the hub"
+    )
+    parser.add_argument(
+        "--source", type=Path,
+        help="the checkpoint that it was made from, a directory or hub id: compares weights and blocks",
+    )  # fmt: skip
     parser.add_argument(
         "--recipe", type=Path,
         help="the recipe it was made with, for plan, thresholds, data and trust (default: the plan alone, from the "
@@ -79,13 +86,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page as well")
     parser.add_argument("--details", action="store_true", help="print every check, not the verdict alone")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the verdict")
+    parser.add_argument(
+        "--public-key",
+        type=Path,
+        metavar="FILE",
+        help="PEM file of the key that must have signed every file (model.sig)",
+    )
     options = parser.parse_args(arguments)
     try:
+        options.checkpoint = named_directory(options.checkpoint, "CHECKPOINT")
+        options.source = options.source and named_directory(options.source, "--source")
         _require_apart(options)
         _require_provable(options)
         granted = Granted(options.python, options.trust_remote_code, options.logs)
         level = options.level or ("structure" if options.prove else "serving")
+        if options.public_key is not None:
+            require_public_key(options.public_key)
         checks, facts = verify(options.checkpoint, options.source, options.recipe, level, granted)
+        if (signature := signature_check(options.checkpoint, options.public_key)) is not None:
+            checks.insert(0, signature)
         if options.prove:
             proof = prove_checkpoint(options.checkpoint, options.source, options.recipe, options.provenance)
             checks = [*checks, *proof.checks]

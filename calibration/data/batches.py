@@ -34,7 +34,8 @@ class CalibrationData:
     `batches` yields dicts of `input_ids` and `attention_mask`, both int64 [batch, T]: all samples of a batch have T
     tokens, so that there is no padding (calibration.data.padding) and the mask is all 1. `digest` is the sha256 of the
     token rows in order, whatever the batch size: two runs with the same digest calibrate on the same tokens.
-    `regrouped` says that batches of consecutive samples would have needed padding.
+    `regrouped` says that batches of consecutive samples would have needed padding. `rows` are the first 16 hexadecimal digits of
+    the sha256 of each row; `revision` is the commit of a data set from the hub, if its files name one.
     """
 
     batches: DataLoader[dict[str, torch.Tensor]]
@@ -44,6 +45,8 @@ class CalibrationData:
     description: str
     regrouped: bool
     warning: str | None = None
+    rows: tuple[str, ...] = ()
+    revision: str | None = None
 
 
 def embedding_rows(source: Checkpoint) -> dict[str, int]:
@@ -174,6 +177,8 @@ def _batches(
         description="; ".join(notes),
         regrouped=any(len(set(lengths[begin : begin + size])) > 1 for begin in range(0, len(samples), size)),
         warning=warning,
+        rows=tuple(_digest([sample])[:16] for sample in samples),
+        revision=table.revision,
     )
 
 

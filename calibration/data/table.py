@@ -34,6 +34,7 @@ COMPRESSED = ".gz"
 """Suffixes that may follow the suffix of a JSON or CSV file."""
 MAX_ENTRIES = 100_000
 """Maximum number of files and directories below a data set's directory."""
+_COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
 EXPANSION, EXPANDED = 200, 1 << 30
@@ -55,6 +56,13 @@ class Table:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @property
+    def revision(self) -> str | None:
+        """The hub's commit that the rows are from, as datasets records it in the addresses of the files; None for local files."""
+        addresses = getattr(getattr(self.data, "info", None), "download_checksums", None) or {}
+        commits = {found[1] for address in addresses if (found := _COMMIT.search(str(address)))}
+        return commits.pop() if self.files is None and len(commits) == 1 else None
 
     @property
     def columns(self) -> list[str]:

@@ -39,7 +39,7 @@ def fingerprint(task: Task, data_digest: str, device: str) -> dict[str, Any]:
             del settings["calibration"]["experts"]
     try:
         tokenizer = _digest_of(path for pattern in TOKENIZER_FILES for path in source.directory.glob(pattern))
-        files = _source_digest(source)
+        files = source_digest(source)
     except OSError as error:
         raise SourceError(f"{error.filename}: cannot be read: {error.strerror}; is the source whole?") from None
     return {
@@ -85,7 +85,7 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [(prefix, value)]
 
 
-def _source_digest(source: Checkpoint) -> str:
+def source_digest(source: Checkpoint) -> str:
     """A digest of the config and of every shard's name, size and a sample of its bytes: reading all bytes would take
     hours."""
     digest = hashlib.sha256()

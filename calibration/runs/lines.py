@@ -78,6 +78,8 @@ class _Started(_Line):
 class _Calibrated(_Line):
     data: str
     tokens_per_expert: str
+    rows: list[str] = []
+    revision: str | None = None
 
 
 class _Products(_Line):

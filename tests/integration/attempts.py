@@ -12,6 +12,7 @@ import yaml
 
 from calibration.runs.journal import RunDirectory
 from tests.integration.interrupted_runs import KillAt, finish
+from tests.outputs import contents
 
 TARGETS = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 
@@ -78,12 +79,8 @@ class Attempt:
         return [event["block"] for event in events[begin:] if event["event"] == "load"]
 
     def files(self) -> dict[str, bytes]:
-        """Everything in the output; the run's own path in recipe.yaml and README.md made equal."""
-        return {
-            str(path.relative_to(self.output)): path.read_bytes().replace(str(self.directory).encode(), b"")
-            for path in sorted(self.output.rglob("*"))
-            if path.is_file()
-        }
+        """Everything in the output, but for the run's own path and times."""
+        return contents(self.output, self.directory)
 
 
 def same(attempt: Attempt, case: Case) -> None:

@@ -17,6 +17,7 @@ import yaml
 from calibration.runs.journal import RunDirectory
 from tests.integration.interrupted_runs import _CONTEXT, finish
 from tests.models import deepseek_v4, standard
+from tests.outputs import contents
 
 QWEN = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 V4 = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
@@ -63,13 +64,8 @@ def single_run(recipe: Path, folder: Path) -> dict[str, bytes]:
 
 
 def files(folder: Path, name: str) -> dict[str, bytes]:
-    """Everything in an output; the path of `folder`, which stands in recipe.yaml and README.md, left out."""
-    output = folder / name / "output"
-    return {
-        str(path.relative_to(output)): path.read_bytes().replace(str(folder).encode(), b"")
-        for path in sorted(output.rglob("*"))
-        if path.is_file()
-    }
+    """Everything in an output, but for the path of `folder` and the times of its run."""
+    return contents(folder / name / "output", folder)
 
 
 def start_batch(arguments: list[str], log: Path) -> BaseProcess:

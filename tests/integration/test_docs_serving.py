@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from calibration.families.serving import SERVING, serve_arguments
 from tests.reference.engine import VLLM_PYTHON
 from verify.serving.engine import environment
 
@@ -28,6 +29,11 @@ def test_vllm_takes_every_serve_command_that_the_documents_name() -> None:
     text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [shlex.split(line) for line in re.findall(r"vllm serve (.*)", text)]
     assert len(commands) >= 2
+    # The cards' commands, of every type of model that has a line in calibration.families.serving.
+    for model in [*SERVING, "llama"]:
+        config = {"model_type": model, "num_attention_heads": 64, "max_position_embeddings": 131_072}
+        commands.append(["OWNER/NAME", *serve_arguments(config, 10**11, chats=True, experts=True)])
+    assert len(commands) >= 12
     done = subprocess.run(
         [VLLM_PYTHON, "-c", PARSE, json.dumps(commands)], capture_output=True, text=True, env=environment(), check=False
     )

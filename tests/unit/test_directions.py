@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -61,7 +62,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "workflows": (*RUNNING, "calibration/convert", "verify/report"),
     "workflows/run": (
         *RUNNING, "calibration/data", "calibration/model", "calibration/engine", "calibration/convert", "calibration/forecast",
-        "verify/checks", "verify/known", "verify", "verify/serving", "verify/report", "workflows",
+        "verify/checks", "verify/known", "verify", "verify/proof", "verify/serving", "verify/report", "workflows",
+    ),
+    "workflows/publish": (
+        *RUNNING, "verify", "verify/checks", "verify/proof", "verify/report", "workflows", "workflows/run",
     ),
     "workflows/batch": (
         *RUNNING, "calibration/forecast", "verify/checks", "verify/serving", "verify/report", "workflows", "workflows/run",
@@ -87,6 +91,8 @@ PACKAGES = {
         "verify/structure",
     ),
     "vllm": ("verify/inside_vllm",),
+    "model_signing": (),
+    "huggingface_hub": ("calibration/checkpoint", "workflows/publish"),
     "submitit": ("workflows/batch/cluster",),
 }
 #: All that recipes are read and checked with.
@@ -235,6 +241,11 @@ def test_a_folder_says_in_a_docstring_what_it_holds_and_imports_nothing() -> Non
     folders = {name: path for name, path in MODULES.items() if path.name == "__init__.py"}
     assert [name for name, path in folders.items() if not ast.get_docstring(tree(path))] == []
     assert [found for found in imports(folders) if found.name not in sys.stdlib_module_names] == []
+
+
+def test_an_installation_holds_every_folder() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(name for name, path in MODULES.items() if path.name == "__init__.py")
 
 
 def test_no_function_takes_more_than_six_parameters() -> None:

@@ -118,7 +118,8 @@ def _say_end(run: Run, data: CalibrationData, summary: CalibrationSummary, exact
     if exact:
         kept = sum(exact.values())
         run.reporter.say(f"MXFP4 weights: {kept} keep their values, {len(exact) - kept} are requantized")
-    run.directory.record("calibrated", data=data.description, tokens_per_expert=seen, seconds=round(summary.seconds, 1))
+    facts = {"data": data.description, "rows": list(data.rows), "revision": data.revision, "tokens_per_expert": seen}
+    run.directory.record("calibrated", **facts, seconds=round(summary.seconds, 1))
     run.reporter.say(f"calibrated {summary.modules} modules in {summary.blocks} blocks; tokens per expert: {seen}")
 
 

@@ -17,12 +17,16 @@ from recipes.schema import Recipe
 from verify.checks import Check, to_json
 from verify.known import Known
 from verify.levels import Settings, samples_of, verify_levels
+from verify.proof.statistics import PROVENANCE_NAME
 from workflows.inspect_checkpoint import describe_checkpoint, describe_plan
 from workflows.run import rehearse as rehearsal
 from workflows.run.card import model_card
 from workflows.run.dress_rehearsal import dress_rehearsal, remove_remains
+from workflows.run.judged import record_judged
 from workflows.run.output_state import last_checks, read_output_state
 from workflows.run.plain_copy import source_to_serve
+from workflows.run.provenance import write_provenance
+from workflows.run.report import verdict_facts
 from workflows.run.state import STAGES, Run
 
 
@@ -161,8 +165,9 @@ def export(run: Run) -> None:
             "run the calibrate stage first (--from calibrate)"
         )
     files = finish_output(run.task, dump_recipe(run.recipe))
+    write_provenance(run)
     _write_card(run)
-    run.directory.record("exported", plan=run.plan.digest, files=[*files, CARD_NAME])
+    run.directory.record("exported", plan=run.plan.digest, files=[*files, PROVENANCE_NAME, CARD_NAME])
     run.reporter.say(f"output: {run.output} ({run.plan.output_bytes:,} bytes in {len(run.plan.shards)} shards)")
 
 
@@ -201,6 +206,8 @@ def verify(run: Run) -> None:
         write_json(run.directory.path / "serving.json", result)
     write_json(run.directory.path / "verify.json", to_json(run.checks))
     _write_card(run)
+    if not any(check.id == "structure.open" and check.verdict == "FAIL" for check in run.checks):
+        record_judged(run.directory, run.output)
     run.directory.record("verified", **to_json(run.checks)["verdicts"])
 
 
@@ -218,7 +225,7 @@ def _write_card(run: Run) -> None:
     machines = [f"{fact['device']} (products {fact['digest']})" for fact in run.directory.facts("products")]
     if len(machines) > 1:
         facts["calculated on"] = f"{', then '.join(machines)}, which round differently"
-    write_text(run.output / CARD_NAME, model_card(run.task, run.checks, facts))
+    write_text(run.output / CARD_NAME, model_card(run.task, run.checks, facts, verdict_facts(run.output)))
 
 
 def read_samples(run: Run) -> list[dict[str, Any]]:

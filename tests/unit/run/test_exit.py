@@ -41,7 +41,8 @@ def test_every_command_line_ends_that_way() -> None:
     files = [path for package in ("workflows", "verify") for path in (ROOT / package).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if "\n    exit_with(main)" in path.read_text()}
     packages = {
-        f"{package}/__main__.py" for package in ("workflows/run", "workflows/batch", "workflows/compare", "verify")
+        f"{package}/__main__.py"
+        for package in ("workflows/run", "workflows/batch", "workflows/compare", "workflows/publish", "verify")
     }
     assert found == {
         *packages,

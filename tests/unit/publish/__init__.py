@@ -1,0 +1,1 @@
+"""Tests of publishing: what goes to the hub, and what does not."""

@@ -1,0 +1,1 @@
+"""Brings a verified output to the hub."""
