@@ -64,7 +64,7 @@ KERNEL := calibration/checkpoint/_kernels.c calibration/checkpoint/kernels_body.
 
 .venv-vllm/.installed-cuda:
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install $(PIP_FLAGS) vllm==$(VLLM_VERSION)
+	.venv-vllm/bin/pip install $(PIP_FLAGS) vllm==$(VLLM_VERSION) lm-eval
 	touch $@
 
 $(DEMO)/config.json: | venv

@@ -268,6 +268,24 @@ def _as_section(value: object) -> object:
 FidelityOrBool = Annotated[Fidelity | None, BeforeValidator(_as_section, json_schema_input_type=bool | Fidelity | None)]
 
 
+class Accuracy(Section):
+    """Score tasks of lm-eval on the served output and on its served source, on the same samples."""
+
+    tasks: list[Text] = Field(min_length=1)
+    """`bundled/cloze`, `bundled/choices`, YAML files of your own beside their JSONL, or names that lm-eval knows, whose
+    data comes from a hub."""
+    limit: int | None = Field(default=None, ge=1)
+    """Samples of each task, from its beginning; all by default."""
+    fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each sample; by default what the task says."""
+    chat: bool = False
+    """Put each sample through the checkpoint's chat template."""
+    min_recovery: float = Field(default=0.97, gt=0, le=1)
+    """Smallest share of the source's score that the output has to reach in every task."""
+    timeout: float = Field(default=7200, gt=0, allow_inf_nan=False)
+    """Seconds that the tasks may take, added to `verify.serving.timeout`."""
+
+
 class Verify(Section):
     """Checks of the output checkpoint."""
 
@@ -277,6 +295,14 @@ class Verify(Section):
     """Compare every weight with the source's; true uses the defaults, false skips it."""
     serving: Serving | None = None
     """Serve the output; `serving: {}` uses the defaults. Without it, serving stays UNCHECKED."""
+    accuracy: Accuracy | None = None
+    """Score tasks on the served output; needs `serving`, and lm-eval in its environment."""
+
+    @model_validator(mode="after")
+    def _served(self) -> Self:
+        if self.accuracy is not None and self.serving is None:
+            raise ValueError("accuracy: tasks run on the served output; add `serving: {}`")
+        return self
 
 
 class Rehearse(Section):

@@ -186,10 +186,10 @@ def verify(
     if not is_directory(checkpoint):
         raise SourceError(f"{checkpoint}: no such checkpoint directory")
     named = load_recipe(recipe) if recipe is not None else None
-    serving, fidelity, text = Serving(), Fidelity(), None
+    serving, fidelity, text, accuracy = Serving(), Fidelity(), None, None
     if named is not None:
         serving, fidelity = named.verify.serving or serving, named.verify.fidelity or fidelity
-        text = named.calibration
+        text, accuracy = named.calibration, named.verify.accuracy
     formats = Formats(open_source(source)) if source is not None else None
     plan, own = None, list[Check]()
     if formats is not None and named is not None:
@@ -199,10 +199,10 @@ def verify(
     wanted = LEVELS[: LEVELS.index(level) + 1]
     serving = serving.model_copy(update={"python": granted.python}) if granted.python else serving
     if "serving" in wanted:
-        check_serving(serving, checkpoint, *([source] if source is not None else []))
+        check_serving(serving, accuracy, checkpoint, *([source] if source is not None else []))
     with TemporaryDirectory(prefix="verify-") as temporary:
         settings = Settings(
-            wanted, granted.logs or Path(temporary), fidelity, text, serving,
+            wanted, granted.logs or Path(temporary), fidelity, text, serving, accuracy,
             trust_remote_code=granted.trust_remote_code or (named is not None and named.source.trust_remote_code),
         )  # fmt: skip
         checks, result = verify_levels(checkpoint, Known(plan, formats), settings)

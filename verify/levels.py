@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.console import Console
 
-from recipes.schema import Calibration, Fidelity, Serving
+from recipes.schema import Accuracy, Calibration, Fidelity, Serving
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_with_forward
 from verify.known import Known
-from verify.serving.serving import SourceToServe, source_as_stored, verify_serving
+from verify.serving.serving import Extras, SourceToServe, source_as_stored, verify_serving
 from verify.structure.structure import verify_structure
 
 _FIDELITY = "no quantized weight is far from the source's"
@@ -23,14 +23,15 @@ _FIDELITY = "no quantized weight is far from the source's"
 class Settings:
     """How a checkpoint is verified: the `levels` to check, `logs` for the serving engine's files, the thresholds of
     `fidelity`, the `text` that runs through every block (None: the bundled set), the `serving` engine (None: no
-    serving), `source_to_serve`, the source in a form that the engine can load (None: as stored), and whether the
-    checkpoint's own code may run."""
+    serving), the `accuracy` gate (None: no tasks), `source_to_serve`, the source in a form that the engine can load
+    (None: as stored), and whether the checkpoint's own code may run."""
 
     levels: Collection[str]
     logs: Path
     fidelity: Fidelity | None = None
     text: Calibration | None = None
     serving: Serving | None = None
+    accuracy: Accuracy | None = None
     source_to_serve: SourceToServe | None = None
     trust_remote_code: bool = False
 
@@ -71,7 +72,11 @@ def verify_levels(
     if source is None and known.source is not None:
         source = source_as_stored(known.source, settings.serving)
     served, result = verify_serving(
-        directory, settings.serving, settings.logs, trust_remote_code=settings.trust_remote_code, source=source
+        directory,
+        settings.serving,
+        settings.logs,
+        extras=Extras(settings.accuracy, settings.trust_remote_code),
+        source=source,
     )
     return checks + served, result
 

@@ -52,9 +52,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "verify/known": KNOWING,
     "verify/structure": (*KNOWING, "verify/checks", "verify/known"),
     "verify/fidelity": (*KNOWING, "verify/checks", "verify/unseen_text", "calibration/data", "calibration/model"),
-    "verify/serving": (*KNOWING, "verify/checks", "verify/unseen_text"),
+    "verify/accuracy": ("calibration/checkpoint", "verify/checks"),
+    "verify/serving": (*KNOWING, "verify/checks", "verify/unseen_text", "verify/accuracy"),
+    "verify/report": ("verify/checks", "verify/accuracy"),
     "verify/proof": (*KNOWING, "verify/checks"),
-    "verify/report": ("verify/checks",),
     "verify": (
         *KNOWING, "verify/checks", "verify/known", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
         "verify/proof",
@@ -68,11 +69,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
         *RUNNING, "verify", "verify/checks", "verify/proof", "verify/report", "workflows", "workflows/run",
     ),
     "workflows/batch": (
-        *RUNNING, "calibration/forecast", "verify/checks", "verify/serving", "verify/report", "workflows", "workflows/run",
+        *RUNNING, "calibration/forecast", "verify/accuracy", "verify/checks", "verify/serving", "verify/report", "workflows",
+        "workflows/run",
     ),
     "workflows/compare": (
-        "calibration/checkpoint", "calibration/runs", "verify", "verify/checks", "verify/report", "workflows/run",
-        "workflows/batch",
+        "calibration/checkpoint", "calibration/runs", "verify", "verify/accuracy", "verify/checks", "verify/report",
+        "workflows/run", "workflows/batch",
     ),
     "workflows/batch/cluster": (*RUNNING, "workflows", "workflows/batch"),
     "workflows/batch/executors": ("workflows/batch", "workflows/batch/cluster"),

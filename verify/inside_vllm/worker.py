@@ -19,6 +19,7 @@ REQUEST.json
     kv_cache_bytes      size of the KV cache on a CPU, or null for vLLM's default
     moe_input_scales    "stored" | "collapsed" (see cpu_nvfp4.register; CPU only). Where the experts of a layer
                         differ in theirs, the windows are scored in the other mode too
+    accuracy            null | {tasks, limit, fewshot, chat}: tasks of lm-eval to score, see accuracy
     processor           {feature: bool}: what the CPU is pretended to have or lack, {} for the truth (see processor)
 
 RESULT.json (written .partial and renamed at every stage and at the end, also after an exception; keys always there)
@@ -40,8 +41,9 @@ RESULT.json (written .partial and renamed at every stage and at the end, also af
                         natural-log loss per predicted token, null for one token; not finite values are written as strings
     perplexity          over all predicted tokens of the windows, or of the prompts if there are no windows
     agreement           null | {tokens, kl, top1} with compare_logits
+    accuracy            null | {version, tasks: {name: {metric, value, scores, chance, samples}}} | {error}
     nonfinite           null | {module, cls, kind, values}: the first module whose output held NaN or infinity
-    seconds             {import, load, forward, generate}
+    seconds             {import, load, forward, generate, accuracy}
     peak_rss_bytes      of this process
 """
 
@@ -59,7 +61,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-STAGES = ("request", "import", "load", "forward", "generate", "done")
+STAGES = ("request", "import", "load", "forward", "generate", "accuracy", "done")
 
 
 def main(request_path: str, result_path: str) -> int:
@@ -67,7 +69,7 @@ def main(request_path: str, result_path: str) -> int:
     result: dict[str, Any] = {
         "format": 2, "ok": False, "stage": STAGES[0], "error": None, "engine": {}, "load": {}, "layers": [],
         "w4a4": None, "input_scales": None, "prompts": [], "windows": [], "perplexity": None, "agreement": None,
-        "nonfinite": None, "seconds": {}, "peak_rss_bytes": 0,
+        "accuracy": None, "nonfinite": None, "seconds": {}, "peak_rss_bytes": 0,
     }  # fmt: skip
     try:
         run(json.loads(Path(request_path).read_text()), result, Path(result_path))
@@ -123,6 +125,8 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
         return time.monotonic()
 
     began = stage("import")
+    if request.get("accuracy"):
+        sibling("accuracy").allow_downloads(request["accuracy"])
     processor = sibling("processor").set_features(request["processor"], request["dtype"])
     emulations, vllm = import_engine(request)
     import torch
@@ -183,6 +187,17 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
         entry["sample_ids"] = list(output.outputs[0].token_ids)
         entry["sample"] = output.outputs[0].text
     result["seconds"]["generate"] = time.monotonic() - began
+
+    if request.get("accuracy"):
+        began = stage("accuracy")
+        hooks.begin("accuracy", 0, capture=False)
+        engine = {key: request[key] for key in ("checkpoint", "dtype", "max_model_len", "trust_remote_code", "seed")}
+        try:
+            result["accuracy"] = sibling("accuracy").run_tasks(llm, request["accuracy"], engine)
+        except Exception as error:  # lm-eval or its data, which says nothing about the checkpoint
+            result["accuracy"] = {"error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        result["seconds"]["accuracy"] = time.monotonic() - began
     stage("done")
 
 

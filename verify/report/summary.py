@@ -10,6 +10,7 @@ from rich.text import Text
 
 from recipes.errors import printable
 from recipes.units import duration, size
+from verify.accuracy.recovery import recoveries
 from verify.checks import LEVELS, SEVERITY, Check, level_verdicts, overall, unchecked
 from verify.report.facts import Facts, Grade, Quality, measured_quality, was_served
 from verify.report.remedies import remedy
@@ -43,7 +44,12 @@ def verdict_lines(checks: Sequence[Check], facts: Facts, width: int) -> list[Tex
     head = _rows(_verdicts(checks, quality), width, 2)
     spare = 1 if found else 2
     tail = _rows(_quality_line(quality), width, 2)
-    for line, most in ((_size(checks, facts), 1), (_time(facts), spare), (_sample(checks, facts), spare)):
+    for line, most in (
+        (_accuracy(checks, facts), spare),
+        (_size(checks, facts), 1),
+        (_time(facts), spare),
+        (_sample(checks, facts), spare),
+    ):
         tail += _rows(line, width, most) if line.plain else []
     tail += [_line(f"{name}: {place}") for name, place in facts.places.items()]
     if not found:
@@ -121,6 +127,11 @@ def _quality_line(quality: Quality | None) -> Text:
         "not finite" if value is None else f"{value:.4g}" for value in (quality.source_perplexity, quality.perplexity)
     )
     return line.append(f", {kept}: {before} -> {after}{loss}, KL {kl}, top-1 {top1}")
+
+
+def _accuracy(checks: Sequence[Check], facts: Facts) -> Text:
+    found = recoveries(facts.served) if was_served(checks) else []
+    return _line(f"accuracy: {'; '.join(map(str, found))}" if found else "")
 
 
 def _size(checks: Sequence[Check], facts: Facts) -> Text:

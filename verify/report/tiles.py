@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from recipes.units import duration, size
+from verify.accuracy.recovery import recoveries
 from verify.checks import Check, overall
-from verify.report.facts import Facts, Grade, Quality, measured_quality
+from verify.report.facts import Facts, Grade, Quality, measured_quality, was_served
 
 #: Grade -> what it means to somebody who has to decide.
 _MEANS: dict[Grade, str] = {
@@ -63,9 +64,14 @@ def tiles(checks: Sequence[Check], facts: Facts) -> list[Tile]:
         )
         found.append(Tile("KL", _figure(quality.kl), "nats per token, source against output"))
         found.append(Tile("top-1", "not finite" if quality.top1 is None else f"{quality.top1:.1%}", "same next token"))
+    for task in recoveries(facts.served) if was_served(checks) else []:
+        share = "" if task.recovered is None else f"{task.recovered:.1%}"
+        error = "" if task.error is None else f" +- {task.error:.1%}"
+        before = "" if task.source is None else f"{task.source:.3f} -> "
+        found.append(Tile(task.task, share or task.open, f"{before}{task.output:.3f} {task.metric}, recovered{error}"))
     if facts.output_bytes is not None:
-        before = facts.source_bytes
-        note = f"source {size(before)} ({facts.output_bytes / before:.0%})" if before else ""
+        whole = facts.source_bytes
+        note = f"source {size(whole)} ({facts.output_bytes / whole:.0%})" if whole else ""
         found.append(Tile("size", size(facts.output_bytes), note))
     found += [
         Tile("bits per parameter", check.figure)

@@ -24,6 +24,8 @@ from recipes.errors import EnvironmentProblem, SourceError
 from recipes.schema import Serving
 
 WORKER = Path(__file__).parents[1] / "inside_vllm" / "worker.py"
+TASKS = WORKER.with_name("accuracy.py")
+_TASKS_SECONDS = 1800.0
 REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
 Run = Callable[[list[str], Path, float], tuple[int, bool]]
 """Runs (command, log, timeout in seconds) with the output in the log; returns the exit code and whether it timed
@@ -53,6 +55,21 @@ def check_environment(python: str) -> str:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise EnvironmentProblem(f"{python}: `import vllm` fails there (verify.serving.python): {last}; {REMEDY}")
     return (done.stdout.strip().splitlines() or ["unknown"])[-1]
+
+
+def check_tasks(python: str, asked: dict[str, Any]) -> None:
+    """Makes the tasks of an accuracy gate in the engine's environment, without a model; takes seconds, with a hub's data
+    minutes. Raises EnvironmentProblem if lm-eval is not there, does not know a task, or cannot read its data."""
+    with tempfile.TemporaryDirectory(prefix="tasks-") as place:
+        request, result, log = (Path(place) / name for name in ("request.json", "result.json", "log"))
+        request.write_text(json.dumps(asked))
+        _, timed_out = run_process([python, str(TASKS), str(request), str(result)], log, _TASKS_SECONDS)
+        found = read_json_or_none(result) or {"error": "timed out" if timed_out else "\n".join(_tail(log)[-1:])}
+    if "error" in found:
+        missing = "No module named 'lm_eval'" in found["error"]
+        remedy = f"install it there: {python} -m pip install lm-eval" if missing else "name other tasks, or repair them"
+        names = ", ".join(task["name"] for task in asked["tasks"])
+        raise EnvironmentProblem(f"verify.accuracy.tasks: {names}: lm-eval in {python}: {found['error']}; {remedy}")
 
 
 def environment() -> dict[str, str]:

@@ -19,15 +19,18 @@ from calibration.checkpoint.formats import Formats
 from calibration.families.registry import language_config
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.places import is_inside
-from recipes.schema import Serving
+from recipes.schema import Accuracy, Serving
+from verify.accuracy.tasks import request as request_tasks
 from verify.checks import Check
 from verify.serving.draft_head import draft_head_checks
-from verify.serving.engine import Run, check_environment, run_engine
+from verify.serving.engine import Run, check_environment, check_tasks, run_engine
 from verify.serving.verdicts import judge
 from verify.unseen_text import help_text
 
 PROMPT_ROOM = 512
 """Prompt tokens in the default context length, besides the sample; more than DeepSeek-V4's windows of 128."""
+TASK_ROOM = 2048
+"""Tokens in the default context length if tasks are scored; longer samples lose their beginning."""
 AUTO_BYTES = 2 * 2**30
 """Largest source, in BF16 bytes, that `compare: auto` serves: larger ones need an explicit `compare: true`."""
 LONGEST_TOKEN = 32
@@ -47,6 +50,14 @@ class SourceToServe:
     directory: Path | None
     why: str = ""
     too_large: bool = False
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What is asked beside the recipe's `serving`: the tasks to score, and whether the checkpoint's own code may run."""
+
+    accuracy: Accuracy | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,9 +89,10 @@ def default_prompts() -> list[dict[str, Any]]:
     ]
 
 
-def check_serving(options: Serving, *strangers: Path) -> str:
-    """The version of vLLM. Raises EnvironmentProblem if there is none, or if its interpreter is inside one of the `strangers`,
-    directories that could provide one of their own; RecipeError if the text to score cannot be read. Takes seconds."""
+def check_serving(options: Serving, accuracy: Accuracy | None, *strangers: Path) -> str:
+    """The version of vLLM. Raises EnvironmentProblem if there is none, if lm-eval cannot make the tasks of `accuracy`, or if
+    the interpreter is inside one of the `strangers`, directories that could provide one of their own; RecipeError if the
+    text to score or a task's file cannot be read. Takes seconds."""
     read_text(options)
     for directory in strangers:
         # Only the parent is resolved: an environment's python is a link to the system's.
@@ -89,7 +101,10 @@ def check_serving(options: Serving, *strangers: Path) -> str:
                 f"{options.python}: lies inside the checkpoint {directory} (verify.serving.python), and would run what it "
                 "brings; run the command from another directory, or name an interpreter outside"
             )
-    return check_environment(options.python)
+    version = check_environment(options.python)
+    if accuracy is not None:
+        check_tasks(options.python, request_tasks(accuracy))
+    return version
 
 
 def read_text(options: Serving) -> str | None:
@@ -131,7 +146,7 @@ def verify_serving(
     options: Serving,
     log_dir: Path,
     *,
-    trust_remote_code: bool = False,
+    extras: Extras | None = None,
     source: SourceToServe | None = None,
     experiment: Experiment | None = None,
 ) -> tuple[list[Check], dict[str, Any]]:
@@ -144,9 +159,11 @@ def verify_serving(
     RecipeError if the text cannot be read.
     """
     config = language_config(read_json_or_none(checkpoint / "config.json") or {})
-    experiment = experiment or Experiment()
+    experiment, extras = experiment or Experiment(), extras or Extras()
+    if extras.accuracy:
+        options = options.model_copy(update={"timeout": options.timeout + extras.accuracy.timeout})
     own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
-    length = options.max_model_len or _length(options, config)
+    length = options.max_model_len or _length(options, config, TASK_ROOM if extras.accuracy else 0)
     text = read_text(options)
     request: dict[str, Any] = {
         "checkpoint": str(checkpoint.resolve()),
@@ -155,13 +172,14 @@ def verify_serving(
         "max_tokens": min(options.max_tokens, length // 2),  # leaves space for a prompt
         "dtype": options.dtype,
         "max_model_len": length,
-        "trust_remote_code": trust_remote_code,
+        "trust_remote_code": extras.trust_remote_code,
         "seed": 0,
         "write_logits": str(experiment.write_logits.resolve()) if experiment.write_logits else None,
         "compare_logits": None,
         "kv_cache_bytes": kv_cache_bytes(config, length),
         "moe_input_scales": experiment.moe_input_scales,
         "processor": dict(experiment.processor),
+        "accuracy": request_tasks(extras.accuracy) if extras.accuracy else None,
     }
     if source is not None and source.directory is not None:
         room = options.windows * options.window_tokens * int(config.get("vocab_size") or 0) * 4
@@ -178,7 +196,7 @@ def verify_serving(
     result["text"] = options.text if result.get("windows") else None
     result["scored"] = _scored(result)
     result["samples"] = samples(result)
-    checks = judge(result, options, config) + draft_head_checks(checkpoint, config)
+    checks = judge(result, options, config, extras.accuracy) + draft_head_checks(checkpoint, config)
     for entry in (*result.get("prompts", []), *result.get("windows", [])):  # they are in the worker's own result
         entry.pop("token_ids", None)
         entry.pop("source_ids", None)
@@ -251,6 +269,6 @@ def samples(result: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda s: not str(s["kind"]).startswith("recipe"))
 
 
-def _length(options: Serving, config: dict[str, Any]) -> int:
-    wanted = max(PROMPT_ROOM, options.window_tokens if options.text else 0) + options.max_tokens
+def _length(options: Serving, config: dict[str, Any], room: int) -> int:
+    wanted = max(PROMPT_ROOM, room, options.window_tokens if options.text else 0) + options.max_tokens
     return min(wanted, int(config.get("max_position_embeddings") or wanted))

@@ -6,7 +6,8 @@ from typing import Any
 
 from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.source_config import routed_experts
-from recipes.schema import Serving
+from recipes.schema import Accuracy, Serving
+from verify.accuracy.recovery import judge_accuracy
 from verify.checks import Check, Verdict
 from verify.serving import engine
 from verify.serving.samples import complaint
@@ -53,13 +54,19 @@ CHECKS = {
         "the served model predicts like its served source", "",
         "the source in vLLM in a process of its own, same tokens: full distributions, KL(source || output)",
     ),
+    "accuracy": (
+        "the served output scores in the recipe's tasks as its source does", "",
+        "lm-eval on both in vLLM, same samples; share of the source's score, standard error paired by sample",
+    ),
 }  # fmt: skip
 Outcome = tuple[Verdict, str]
 MAY_LOOP = ("repeated token", "single token")
 """Kinds of prompts with too little content to continue: an unquantized model loops there too."""
 
 
-def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> list[Check]:
+def judge(
+    result: dict[str, Any], options: Serving, config: dict[str, Any], accuracy: Accuracy | None = None
+) -> list[Check]:
     """The verdicts of one run (see `verify_serving` for `result`). Stages that the run did not reach are UNCHECKED;
     what does not concern the checkpoint, or was not requested by the recipe, has no check."""
     unserved = engine.no_variant(result)
@@ -73,7 +80,7 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
         "coherent": f"loop <= {options.require.max_loop:.0%}, unprintable <= {options.require.max_unprintable:.0%}, "
         "perplexity < vocabulary"
     }
-    wanted = [name for name in CHECKS if name not in ("w4a4", "input_scales", "perplexity", "source")]
+    wanted = [name for name in CHECKS if name not in ("w4a4", "input_scales", "perplexity", "source", "accuracy")]
     if _asks_for_w4a4(config):
         wanted.append("w4a4")
         if result.get("input_scales") or (not result.get("layers") and routed_experts(config)):
@@ -85,6 +92,10 @@ def judge(result: dict[str, Any], options: Serving, config: dict[str, Any]) -> l
     if result.get("source") is not None:
         wanted.append("source")
         found["source"], thresholds["source"] = _source(result["source"], result.get("perplexity"), options)
+    if accuracy is not None:
+        wanted.append("accuracy")
+        thresholds["accuracy"] = f">= {accuracy.min_recovery:.1%} in every task"
+        found["accuracy"] = judge_accuracy(result, accuracy) if result.get("accuracy") else None
     reason = f"not reached: {failure.splitlines()[0]}" if failure else "not reached"
     stopped: Outcome = ("UNCHECKED", unserved or reason)
     checks = []
@@ -130,7 +141,7 @@ def _stages(result: dict[str, Any], options: Serving, failure: str | None) -> di
         text = f", {len(windows)} windows of text" if windows else ""
         verdicts["finite"] = ("PASS", f"0 in {len(generated)} prompts and their samples{text}")
     unscored = [p["kind"] for p in (*prompts, *windows) if isinstance(p.get("nll"), str)]
-    ran = result.get("stage") in ("generate", "done")
+    ran = result.get("stage") in ("generate", "accuracy", "done")
     if unscored:
         verdicts["logprobs"] = ("FAIL", f"not finite: {', '.join(unscored)}")
     elif result.get("perplexity") is not None and ran:

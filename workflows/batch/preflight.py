@@ -22,7 +22,8 @@ from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.matrix import Matrix, Resources, variants
 from recipes.places import is_inside
 from recipes.schema import Recipe
-from verify.serving.engine import check_environment
+from verify.accuracy.tasks import request
+from verify.serving.engine import check_environment, check_tasks
 from workflows.batch.state import BatchDirectory, Entry, orphan
 from workflows.run.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES
 from workflows.source import require_apart, resolve_source
@@ -255,7 +256,11 @@ def _check_serving_engines(loaded: dict[str, Recipe], problems: dict[str, list[t
     for python, names in users.items():
         try:
             check_environment(python)
-        except EnvironmentProblem as error:
+            for accuracy in {
+                str(a): a for a in (loaded[name].verify.accuracy for name in names) if a is not None
+            }.values():
+                check_tasks(python, request(accuracy))
+        except (EnvironmentProblem, RecipeError) as error:
             for name in names:
                 problems[name] += [(error.exit_code, text) for text in error.problems]
 

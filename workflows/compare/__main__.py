@@ -92,9 +92,22 @@ def _row(run: Compared, runs: Sequence[Compared], pairs: Sequence[Difference]) -
         "kept": f"{quality.kept:.1%}" if quality and quality.kept is not None else "",
         "KL": f"{quality.kl:.4f}" if quality and quality.kl is not None else "",
         "top-1": f"{quality.top1:.1%}" if quality and quality.top1 is not None else "",
+        **{task: _score(run, task) for task in dict.fromkeys(found.task for other in runs for found in other.accuracy)},
         "against best": _against_best(run, runs, pairs),
         "made in": duration(run.seconds) if run.seconds else "",
     }
+
+
+def _score(run: Compared, task: str) -> str:
+    found = next((found for found in run.accuracy if found.task == task), None)
+    if found is None:
+        return ""
+    kept = (
+        ""
+        if found.recovered is None
+        else f" ({found.recovered:.1%}{'' if found.error is None else f' +- {found.error:.1%}'})"
+    )
+    return f"{found.output:.3f}{kept}"
 
 
 def _against_best(run: Compared, runs: Sequence[Compared], pairs: Sequence[Difference]) -> str:

@@ -13,6 +13,7 @@ from calibration.checkpoint.files import is_directory, is_file, read_json_object
 from calibration.runs.journal import RunDirectory
 from recipes.errors import RecipeError, SourceError, collapsed
 from recipes.units import size
+from verify.accuracy.recovery import Recovery, recoveries
 from verify.checks import SEVERITY
 from verify.levels import samples_of
 from verify.report.facts import Quality, read_quality
@@ -43,6 +44,7 @@ class Compared:
     scored: str | None
     seconds: float | None
     samples: Mapping[str, tuple[str, str | None]]
+    accuracy: tuple[Recovery, ...]
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _read(output: Path, name: str) -> Compared:
         _object(served, "scored").get("digest"),
         sum(s for stage, s in facts.seconds.items() if stage != "verify") or None,
         {s["prompt"]: (s["text"], s.get("source_text")) for s in samples_of(served)},
+        tuple(recoveries(served)),
     )
 
 

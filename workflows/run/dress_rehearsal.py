@@ -99,7 +99,9 @@ class _Proof:
         self.path = run.directory.path / FILE
         recipe = run.recipe.model_dump(mode="json", exclude={"output": True, "offload": True, "rehearse": True})
         if serves and run.engine_version is None and run.recipe.verify.serving is not None:
-            run.engine_version = check_serving(run.recipe.verify.serving, run.source.directory)
+            run.engine_version = check_serving(
+                run.recipe.verify.serving, run.recipe.verify.accuracy, run.source.directory
+            )
         body = {
             "plan": run.plan.digest, "recipe": recipe, "source": run.source.state, "config": run.source.config,
             "versions": versions(), "vllm": run.engine_version if serves else None,

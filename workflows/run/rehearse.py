@@ -48,7 +48,9 @@ def early_problems(run: Run, stages: Sequence[str]) -> list[str]:
     problems: list[str] = []
     if run.recipe.verify.serving is not None and "verify" in stages:
         try:
-            run.engine_version = check_serving(run.recipe.verify.serving, run.source.directory)
+            run.engine_version = check_serving(
+                run.recipe.verify.serving, run.recipe.verify.accuracy, run.source.directory
+            )
         except WorkflowError as error:
             problems += error.problems
     if {"rehearse", "calibrate"} & set(stages):

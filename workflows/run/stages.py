@@ -190,6 +190,7 @@ def verify(run: Run) -> None:
             fidelity=options.fidelity,
             text=run.recipe.calibration,
             serving=options.serving,
+            accuracy=options.accuracy,
             source_to_serve=served_source,
             trust_remote_code=run.recipe.source.trust_remote_code,
         )

@@ -416,7 +416,7 @@ def test_a_text_that_cannot_be_read_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "good.txt").write_text("word " * 1000)
     for name in ("absent.txt", "empty.txt", "bytes.txt"):
         with pytest.raises(RecipeError, match=f"verify.serving.text: .*{name}"):
-            serving.check_serving(Serving(text=str(tmp_path / name)))
+            serving.check_serving(Serving(text=str(tmp_path / name)), None)
     options = Serving(text=str(tmp_path / "good.txt"), windows=1, window_tokens=2)
     assert serving.read_text(options) == "word " * 12 + "word"
     assert serving.read_text(Serving(text=None)) is None

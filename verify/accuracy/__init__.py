@@ -1,0 +1,1 @@
+"""The accuracy gate: tasks of lm-eval on the served output and on its served source."""
