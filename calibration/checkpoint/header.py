@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Layout:
     def shape(self) -> tuple[int, ...]:
         """The tensor's own shape: `[count, columns]`, `[count, rows]` if transposed, `[count]` for a vector."""
         return (self.count,) if self.vector else (self.count, self.rows if self.transposed else self.columns)
+
+    def turned(self) -> Layout:
+        """The same values in the transposed matrix."""
+        return replace(self, rows=self.columns, columns=self.rows, transposed=not self.transposed)
 
     @property
     def contiguous(self) -> bool:

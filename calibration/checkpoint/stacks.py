@@ -27,7 +27,8 @@ class Slice:
 class Stack:
     """One tensor of the hub with all experts of a block: its name, its shape, and its slices, which cover it. `dtype`
     is the one that its slices have if it differs from the stored one (E8M0 scales stored as integers), and `stored`
-    are the dtypes that it may have on disk; empty: any. `undone`, if it holds codes: the stack of their values."""
+    are the dtypes that it may have on disk; empty: any. `undone`, if it holds codes: the stack of their values.
+    `turns`: the matrix of each expert may also be stored transposed, which loading tells by the shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -35,6 +36,13 @@ class Stack:
     dtype: str | None = None
     stored: tuple[str, ...] = ()
     undone: Undone | None = None
+    turns: bool = False
+
+    def turned(self) -> Stack:
+        """The same stack with the matrix of each expert transposed."""
+        experts, rows, columns = self.shape
+        slices = tuple(Slice(part.name, part.layout.turned()) for part in self.slices)
+        return replace(self, shape=(experts, columns, rows), slices=slices)
 
 
 def by_expert(checkpoint: Checkpoint, stacks: Iterable[Stack]) -> Checkpoint:
@@ -50,6 +58,8 @@ def by_expert(checkpoint: Checkpoint, stacks: Iterable[Stack]) -> Checkpoint:
             tensors[name] = header
             continue
         stack, path = known[name], checkpoint.path(name)
+        if stack.turns and header.shape != stack.shape:
+            stack = stack.turned()
         if header.shape != stack.shape or (stack.stored and header.dtype not in stack.stored):
             wanted = f"{' or '.join(stack.stored)} {list(stack.shape)}".strip()
             problems.append(

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Transpose, WeightConverter, revert_weight_conversion
 
 from calibration.checkpoint.formats import logical_name
 from calibration.checkpoint.source_config import TEXT_CONFIG, without
@@ -28,7 +29,7 @@ from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
 from calibration.families.family import BESIDE, ROUTED, ROUTER, SHARED, Family
 from calibration.families.promised import ConfigReader, Kind, Promise, Wanted
-from calibration.families.stacked import UnknownLayout, mxfp4_stacks, projections, stack_of
+from calibration.families.stacked import UnknownLayout, experts_name, mxfp4_stacks, projections, stack_of
 from recipes.errors import SourceError
 
 #: Projections that vLLM runs as one matrix, by their leaves on the hub (`packed_modules_mapping` of its models, 0.32).
@@ -184,6 +185,7 @@ def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[d
     modules = dict(model.named_modules())
     found: dict[str, _Tensor] = {}
     stacks: list[Stack] = []
+    turning = _turning(model)
     for name, tensor in hub.items():
         parameter = name if name in state else owners.get(tensor.untyped_storage()._cdata, "")
         if not parameter:
@@ -195,7 +197,8 @@ def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[d
             found[name] = _Tensor(Wanted(tuple(tensor.shape), _kind(tensor)), beside, parameter)
             continue
         if owner in experts and tensor.dim() == state[parameter].dim():
-            stacks.append(_stack(name, tensor, modules[owner], leaf))
+            stack = _stack(name, tensor, modules[owner], leaf)
+            stacks.append(replace(stack, turns=any(re.search(pattern, name) for pattern in turning)))
             found |= _of_stack(stacks[-1], owner)
             continue
         if owner in experts:
@@ -211,6 +214,17 @@ def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[d
         wanted = Wanted(tuple(tensor.shape), "linear" if linear else _kind(tensor), parameter in tied)
         found[name] = _Tensor(wanted, _part(model, modules, experts, owner), parameter)
     return found, tuple(stacks)
+
+
+def _turning(model: PreTrainedModel) -> list[str]:
+    """Patterns of stacks that transformers transposes at loading if their shape asks for it (qwen3_vl_moe)."""
+    converters = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightConverter)]
+    return [
+        pattern
+        for converter in converters
+        if any(isinstance(step, Transpose) and step.check_dims for step in converter.operations)
+        for pattern in converter.target_patterns
+    ]
 
 
 def _stack(name: str, tensor: torch.Tensor, module: nn.Module, leaf: str) -> Stack:
@@ -253,7 +267,7 @@ def _with_stacks(stacks: tuple[Stack, ...], own: dict[str, str]) -> dict[str, st
 def _spelled_stack(stack: Stack, own: Mapping[str, str]) -> Stack:
     if stack.name not in own:
         return stack
-    old, new = stack.name.rpartition(".")[0], own[stack.name].rpartition(".")[0]
+    old, new = experts_name(stack.name), experts_name(own[stack.name])
     slices = tuple(replace(part, name=new + part.name.removeprefix(old)) for part in stack.slices)
     return replace(stack, name=own[stack.name], slices=slices)
 

@@ -34,6 +34,27 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "pixtral", **_VISION, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
         "image_token_index": 1002, "spatial_merge_size": 2, "vision_feature_layer": -1,
     },
+    "qwen3_vl_moe": {
+        "text_config": {
+            "model_type": "qwen3_vl_moe_text", "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
+            "mlp_only_layers": [], "moe_intermediate_size": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]},
+        },
+        "vision_config": {
+            "hidden_size": 64, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 256, "patch_size": 14,
+            "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+        },
+        "image_token_id": 1000, "video_token_id": 1001, "vision_start_token_id": 1002, "vision_end_token_id": 1003,
+    },
+    "llama4": {
+        "text_config": {
+            "model_type": "llama4_text", "intermediate_size": 128, "intermediate_size_mlp": 256, "num_local_experts": 8,
+            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 0],
+            "layer_types": ["chunked_attention", "full_attention"],
+        },
+        "vision_config": {**_VISION, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+        "boi_token_index": 1000, "eoi_token_index": 1001, "image_token_index": 1002,
+    },
 }  # fmt: skip
 #: The special tokens of a family's processor, by the tokenizer's name for each; their ids follow the vocabulary's.
 _TOKENS: dict[str, dict[str, str]] = {
@@ -64,6 +85,8 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def write_processor(directory: Path, family: str) -> None:
     """Writes the processor files of a family beside the tokenizer in `directory`, and its special tokens into it."""
+    if family not in _PROCESSORS:  # not served here
+        return
     AutoTokenizer.from_pretrained(directory, extra_special_tokens=_TOKENS[family]).save_pretrained(directory)
     images, processor = _PROCESSORS[family]
     write_json(directory / "preprocessor_config.json", images | {"processor_class": processor["processor_class"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,27 @@ def test_a_stack_of_another_shape_is_refused_by_tensor(sources: dict[str, Path],
     message = r"experts\.gate_up_proj: BF16 \[8, 256, 256\], the model built from config.json needs \[4, 256, 256\]"
     with pytest.raises(SourceError, match=message):
         open_source(source)
+
+
+def test_a_stack_that_transformers_transposes_at_loading_is_read_in_both_forms(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE: `[E, D, 2 I]` on the hub, `[E, 2 I, D]` as transformers saves it."""
+    saved = any_family.write(tmp_path / "saved", "qwen3_vl_moe")
+    hub = shutil.copytree(saved, tmp_path / "hub")
+    for path in hub.glob("*.safetensors"):
+        turned = {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(turned, path, {"format": "pt"})
+    one, other = open_source(saved), open_source(hub)
+    whole = next(iter(one.whole))
+    assert other.whole[whole].header.shape == tuple(one.whole[whole].header.shape[at] for at in (0, 2, 1))
+    experts = [name for name in one.tensors if ".experts." in name]
+    assert len(experts) == 2 * 8 * 3
+    for name in experts:
+        assert one.tensors[name].shape == other.tensors[name].shape and torch.equal(one.read(name), other.read(name)), (
+            name
+        )
 
 
 def test_an_expert_beside_its_stack_is_refused(tmp_path: Path) -> None:
