@@ -38,11 +38,13 @@ class Outcome:
     messages: str
 
 
-def run(family: str, method: str, directory: Path, serve: bool) -> Outcome:
-    """Makes the checkpoint (once) and quantizes its linear layers as a user would; verified, and served if asked."""
-    source, folder = directory / family, directory / f"{family}-{method}"
+def run(family: str, method: str, directory: Path, serve: bool, form: str | None = None) -> Outcome:
+    """Makes the checkpoint (once), in a stored `form` in three shards, and quantizes its linear layers as a user would;
+    verified, and served if asked."""
+    stem = family if form is None else f"{family}-{form}"
+    source, folder = directory / stem, directory / f"{stem}-{method}"
     if not source.is_dir():
-        any_family.write(source, family)
+        any_family.write(source, family, form=form, shards=3)
     folder.mkdir(exist_ok=True)
     modifier = {"targets": ["Linear"], "scheme": "NVFP4", "ignore": ["part:head"]}
     recipe = write_recipe(

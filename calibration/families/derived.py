@@ -35,6 +35,7 @@ from recipes.errors import SourceError
 #: Projections that vLLM runs as one matrix, by their leaves on the hub (`packed_modules_mapping` of its models, 0.32).
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
 #: Parts by the class of a module: the first that its name contains, of the module itself or the nearest one above it.
 _CLASSES = (
@@ -95,7 +96,7 @@ def derive(config: dict[str, Any], where: str, names: Iterable[str] = ()) -> Fam
     Raises SourceError, naming what cannot be derived."""
     try:
         # Neither how weights are stored nor what code a checkpoint brings says anything of its names.
-        plain = without(config, "quantization_config", "auto_map")
+        plain = wrapped.known_model_type(without(config, "quantization_config", "auto_map"))
         text = json.dumps(plain, sort_keys=True)
         read = _read(text)
         spelled = wrapped.own_spelling(read.model, read.fills, map(logical_name, names))
@@ -188,6 +189,11 @@ def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[d
     turning = _turning(model)
     for name, tensor in hub.items():
         parameter = name if name in state else owners.get(tensor.untyped_storage()._cdata, "")
+        if not parameter and wrapper is not None:  # joined or divided on load, as towers are: it is copied as it is
+            target = wrapped.loaded_into(model, name)
+            if (beside := wrapper.part(target.rpartition(".")[0])) is not None and target in state:
+                found[name] = _Tensor(Wanted(tuple(tensor.shape), _kind(tensor)), beside, target)
+                continue
         if not parameter:
             raise _Underivable(
                 f"{name} of the hub is no part of one parameter in transformers: such names are not read yet"

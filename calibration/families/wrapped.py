@@ -12,11 +12,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
 )
@@ -60,6 +61,18 @@ def _below(module: str, name: str) -> bool:
     return module == name or module.startswith(f"{name}.")
 
 
+def known_model_type(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config under the model type that transformers has for the architecture that it declares, if its own is unknown:
+    Kimi-K2 calls itself kimi_k2 and is a DeepseekV3ForCausalLM. The language model in a wrapper's config as well."""
+    kept, declared = dict(config), config.get("architectures")
+    if kept.get("model_type") not in CONFIG_MAPPING and isinstance(declared, list) and declared:
+        names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+        kept["model_type"] = next((known for known, kind in names if kind == declared[0]), kept.get("model_type"))
+    if isinstance(inner := kept.get(TEXT_CONFIG), dict):
+        kept[TEXT_CONFIG] = known_model_type(inner)
+    return kept
+
+
 def wrapper_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """transformers' class of the whole model if `config` nests a language model; None if it is a language model's."""
     if config.get_text_config() is config:
@@ -101,6 +114,15 @@ def read_wrapper(model: PreTrainedModel) -> Wrapper | None:
 
 def _is(config: PreTrainedConfig, other: Any) -> bool:
     return other is not None and type(config) is type(other)
+
+
+def loaded_into(model: PreTrainedModel, name: str) -> str:
+    """The (first) tensor of the model that transformers loads a hub tensor into."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [found for found in conversions if isinstance(found, WeightRenaming)]
+    converters = [found for found in conversions if isinstance(found, WeightConverter)]
+    known = dict.fromkeys(model.state_dict(), True)
+    return str(rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0])
 
 
 def own_spelling(model: PreTrainedModel, fills: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

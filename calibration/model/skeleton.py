@@ -69,7 +69,7 @@ def _clean_config(checkpoint: Checkpoint, family: Family, run_directory: Path, t
     directory.mkdir(parents=True, exist_ok=True)
     plain = without_choices(without(checkpoint.config, "quantization_config"))
     with _explained(directory):
-        config = language_model_config(plain, family.language)
+        config = language_model_config(plain, family)
     write_json(directory / CONFIG_NAME, config)
     for code in checkpoint.directory.glob("*.py") if trust_remote_code else ():
         write_safely(directory / code.name, partial(shutil.copyfile, code), code.stat().st_size)

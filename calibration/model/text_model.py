@@ -11,14 +11,20 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from calibration.checkpoint.source_config import without
+from calibration.families.family import Family
+from calibration.families.wrapped import known_model_type
 
 
-def language_model_config(config: dict[str, Any], within: str) -> dict[str, Any]:
-    """The config of the language model that a checkpoint's config nests in the field `within`, as a file of its own; that
-    config itself if it nests none. Defaults that the wrapper's class fills in are written out."""
-    if not within:
+def language_model_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The config of the language model to build. Of a derived family it names transformers' own class, whose tree the grammar
+    describes, and no code of the checkpoint; one that is nested in a wrapper's config becomes a file of its own, with the
+    defaults that the wrapper's class fills in."""
+    if not family.derived:
         return config
-    whole = AutoConfig.for_model(**without(config, "auto_map"))
+    config = known_model_type(without(config, "auto_map"))
+    if not family.language:
+        return config
+    whole = AutoConfig.for_model(**config)
     text = whole.get_text_config()
     made: dict[str, Any] = text.to_dict() | {"tie_word_embeddings": bool(whole.tie_word_embeddings)}
     for key in ("dtype", "torch_dtype"):

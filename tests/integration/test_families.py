@@ -30,6 +30,23 @@ def test_a_derived_family_is_calibrated_and_verified(family: str, served: bool, 
     judged_good(done, LEVELS if served else LEVELS[:2])
 
 
+#: Each form in which these families are released, with one of them: tiles of DeepSeek-V3 and Kimi-K2, FP8 per channel and
+#: per tensor of compressed-tensors, INT4 experts of Kimi-K2.5, whose language model's config declares them.
+STORED = [
+    ("kimi_k25", "int4"),
+    *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (
+        ("kimi_k2", "fp8_tiles"), ("deepseek_v3", "fp8_tiles"), ("glm4_moe", "fp8_channel"), ("minimax_m2", "fp8_tiles"),
+        ("qwen3_5_moe", "fp8_tiles"), ("olmoe", "fp8_tensor"), ("kimi_k2", "int4"),
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "form"), STORED)
+@pytest.mark.parametrize("method", ["calibrate", pytest.param("convert", marks=pytest.mark.slow)])
+def test_a_stored_form_is_read_in_a_derived_family(family: str, form: str, method: str, tmp_path: Path) -> None:
+    judged_good(families.run(family, method, tmp_path, serve=False, form=form), LEVELS[:2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", families.METHODS)
 @pytest.mark.parametrize("family", any_family.FAMILIES)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from calibration.checkpoint.index import INDEX_NAME
 from tests.models.storage import new_directory, normal, to_mxfp4
+from tests.models.stored_forms import store
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
-from tests.models.wrappers import SPECIAL, WRAPPERS, write_processor
+from tests.models.wrappers import SPECIAL, SPELLED, WRAPPERS, write_processor
 
 VOCAB = 1024
 #: What most families take; each config class keeps what it knows.
@@ -67,6 +70,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "exaone_moe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
     "minimax_m2": {**_MOE, "rotary_dim": 32},
     "deepseek_v3": {**_MOE, **_MLA},
+    "kimi_k2": {**_MOE, **_MLA},
     "flex_olmo": {**_MOE, "intermediate_size": 128},
     "solar_open": _MOE,
     "afmoe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "num_dense_layers": 1},
@@ -108,29 +112,57 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     **WRAPPERS,
 }  # fmt: skip
+#: The weights that releases in a form have in it: DeepSeek, Kimi-K2 and GLM all but routers, Kimi-K2-Thinking and K2.5 the
+#: routed experts alone.
+_STORED = {
+    **dict.fromkeys(
+        ("fp8_tiles", "fp8_tensor", "fp8_channel"),
+        r"layers\.\d+\.(?!.*(?:vis|_gate\.)).*(?:_proj|_proj_with_mqa|\.w[123])\.weight$",
+    ),
+    "int4": r"\.experts\.\d+\.\w+\.weight$",
+}
 #: Fields of the hub's config.json that transformers' classes rename or drop.
 _HUB: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 64, "partial_rotary_factor": 0.5},
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
 
 
-def write(directory: Path, family: str, *, seed: int = 0, mxfp4: bool = False) -> Path:
+def write(
+    directory: Path, family: str, *, seed: int = 0, mxfp4: bool = False, form: str | None = None, shards: int = 1
+) -> Path:
     """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it; with `mxfp4` stacked
-    experts as gpt-oss is released. Raises FileExistsError if the directory holds something."""
+    experts as gpt-oss is released; in the stored `form` (`stored_forms.FORMS`) of as many `shards`, in which neighbors lie
+    in different ones. Raises FileExistsError if the directory holds something."""
     new_directory(directory)
-    model = _model(family, seed)
+    model = _model({"kimi_k2": "deepseek_v3"}.get(family, family), seed)
     model.save_pretrained(directory, max_shard_size="300KB")
     made = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
     write_tokenizer(directory, VOCAB - (SPECIAL if family in WRAPPERS else 0), chat_template=True)
     if family in WRAPPERS:
         write_processor(directory, family)
+        _respell(directory, SPELLED.get(family, ()))
     write_sidecars(directory)
     if mxfp4:
         _stack_in_mxfp4(directory)
+    if form is not None:
+        store(directory, form, re.compile(_STORED[form]), shards)
     return directory
+
+
+def _respell(directory: Path, patterns: Iterable[tuple[str, str]]) -> None:
+    """Renames tensors of the checkpoint as the patterns say."""
+    index = json.loads((directory / INDEX_NAME).read_text())
+    for pattern, replacement in patterns:
+        index["weight_map"] = {re.sub(pattern, replacement, name): shard for name, shard in index["weight_map"].items()}
+        for shard in set(index["weight_map"].values()):
+            tensors = load_file(directory / shard)
+            renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+            save_file(renamed, directory / shard, {"format": "pt"})
+    write_json(directory / INDEX_NAME, index)
 
 
 def _stack_in_mxfp4(directory: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import torch
 from safetensors.torch import load_file, save_file
 
+from calibration.checkpoint.index import INDEX_NAME
 from tests.models import standard
 from tests.models.storage import to_fp8, to_int4, to_modelopt_nvfp4, to_tiles
 from tests.models.tokenizer import write_json
@@ -97,6 +98,36 @@ def write(directory: Path, family: standard.Family, form: str, *, seed: int = 0)
     config = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", config | {"quantization_config": quantization})
     return directory
+
+
+def store(directory: Path, form: str, linear: re.Pattern[str], shards: int) -> None:
+    """Stores the weights that `linear` matches of the checkpoint in `directory` in `form`, in one file, or in `shards` in which
+    neighbors (gate and up, a weight and its scale) lie apart. The language model's config names the form, if it is nested."""
+    make, quantization = FORMS[form]
+    tensors: Tensors = {}
+    for shard in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(shard)
+        shard.unlink()
+    stored: Tensors = {}
+    for name, value in tensors.items():
+        parts = make(value) if linear.search(name) else {name.rpartition(".")[2]: value}
+        stored |= {f"{name.rpartition('.')[0]}.{leaf}": part.contiguous().clone() for leaf, part in parts.items()}
+    (directory / INDEX_NAME).unlink()
+    files = (
+        ["model.safetensors"]
+        if shards == 1
+        else [f"model-{n:05d}-of-{shards:05d}.safetensors" for n in range(1, shards + 1)]
+    )
+    weight_map = {name: files[number % shards] for number, name in enumerate(sorted(stored))}
+    for file in files:
+        held = {name: tensor for name, tensor in stored.items() if weight_map[name] == file}
+        save_file(held, directory / file, metadata={"format": "pt"})
+    if shards > 1:
+        total = sum(tensor.nbytes for tensor in stored.values())
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    config = json.loads((directory / "config.json").read_text())
+    config.get("text_config", config)["quantization_config"] = quantization
+    write_json(directory / "config.json", config)
 
 
 def _fused(name: str) -> list[str]:

@@ -19,6 +19,22 @@ _IMAGE = {"image_size": 56, "patch_size": 14}
 _VISION: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32, **_IMAGE,
 }  # fmt: skip
+_QWEN: dict[str, Any] = {
+    "image_token_id": 1002,
+    "video_token_id": 1003,
+    "vision_start_token_id": 1000,
+    "vision_end_token_id": 1001,
+}
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256, "patch_size": 16,
+}  # fmt: skip
+_MROPE = {"rope_theta": 10000.0, "rope_type": "default", "mrope_section": [8, 12, 12]}
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 4,
+    "linear_key_head_dim": 64, "linear_value_head_dim": 64, "rope_parameters": {
+        **_MROPE, "mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.25,
+    },
+}  # fmt: skip
 #: Family -> fields of its config.json beside the language model's; `text_config` contains what that one wants beside the
 #: shapes, and its model type.
 WRAPPERS: dict[str, dict[str, Any]] = {
@@ -55,6 +71,48 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
         "boi_token_index": 1000, "eoi_token_index": 1001, "image_token_index": 1002,
     },
+    "qwen2_5_vl": {
+        **_QWEN, "text_config": {"model_type": "qwen2_5_vl_text", "rope_parameters": _MROPE},
+        "vision_config": {**_QWEN_VISION, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+    },
+    "qwen3_vl": {
+        **_QWEN, "text_config": {"model_type": "qwen3_vl_text", "rope_parameters": {**_MROPE, "mrope_interleaved": True}},
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    },
+    "qwen3_5": {
+        **_QWEN, "text_config": {"model_type": "qwen3_5_text", **_DELTA},
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16},
+    },
+    "qwen3_5_moe": {
+        **_QWEN,
+        "text_config": {
+            "model_type": "qwen3_5_moe_text", **_DELTA, "num_experts": 8, "num_experts_per_tok": 2,
+            "shared_expert_intermediate_size": 128,
+        },
+        "vision_config": {**_QWEN_VISION, "num_position_embeddings": 16},
+    },
+    "kimi_k25": {
+        "text_config": {
+            "model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+            "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "num_key_value_heads": 4, "q_lora_rank": 64,
+            "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "num_nextn_predict_layers": 0,
+        },
+        "vision_config": {**_VISION, "pos_emb_height": 4, "pos_emb_width": 4},
+        "projection_hidden_size": 64, "image_token_id": 1002, "video_token_id": 1003, "vision_start_token_id": 1000,
+        "vision_end_token_id": 1001,
+    },
+}  # fmt: skip
+#: How the hub spells what transformers writes otherwise than it reads.
+SPELLED: dict[str, tuple[tuple[str, str], ...]] = {
+    "gemma3": ((r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),),
+    "kimi_k25": (
+        (r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
+    ),
+}  # fmt: skip
+_QWEN_TOKENS = {
+    "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>", "image_token": "<|image_pad|>",
+    "video_token": "<|video_pad|>",
 }  # fmt: skip
 #: The special tokens of a family's processor, by the tokenizer's name for each; their ids follow the vocabulary's.
 _TOKENS: dict[str, dict[str, str]] = {
@@ -64,9 +122,26 @@ _TOKENS: dict[str, dict[str, str]] = {
         "image_token": "<image_soft_token>",
         **{f"lines_{count}_token": "\n" * count for count in (1, 2, 3, 4)},
     },
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"), _QWEN_TOKENS),
+    "kimi_k25": {
+        "media_begin_token": "<|media_begin|>",
+        "media_end_token": "<|media_end|>",
+        "image_token": "<|media_pad|>",
+        "video_token": "<|kimi_k25_video_placeholder|>",
+    },
     "mistral3": {"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "image_token": "[IMG]"},
 }
-_PIXELS = {"do_rescale": True, "do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_PIXELS: dict[str, Any] = {
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+_PATCHES = _PIXELS | {
+    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "merge_size": 2, "temporal_patch_size": 2,
+    "size": {"shortest_edge": 1024, "longest_edge": 4096},
+}  # fmt: skip
 #: The preprocessor_config.json and the processor_config.json of a family.
 _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
@@ -80,6 +155,12 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2, **_TOKENS["mistral3"]},
     ),
+    "qwen2_5_vl": (_PATCHES | {"patch_size": 14}, {"processor_class": "Qwen2_5_VLProcessor"}),
+    **dict.fromkeys(("qwen3_vl", "qwen3_5", "qwen3_5_moe"), (_PATCHES, {"processor_class": "Qwen3VLProcessor"})),
+    "kimi_k25": (
+        _PIXELS | {"image_processor_type": "Kimi_K25ImageProcessor", "patch_size": 14},
+        {"processor_class": "Kimi_K25Processor"},
+    ),
 }  # fmt: skip
 
 
@@ -91,3 +172,8 @@ def write_processor(directory: Path, family: str) -> None:
     images, processor = _PROCESSORS[family]
     write_json(directory / "preprocessor_config.json", images | {"processor_class": processor["processor_class"]})
     write_json(directory / "processor_config.json", processor)
+    if "video_token" in _TOKENS[family] and images["image_processor_type"].startswith("Qwen"):
+        video = images | {
+            "video_processor_type": processor["processor_class"].removesuffix("Processor") + "VideoProcessor"
+        }
+        write_json(directory / "video_preprocessor_config.json", video)

@@ -39,7 +39,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "calibration/families/registry": ("calibration/checkpoint", "calibration/families", "calibration/families/derived"),
     "calibration/plan": (*FAMILIES, "calibration/families/cut"),
     "calibration/data": FAMILIES,
-    "calibration/model": KNOWING,
+    "calibration/model": (*KNOWING, "calibration/families/wrapped"),
     "calibration/runs": KNOWING,
     "calibration/engine": (*RUNNING, "calibration/data", "calibration/model", "calibration/checkpoint/writer"),
     "calibration/convert": RUNNING,

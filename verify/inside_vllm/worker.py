@@ -260,12 +260,14 @@ class UnwrittenParameters(Exception):
 
 
 class NoVariant(Exception):
-    """Raised if vLLM only has the model for other hardware, which says nothing about the checkpoint."""
+    """Raised if vLLM only has the model for other hardware, or lacks a package that the model's class imports. Neither says
+    anything about the checkpoint."""
 
 
 def no_variant(config: dict[str, Any], current_platform: Any) -> str | None:
     """Why vLLM cannot run this model here: its package (vllm.models.<model>) has a folder for each supported platform,
-    but none for this one. None if it has one, or if the model is not organized that way.
+    but none for this one; or its module imports a package that is not installed (vision models: torchvision,
+    mistral_common). Else None.
 
     deepseek_v41 of vLLM 0.32 has amd and nvidia; on a CPU its entry falls through to nvidia, which builds and then
     fails in a missing kernel."""
@@ -280,6 +282,14 @@ def no_variant(config: dict[str, Any], current_platform: Any) -> str | None:
         known = [name for name in platforms if any((folder / name).is_dir() for folder in folders)]
         if known and here is not None and here not in known:
             return f"has no {here} variant of {architecture}: {module} is there for {' and '.join(known)} alone"
+        try:
+            if spec is not None:
+                importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not str(error.name or "vllm").startswith(("vllm", "transformers")):
+                return (
+                    f"cannot import its {architecture}: no package {error.name!r} in that environment; install it there"
+                )
     return None
 
 

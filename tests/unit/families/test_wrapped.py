@@ -57,9 +57,9 @@ def test_what_lies_beside_the_language_model_is_copied(sources: dict[str, Path],
     task = made(sources[family], tmp_path)
     parts = {name: task.family.place(name).part for name in task.plan.steps}
     beside = {name for name, part in parts.items() if part in ("vision tower", "projector")}
-    inside = family == "qwen3_vl_moe"  # its projector is a part of the tower
-    assert {parts[name] for name in beside} == {"vision tower", *([] if inside else ["projector"])}
-    assert {name for name in parts if re.search("vis|projector", name)} == beside
+    assert {name for name, part in parts.items() if part == "vision tower"} and beside == {
+        name for name in parts if re.search("^(model\\.)?(vis|multi_modal_projector|mm_projector)", name)
+    }
     assert all(task.plan.steps[name].action == "copy" for name in beside)
     blocks = {name for name in parts if re.search(r"layers\.\d+\..*proj\.weight$", name)} - beside
     assert {step.source for step in task.plan.quantized.values()} >= blocks
@@ -105,10 +105,33 @@ def test_another_spelling_of_the_names_is_kept(sources: dict[str, Path], tmp_pat
 
 def test_a_tensor_of_no_known_part_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
     strange = rewritten(
-        sources["gemma3"], tmp_path / "strange", (r"^vision_tower\.post_layernorm", "vision_tower.adapter")
+        sources["gemma3"], tmp_path / "strange", (r"\.vision_model\.post_layernorm", ".vision_model.adapter")
     )
-    with pytest.raises(SourceError, match=r"unknown to the gemma3 model built from config.json: vision_tower\.adapter"):
+    with pytest.raises(
+        SourceError, match=r"unknown to the gemma3 model built from config.json: vision_tower\.vision_model\.adapter"
+    ):
         made(strange, tmp_path)
+
+
+def test_a_model_type_that_only_its_architecture_explains_is_derived(tmp_path: Path) -> None:
+    source = any_family.write(tmp_path / "source", "kimi_k2", form="fp8_tiles", shards=3)
+    task = made(source, tmp_path)
+    assert task.family.place("model.layers.1.mlp.experts.7.up_proj.weight").part == "routed expert"
+    assert {task.formats.of(step.source).kind for step in task.plan.quantized.values()} >= {"fp8_tiles"}
+    assert build_skeleton(task.source, tmp_path, False).model.config.model_type == "deepseek_v3"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_int4_experts_that_the_language_model_s_config_declares_are_read(tmp_path: Path, shards: int) -> None:
+    source = any_family.write(tmp_path / "source", "kimi_k25", form="int4", shards=shards)
+    task = made(source, tmp_path, "part:routed expert")
+    kinds = {task.formats.of(step.source).kind for step in task.plan.quantized.values()}
+    assert kinds == {"int4"} and len(task.plan.quantized) == 24
+    plain = any_family.write(tmp_path / "plain", "kimi_k25")
+    name = "language_model.model.layers.1.mlp.experts.3.up_proj.weight"
+    read = task.formats.read(name.replace(".weight", ".weight_packed")).float()
+    kept = Formats(Checkpoint.open(plain)).read(name).float()
+    assert (read - kept).norm() / kept.norm() < 0.2
 
 
 def test_a_tower_is_no_target(sources: dict[str, Path], tmp_path: Path) -> None:
