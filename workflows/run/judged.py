@@ -12,6 +12,7 @@ from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.files import file_digest, read_json_or_none
 from calibration.checkpoint.index import Checkpoint
 from calibration.runs.journal import RunDirectory
+from recipes.errors import EnvironmentProblem, SourceError
 from verify.checks import Check, Verdict, overall, to_json
 
 #: Files that are written after the verdict: the card shows it, and the signature covers the card.
@@ -41,7 +42,7 @@ class Judged:
             if not path.is_file():
                 found[name] = "gone"
                 continue
-            now = digest(path, buffer) if before.startswith("crc32:") else file_digest(path)
+            now = digest(path, buffer) if before.startswith("crc32:") else _digest(path)
             if now != before:
                 found[name] = "changed since it was verified"
         return [f"{name}: {what}" for name, what in sorted(found.items())]
@@ -56,9 +57,20 @@ def small_files(output: Checkpoint) -> list[str]:
 
 
 def record_judged(directory: RunDirectory, output: Path) -> None:
-    """Journals the digests of the small files; the shards' are in the journal already. Raises EnvironmentProblem."""
-    opened = Checkpoint.open(output)
-    directory.record("judged", files={name: file_digest(output / name) for name in small_files(opened)})
+    """Journals the digests of the small files; the shards' are in the journal already. Records nothing of an output that cannot
+    be opened: its verdict is no PASS. Raises EnvironmentProblem for a file that cannot be read."""
+    try:
+        opened = Checkpoint.open(output)
+    except SourceError:
+        return
+    directory.record("judged", files={name: _digest(output / name) for name in small_files(opened)})
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise EnvironmentProblem(f"{path}: cannot be read: {error.strerror}; check the permissions") from None
 
 
 def read_judged(directory: RunDirectory, shards: Sequence[str]) -> Judged:

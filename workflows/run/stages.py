@@ -207,8 +207,7 @@ def verify(run: Run) -> None:
         write_json(run.directory.path / "serving.json", result)
     write_json(run.directory.path / "verify.json", to_json(run.checks))
     _write_card(run)
-    if not any(check.id == "structure.open" and check.verdict == "FAIL" for check in run.checks):
-        record_judged(run.directory, run.output)
+    record_judged(run.directory, run.output)
     run.directory.record("verified", **to_json(run.checks)["verdicts"])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from calibration.data.batches import load_tokenizer
-from calibration.data.table import BUNDLED
+from calibration.data.table import BUNDLED, Table
 from calibration.families.deepseek_v4_encoding import ASSISTANT, BEGIN, END, USER, render
 from recipes.errors import RecipeError, SourceError
 from tests.calibration_sets import decoded, load, token_rows, write_rows
@@ -356,3 +356,19 @@ def test_a_tokenizer_that_cannot_be_loaded(present: bool, tmp_path: Path) -> Non
         (tmp_path / "tokenizer_config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SourceError, match="tokenizer"):
         load_tokenizer(tmp_path if present else tmp_path / "nowhere", False)
+
+
+def test_a_data_set_of_the_hub_names_its_commit_and_local_files_none() -> None:
+    """As datasets 5.2 records the addresses of the files that it read."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def table(addresses: list[str], files: list[Path] | None = None) -> Table:
+        data = datasets.Dataset.from_dict({"text": ["x"]})
+        data.info.download_checksums = {address: {} for address in addresses}
+        return Table(data, "the data set", files)
+
+    address = f"hf://datasets/some-org/rows@{commit}/data/train.parquet"
+    assert table([address, address.replace("train", "test")]).revision == commit
+    assert table([address], [Path("rows.jsonl")]).revision is None
+    assert table([address, address.replace("0123", "4567")]).revision is None
+    assert table(["https://example.org/x"]).revision is None and table([]).revision is None

@@ -103,6 +103,17 @@ def test_experts_in_a_transposed_stack_are_derived_and_named(tmp_path: Path) -> 
     assert f"{name}: 1 elements differ" in proof_of(tmp_path / "output", made)["proof.tensors"].figure
 
 
+def test_stacks_that_are_undone_are_derived_as_a_whole(tmp_path: Path) -> None:
+    source = any_family.write(tmp_path / "source", "gpt_oss", mxfp4=True)
+    made = converting(source, tmp_path / "output", "part:attention", export={"kept": "plain"})
+    run(made)
+    steps = task_of(made).plan.steps.values()
+    stacks = [step for step in steps if step.action == "cast" and len(step.outputs[0].shape) == 3]
+    assert stacks and verdicts(proof_of(tmp_path / "output", made)) == {"tensors": "PASS", "files": "PASS"}
+    edit(tmp_path / "output", stacks[0].outputs[0].name, 2, lambda byte: byte ^ 1)
+    assert "1 elements differ, the first at [0, 0, 1]" in proof_of(tmp_path / "output", made)["proof.tensors"].figure
+
+
 def test_a_thousand_edits_within_half_a_rounding_step_are_all_found(converted: Recipe, copied: Path) -> None:
     """Each moves one code to the other neighbor of a value that lies almost between two codes."""
     task, output = task_of(converted), Checkpoint.open(copied)
@@ -193,6 +204,18 @@ def test_what_a_hessian_decided_is_unchecked_by_name_and_count(source: Path, tmp
     said = f"GPTQModifier: {count:,} tensors not derived (model.layers.0.mlp."
     assert said in checks["proof.tuned"].figure
     assert level_verdicts(list(checks.values()))["proof"] == "UNCHECKED"
+
+
+def test_what_smoothing_rescaled_is_unchecked_norms_included(source: Path, tmp_path: Path) -> None:
+    made = recipe(source, tmp_path / "output", MLP)
+    export(source, tmp_path / "output", made)
+    entries = made.model_dump(mode="json")["modifiers"]
+    smoothed = Recipe.model_validate(
+        made.model_dump(mode="json") | {"modifiers": [{"SmoothQuantModifier": {}}, *entries]}
+    )
+    checks = proof_of(tmp_path / "output", smoothed)
+    assert checks["proof.tensors"].verdict == "PASS" and checks["proof.tuned"].verdict == "UNCHECKED"
+    assert "SmoothQuantModifier" in checks["proof.tuned"].figure and "rescale" in checks["proof.tuned"].figure
 
 
 def test_searched_scales_are_taken_as_recorded_and_the_codes_derived_from_them(source: Path, tmp_path: Path) -> None:
