@@ -94,7 +94,7 @@ class ExpertCalibration:
         """Runs the forward passes inside as `kind`; llm-compressor's hooks are disabled unless it is CALIBRATE."""
         with patch_attr(self, "kind", kind):
             if kind is Pass.CALIBRATE:
-                with nullcontext() if self.top_up is None else self.top_up.choices:
+                with nullcontext() if self.top_up is None else self.top_up.watching():
                     yield
             else:
                 with HooksMixin.disable_hooks():

@@ -1,6 +1,7 @@
 """Conversion speed: interleaved rounds of this pipeline, its input and output alone, the original script and llm-compressor.
 
     python -m tests.benchmarks.convert_benchmark [--directory DIR] [--gigabytes 0.5 2 8] [--rounds 3] [--slow-rounds 1]
+    python -m tests.benchmarks.convert_benchmark --stored bf16 --scheme NVFP4 --slow-rounds 0
 
 The slow methods run on half a gigabyte only. Every method runs in a process of its own with the source dropped from the
 page cache; CPU-seconds are those of the conversion, imports left out. Asserts that every round of the pipeline gives
@@ -102,7 +103,10 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.5, 2.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow-rounds", type=int, default=1)
+    parser.add_argument("--stored", choices=["fp8", "bf16"], default="fp8", help="the source's experts")
+    parser.add_argument("--scheme", choices=["NVFP4A16", "NVFP4"], default="NVFP4A16")
     options = parser.parse_args()
+    os.environ["SCHEME"] = options.scheme
     print(
         "| source GB | method | rounds | wall s | CPU-s | CPU-s/GB | GB/s | peak GB |\n|---|---|---|---|---|---|---|---|"
     )
@@ -111,7 +115,8 @@ def main() -> None:
         base = options.directory / f"{wanted:g}"
         shutil.rmtree(base, ignore_errors=True)
         base.mkdir(parents=True)
-        source = fp8_source.write(base / "source", max(round(wanted / 0.504), 1))
+        block = {"fp8": 0.504, "bf16": 1.008}[options.stored]
+        source = fp8_source.write(base / "source", max(round(wanted / block), 1), stored=options.stored)
         size = Checkpoint.open(source).total_bytes / _GB
         results: dict[str, list[dict[str, Any]]] = {}
         digests = set()

@@ -33,8 +33,9 @@ TARGET = f"re:{EXPERTS}"
 
 
 def pipeline(source: Path, output: Path) -> None:
-    """This project's conversion to NVFP4A16."""
-    quantize = {"QuantizationModifier": {"targets": [TARGET], "scheme": "NVFP4A16"}}
+    """This project's conversion to NVFP4A16, or to the scheme that the environment names in SCHEME."""
+    scheme = os.environ.get("SCHEME", "NVFP4A16")
+    quantize = {"QuantizationModifier": {"targets": [TARGET], "scheme": scheme}}
     recipe = Recipe.model_validate(
         {"source": {"checkpoint": str(source)}, "output": str(output), "method": "convert", "modifiers": [quantize]}
     )

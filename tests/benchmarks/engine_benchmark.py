@@ -211,10 +211,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--blocks", type=int, help="of V4, instead of 6: for a busy machine")
     parser.add_argument("--flat-blocks", type=int, nargs="*", default=[6, 24])
     parser.add_argument("--flat-sizes", nargs="*", choices=sorted(FLAT), default=sorted(FLAT))
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: whether it runs at all")
     options = parser.parse_args()
+    if options.blocks:
+        MID["layers"] = options.blocks
     rounds, samples, tokens = options.rounds, options.samples, options.tokens
     if options.quick:
         rounds, samples, tokens, options.flat_blocks = 1, 2, 64, [2]

@@ -1,11 +1,12 @@
-"""An FP8 checkpoint of any size for benchmarks: routed experts of DeepSeek-V4-Flash's shapes, half a gigabyte a block, and
-the rest of a DeepSeek-V4 model, as small as it can be, which the planner asks for by name (7 % of the bytes)."""
+"""A checkpoint of any size for benchmarks, FP8 or BF16: routed experts of DeepSeek-V4-Flash's shapes, half a gigabyte a
+block, and the rest of a DeepSeek-V4 model, as small as it can be, which the planner asks for by name (7 % of the bytes)."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,11 +26,16 @@ class _Sizes(Sizes):
 
 
 def write(
-    directory: Path, blocks: int, experts: int = EXPERTS, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE
+    directory: Path,
+    blocks: int,
+    experts: int = EXPERTS,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    stored: Literal["fp8", "bf16"] = "fp8",
 ) -> Path:
     """Writes `blocks` shards of `experts` experts, F32 tile scales as `weight_scale_inv` (all that llm-compressor's
     model_free_ptq reads), and a shard of what belongs to no block. Values are normal; every expert has the same codes and
-    scales of its own. Attention is BF16, the shared experts FP8."""
+    scales of its own. Attention is BF16, the shared experts FP8; with `bf16` all experts are BF16, two blocks a gigabyte."""
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     shapes = {"w1": (intermediate, hidden), "w2": (hidden, intermediate), "w3": (intermediate, hidden)}
@@ -51,6 +57,9 @@ def write(
             if ".experts." in module or ".shared_experts." in module:
                 codes, scales = made[module.rpartition(".")[2]]
                 expert = int(module.split(".")[-2]) if ".experts." in module else experts
+                if stored == "bf16":
+                    tensors[spec.name] = codes.to(torch.bfloat16) * (0.001 * (1 + 0.01 * expert + 0.003 * block))
+                    continue
                 tensors[spec.name] = codes.clone()
                 tensors[f"{module}.weight_scale_inv"] = scales * (1 + 0.01 * expert + 0.003 * block)
             else:
@@ -58,5 +67,5 @@ def write(
         save_file(tensors, directory / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(config(sizes, "fp8")))
+    (directory / "config.json").write_text(json.dumps(config(sizes, stored)))
     return directory

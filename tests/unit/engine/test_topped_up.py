@@ -48,7 +48,7 @@ def chosen(batches: list[list[int]], wanted: int, ranks: int = 1) -> tuple[dict[
             top_up.add_batch(torch.stack([data[row][0] for row in batch]), number % ranks == rank)
         for number, batch in enumerate(batches[rank::ranks]):
             top_up.enter_batch(number)
-            with top_up.choices:
+            with top_up.watching():
                 index = choose(torch.cat([data[row][2] for row in batch]))
             more = torch.bincount(index.flatten(), minlength=EXPERTS).tolist()
             counts[rank] = [a + b for a, b in zip(counts[rank], more, strict=True)]
@@ -98,7 +98,7 @@ def test_without_a_ranking_nobody_is_topped_up() -> None:
     top_up.add_batch(data[0][0][None], True)
     top_up.enter_batch(0)
     index = torch.arange(LENGTH * TOP_K).reshape(LENGTH, TOP_K) % EXPERTS
-    with top_up.choices:
+    with top_up.watching():
         choose(data[0][2])
     top_up.offer(MODULE, data[0][1], index, [4] * EXPERTS)
     assert top_up.is_unranked(MODULE) and not any(top_up.ranks(MODULE).values())
