@@ -107,14 +107,14 @@ def test_lost_activations_are_calculated_again(cases: dict[str, Case], modifier:
     same(attempt, case)
 
 
-def test_topped_up_experts_are_the_same_after_a_kill(cases: dict[str, Case]) -> None:
+def test_topped_up_experts_are_the_same_after_a_kill(tmp_path: Path) -> None:
     """The tokens that they are shown further are chosen again from the same candidates, with and without activations."""
-    source = Path(cases["QuantizationModifier"].body["source"]["checkpoint"])
+    source = standard.write(tmp_path / "source", "qwen3_moe")
     data = {"dataset": "bundled", "num_samples": 3, "max_seq_length": 16, "batch_size": 2, "experts": {"topped_up": 20}}
-    case = Case(source.with_name("topped_up"), source, "QuantizationModifier", calibration=data)
+    case = Case(tmp_path / "case", source, "QuantizationModifier", calibration=data)
     assert all(line["result"]["topped_up"] for line in case.reference.journal())
     for name, lost in (("kept", False), ("lost", True)):
-        attempt = Attempt(case, name, KillAt(case.steps // 2))
+        attempt = Attempt(case, name, KillAt(case.steps // 3))
         assert attempt.code == -9 and 0 < len(attempt.journal()) < 3
         for folder in attempt.run_directory.glob("activations/*") if lost else ():
             shutil.rmtree(folder)
