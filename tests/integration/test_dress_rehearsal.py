@@ -14,15 +14,9 @@ from calibration.runs.journal import RunDirectory
 from tests.exported import EXPERTS
 from tests.integration.attempts import KILLED, Attempt, Case, same
 from tests.integration.interrupted_runs import finish
+from tests.integration.mornings import long_night
 from tests.integration.whole_runs import SERVING
 from tests.models import deepseek_v4, standard
-
-
-def long_night() -> None:
-    """Every run is long enough to be rehearsed."""
-    from workflows.run import dress_rehearsal
-
-    dress_rehearsal.LONG = 0.0
 
 
 class Dressed(Attempt):
@@ -90,6 +84,17 @@ def test_another_recipe_rehearses_again(case: Case, attempt: Dressed) -> None:
     attempt.write(case.body | {"calibration": case.body["calibration"] | {"all_experts": False}})
     assert attempt.go(long_night, "--stages", "inspect,rehearse") == 0
     assert attempt.events().count("dress_rehearsal") == 2
+
+
+def test_runs_that_share_a_directory_rehearse_each_plan_once(case: Case, attempt: Dressed) -> None:
+    shared = ("--stages", "inspect,rehearse", "--rehearsals", str(attempt.directory / "rehearsals"))
+    assert attempt.go(long_night, *shared) == 0 and "dress rehearsal: structure PASS" in attempt.text
+    other = Dressed(case, "other_output", run=False)
+    other.write(
+        case.body | {"calibration": case.body["calibration"] | {"num_samples": 5}}
+    )  # the same plan on other text
+    assert other.go(long_night, *shared) == 0
+    assert "rehearsed before, by the same plan" in other.text and "dress_rehearsal" not in other.events()
 
 
 def kill_in_the_miniature() -> None:

@@ -21,6 +21,8 @@ from workflows.interrupts import NOTICE
 
 #: In the environment of every process that an attempt starts, so that what outlives it can be found.
 MARK = "NVFP4_BATCH_RUN"
+#: In the batch's directory: what dress rehearsals have proven, so that each different plan is rehearsed once.
+REHEARSALS = "rehearsals"
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -70,6 +72,7 @@ class Child:
         options = ["--from", "verify"] if found.kind == "verify" else []
         if found.kind == "foreign" and overwrite:
             options = ["--overwrite"]
+        rehearsals = ["--rehearsals", str(batch.path / REHEARSALS)]
         environment = os.environ | {MARK: _mark(batch, entry), "PYTHONPATH": child_path()}
         if slot.gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slot.gpus))
@@ -77,7 +80,7 @@ class Child:
         began = time.time()
         with open(log, "ab", opener=no_link) as file:
             process = subprocess.Popen(
-                [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *options],
+                [sys.executable, *launcher, "-m", "workflows.run", entry.recipe, *rehearsals, *options],
                 stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=environment,
                 start_new_session=True, preexec_fn=_prepare_torchrun if launcher else _prepare,
             )  # fmt: skip

@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status))))
                 return printed()
             run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks, options.details)
+            run.rehearsals = options.rehearsals
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
             raise Interrupted("interrupted: what is finished stays; run the same command again to resume") from None
@@ -236,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
         "--restart", action="store_true", help="discard what an unfinished run has finished, and start over"
     )
     parser.add_argument("--no-rehearsal", action="store_true", help="skip stage rehearse")
+    parser.add_argument("--rehearsals", type=Path, metavar="DIRECTORY",
+                        help="where several runs share what their dress rehearsals have proven (a batch does)")  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and the predicted disk, memory and time; start nothing"
     )

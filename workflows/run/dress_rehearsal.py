@@ -7,22 +7,25 @@ miniature itself (`calibration.plan.miniature`) lies in `miniature/` of it and i
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibration.checkpoint.files import read_json_or_none, write_json
+from calibration.checkpoint.files import no_link, read_json_or_none, write_json
 from calibration.checkpoint.side_files import side_files
 from calibration.plan.miniature import SAMPLES, TOKENS, Cut, NoMiniature, find_cut, make_miniature
 from calibration.plan.task import Task
 from calibration.plan.versions import versions
 from calibration.runs.disk import Need, space_problems
 from calibration.runs.memory import available_memory
-from recipes.errors import Interrupted, VerificationFailed, WorkflowError
+from recipes.errors import EnvironmentProblem, Interrupted, VerificationFailed, WorkflowError
 from recipes.schema import Serving
 from recipes.units import duration, size
 from verify.checks import Check, failed, level_verdicts, unchecked
@@ -45,6 +48,8 @@ _START, _LOAD = 45.0, 100e6
 #: Anonymous memory of vLLM on a CPU besides weights.
 _ENGINE_BYTES = 2_500_000_000
 _GENERATED = 4
+#: vLLM's log, request and result, in the run directory.
+_LOGS = "logs/rehearsal"
 _WHAT = "the miniature does in vLLM what the whole will be asked for"
 #: How a prompt is skipped if the tokenizer has no chat template at all, in transformers' words.
 _NO_TEMPLATE = "Cannot use chat template functions because tokenizer.chat_template is not set"
@@ -70,8 +75,13 @@ def dress_rehearsal(run: Run, stages: Sequence[Callable[[Run], None]]) -> None:
         )
     serves = serving is not None and wanted is not False
     found = _Proof(run, serves)
-    if found.holds():
-        return run.reporter.say(f"rehearsed before, by the same plan, recipe and versions: {found.path}")
+    with found.alone():
+        if (where := found.held_by()) is not None:
+            return run.reporter.say(f"rehearsed before, by the same plan, recipe and versions: {where}")
+        _rehearse_and_keep(run, serves, stages, found)
+
+
+def _rehearse_and_keep(run: Run, serves: bool, stages: Sequence[Callable[[Run], None]], found: _Proof) -> None:
     began = time.monotonic()
     try:
         checks, facts = _rehearse(run, serves, stages)
@@ -85,19 +95,20 @@ def dress_rehearsal(run: Run, stages: Sequence[Callable[[Run], None]]) -> None:
     finally:
         remove_remains(run)
     facts["seconds"] = round(time.monotonic() - began, 1)
-    if serving is not None and not serves:
+    if run.recipe.verify.serving is not None and not serves:
         checks.append(unchecked("serving.rehearsal", _WHAT, "rehearse.serving is false"))
     found.keep(checks, facts)
     _report(run, checks, facts)
 
 
 class _Proof:
-    """What a run's rehearsal has proven, in its run directory. It holds for the plan, the parts of the recipe that the rehearsal
-    depends on, the source's state, and the versions of the packages and of vLLM."""
+    """What a rehearsal has proven, in the run directory, and in a directory that the runs of a batch share. It holds for the
+    plan, the parts of the recipe that the rehearsal depends on, the source's state, and the versions of the packages and of
+    vLLM."""
 
     def __init__(self, run: Run, serves: bool) -> None:
-        self.path = run.directory.path / FILE
-        recipe = run.recipe.model_dump(mode="json", exclude={"output": True, "offload": True, "rehearse": True})
+        self.path, self.shared = run.directory.path / FILE, run.rehearsals
+        recipe = run.recipe.model_dump(mode="json", include=_DEPENDS)
         if serves and run.engine_version is None and run.recipe.verify.serving is not None:
             run.engine_version = check_serving(
                 run.recipe.verify.serving, run.recipe.verify.accuracy, run.source.directory
@@ -109,19 +120,52 @@ class _Proof:
         text = json.dumps(body, sort_keys=True, default=str)
         self.key, self.plan = hashlib.sha256(text.encode()).hexdigest(), run.plan.digest
 
-    def holds(self) -> bool:
-        """Whether an earlier rehearsal with this key was complete and nothing failed in it."""
-        kept = read_json_or_none(self.path) or {}
-        return kept.get("key") == self.key and kept.get("complete") is True
+    def places(self) -> list[Path]:
+        """The files that may hold it."""
+        return [self.path, *([self.shared / f"{self.key[:16]}.json"] if self.shared is not None else [])]
+
+    def held_by(self) -> Path | None:
+        """The file of an earlier rehearsal with this key that was complete and in which nothing failed."""
+        for path in self.places():
+            kept = read_json_or_none(path) or {}
+            if kept.get("key") == self.key and kept.get("complete") is True:
+                return path
+        return None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits for another run of the batch that rehearses the same."""
+        if self.shared is None:
+            yield
+            return
+        try:
+            self.shared.mkdir(parents=True, exist_ok=True)
+            with open(self.shared / f"{self.key[:16]}.lock", "a", opener=no_link) as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise EnvironmentProblem(f"{self.shared}: cannot be written: {error.strerror}") from None
 
     def keep(self, checks: Sequence[Check], facts: dict[str, Any]) -> None:
-        """Writes `rehearsal.json`."""
+        """Writes `rehearsal.json`, and a complete one where the batch's other runs look."""
         bad = [check.id for check in checks if check.verdict in ("FAIL", "UNCHECKED") and check.id in _DECISIVE]
         complete = bool(checks) and not bad and not failed(checks)
-        listed = [asdict(check) for check in checks]
-        write_json(self.path, {"key": self.key, "plan": self.plan, "complete": complete, **facts, "checks": listed})
+        body = {
+            "key": self.key,
+            "plan": self.plan,
+            "complete": complete,
+            **facts,
+            "checks": [asdict(c) for c in checks],
+        }
+        for path in self.places() if complete else [self.path]:
+            write_json(path, body)
 
 
+#: The parts of a recipe that a rehearsal depends on besides the plan: not which text, and how much of it.
+_DEPENDS: Any = {
+    "source": True, "method": True, "modifiers": True, "convert": {"input_amax"}, "export": True, "verify": {"serving"},
+    "calibration": {"experts", "min_tokens_per_expert", "input_headroom", "chat"},
+}  # fmt: skip
 #: Checks without which a rehearsal is not complete; a weight-only kernel, say, stays unchecked in every rehearsal.
 _DECISIVE = frozenset({"serving.rehearsal", "serving.load", "serving.tensors", "serving.finite", "serving.generate"})
 
@@ -219,7 +263,7 @@ def _verify(run: Run, small: Task, cut: Cut, serves: bool) -> list[Check]:
     options = _lenient(run.recipe.verify.serving) if serves and run.recipe.verify.serving is not None else None
     settings = Settings(
         ["structure", *(["serving"] if options else [])],
-        run.directory.path / "logs" / "rehearsal",
+        run.directory.path / _LOGS,
         serving=options,
         trust_remote_code=run.recipe.source.trust_remote_code,
     )
@@ -252,7 +296,7 @@ def _report(run: Run, checks: Sequence[Check], facts: dict[str, Any]) -> None:
     )
     if bad:
         raise VerificationFailed(
-            [f"dress rehearsal: {check.id}: {check.figure}{moved}; {_remedy(check)}" for check in bad]
+            [f"dress rehearsal: {check.id}: {check.figure}{moved}; {_remedy(run, check)}" for check in bad]
         )
     for check in checks:
         if check.verdict == "UNCHECKED" and check.id in _DECISIVE:
@@ -266,5 +310,9 @@ def _report(run: Run, checks: Sequence[Check], facts: dict[str, Any]) -> None:
         run.reporter.say(f"dress rehearsal: {verdicts}, in {duration(facts['seconds'])}")
 
 
-def _remedy(check: Check) -> str:
-    return "correct it in the source or the recipe" if check.id == "serving.chat" else remedy(check)
+def _remedy(run: Run, check: Check) -> str:
+    if check.id == "serving.chat":
+        return "correct the template"
+    ended = check.id == "serving.load" or check.figure.startswith("stage ")
+    log = run.directory.path / _LOGS / "serving.log"
+    return f"vLLM's log is {log}, docs/troubleshooting.md has its usual reasons" if ended else remedy(check)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from calibration.checkpoint.files import write_json
+from calibration.checkpoint.files import read_json, write_json
 from calibration.forecast.cost import boundary_bytes, hessian_bytes, hidden_width, scratch_bytes
 from calibration.runs.disk import Need, probe_write, space_problems
 from calibration.runs.memory import available_memory
 from calibration.runs.output import BEGUN, entries, overwrite_problems
 from calibration.runs.resume import activations_directory, finished_blocks
-from recipes.errors import EnvironmentProblem, RecipeError, WorkflowError
+from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError
 from verify.serving.serving import check_serving
 from verify.serving.wants import ask_server, differences
 from workflows.run.prediction import FILE, render
@@ -66,6 +66,7 @@ def rehearse(run: Run, early: Sequence[str] = ()) -> None:
     """
     attempts = _Attempts([EnvironmentProblem(early)] if early else [])
     speed = attempts.of(lambda: _probe_disks(run))
+    attempts.of(lambda: _read_side_files(run))
     facts: dict[str, Any] = {"write_bytes_per_second": speed}
     if not early:  # which may say that there is no vLLM
         facts["server"] = attempts.of(lambda: _ask_server(run))
@@ -94,6 +95,20 @@ class _Attempts:
         """Raises the collected errors as one error."""
         if self.errors:
             raise type(self.errors[0])([problem for error in self.errors for problem in error.problems])
+
+
+def _read_side_files(run: Run) -> None:
+    """Raises SourceError for JSON files beside the shards that cannot be parsed: they are copied, and transformers and vLLM pass
+    over a broken one without a word. The tokenizer's are loaded anyway."""
+    problems = list[str]()
+    for path in run.side_files.copied:
+        if path.suffix == ".json" and not path.name.startswith(("tokenizer", "vocab")):
+            try:
+                read_json(path, constants=True)
+            except SourceError as error:
+                problems += [f"{problem}; download it again, or remove it" for problem in error.problems]
+    if problems:
+        raise SourceError(problems)
 
 
 def scratch_of(run: Run) -> Path:

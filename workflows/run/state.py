@@ -69,6 +69,8 @@ class Run:
     #: The rehearsal's prediction, and what each stage of this process took.
     prediction: dict[str, Any] | None = None
     took: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: Where the runs of a batch keep what their rehearsals have proven.
+    rehearsals: Path | None = None
     #: The version of the recipe's vLLM, after it was asked.
     engine_version: str | None = None
 

@@ -490,3 +490,21 @@ def test_the_source_is_served_as_stored_or_as_a_plain_copy_that_is_removed(
     with source_to_serve(task(Serving(compare=True)), tmp_path) as found:
         assert found is not None and found.directory is None and "no plain copy of the source" in found.why
     assert sorted(path.name for path in tmp_path.iterdir()) == ["low_bit", "plain"]
+
+
+def test_an_error_names_the_innermost_module_that_was_built() -> None:
+    def layer(prefix: str) -> None:
+        raise ValueError("32 is not divisible by block_n = 128")
+
+    def block(prefix: str) -> None:
+        layer(prefix=f"{prefix}.wq_a")
+
+    with pytest.raises(ValueError, match="block_n") as raised:
+        block("model.layers.3.attn")
+    assert vllm_worker.module_of(raised.value) == "model.layers.3.attn.wq_a"
+    with pytest.raises(ZeroDivisionError) as other:
+        1 / 0  # noqa: B018
+    assert vllm_worker.module_of(other.value) is None
+    error = {"type": "ValueError", "message": "block_n = 128", "module": "model.layers.3.attn.wq_a"}
+    said = engine.failure({"ok": False, "stage": "load", "exit_code": 1, "error": error})
+    assert said == "stage load: ValueError: block_n = 128 (in model.layers.3.attn.wq_a)"
