@@ -20,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -183,8 +183,8 @@ def calibrate(directory: Path, source: Path, samples: int, sections: dict[str, A
 
 
 def paired(found: list[float], base: list[float]) -> tuple[float, float]:
-    """Mean difference over windows, and its standard error."""
-    delta = torch.tensor(found, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
+    """Mean difference over the windows of `found`, the first of `base`, and its standard error."""
+    delta = torch.tensor(found, dtype=torch.float64) - torch.tensor(base[: len(found)], dtype=torch.float64)
     return float(delta.mean()), float(delta.std()) / math.sqrt(len(delta))
 
 
@@ -201,7 +201,7 @@ def table(results: dict[str, Result]) -> str:
         if nearest is None or name == "BF16":
             cells.append("")
         else:
-            whole = {text: paired(nearest.nll[text], base.nll[text])[0] for text in TEXTS}
+            whole = {text: paired(nearest.nll[text][: len(result.nll[text])], base.nll[text])[0] for text in TEXTS}
             cells.append(" / ".join(f"{1 - differences[text][0] / whole[text]:.0%}" for text in TEXTS))
         cells.append(" / ".join(f"{result.kl[text]:.3f}" for text in TEXTS))
         cells.append(" / ".join(f"{result.top1[text]:.1%}" for text in TEXTS))
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, of each text")
+    parser.add_argument("--first", type=int, help="evaluate methods on the first windows alone: a table in less time")
     parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, of the bundled calibration text")
     parser.add_argument("--only", action="append", help="names of methods; round to nearest always runs")
     parser.add_argument("--methods", type=Path, help="YAML: name -> sections of a recipe")
@@ -268,19 +269,20 @@ def main() -> None:
         bench.states.clear()
         keep("BF16", evaluate(bench, None))
         torch.save(bench.states, options.directory / f"{options.model}-{options.windows}.states.pt")
+    fewer = replace(bench, tokens={text: found[: options.first] for text, found in bench.tokens.items()})
     for name in dict.fromkeys(wanted):
         if name in results and not (options.again and name in (options.only or ())):
             continue
         place = options.directory / f"{options.model}.{_slug(name, options.samples)}"
         facts = calibrate(place, bench.source, options.samples, methods[name])
-        result = evaluate(bench, place / "output")
+        result = evaluate(fewer, place / "output")
         result.cpu_seconds, result.peak = facts["cpu_seconds"], facts["peak_above_base"]
         keep(name, result)
         print(table({"BF16": results["BF16"], RTN: results[RTN], name: result}), flush=True)
     for name in options.bounds:
         output = options.directory / f"{options.model}.{_slug(name, options.samples)}" / "output"
-        keep(f"{name}, inputs exact", evaluate(bench, output, inputs=False))
-        keep(f"{name}, weights exact", evaluate(bench, output, weights=False))
+        keep(f"{name}, inputs exact", evaluate(fewer, output, inputs=False))
+        keep(f"{name}, weights exact", evaluate(fewer, output, weights=False))
     print(table(results))
     if options.vllm:
         output = options.directory / f"{options.model}.{_slug(options.vllm, options.samples)}" / "output"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from calibration.checkpoint import native
-from tests.benchmarks import convert_once, convert_stages, fp8_source
+from tests.benchmarks import accuracy, convert_once, convert_stages, fp8_source
 from tests.benchmarks.convert_benchmark import check_bytes, digest
 
 
@@ -38,3 +39,29 @@ def test_stages_are_those_of_the_whole_conversion(source: Path, tmp_path: Path) 
         assert {"C: fp8_maxima", "C: fp8_amax", "C: fp8_quantize"} <= results["avx2"][0]["stages"].keys()
     lines = convert_stages.table(results, 0.001)
     assert lines[0].count("|") == len(results) + 2 and any(line.startswith("| **all**") for line in lines)
+
+
+def test_the_table_of_methods_pairs_windows_and_says_how_much_of_the_loss_is_closed() -> None:
+    """Of a method that was measured on fewer windows, by these."""
+
+    def result(shift: float, windows: int, **more: Any) -> accuracy.Result:
+        losses = [1.0, 3.0, 2.0][:windows]
+        values, top1 = dict.fromkeys(accuracy.TEXTS, shift), dict.fromkeys(accuracy.TEXTS, 1 - shift)
+        return accuracy.Result(
+            {text: [loss + shift for loss in losses] for text in accuracy.TEXTS}, values, top1, **more
+        )
+
+    rows = accuracy.table(
+        {
+            "BF16": result(0, 3),
+            accuracy.RTN: result(0.4, 3, cpu_seconds=40.0, peak=2**30),
+            "other": result(0.1, 2, cpu_seconds=60.0),
+        }
+    ).splitlines()
+    assert rows[3].startswith(f"| {accuracy.RTN} | +0.400 +- 0.000 | +0.400 +- 0.000 | 0% / 0% |")
+    assert rows[3].endswith("| 40 | 1.00 | 1024 MiB |")
+    assert rows[4].startswith(
+        "| other | +0.100 +- 0.000 | +0.100 +- 0.000 | 75% / 75% | 0.100 / 0.100 | 90.0% / 90.0% |"
+    )
+    assert rows[4].endswith("| 60 | 1.50 |  |")
+    assert rows[-1].endswith("reference: 7.39 / 7.39")
