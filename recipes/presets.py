@@ -9,15 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset adds to a recipe: `arguments` to the modifier that quantizes, which `modifier` then names."""
+    """What a preset adds to a recipe: `arguments` to the modifier that quantizes, which `modifier` then names, and the modifiers
+    `before` it."""
 
     modifier: str = "QuantizationModifier"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[Mapping[str, Any], ...] = ()
 
 
+_WEIGHTED = {"weight_observer": "nvfp4_weighted"}
 PRESETS = {
-    "fast": Preset(arguments={"weight_observer": "nvfp4_weighted"}),
-    "best": Preset("GPTQModifier", {"weight_observer": "nvfp4_weighted", "quantized_inputs": True}),
+    "fast": Preset(arguments=_WEIGHTED),
+    "best": Preset(arguments=_WEIGHTED, before=({"SmoothQuantModifier": {"smoothing_strength": 0.5}},)),
 }
 
 
@@ -45,5 +48,5 @@ def expand(data: dict[str, Any]) -> dict[str, Any]:
         said.append("observer")
     if said:
         raise ValueError(f"preset: {name} sets {said[0]} of {preset.modifier}; remove one of them")
-    made = {preset.modifier: {**arguments, **preset.arguments}}
-    return {key: value for key, value in data.items() if key != "preset"} | {"modifiers": [made]}
+    made = [*map(dict, preset.before), {preset.modifier: {**arguments, **preset.arguments}}]
+    return {key: value for key, value in data.items() if key != "preset"} | {"modifiers": made}

@@ -31,6 +31,7 @@ def test_a_preset_is_written_out_in_full_and_loads_to_the_same_recipe(tmp_path: 
     (tmp_path / "dumped.yaml").write_text(dump_recipe(recipe))
     dumped = yaml.safe_load((tmp_path / "dumped.yaml").read_text())
     assert "preset" not in dumped
+    assert dumped["modifiers"][:-1] == list(PRESETS[name].before)
     assert dumped["modifiers"][-1] == {PRESETS[name].modifier: MODULES | dict(PRESETS[name].arguments)}
     again = load_recipe(tmp_path / "dumped.yaml")
     assert recipe_digest(again) == recipe_digest(recipe)
