@@ -34,7 +34,7 @@ from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.known import Known
 from verify.levels import Settings, print_samples, verify_levels
 from verify.proof.prove import Proof, prove
-from verify.proof.statistics import recorded_statistics
+from verify.proof.statistics import PROVENANCE_NAME, recorded_statistics
 from verify.report.facts import Facts
 from verify.report.page import Report
 from verify.report.summary import print_quality, print_verdict
@@ -106,7 +106,10 @@ def main(arguments: list[str] | None = None) -> int:
         if (signature := signature_check(options.checkpoint, options.public_key)) is not None:
             checks.insert(0, signature)
         if options.prove:
-            proof = prove_checkpoint(options.checkpoint, options.source, options.recipe, options.provenance)
+            provenance, own = options.provenance, options.checkpoint / PROVENANCE_NAME
+            if provenance is None and signature is not None and signature.verdict == "PASS" and own.exists():
+                provenance = own  # the signer vouches for it
+            proof = prove_checkpoint(options.checkpoint, options.source, options.recipe, provenance)
             checks = [*checks, *proof.checks]
             if options.statement is not None:
                 write_json(options.statement, proof.statement)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,6 +16,7 @@ from calibration.checkpoint.side_files import side_files
 from calibration.plan.nvidia_config import HF_QUANT_CONFIG
 from calibration.runs.finish import CARD_NAME
 from calibration.runs.journal import RunDirectory
+from recipes import documents
 from recipes.errors import RecipeError, SourceError, collapsed
 from verify.proof.statistics import PROVENANCE_NAME
 from verify.report.tables import markdown_text
@@ -85,15 +88,25 @@ def named_card(card: str, repository: str | None, base_model: str | None, despit
     if repository and (found := mark.search(card)) is not None:
         card = card.replace(found[1], repository)
     if base_model is not None:
-        front = re.match(r"---\n(.*?)\n---\n", card, re.S)
-        if front is None:
-            raise RecipeError(
-                f"--base-model: {CARD_NAME} has no metadata to put it into; write the card again (--from verify)"
-            )
-        said = {"base_model": base_model} | {k: v for k, v in yaml.safe_load(front[1]).items() if k != "base_model"}
-        card = f"---\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}---\n{card[front.end() :]}"
+        said, text = _front(card)
+        said = {"base_model": base_model} | {key: value for key, value in said.items() if key != "base_model"}
+        card = f"---\n{yaml.safe_dump(said, sort_keys=False, allow_unicode=True)}---\n{text}"
     card = re.sub(rf"\n{_DESPITE}\n\n[^\n]*\n", "", card)
     return card.rstrip("\n") + f"\n\n{_DESPITE}\n\n{markdown_text(despite)}\n" if despite else card
+
+
+def _front(card: str) -> tuple[dict[str, Any], str]:
+    """The metadata of a card, and the text after it. Raises RecipeError if it has none, or none that is plain YAML."""
+    front = re.match(r"---\n(.*?)\n---\n", card, re.S)
+    said = None
+    with contextlib.suppress(yaml.YAMLError):
+        found = documents.parse(front[1] if front else "")
+        said = None if found.problems else found.data
+    if front is None or not isinstance(said, dict):
+        raise RecipeError(
+            f"--base-model: {CARD_NAME} has no metadata to put it into; write the card again (--from verify)"
+        )
+    return said, card[front.end() :]
 
 
 def read_card(directory: Path) -> str:

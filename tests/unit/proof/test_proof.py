@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,16 +16,19 @@ import torch
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from recipes.errors import SourceError
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from tests.converted import converting, run, undoing
 from tests.exported import export, recipe, task_of
 from tests.models import any_family, deepseek_v4, standard
+from tests.unit.structure.keys import write_keys
 from verify.__main__ import main, prove_checkpoint
 from verify.checks import Check, level_verdicts
 from verify.fidelity.fidelity import verify_fidelity
 from verify.proof.prove import prove
 from verify.proof.statistics import PROVENANCE_NAME, input_scale_statistics, recorded_statistics
+from workflows.publish.signing import sign
 
 LLAMA = [r"re:^model\.layers\.\d+\..*proj$"]
 ROUTED = [r"re:^layers\.\d+\.ffn\.experts\.\d+\.w[123]$"]
@@ -251,6 +255,42 @@ def test_calibrated_input_scales_are_held_to_what_the_run_recorded(source: Path,
     edit(output, names[0], 0, lambda byte: byte ^ 1)
     changed = proof_of(output, made, recorded=recorded_statistics(output))["proof.input_scales"]
     assert changed.verdict == "FAIL" and "the run recorded" in changed.figure
+
+
+def test_a_signed_provenance_vouches_for_the_input_scales(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, made = tmp_path / "output", recipe(source, tmp_path / "output", MLP)
+    export(source, output, made)
+    checkpoint = Checkpoint.open(output)
+    names = [name for name in checkpoint.tensors if name.endswith("input_global_scale")]
+    written = {"statistics": input_scale_statistics(checkpoint, names).model_dump()}
+    (output / PROVENANCE_NAME).write_text(json.dumps(written))
+    private, public = write_keys(tmp_path)
+    sign(output, private)
+    arguments = [str(output), "--source", str(source), "--prove", "--json"]
+
+    def verdict(*more: str) -> str:
+        main([*arguments, *more])
+        checks = {check["id"]: check["verdict"] for check in json.loads(capsys.readouterr().out)["checks"]}
+        return checks["proof.input_scales"]
+
+    assert verdict() == "UNCHECKED" and verdict("--public-key", str(public)) == "PASS"
+    edit(output, names[0], 0, lambda byte: byte ^ 1)
+    (output / PROVENANCE_NAME).write_text(json.dumps(written))
+    assert verdict("--public-key", str(public)) == "FAIL"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"statistics": {"input_scales": -1, "sha256": "x"}}', "[" * 5000, "fifo"]
+)
+def test_a_strangers_provenance_is_none_and_no_traceback(content: str, tmp_path: Path) -> None:
+    (tmp_path / "output").mkdir()
+    path = tmp_path / "output" / PROVENANCE_NAME
+    os.mkfifo(path) if content == "fifo" else path.write_text(content)
+    assert recorded_statistics(tmp_path / "output") is None
+    with pytest.raises(SourceError):
+        recorded_statistics(tmp_path / "output", path)
 
 
 def test_an_output_of_another_source_or_recipe_fails_by_name(converted: Recipe, source: Path, tmp_path: Path) -> None:

@@ -152,6 +152,15 @@ def test_the_card_names_the_repository_and_shows_why_it_was_published(made: Reci
     assert named_card(again, None, "org/base", None) == again
 
 
+@pytest.mark.parametrize("card", ["no metadata", "---\n- a\n---\n", "---\na: [\n---\n", "---\na: &a [*a]\n---\n", ""])
+def test_a_card_without_metadata_is_refused_in_one_message(
+    card: str, made: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(made.output) / "README.md").write_text(card)
+    assert publish(made, "--dry-run", "--base-model", "a/b") == 2
+    assert "has no metadata to put it into" in capsys.readouterr().err
+
+
 def test_signing_alone_writes_the_signature_and_needs_no_network(made: Recipe, tmp_path: Path) -> None:
     private, public = write_keys(tmp_path)
     assert main([made.output, "--sign", str(private)]) == 0
