@@ -221,7 +221,7 @@ def _model(family: str, seed: int) -> Any:
         norm = "norm" in name
         fan = tensor.shape[-1] if tensor.dim() > 1 else 1
         std = 0.1 if norm or tensor.dim() == 1 else (1.0 if "embed" in name else fan**-0.5)
-        zero_centered = type(model).__name__.startswith(("Gemma", "Qwen3Next"))
+        zero_centered = type(model).__name__.startswith(("Gemma3", "Qwen3Next"))
         tensor.copy_(normal(seed, name, tensor.shape, 1.0 if norm and not zero_centered else 0.0, std))
     return model
 
