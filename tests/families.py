@@ -59,7 +59,8 @@ def run(family: str, method: str, directory: Path, serve: bool, form: str | None
     return Outcome(
         family, method, done.returncode, judged["verdicts"],
         {id: f"{check['verdict']}: {check['figure']}" for id, check in checks.items()
-         if check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales"},
+         if (check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales")
+         or (check["verdict"] == "UNCHECKED" and id == "serving.load")},
         checks.get("fidelity.block_cosine", {}).get("figure", "").partition(" (")[0].removeprefix("worst "),
         time.monotonic() - began, done.stderr,
     )  # fmt: skip

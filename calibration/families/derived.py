@@ -8,6 +8,7 @@ is guessed: what cannot be derived is refused. Sources: transformers/core_model_
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -29,6 +30,7 @@ from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
 from calibration.families.family import BESIDE, ROUTED, ROUTER, SHARED, Family
 from calibration.families.promised import ConfigReader, Kind, Promise, Wanted
+from calibration.families.served import Served, rows
 from calibration.families.stacked import UnknownLayout, experts_name, mxfp4_stacks, projections, stack_of
 from recipes.errors import SourceError
 
@@ -51,11 +53,13 @@ _NUMBER = r"(?<=\.)\d+(?=\.|$)"
 _DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 
-#: What vLLM calls otherwise than the hub, and transformers cannot tell: its MiniMaxM2DecoderLayer keeps the hub's name and
-#: hands `mlp` to the layers below as their prefix (models/minimax_m2.py, 0.32).
-_SERVED = {"minimax_m2": ((r"\.block_sparse_moe\.", ".mlp."),), "gpt_oss": ((r"\.self_attn\.", ".attn."),)}
+#: A module that multiplies by the weight of a child.
+_MULTIPLIED = r"self\.(\w+)\.weight(?= @)"
 
-
+#: Families that `tests/integration/test_serving_agreement.py` serves and compares with an independent reference.
+TESTED = (
+    "olmoe", "qwen2", "phi3", "gemma3_text", "glm4", "granite", "ministral3", "smollm3", "seed_oss", "starcoder2",
+)  # fmt: skip
 #: Families whose stacked experts are released in MXFP4, under names of their own.
 _MXFP4 = ("gpt_oss",)
 #: CompressedTensorsW4A4Nvfp4MoEMethod.create_weights (vllm 0.32) makes no parameter for them, and the loader of the model
@@ -117,10 +121,10 @@ def _read(text: str) -> _Grammar:
 @lru_cache(maxsize=8)
 def _derived(text: str, spelled: tuple[tuple[str, str], ...]) -> Family:
     config, read, own = json.loads(text), _read(text), dict(spelled)
-    model, wrapper = read.model, read.wrapper
+    model, wrapper, kept = read.model, read.wrapper, rows().get(str(config["model_type"]))
     stacks = tuple(_spelled_stack(stack, own) for stack in read.stacks)
     tensors = {own.get(name, name): tensor for name, tensor in read.tensors.items()}
-    blocks = _block_pattern(model, tensors, wrapper)
+    blocks, not_observed = _block_pattern(model, tensors, wrapper), _not_observed(model, tensors)
     if wrapper is not None:
         tensors = {name: replace(tensor, fills=wrapper.in_text_model(tensor.fills)) for name, tensor in tensors.items()}
     return Family(
@@ -128,17 +132,19 @@ def _derived(text: str, spelled: tuple[tuple[str, str], ...]) -> Family:
         model_types=(str(config["model_type"]),),
         block=blocks,
         parts=_parts(tensors),
-        fused_leaves=_fused_leaves(tensors),
+        fused_leaves=_fused_leaves(tensors, kept),
         promised=_promise(tensors),
         renames=_renames(tensors),
         mtp=_draft(model, config, tensors, blocks),
-        never_quantized=_never_quantized(tensors),
-        serving_parents=_SERVED.get(config["model_type"], ()),
+        never_quantized=_never_quantized(tensors) + (kept.never_quantized if kept else ()),
+        not_observed=not_observed,
+        serving_parents=kept.serving_parents if kept else (),
         stacks=stacks if model.config.model_type not in _MXFP4 else stacks + sum(map(mxfp4_stacks, stacks), ()),
         serving_renames=() if wrapper is None else _served_names(blocks),
         served_in="" if wrapper is None else wrapped.LANGUAGE_MODEL,
         language="" if wrapper is None else TEXT_CONFIG,
         derived=True,
+        tested=config["model_type"] in TESTED,
     )
 
 
@@ -392,9 +398,11 @@ def _served_names(blocks: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _fused_leaves(tensors: dict[str, _Tensor]) -> tuple[tuple[str, ...], ...]:
+def _fused_leaves(tensors: dict[str, _Tensor], kept: Served | None) -> tuple[tuple[str, ...], ...]:
     leaves = {name.split(".")[-2] for name in tensors if name.count(".") > 1}
-    return tuple(group for group in _FUSED if len(leaves & set(group)) > 1)
+    usual = tuple(group for group in _FUSED if len(leaves & set(group)) > 1)
+    known = {frozenset(group) for group in usual}
+    return usual + tuple(group for group in (kept.fused if kept else ()) if frozenset(group) not in known)
 
 
 def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, _Tensor], blocks: str) -> str:
@@ -428,6 +436,19 @@ def _never_quantized(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]
         *((pattern, "engines run a gate of one row as it is") for pattern in sorted(rows)),
         *((pattern, _NO_BIASES) for pattern in sorted(biased)),
     )
+
+
+def _not_observed(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> str:
+    """The pattern of linear layers by whose weight another module multiplies, so that they are never called (Mamba's
+    `self.dt_proj.weight @ time_step`)."""
+    found: set[str] = set()
+    for owner, module in model.named_modules():
+        linear = [name for name, child in module.named_children() if isinstance(child, nn.Linear)]
+        if linear and type(module).__module__.startswith("transformers."):
+            multiplied = set(re.findall(_MULTIPLIED, inspect.getsource(type(module))))
+            found |= {f"{owner}.{name}.weight" for name in linear if name in multiplied}
+    hub = {_generalized(name.removesuffix(".weight")) for name, tensor in tensors.items() if tensor.fills in found}
+    return "|".join(f"{pattern}$" for pattern in sorted(hub)) or r"(?!)"
 
 
 def _promise(tensors: dict[str, _Tensor]) -> Promise:

@@ -109,6 +109,8 @@ class Family:
     stacks: tuple[Stack, ...] = ()
     #: Whether this grammar is derived from transformers for one config (`calibration.families.derived`), not from a table.
     derived: bool = False
+    #: Whether a test of this project serves it and compares the logits with an independent reference.
+    tested: bool = True
 
     def of_config(self, config: dict[str, Any]) -> Family:
         """This family with the part of its grammar that only a config contains: the numbers of its MTP blocks."""
@@ -120,9 +122,9 @@ class Family:
 
     @property
     def described(self) -> str:
-        """The name, and for a derived grammar what it rests on: no test of this project says anything of it."""
-        proofs = "derived from transformers' model; proven by this run: names, shapes, blocks, verification"
-        return f"{self.name} ({proofs})" if self.derived else self.name
+        """The name, and for a derived grammar whether a test of this project compares the family with a reference."""
+        tested = "tested by this project" if self.tested else "no test of this project, proven by each run"
+        return f"{self.name} (derived from transformers' model; {tested})" if self.derived else f"{self.name} (tested)"
 
     def place(self, tensor: str) -> Place:
         """The place of a source tensor or module name."""

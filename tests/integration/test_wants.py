@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from calibration.families.served import rows
 from calibration.plan.task import Task
 from recipes.schema import Serving
+from tests import served
 from tests.exported import recipe, task_of
 from tests.models import any_family, standard
 from tests.reference.engine import VLLM_PYTHON
@@ -25,6 +27,14 @@ def planned(family: str, directory: Path) -> Task:
 
 def ask(task: Task) -> Wants:
     return ask_server(task, Serving(python=VLLM_PYTHON), task.output.parent / "logs")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=[] if f == "qwen2_moe" else pytest.mark.slow) for f in rows()]
+)
+def test_the_kept_rows_are_what_the_installed_vllm_says(family: str, tmp_path: Path) -> None:
+    task = served.planned(family, tmp_path)
+    assert served.row(task, served.ask(task, tmp_path / "logs")) == rows()[family].model_dump(mode="json")
 
 
 def moved(task: Task) -> Task:

@@ -127,6 +127,28 @@ _HUB: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
     "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1],
+        "moe_layer_freq": [0, 1],
+        "layernorm_epsilon": 1e-5,
+        "rope_theta": 10000.0,
+        "swa_rope_theta": 10000.0,
+        "swa_num_key_value_heads": 2,
+        "swa_num_attention_heads": 4,
+        "swa_head_dim": 64,
+        "swa_v_head_dim": 64,
+        "sliding_window_size": 64,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "partial_rotary_factor": 0.5,
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+    },
+    "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True},
+    "lfm2": {"conv_dim": 256, "conv_use_xavier_init": True},
 }
 
 

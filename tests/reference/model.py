@@ -49,6 +49,7 @@ DEEPSEEK_V4 = [
     (r"\.ffn\.", ".mlp."),
 ]
 GATED = [(r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj.")]
+ERNIE = [(r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics.")]
 MIXTRAL = [(r"\.block_sparse_moe\.", ".mlp.")]
 EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(.*)$")
 LINEAR = re.compile(r"^(.*)\.(weight_packed|weight_scale|weight_global_scale|input_global_scale)$")
@@ -56,7 +57,7 @@ LINEAR = re.compile(r"^(.*)\.(weight_packed|weight_scale|weight_global_scale|inp
 
 def rename(name: str, model_type: str) -> str | None:
     """A checkpoint's tensor name in transformers' spelling, None for tensors that its model does not have."""
-    rules = {"deepseek_v4": DEEPSEEK_V4, "mixtral": MIXTRAL}.get(model_type, [])
+    rules = {"deepseek_v4": DEEPSEEK_V4, "mixtral": MIXTRAL, "ernie4_5_moe": ERNIE}.get(model_type, [])
     for pattern, replacement in [*rules, *GATED]:
         if replacement is None:
             if re.search(pattern, name):

@@ -22,6 +22,8 @@ def main(path: str) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     worker = load(path)
+    # pyarrow, which vLLM imports if lm-eval is installed beside it, brings an allocator with a thread of its own.
+    os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     from vllm import LLM, SamplingParams  # noqa: F401
 
     for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4"):

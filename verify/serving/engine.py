@@ -38,6 +38,16 @@ NO_MEMORY = (
 )  # fmt: skip
 """What Python, torch, the C library and vLLM print if memory runs out."""
 
+CPU_REFUSALS = (
+    "Sparse Attention is not supported on CPU",  # platforms/cpu.py: DeepSeek-V3.2's and GLM-5's indexers
+    "is_act_and_mul=False is supported only for CUDA",  # fused_moe/config.py: Nemotron-H's experts without gate
+    'assert self.scoring_func == "softmax"',  # fused_moe/router/cpu_router.py: MiniMax-M2's sigmoid without groups
+)
+"""What vLLM 0.32 raises on a CPU for a part of a model that it has for GPUs only, whatever the checkpoint holds: a text of the
+error's message, or of the line of vLLM that raised it."""
+RAISED = 4
+"""Lines at the end of a traceback that show the one that raised."""
+
 
 def check_environment(python: str) -> str:
     """The version of the vLLM that `python` imports. Raises EnvironmentProblem if it is no interpreter that does; takes
@@ -162,11 +172,15 @@ def run_process(command: list[str], log: Path, timeout: float) -> tuple[int, boo
             process.wait()
 
 
-def no_variant(result: dict[str, Any]) -> str | None:
+def platform_refusal(result: dict[str, Any]) -> str | None:
     """Why the engine has no code for the model on this machine, which says nothing about the checkpoint; None if that
-    is not why the run ended."""
+    is not why the run ended. Only errors of CPU_REFUSALS count, with the text that was found."""
     error = result.get("error") or {}
-    return str(error["message"]) if error.get("type") == "NoVariant" else None
+    if error.get("type") == "NoVariant":
+        return str(error["message"])
+    lines = [f"{error.get('type')}: {error.get('message')}", *map(str, error.get("traceback", ())[-RAISED:])]
+    found = next((text for text in CPU_REFUSALS if any(text in line for line in lines)), None)
+    return found and f"vLLM runs this model on other hardware only; on a CPU it raises: {found}"
 
 
 def failure(result: dict[str, Any]) -> str | None:

@@ -69,7 +69,7 @@ def judge(
 ) -> list[Check]:
     """The verdicts of one run (see `verify_serving` for `result`). Stages that the run did not reach are UNCHECKED;
     what does not concern the checkpoint, or was not requested by the recipe, has no check."""
-    unserved = engine.no_variant(result)
+    unserved = engine.platform_refusal(result)
     failure = None if unserved else engine.failure(result)
     found = _stages(result, options, failure)
     found |= {

@@ -22,11 +22,14 @@ from calibration.plan.quantization_config import output_config
 from calibration.plan.task import Task
 from recipes.errors import collapsed
 from recipes.schema import Serving
-from verify.serving.engine import WORKER, failure, no_variant, run_engine
+from verify.serving.engine import WORKER, failure, platform_refusal, run_engine
 
 _SCRIPT = WORKER.with_name("wants.py")
 _MOST_REFUSED = 100
 """MOST_REFUSED of the script: after so many refused tensors it tries no other."""
+
+_NO_DATA = "meta tensor"
+"""In what torch raises if a loader looks into a tensor without data, which says nothing about the plan."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ class Wants:
         return list(dict.fromkeys(tuple(modules) for modules in takers.values() if len(modules) > 1))
 
 
-def ask_server(task: Task, options: Serving, logs: Path, side_files: Iterable[Path] = ()) -> Wants:
+def ask_server(
+    task: Task, options: Serving, logs: Path, side_files: Iterable[Path] = (), config: dict[str, Any] | None = None
+) -> Wants:
     """What vLLM in `options.python` wants of the planned output of `task`. `side_files` of the source are linked beside
-    the planned config.json. Takes 8 s; leaves request, result and log in `logs`. Raises EnvironmentProblem if there is
-    no vLLM."""
-    config = output_config(task.plan, task.source.config)
+    `config`, the planned config.json if None. Takes 8 s; leaves request, result and log in `logs`. Raises
+    EnvironmentProblem if there is no vLLM."""
+    config = config or output_config(task.plan, task.source.config)
     tensors = {output.name: [output.dtype, list(output.shape)] for output in task.plan.outputs.values()}
 
     def ask(name: str, config: Mapping[str, Any], tensors: Mapping[str, Any]) -> Wants:
@@ -115,7 +120,7 @@ def ask_server(task: Task, options: Serving, logs: Path, side_files: Iterable[Pa
 def read_wants(result: dict[str, Any]) -> Wants:
     """The result of `verify/inside_vllm/wants.py`, as `run_engine` returns it."""
     version = str(result.get("version") or "")
-    if unproven := no_variant(result) or failure(result):
+    if unproven := platform_refusal(result) or failure(result):
         return Wants(version, unproven=unproven)
     return Wants(
         version,
@@ -134,7 +139,8 @@ def differences(plan: Plan, wants: Wants) -> tuple[list[str], list[str]]:
     not judged: the engine's class of the model has none."""
     engine = f"vLLM {wants.version}"
     if wants.at_fault:
-        return [f"quantization_config: {engine} builds the model without it, and with it raises {wants.unproven}"], []
+        # What cannot be built without memory may still be served, so that this alone ends no run.
+        return [], [f"quantization_config: {engine} builds the model without it, and with it raises {wants.unproven}"]
     if wants.unproven:
         return [], []
     problems, doubts, judged = dict[str, str](), list[str](), list[str]()
@@ -151,7 +157,7 @@ def differences(plan: Plan, wants: Wants) -> tuple[list[str], list[str]]:
                 wrong = f"runs that layer as {' and '.join(sorted(found))}"
             else:
                 wrong = ""
-            if scheme is None:
+            if scheme is None or _NO_DATA in wrong:
                 doubts += [f"{engine} {wrong}"] if wrong else []
                 continue
             judged.append(tensor)
@@ -167,7 +173,7 @@ def differences(plan: Plan, wants: Wants) -> tuple[list[str], list[str]]:
     for parameter in wants.unwritten if len(wants.refused) < _MOST_REFUSED else ():
         layer = wants.layers.get(parameter.rpartition(".")[0])
         wrong = f"{parameter}: {engine} has this parameter, and the plan no tensor for it"
-        if layer is not None and layer.format == "nvfp4":
+        if layer is not None and layer.format == "nvfp4" and not any(_NO_DATA in why for why in wants.refused.values()):
             problems.setdefault(parameter, wrong)
         else:
             doubts.append(wrong)

@@ -24,6 +24,7 @@ from recipes.errors import EnvironmentProblem, RecipeError, SourceError, Workflo
 from verify.serving.serving import check_serving
 from verify.serving.wants import ask_server, differences
 from workflows.run.prediction import FILE, render
+from workflows.run.proofs import SERVER
 from workflows.run.state import STAGES, Run
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ _PROBE_SHARE, _PROBE_LEAST, _PROBE_MOST = 64, 1 << 20, 64 << 20
 #: Number of files: of the output besides shards and side files, of a run directory with its logs, of a batch's
 #: activations.
 OWN_FILES, RUN_FILES, FILES_PER_BATCH = 5, 32, 2
-
-#: What vLLM's own class made of the plan, in the run directory.
-SERVER = "server.json"
 
 T = TypeVar("T")
 
@@ -148,7 +146,8 @@ def _ask_server(run: Run) -> dict[str, str] | None:
         run.reporter.say(doubt, "warning")
     if problems:
         raise RecipeError(problems)
-    proof = {"verdict": "UNCHECKED" if wants.unproven else "PASS", "figure": wants.described}
+    verdict = "UNCHECKED" if wants.unproven else "PASS"
+    proof = {"plan": run.plan.digest, "verdict": verdict, "figure": wants.described}
     write_json(run.directory.path / SERVER, proof)
     run.reporter.say(f"server: {proof['verdict']}: {proof['figure']}")
     return proof

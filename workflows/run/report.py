@@ -15,6 +15,7 @@ from verify.checks import Check
 from verify.levels import samples_of
 from verify.report.facts import Facts
 from workflows.inspect_checkpoint import headroom
+from workflows.run.proofs import PROOFS, one_line
 from workflows.run.status import read_status, render_status
 
 NAME = "report.html"
@@ -176,6 +177,8 @@ def _facts(directory: RunDirectory, facts: list[dict[str, Any]], events: list[di
         if plan.get("input_headroom"):
             rows["input scales"] = headroom(plan["input_headroom"])
         rows["plan"] = plan["digest"]
+    if proven := read_json_or_none(directory.path / PROOFS):
+        rows["proven"] = one_line(proven)
     calibrated = next((fact for fact in reversed(facts) if fact.get("fact") == "calibrated"), None)
     if calibrated:
         rows["calibration"] = calibrated["data"]

@@ -25,6 +25,7 @@ from workflows.run.dress_rehearsal import dress_rehearsal, remove_remains
 from workflows.run.judged import record_judged
 from workflows.run.output_state import last_checks, read_output_state
 from workflows.run.plain_copy import source_to_serve
+from workflows.run.proofs import PROOFS, one_line, proofs
 from workflows.run.provenance import write_provenance
 from workflows.run.report import verdict_facts
 from workflows.run.state import STAGES, Run
@@ -208,6 +209,7 @@ def verify(run: Run) -> None:
     write_json(run.directory.path / "verify.json", to_json(run.checks))
     _write_card(run)
     record_judged(run.directory, run.output)
+    run.reporter.say(f"family {run.plan.family.described}: {one_line(proofs(run.task, run.directory, run.checks))}")
     run.directory.record("verified", **to_json(run.checks)["verdicts"])
 
 
@@ -218,10 +220,12 @@ def _written(run: Run) -> dict[str, str]:
 
 
 def _write_card(run: Run) -> None:
-    facts = {}
+    found = proofs(run.task, run.directory, run.checks)
+    write_json(run.directory.path / PROOFS, found)
+    facts = {"proven": one_line(found)}
     summary = run.directory.facts("calibrated")
     if summary:
-        facts = {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
+        facts |= {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
     machines = [f"{fact['device']} (products {fact['digest']})" for fact in run.directory.facts("products")]
     if len(machines) > 1:
         facts["calculated on"] = f"{', then '.join(machines)}, which round differently"

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.formats import Formats, logical_name
 from calibration.checkpoint.index import Checkpoint
+from calibration.families import derived as derived_module
+from calibration.families import served
 from calibration.families.derived import derive
 from calibration.families.family import Family
 from calibration.families.registry import expected_tensors, family_of
@@ -82,6 +84,39 @@ def test_names_that_transformers_changes_are_followed() -> None:
     name = "model.layers.1.mlp.moe_statics.e_score_correction_bias"
     assert name in promised(family)
     assert family.model_name(name) == "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
+
+
+def test_a_linear_layer_that_is_multiplied_by_and_never_called_is_no_target() -> None:
+    family = derived("jamba", attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=16)
+    mamba = "model.layers.0.mamba"
+    called = {name: not re.search(family.not_observed, f"{mamba}.{name}") for name in ("dt_proj", "in_proj", "x_proj")}
+    assert called == {"dt_proj": False, "in_proj": True, "x_proj": True}
+    assert not re.search(derived("qwen2").not_observed, "model.layers.0.mlp.up_proj")
+
+
+def test_an_infinity_in_a_config_is_read_as_transformers_writes_it() -> None:
+    limit = [0.0, {"__float__": "Infinity"}]
+    family = derived("falcon_h1", time_step_limit=limit, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16)
+    assert family.place("model.layers.1.mamba.in_proj.weight").block == 1
+
+
+def test_what_vllm_said_of_a_class_once_is_part_of_the_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = served.Served(
+        vllm="0", config="0", architecture="A", fused=(("k_proj", "q_proj", "v_proj"), ("down_proj", "o_proj")),
+        parents=(("self_attn", "attn"),), unquantized=("mlp.N.gate_proj",),
+    )  # fmt: skip
+    monkeypatch.setattr(derived_module, "rows", lambda: {"qwen2": said})
+    family = derived("qwen2", rope_theta=4242.0)
+    assert family.fused_leaves == (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj", "o_proj"))
+    assert family.serving_names("model.layers.1.self_attn.o_proj") == ("model.layers.1.attn.o_proj",)
+    ((pattern, why),) = family.never_quantized
+    assert why == "vLLM runs it unquantized" and re.search(pattern, "model.layers.1.mlp.12.gate_proj")
+    assert not re.search(pattern, "model.layers.1.mlp.gate_proj")
+
+
+def test_every_kept_row_is_of_a_family_of_the_matrix_and_no_reader_is_lost() -> None:
+    assert served.rows().keys() <= any_family.FAMILIES.keys()
+    assert served.rows()["minimax_m2"].serving_parents == ((r"\.block_sparse_moe\.", ".mlp."),)
 
 
 def test_targets_bear_the_names_under_which_vllm_looks_modules_up(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -138,6 +139,60 @@ def test_a_model_that_vllm_does_not_have_for_this_machine_is_unchecked_not_faile
     checks = judged(result)
     assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
     assert {check.figure for check in checks.values()} == {message}
+
+
+ROUTER = [
+    "  File cpu_router.py, in select_experts",
+    '    assert self.scoring_func == "softmax"',
+    "    ^^^^",
+    "AssertionError",
+]
+
+
+def refused(type: str, message: str, traceback: list[str], **load: Any) -> dict[str, Any]:
+    error = {"type": type, "message": message, "traceback": traceback}
+    load = {"seconds": None, "tensors": 9, "missing": [], "missing_total": 0} | load
+    return finished(
+        ok=False, stage="load", error=error, load=load, layers=[], w4a4=None, prompts=[], windows=[], perplexity=None
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ("NotImplementedError", "Sparse Attention is not supported on CPU.", []),
+        ("NotImplementedError", "is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now", []),
+        ("AssertionError", "", ROUTER),
+    ],
+)
+def test_what_vllm_has_for_gpus_only_is_unchecked_with_its_own_words(error: tuple[str, str, list[str]]) -> None:
+    checks = judged(refused(*error))
+    assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
+    assert all(
+        re.search("on a CPU it raises: (Sparse Att|is_act|assert self.scoring)", c.figure) for c in checks.values()
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ("NotImplementedError", "Sparse weights are not supported", []),
+        ("AssertionError", "", ['    assert self.scoring_func == "sigmoid"', "AssertionError"]),
+        (
+            "ValueError",
+            "no such shape",
+            [*ROUTER, "During handling of the above:", "  a", "  b", "ValueError: no such shape"],
+        ),
+    ],
+)
+def test_every_other_error_of_the_engine_is_a_failure(error: tuple[str, str, list[str]]) -> None:
+    assert judged(refused(*error))["load"].verdict == "FAIL"
+
+
+def test_a_refusal_of_the_platform_hides_no_unwritten_parameter() -> None:
+    missing = [{"name": "model.norm.weight", "share": 1.0, "where": ""}]
+    checks = judged(refused("AssertionError", "", ROUTER, missing=missing, missing_total=1))
+    assert (checks["tensors"].verdict, checks["load"].verdict) == ("FAIL", "UNCHECKED")
 
 
 def test_a_prompt_without_a_sample_fails() -> None:

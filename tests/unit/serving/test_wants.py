@@ -77,10 +77,6 @@ def scale_missing(found: Wants) -> Wants:
     return replace(found, unwritten=(found.written[f"{QUERY}.weight_packed"][0].replace("packed", "zero_point"),))
 
 
-def build_fails(found: Wants) -> Wants:
-    return Wants("0", unproven="ValueError: no such scheme", at_fault=True)
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -92,7 +88,6 @@ def build_fails(found: Wants) -> Wants:
             scale_missing,
             "model.layers.0.self_attn.qkv_proj.weight_zero_point: vLLM 0 has this parameter, and the plan no",
         ),
-        (build_fails, "quantization_config: vLLM 0 builds the model without it, and with it raises ValueError"),
     ],
 )
 def test_each_way_to_disagree_is_a_problem_and_the_rehearsal_ends_the_run(
@@ -114,6 +109,18 @@ def test_what_is_no_low_bit_weight_only_raises_doubts(task: Task) -> None:
         f"vLLM 0 has no parameter for {ROUTER}",
         "model.norm.bias: vLLM 0 has this parameter, and the plan no tensor for it",
     ]
+
+
+def test_what_only_fails_for_want_of_data_or_memory_ends_no_run(task: Task) -> None:
+    problems, doubts = differences(task.plan, Wants("0", unproven="ValueError: no such scheme", at_fault=True))
+    assert problems == []
+    assert doubts == [
+        "quantization_config: vLLM 0 builds the model without it, and with it raises ValueError: no such scheme"
+    ]
+    tensor = f"{EXPERT}.weight_packed"
+    looked = replace(scale_missing(served(task)), refused={tensor: "NotImplementedError: no data in a meta tensor"})
+    problems, doubts = differences(task.plan, looked)
+    assert problems == [] and doubts[0] == f"vLLM 0 refuses {tensor}: {looked.refused[tensor]}"
 
 
 def test_a_class_that_cannot_be_built_proves_nothing_and_says_so(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
