@@ -18,7 +18,8 @@ TARGETS = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 
 
 class Case:
-    """A recipe of a tiny model, and what an uninterrupted run of it writes; `arguments` are further ones of the modifier."""
+    """A recipe of a tiny model, and what an uninterrupted run of it writes; `arguments` are further ones of the modifier,
+    `smooth` is one that stands before it."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class Case:
         targets: list[str] = TARGETS,
         calibration: dict[str, Any] | None = None,
         preset: str | None = None,
+        smooth: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
         self.directory = directory
@@ -35,7 +37,10 @@ class Case:
         self.body: dict[str, Any] = {
             "source": {"checkpoint": str(source)},
             "output": "unset",
-            "modifiers": [{modifier: {"targets": targets, "scheme": "NVFP4"} | arguments}],
+            "modifiers": [
+                *([smooth] if smooth else []),
+                {modifier: {"targets": targets, "scheme": "NVFP4"} | arguments},
+            ],
             "calibration": calibration
             or {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
             "verify": {"structure": False, "fidelity": False},

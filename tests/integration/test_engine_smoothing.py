@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from calibration.engine import smoothing
@@ -19,33 +17,16 @@ from calibration.engine.smoothing import Factors
 from recipes.errors import RecipeError
 from tests.integration import engine_runs
 from tests.integration.engine_runs import TARGETS, Run, differing, family, ours, recipe, skeleton, stock
+from tests.models import uneven_norms
 
 SMOOTH: dict[str, dict[str, Any]] = {"SmoothQuant": {"SmoothQuantModifier": {}}, "AWQ": {"AWQModifier": {"n_grid": 4}}}
 
 
 @pytest.fixture(autouse=True)
-def uneven_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sources whose norms make some channels far larger than others, as trained ones do."""
-    real, made = engine_runs.model_directory, dict[str, Path]()
-
-    def directory(name: str) -> Path:
-        if name not in made:
-            generator = torch.Generator().manual_seed(0)
-            made[name] = rewritten(
-                real(name), tmp_path / name,
-                lambda key, tensor: tensor * torch.exp2(2 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
-                if "layernorm" in key or key.endswith("_norm.weight") else tensor,
-            )  # fmt: skip
-        return made[name]
-
+def sources_with_uneven_norms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = engine_runs.model_directory
+    directory = cache(lambda name: uneven_norms.write(real(name), tmp_path / name))
     monkeypatch.setattr(engine_runs, "model_directory", directory)
-
-
-def rewritten(source: Path, target: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
-    """A copy of a checkpoint with changed tensors."""
-    for path in Path(shutil.copytree(source, target)).glob("*.safetensors"):
-        save_file({key: change(key, tensor) for key, tensor in sorted(load_file(path).items())}, path)
-    return target
 
 
 def smoothed(name: str, modifier: dict[str, Any], **sections: Any) -> Run:
@@ -75,7 +56,7 @@ def test_a_smoothed_run_has_the_scales_of_a_plain_run_of_the_smoothed_source(
     assert all(factors[router].columns.log2().any() for router in routers)  # type: ignore[union-attr]
     source = engine_runs.model_directory(name)
     unscaled = ours(recipe(name), skeleton(name))
-    scaled = rewritten(
+    scaled = uneven_norms.rewritten(
         source, tmp_path / "scaled", lambda key, tensor: factors.get(key.rpartition(".")[0], Factors()).apply(tensor)
     )
     monkeypatch.setattr(engine_runs, "model_directory", lambda name: scaled)

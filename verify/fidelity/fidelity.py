@@ -102,7 +102,7 @@ def verify_with_forward(
     """`measure_fidelity`, `verify.fidelity.forward.verify_forward` over the blocks, and the check of input scales, as
     one report."""
     report = measure_fidelity(directory, plan, source, options)
-    checks, blocks = verify_forward(directory, source.checkpoint, options or Fidelity(), text, trust_remote_code)
+    checks, blocks = verify_forward(directory, source.checkpoint, options or Fidelity(), text, trust_remote_code, plan)
     known = {entry["block"]: entry for entry in report.data.get("blocks", ())}
     for found in blocks:
         entry = known.setdefault(found.block, {"block": found.block, "relative_error": None})

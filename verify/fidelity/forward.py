@@ -24,9 +24,11 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import RANGE
 from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.registry import family_of, open_source
+from calibration.plan.plan import Plan
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
+from verify.fidelity.smoothing import SmoothedWeights
 from verify.unseen_text import help_text
 
 if TYPE_CHECKING:
@@ -90,9 +92,15 @@ class BlockCosine:
 
 
 def verify_forward(
-    directory: Path, source: Checkpoint, options: Fidelity, text: Calibration | None, trust_remote_code: bool = False
+    directory: Path,
+    source: Checkpoint,
+    options: Fidelity,
+    text: Calibration | None,
+    trust_remote_code: bool = False,
+    plan: Plan | None = None,
 ) -> tuple[list[Check], list[BlockCosine]]:
-    """The checks of `measure_blocks`: the worst block's cosine, and the propagated one behind the last block.
+    """The checks of `measure_blocks`: the worst block's cosine, and the propagated one behind the last block. If the `plan`
+    smooths, inputs are those of the smoothed source.
     UNCHECKED where no forward could be made (no tokenizer, no text, tensors missing). Never raises for a bad output."""
     text = text or Calibration(dataset="bundled")
     limits = (
@@ -103,7 +111,7 @@ def verify_forward(
     if options.tokens == 0:
         return [Check(f"fidelity.{id}", "UNCHECKED", what, "tokens: 0", "", "not run") for id, what, _ in limits], []
     try:
-        blocks = measure_blocks(directory, source, text, options, trust_remote_code)
+        blocks = measure_blocks(directory, source, text, options, trust_remote_code, plan)
     except WorkflowError as problem:
         why = f"no forward: {problem}"
         return [Check(f"fidelity.{id}", "UNCHECKED", what, why, "", "not run") for id, what, _ in limits], []
@@ -135,7 +143,12 @@ def _judge_blocks(blocks: list[BlockCosine], least: float) -> tuple[Verdict, str
 
 
 def measure_blocks(
-    directory: Path, source: Checkpoint, text: Calibration, options: Fidelity, trust_remote_code: bool = False
+    directory: Path,
+    source: Checkpoint,
+    text: Calibration,
+    options: Fidelity,
+    trust_remote_code: bool = False,
+    plan: Plan | None = None,
 ) -> list[BlockCosine]:
     """Cosines of every block over about `options.tokens` tokens of the data set `text`, in samples of at most 128; of those
     below `options.min_block_cosine` also what rounding to nearest alone costs.
@@ -172,9 +185,9 @@ def measure_blocks(
             sample = {key: value.to(original.device) for key, value in batch.items()} | {"use_cache": False}
             calls.append(own_block_calls(original.model, list(original.blocks.values()), sample))
         original.unload(outside)
-        return list(
-            _walk(original, emulated, output, (calls[: len(batches)], calls[len(batches) :]), options.min_block_cosine)
-        )
+        smoothed = SmoothedWeights(plan, output, original.formats) if plan is not None and plan.smoothed else None
+        both = (calls[: len(batches)], calls[len(batches) :])
+        return list(_walk(original, emulated, output, both, options.min_block_cosine, smoothed))
 
 
 def quantize_input_fp8(x: torch.Tensor) -> torch.Tensor:
@@ -209,13 +222,14 @@ def _walk(
     output: Formats,
     calls: tuple[list[_Calls], list[_Calls]],
     least: float,
+    smoothed: SmoothedWeights | None,
 ) -> Iterator[BlockCosine]:
     seen, unseen = calls
     entering, entering_unseen = ([hidden for hidden, _ in found] for found in calls)
     propagated = list(entering)
     for number, block in enumerate(original.blocks.values()):
         block_calls = [made[number] for _, made in seen]
-        original.load([block])
+        _load_smoothed(original, block, smoothed)
         with _watched_inputs(original, emulated, output, block) as inputs:
             leaving = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
         with _watched_inputs(original, emulated, output, block) as unseen_inputs:
@@ -232,7 +246,7 @@ def _walk(
         behind = [_cosines(a.float(), b.float()) for a, b in zip(leaving, propagated, strict=True)]
         cosine, rounded = float(cosines.mean()), None
         if not cosine >= least:
-            original.load([block])
+            _load_smoothed(original, block, smoothed)
             with _rounded_to_nearest(original, emulated, output, block, inputs):
                 made = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
             original.unload([block])
@@ -240,6 +254,14 @@ def _walk(
         yield BlockCosine(number, cosine, float(torch.cat(behind).mean()), len(cosines), tuple(inputs),
                           tuple(unseen_inputs), rounded)  # fmt: skip
         entering = leaving
+
+
+def _load_smoothed(original: SourceModel, block: nn.Module, smoothed: SmoothedWeights | None) -> None:
+    """Loads the source's block; with the factors of a smoothed output, by which it computes the same."""
+    original.load([block])
+    for name, module in block.named_modules(prefix=original.module_name(block)) if smoothed is not None else ():
+        if smoothed is not None and (stored := original.sources.get(f"{name}.weight")) is not None:
+            smoothed.fold(module, module_of(stored))
 
 
 def _added(leaving: list[torch.Tensor], made: list[torch.Tensor], entering: list[torch.Tensor]) -> torch.Tensor:

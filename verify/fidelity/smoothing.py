@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 import torch
+from torch import nn
 
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.nvfp4 import GROUP
@@ -77,7 +78,13 @@ class SmoothedWeights:
     def _rows(self, module: str) -> torch.Tensor:
         """Factors of a smooth layer's output channels `[M]`, from the output's tensor."""
         if module not in self._found:
-            source, output = Stored(self._source, self._sources[module]), Stored(self._output, self._outputs[module])
+            source, stored = Stored(self._source, self._sources[module]), self._outputs.get(module)
+            known = stored is not None and self._output.of(stored).shape == source.shape
+            if stored is None or not known or (len(source.shape) == 1 and self._output.of(stored).kind != "plain"):
+                self._add(module, "is not in the output as the source has it, so that its factors are not known")
+                self._found[module] = torch.ones(source.shape[0])
+                return self._found[module]
+            output = Stored(self._output, stored)
             if len(source.shape) == 1:
                 before, after = (stored.raw.to(torch.float32) for stored in (source, output))
                 quotient = torch.where(before == 0, 1.0, after / before)
@@ -97,6 +104,17 @@ class SmoothedWeights:
             self._found[module] = found
         return self._found[module]
 
+    def fold(self, module: nn.Module, name: str) -> None:
+        """Scales the weights of a module that holds the source's, and that the source calls `name`: it computes what it did, on
+        inputs that are scaled as the output's are."""
+        with torch.no_grad():
+            for leaf, tensor in module.named_parameters(recurse=False) if name in self else ():
+                if name in self._smooth:
+                    rows = self._rows(name).to(tensor)
+                    tensor.mul_(rows if tensor.dim() == 1 else rows.unsqueeze(1))
+                if name in self._read and leaf == "weight":
+                    tensor.mul_(self._columns(name, tensor.shape[1]).to(tensor))
+
     def compare_columns(self, module: str, output: Stored) -> None:
         """Adds a problem if a quantized reader's columns have not the factors that its site's smooth layer has lost."""
         site = self._read.get(module)
@@ -106,7 +124,7 @@ class SmoothedWeights:
         x, y = expected.rows(0, expected.shape[0]), output.rows(0, expected.shape[0])
         squares = x.square().sum(0)
         quotient = (x * y).sum(0) / squares.clamp_min(1e-37)
-        lengths = squares.view(-1, GROUP)
+        lengths = squares.view(-1, GROUP if len(squares) % GROUP == 0 else len(squares))
         long = (lengths >= _LONG**2 * lengths.amax(1, keepdim=True)).flatten() & (squares > 0)
         off = torch.where(long, (quotient - 1).abs(), 0)
         if not bool((off <= _CLOSE).all()):
