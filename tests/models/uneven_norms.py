@@ -18,7 +18,7 @@ def rewritten(source: Path, target: Path, change: Callable[[str, torch.Tensor], 
 
 
 def write(source: Path, target: Path) -> Path:
-    """A copy of a checkpoint with norms multiplied by random factors, a half to two in most channels, an eighth to eight in few."""
+    """A copy of a checkpoint with norms multiplied by random factors, a half to two in most channels."""
     generator = torch.Generator().manual_seed(0)
 
     def change(key: str, tensor: torch.Tensor) -> torch.Tensor:
