@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.batch.batches import looked_at, recipe
-from workflows.batch.attempt import Slot
+from workflows.batch.attempt import Child, Slot
 from workflows.batch.outcome import Outcome
 from workflows.batch.queue import Queue, Rules, Waiting
 from workflows.batch.state import BatchDirectory, Entry
@@ -67,3 +70,21 @@ def test_a_full_disk_is_waited_for(
     waiting.starved_since = time.time() - 3601
     assert not queue._is_ready(waiting)
     assert re.match(r"no space came back in 60 min: .*0 bytes free, the run needs [\d,]+ ", queue.outcomes["a"].reason)
+
+
+def test_runs_share_what_their_rehearsals_have_proven(
+    tmp_path: Path, source: Path, batch: BatchDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    class Process:
+        pid = os.getpid()
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            commands.append(command)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    for entry in looked_at(batch, recipe(tmp_path, "a", source), recipe(tmp_path, "b", source)).entries:
+        Child.start(batch, entry, Slot(), overwrite=False)
+    places = [command[command.index("--rehearsals") + 1] for command in commands]
+    assert places == [str(batch.path / "rehearsals")] * 2
