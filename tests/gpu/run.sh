@@ -12,6 +12,9 @@ if [ ! -e "$home/installed" ]; then
     mkdir -p "$home/project"
     tar -xf "$pack/project.tar" -C "$home/project"
     "${PYTHON:-python3}" -m venv --system-site-packages "$home/venv"
+    # If that python is itself a virtual environment's, its packages are not the system's: a .pth file names them.
+    paths='import sysconfig; print(*dict.fromkeys(sysconfig.get_paths()[k] for k in ("purelib", "platlib")), sep="\n")'
+    "${PYTHON:-python3}" -c "$paths" > "$("$home/venv/bin/python" -c "$paths" | head -1)/there.pth"
     pip=("$home/venv/bin/python" -m pip install --quiet --no-index --no-deps --no-compile --disable-pip-version-check)
     "${pip[@]}" "$pack"/wheels/*.whl
     # The C kernels are built here; without a compiler torch gives the same bytes, slowly.
