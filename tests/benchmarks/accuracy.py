@@ -53,6 +53,11 @@ def _quantized(modifier: str = "QuantizationModifier", **arguments: Any) -> dict
     return {"modifiers": [{modifier: {"targets": LINEAR, "scheme": "NVFP4"} | arguments}]}
 
 
+def _smoothed(smoothing: dict[str, Any], **quantized: Any) -> dict[str, Any]:
+    return {"modifiers": [smoothing, *_quantized(**quantized)["modifiers"]]}
+
+
+_SMOOTHQUANT = {"SmoothQuantModifier": {"smoothing_strength": 0.5}}
 #: Name -> sections of the recipe that differ from the base.
 METHODS: dict[str, dict[str, Any]] = {
     RTN: _quantized(),
@@ -67,6 +72,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "GPTQ of quantized inputs, nvfp4_weighted": _quantized(
         "GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
     ),
+    "SmoothQuant 0.5, nvfp4_weighted": _smoothed(_SMOOTHQUANT, weight_observer="nvfp4_weighted"),
+    "SmoothQuant 0.5, GPTQ of quantized inputs, nvfp4_weighted": _smoothed(
+        _SMOOTHQUANT, modifier="GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
+    ),
+    "AWQ, nvfp4_weighted": _smoothed({"AWQModifier": {"n_grid": 8}}, weight_observer="nvfp4_weighted"),
 }
 
 
