@@ -63,7 +63,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "workflows": (*RUNNING, "calibration/convert", "verify/report"),
     "workflows/run": (
         *RUNNING, "calibration/data", "calibration/model", "calibration/engine", "calibration/convert", "calibration/forecast",
-        "verify/checks", "verify/known", "verify", "verify/proof", "verify/serving", "verify/report", "workflows",
+        "verify/accuracy", "verify/checks", "verify/known", "verify", "verify/proof", "verify/serving", "verify/report",
+        "workflows",
     ),
     "workflows/publish": (
         *RUNNING, "verify", "verify/checks", "verify/proof", "verify/report", "workflows", "workflows/run",

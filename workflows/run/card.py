@@ -16,8 +16,9 @@ from calibration.plan.task import Task
 from calibration.plan.versions import versions
 from recipes.portable import portable_recipe, revision, source_name
 from recipes.units import size
+from verify.accuracy.recovery import Recovery, recoveries
 from verify.checks import Check, level_verdicts
-from verify.report.facts import Facts, measured_quality
+from verify.report.facts import Facts, measured_quality, was_served
 from verify.report.tables import markdown, markdown_text
 from workflows.inspect_checkpoint import headroom
 from workflows.run.card_metadata import metadata
@@ -32,12 +33,14 @@ _UNVERIFIED = "Not verified yet: every level is UNCHECKED."
 def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str], measured: Facts | None = None) -> str:
     """The card as Markdown. `facts` are additional rows of its table (calibration data, tokens per expert); `measured` is what
     serving measured. Names of files and of data stand in it, no path of the machine."""
-    recipe = task.recipe
+    recipe, measured = task.recipe, measured or Facts()
+    scored = recoveries(measured.served) if was_served(checks) else []
     yaml_text = yaml.safe_dump(portable_recipe(recipe), sort_keys=False, width=120).rstrip()
     verdicts = ", ".join(f"{level} {verdict}" for level, verdict in level_verdicts(checks).items())
     sections = {
         "Serve": _serve(task),
-        "Measured": _measured(checks, measured or Facts()),
+        "Measured": _measured(checks, measured),
+        "Accuracy": _accuracy(scored),
         f"Verification: {verdicts}": markdown(checks) if checks else _UNVERIFIED,
         "Limits": _limits(checks),
         "Verify it yourself": _verify(),
@@ -45,7 +48,7 @@ def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str], me
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
     return f"""---
-{yaml.safe_dump(metadata(task), sort_keys=False, allow_unicode=True).rstrip()}
+{yaml.safe_dump(metadata(task, scored), sort_keys=False, allow_unicode=True).rstrip()}
 ---
 
 {MARK.format(REPOSITORY)}
@@ -120,6 +123,21 @@ def _measured(checks: Sequence[Check], measured: Facts) -> str:
     lines = [f"| {name} | {source} | {output} |" for name, (source, output) in rows.items()]
     head = "On the same text, source and output served by vLLM:\n\n| | source | this model |\n|---|---|---|"
     return "\n".join([head, *lines, f"\nQuality: {quality.grade}."])
+
+
+def _accuracy(scored: Sequence[Recovery]) -> str:
+    if not scored:
+        return ""
+
+    def row(found: Recovery) -> str:
+        error = f" +- {found.error:.1%}" if found.error is not None else ""
+        source = f"{found.source:.3f}" if found.source is not None else ""
+        kept = f"{found.recovered:.1%}{error}" if found.recovered is not None else found.open
+        cells = (f"{found.task} ({found.metric})", source, f"{found.output:.3f}", kept, f"{found.samples}")
+        return "| " + " | ".join(map(markdown_text, cells)) + " |"
+
+    head = "lm-eval, on the same samples:\n\n| task | source | this model | kept | samples |\n|---|---|---|---|---|"
+    return "\n".join([head, *map(row, scored)])
 
 
 def _limits(checks: Sequence[Check]) -> str:

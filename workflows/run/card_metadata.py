@@ -5,8 +5,9 @@ The source's card is a stranger's: only its license is taken, and only in the fo
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from calibration.plan.task import Task
 from recipes import documents
 from recipes.errors import WorkflowError
 from recipes.portable import hub_dataset, hub_id
+from verify.accuracy.recovery import Recovery
 
 _MOST_BYTES = 1 << 20
 #: Field -> the form in which it is taken over.
@@ -28,9 +30,9 @@ _LICENSE = {
 }
 
 
-def metadata(task: Task) -> dict[str, Any]:
-    """The metadata of the output of `task`. What is not known is left out: a source that is a local directory has no id that a
-    reader could follow."""
+def metadata(task: Task, scored: Sequence[Recovery] = ()) -> dict[str, Any]:
+    """The metadata of the output of `task`, with its scores if lm-eval gave some (`scored`). What is not known is left out: a
+    source that is a local directory has no id that a reader could follow."""
     recipe, plan, config = task.recipe, task.plan, task.source.config
     base = hub_id(recipe.source)
     data = hub_dataset(recipe.calibration.dataset) if recipe.calibration else None
@@ -44,7 +46,29 @@ def metadata(task: Task) -> dict[str, Any]:
         **license_of(task.source.directory),
         "tags": [*tags, "vllm", "llm-compressor"],
         **({"datasets": [data]} if data else {}),
+        **model_index(Path(recipe.output).name, scored),
     }
+
+
+def model_index(name: str, scored: Sequence[Recovery]) -> dict[str, Any]:
+    """The scores in the hub's form, one result a task; empty if there is none. Tasks keep letters, digits, `_`, `.` and `-`."""
+    results = [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": {"name": task, "type": task},
+            "metrics": [
+                {"type": metric, "value": round(found.output, 4), "name": f"{metric} over {found.samples} samples"}
+            ],
+        }
+        for found in scored
+        if math.isfinite(found.output)
+        for task, metric in [(_name(found.task), _name(found.metric))]
+    ]
+    return {"model-index": [{"name": _name(name), "results": results}]} if results else {}
+
+
+def _name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)[:80]
 
 
 def pipeline_tag(config: Mapping[str, Any]) -> str:

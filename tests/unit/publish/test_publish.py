@@ -152,7 +152,7 @@ def test_the_card_names_the_repository_and_shows_why_it_was_published(made: Reci
     assert named_card(again, None, "org/base", None) == again
 
 
-@pytest.mark.parametrize("card", ["no metadata", "---\n- a\n---\n", "---\na: [\n---\n", "---\na: &a [*a]\n---\n", ""])
+@pytest.mark.parametrize("card", ["no metadata", "---\n- a\n---\n", "---\na: [\n---\n", ""])
 def test_a_card_without_metadata_is_refused_in_one_message(
     card: str, made: Recipe, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from recipes.portable import hub_id, portable_recipe, revision
 from recipes.schema import Recipe, Source
 from tests.exported import recipe, task_of
 from tests.models import deepseek_v4, standard
+from verify.accuracy.recovery import recoveries
 from verify.checks import Check
 from verify.report.facts import Facts
 from workflows.run.card import model_card
@@ -121,6 +122,20 @@ def test_what_was_measured_and_what_was_not_proven_stand_in_it(task: Task) -> No
     assert "- UNCHECKED serving.w4a4: no \\| GPU" in limits and "- WARN structure.zeros: a doubt" in limits
     assert "- UNCHECKED fidelity: it was not run" in limits and "serving.load" not in limits
     assert "## Measured" not in model_card(task, checks[2:], {}, Facts(served=SERVED)), "an earlier serving.json"
+
+
+def test_scores_of_lm_eval_stand_in_table_and_model_index(task: Task) -> None:
+    def scores(*values: float) -> dict[str, Any]:
+        return {"tasks": {"cloze <b>": {"metric": "acc", "chance": 0.0, "scores": list(values), "samples": "x"}}}
+
+    served = {"accuracy": scores(*[1, 1, 0, 1] * 10), "source": {"accuracy": scores(*[1.0] * 40)}}
+    found = recoveries(served)
+    assert [(one.output, one.source) for one in found] == [(0.75, 1.0)]
+    card = model_card(task, [Check("serving.load", "PASS", "w", "f", "t", "h")], {}, Facts(served=served))
+    assert "| cloze &lt;b&gt; (acc) | 1.000 | 0.750 | 75.0% +- " in card
+    (result,) = ModelCard(card).data.eval_results or []
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("cloze-b-", "acc", 0.75)
+    assert "model-index" not in metadata(task) and "## Accuracy" not in model_card(task, [], {}, Facts(served=served))
 
 
 def test_no_path_of_the_machine_stands_in_the_card_and_its_recipe_loads(task: Task, tmp_path: Path) -> None:
