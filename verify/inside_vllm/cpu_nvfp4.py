@@ -309,13 +309,16 @@ def use_input_scales(model: torch.nn.Module, mode: str) -> None:
 
 
 def activate(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """SwiGLU of one expert, `[T, 2I] -> [T, I]`, clamped first if the model has a `swiglu_limit` (DeepSeek-V4).
+    """SwiGLU of one expert, `[T, 2I] -> [T, I]`, clamped first if the model has a `swiglu_limit` (DeepSeek-V4), or GELU's
+    tanh form in its place (Gemma-4).
 
     Raises NotImplementedError for any other activation.
     """
-    if layer.activation != MoEActivation.SILU:
-        raise NotImplementedError(f"{layer.layer_name}: the CPU emulation knows SwiGLU only, not {layer.activation}")
     gate, up = hidden.chunk(2, dim=-1)
+    if layer.activation == MoEActivation.GELU_TANH:
+        return torch.nn.functional.gelu(gate, approximate="tanh") * up
+    if layer.activation != MoEActivation.SILU:
+        raise NotImplementedError(f"{layer.layer_name}: the CPU emulation knows no {layer.activation}")
     if layer.swiglu_limit is not None:
         limit = float(layer.swiglu_limit)
         gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
