@@ -74,6 +74,8 @@ class _Tensor:
     wanted: Wanted
     part: str
     fills: str
+    #: Its first row in a linear layer that transformers joins on load; None if it fills a tensor of its own.
+    row: int | None = None
 
 
 class _Underivable(Exception):
@@ -143,6 +145,7 @@ def _derived(text: str, spelled: tuple[tuple[str, str], ...]) -> Family:
         serving_renames=() if wrapper is None else _served_names(blocks),
         served_in="" if wrapper is None else wrapped.LANGUAGE_MODEL,
         language="" if wrapper is None else TEXT_CONFIG,
+        joined=_joined(tensors),
         derived=True,
         tested=config["model_type"] in TESTED,
     )
@@ -218,6 +221,12 @@ def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[d
             fills = f"{owner}.{expert}.{projection}.weight"
             found[name] = _Tensor(Wanted(tuple(tensor.shape)), ROUTED, fills)
             continue
+        if tensor.shape != state[parameter].shape and _is_rows(tensor, state[parameter], modules[owner]):
+            fills = f"{owner}.{name.split('.')[-2]}.weight"
+            found[name] = _Tensor(
+                Wanted(tuple(tensor.shape)), _part(model, modules, experts, owner), fills, _row(tensor)
+            )
+            continue
         if tensor.shape != state[parameter].shape:
             raise _Underivable(
                 f"{name} of the hub is a part of {parameter} in transformers: such names are not read yet"
@@ -237,6 +246,30 @@ def _turning(model: PreTrainedModel) -> list[str]:
         if any(isinstance(step, Transpose) and step.check_dims for step in converter.operations)
         for pattern in converter.target_patterns
     ]
+
+
+def _is_rows(tensor: torch.Tensor, parameter: torch.Tensor, module: nn.Module) -> bool:
+    """Whether a hub tensor is some rows of a linear layer's weight."""
+    whole = isinstance(module, nn.Linear) and module.bias is None and tensor.dim() == 2
+    return whole and tensor.shape[1] == parameter.shape[1] and tensor.stride() == parameter.stride()
+
+
+def _row(tensor: torch.Tensor) -> int:
+    return int(tensor.storage_offset()) // tensor.stride(0)
+
+
+def _joined(tensors: Mapping[str, _Tensor]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`Family.joined`. Raises _Underivable for rows that do not follow each other."""
+    layers: dict[str, list[tuple[int, int, str]]] = {}
+    for tensor in tensors.values():
+        if tensor.row is not None:
+            layer, leaf, _ = tensor.fills.rsplit(".", 2)
+            layers.setdefault(layer, []).append((tensor.row, tensor.wanted.shape[0], leaf))
+    for layer, rows in layers.items():
+        ends = [0, *(first + count for first, count, _ in sorted(rows))]
+        if [first for first, _, _ in sorted(rows)] != ends[:-1]:
+            raise _Underivable(f"{layer} is not made of whole hub tensors one after the other")
+    return tuple((layer, tuple(leaf for _, _, leaf in sorted(rows))) for layer, rows in layers.items())
 
 
 def _stack(name: str, tensor: torch.Tensor, module: nn.Module, leaf: str) -> Stack:

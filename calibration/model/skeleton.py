@@ -55,6 +55,7 @@ def build_skeleton(
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf in module._non_persistent_buffers_set:
                 module._buffers[leaf] = buffer.to(device)
+    _divide(model, family, formats)
     sources = _match(model, checkpoint, formats, family)
     _set_dtypes(model, checkpoint, sources)
     return SourceModel(model, formats, family, sources, device)
@@ -101,12 +102,44 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     return model.eval()
 
 
+class _Joined(nn.Module):
+    """A linear layer as the several that the hub stores, whose outputs are joined in their order."""
+
+    def __init__(self, layer: nn.Linear, rows: dict[str, int]) -> None:
+        super().__init__()
+        for leaf, count in rows.items():
+            self.add_module(leaf, nn.Linear(layer.in_features, count, bias=False, dtype=layer.weight.dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., M]`."""
+        return torch.cat([layer(x) for layer in self.children()], dim=-1)
+
+
+def _divide(model: PreTrainedModel, family: Family, formats: Formats) -> None:
+    """Builds every layer of `Family.joined` as the modules that the source stores, with the rows that it stores."""
+    rows = {
+        family.model_name(logical_name(name)): formats.of(name).shape[0]
+        for name in formats.checkpoint.tensors
+        if family.joined and name not in formats.companions and len(formats.of(name).shape) == 2
+    }
+    for name, leaves in family.joined:
+        layer = model.get_submodule(name)
+        counts = {leaf: rows.get(f"{name}.{leaf}.weight", 0) for leaf in leaves}
+        if isinstance(layer, nn.Linear) and sum(counts.values()) == layer.out_features:  # else the match reports it
+            with torch.device("meta"):
+                model.set_submodule(name, _Joined(layer, counts))
+
+
 def _linearized(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
     """One nn.Linear per projection of every expert of an empty module."""
     linear = LinearExperts2D.get_linear_experts_cls(type(experts))
     if linear is Llama4LinearExperts:  # takes sizes where the others take a config
         return linear(experts.num_experts, experts.hidden_size, experts.expert_dim, config.get_text_config())
-    return linear(getattr(experts, "config", config))
+    made = linear(getattr(experts, "config", config))
+    for key, value in vars(experts).items():  # what its own activation reads: limits, factors
+        if not key.startswith("_") and not hasattr(made, key):
+            setattr(made, key, value)
+    return made
 
 
 def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:

@@ -102,10 +102,22 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "projection_hidden_size": 64, "image_token_id": 1002, "video_token_id": 1003, "vision_start_token_id": 1000,
         "vision_end_token_id": 1001,
     },
+    "minimax_m3_vl": {
+        "text_config": {
+            "model_type": "minimax_m3_vl_text", "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 128,
+            "dense_intermediate_size": 256, "shared_intermediate_size": 128, "rotary_dim": 32,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        "vision_config": {**_VISION}, "projector_hidden_size": 64, "merged_hidden_size": 256, "image_token_index": 1002,
+        "video_token_index": 1003,
+    },
 }  # fmt: skip
 #: How the hub spells what transformers writes otherwise than it reads.
 SPELLED: dict[str, tuple[tuple[str, str], ...]] = {
     "gemma3": ((r"^vision_tower\.(?!vision_model)", "vision_tower.vision_model."),),
+    "minimax_m3_vl": (
+        (r"\.layers\.0\.block_sparse_moe\.", ".layers.0.mlp."), (r"^(vision_tower\..*)\.block_sparse_moe\.", r"\1.mlp."),
+    ),
     "kimi_k25": (
         (r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
     ),

@@ -38,7 +38,9 @@ def describe_layer(module: Any) -> dict[str, Any] | None:
     found_kernels = (getattr(owner, key, None) for owner in (scheme, method) for key in ("kernel", "fp8_linear"))
     kernel = next((found for found in found_kernels if found is not None), None)
     if backend is not None:
-        kind, kernel_name = "attention", backend.get_name()
+        # the attention of vision towers names its backend by a member of an enumeration
+        named = getattr(backend, "get_name", None)
+        kind, kernel_name = "attention", named() if named is not None else str(getattr(backend, "name", backend))
     elif type(module).__name__ == "RoutedExperts":
         kind = "experts"
         gpu_backend = getattr(method, "nvfp4_backend", None) or getattr(method, "unquantized_backend", None)

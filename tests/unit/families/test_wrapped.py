@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
@@ -58,7 +60,9 @@ def test_what_lies_beside_the_language_model_is_copied(sources: dict[str, Path],
     parts = {name: task.family.place(name).part for name in task.plan.steps}
     beside = {name for name, part in parts.items() if part in ("vision tower", "projector")}
     assert {name for name, part in parts.items() if part == "vision tower"} and beside == {
-        name for name in parts if re.search("^(model\\.)?(vis|multi_modal_projector|mm_projector)", name)
+        name
+        for name in parts
+        if re.search("^(model\\.)?(vis|multi_modal_projector|mm_projector|patch_merge_mlp)", name)
     }
     assert all(task.plan.steps[name].action == "copy" for name in beside)
     blocks = {name for name in parts if re.search(r"layers\.\d+\..*proj\.weight$", name)} - beside
@@ -152,3 +156,22 @@ def test_a_quantization_that_the_language_model_s_config_declares_is_read_and_re
     served = output_config(plan, config)
     assert "quantization_config" in served and "quantization_config" not in served["text_config"]
     assert Formats(Checkpoint.open(source))._tile == (64, 64)
+
+
+def test_layers_that_transformers_joins_are_the_source_s_modules(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = Checkpoint.open(sources["minimax_m3_vl"])
+    built = build_skeleton(source, tmp_path, False)
+    mlp = "language_model.model.layers.0.mlp"
+    leaves = ["gate_proj", "up_proj"]
+    assert [built.source_module(f"model.layers.0.mlp.gate_up_proj.{leaf}") for leaf in leaves] == [
+        f"{mlp}.{leaf}" for leaf in leaves
+    ]
+    experts = built.model.get_submodule("model.layers.1.mlp.experts")
+    assert (experts.swiglu_alpha, experts.swiglu_limit) == (1.702, 7.0)  # its activation reads them
+    loaded = AutoModelForImageTextToText.from_pretrained(sources["minimax_m3_vl"], dtype=torch.bfloat16)
+    theirs = loaded.model.language_model.layers[0].mlp.gate_up_proj
+    joined = built.model.get_submodule("model.layers.0.mlp.gate_up_proj")
+    built.load([joined])
+    x = torch.randn(3, 256, dtype=torch.bfloat16)
+    assert torch.equal(torch.cat([joined.gate_proj.weight, joined.up_proj.weight]), theirs.weight)
+    assert (joined(x) - theirs(x)).abs().max() <= 2.0**-6 * theirs(x).abs().max()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
 import re
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -563,3 +565,32 @@ def test_an_error_names_the_innermost_module_that_was_built() -> None:
     error = {"type": "ValueError", "message": "block_n = 128", "module": "model.layers.3.attn.wq_a"}
     said = engine.failure({"ok": False, "stage": "load", "exit_code": 1, "error": error})
     assert said == "stage load: ValueError: block_n = 128 (in model.layers.3.attn.wq_a)"
+
+
+def test_attention_of_a_tower_is_described_by_the_name_of_its_backend() -> None:
+    class Backend(enum.Enum):
+        TORCH_SDPA = 1
+
+    attention = torch.nn.Module()
+    attention.attn_backend = Backend.TORCH_SDPA  # type: ignore[assignment]
+    (entry,) = vllm_watch.describe_layers(torch.nn.Sequential(attention))
+    assert (entry["kind"], entry["kernel"]) == ("attention", "TORCH_SDPA")
+
+
+@pytest.mark.parametrize(
+    ("imported", "why"), [("torchvision_of_nobody", "no package 'torchvision_of_nobody'"), ("json", None)]
+)
+def test_a_package_that_the_model_s_class_lacks_is_why_it_is_not_served(
+    imported: str, why: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f"vision_{imported}.py").write_text(f"import {imported}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    entry = types.SimpleNamespace(module_name=f"vision_{imported}")
+    models = types.ModuleType("vllm.model_executor.models")
+    models.ModelRegistry = types.SimpleNamespace(models={"Vision": entry})  # type: ignore[attr-defined]
+    for name in ("vllm", "vllm.model_executor"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, models.__name__, models)
+    here = types.SimpleNamespace(**{f"is_{name}": lambda: False for name in ("cuda", "rocm", "xpu", "cpu")})
+    said = vllm_worker.no_variant({"architectures": ["Vision"]}, here)
+    assert said is None if why is None else said is not None and why in said
