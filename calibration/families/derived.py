@@ -265,11 +265,11 @@ def _joined(tensors: Mapping[str, _Tensor]) -> tuple[tuple[str, tuple[str, ...]]
         if tensor.row is not None:
             layer, leaf, _ = tensor.fills.rsplit(".", 2)
             layers.setdefault(layer, []).append((tensor.row, tensor.wanted.shape[0], leaf))
-    for layer, rows in layers.items():
-        ends = [0, *(first + count for first, count, _ in sorted(rows))]
-        if [first for first, _, _ in sorted(rows)] != ends[:-1]:
+    for layer, found in layers.items():
+        ends = [0, *(first + count for first, count, _ in sorted(found))]
+        if [first for first, _, _ in sorted(found)] != ends[:-1]:
             raise _Underivable(f"{layer} is not made of whole hub tensors one after the other")
-    return tuple((layer, tuple(leaf for _, _, leaf in sorted(rows))) for layer, rows in layers.items())
+    return tuple((layer, tuple(leaf for _, _, leaf in sorted(found))) for layer, found in layers.items())
 
 
 def _stack(name: str, tensor: torch.Tensor, module: nn.Module, leaf: str) -> Stack:
