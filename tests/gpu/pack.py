@@ -23,14 +23,14 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 #: Bytes that may travel.
 MOST = 64 << 20
-#: What the project and its tests import, directly.
+#: What the project and its tests import, directly, and what builds it: a new environment may hold an old one.
 WANTED = ("llmcompressor", "compressed-tensors", "pydantic", "pyyaml", "regex", "rich", "safetensors", "huggingface-hub",
-          "jinja2", "matplotlib", "pytest")  # fmt: skip
+          "jinja2", "matplotlib", "pytest", "setuptools")  # fmt: skip
 #: Packages of a usual image with PyTorch and transformers; their own dependencies are there with them.
 THERE = (
     *("torch", "triton", "transformers", "tokenizers", "safetensors", "huggingface-hub", "accelerate", "numpy", "scipy"),
     *("pandas", "pyarrow", "fsspec", "aiohttp", "httpx", "xxhash", "requests", "tqdm", "packaging", "filelock", "regex"),
-    *("pyyaml", "jinja2", "rich", "matplotlib", "pillow", "pytest", "setuptools", "wheel", "psutil", "py-cpuinfo"),
+    *("pyyaml", "jinja2", "rich", "matplotlib", "pillow", "pytest", "psutil", "py-cpuinfo"),
     *("typing-extensions", "nvidia-ml-py", "sympy", "networkx", "markdown-it-py", "pygments", "threadpoolctl"),
 )  # fmt: skip
 
