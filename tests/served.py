@@ -53,6 +53,9 @@ def row(task: Task, wants: Wants) -> dict[str, Any]:
     family, packed = task.family, [o.name for step in task.plan.quantized.values() for o in step.outputs]
     fused = wants.fused(packed, lambda tensor: family.place(tensor).expert)
     parents, unquantized = set(), set()
+    for module, step in task.plan.quantized.items():
+        if (block := re.search(family.block, module)) and not all(wants.written.get(o.name) for o in step.outputs):
+            unquantized.add(without_numbers(module[block.end() :]))
     for tensor, output in task.plan.outputs.items():
         module, place = tensor.rpartition(".")[0], family.place(tensor)
         block = re.search(family.block, module)

@@ -66,14 +66,14 @@ def targets(plan: Plan, group: str) -> list[str]:
             plain += plan.family.serving_names(module)[:1] if within else [module]
             continue
         parent, _, leaf = module[block.end() :].rpartition(".")
-        numbers = blocks_of[(re.sub(r"\d+", r"\\d+", parent.replace(".", r"\.")), leaf)]
+        numbers = blocks_of[(re.sub(r"\d+", r"\\d+", (parent and f"{parent}.").replace(".", r"\.")), leaf)]
         if int(block[1]) not in numbers:
             numbers.append(int(block[1]))
     leaves_of: dict[tuple[tuple[int, ...], str], list[str]] = defaultdict(list)
     for (parent, leaf), numbers in blocks_of.items():
         leaves_of[(tuple(sorted(numbers)), parent)] += [leaf, *further.get(leaf, ())]
     return plain + [
-        rf"re:{prefix}layers\.(?:{'|'.join(map(str, numbers))})\.{parent}\.(?:{'|'.join(sorted(set(leaves)))})$"
+        rf"re:{prefix}layers\.(?:{'|'.join(map(str, numbers))})\.{parent}(?:{'|'.join(sorted(set(leaves)))})$"
         for (numbers, parent), leaves in leaves_of.items()
     ]
 

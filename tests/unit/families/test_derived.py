@@ -86,6 +86,13 @@ def test_names_that_transformers_changes_are_followed() -> None:
     assert family.model_name(name) == "model.layers.1.mlp.gate.moe_statics.e_score_correction_bias"
 
 
+def test_targets_of_modules_that_vllm_looks_up_under_no_parent(tmp_path: Path) -> None:
+    source = any_family.write(tmp_path / "source", "jamba")
+    task = task_of(recipe(source, tmp_path / "out", ["part:attention"], calibration=None, method="convert"))
+    (target,) = targets(task.plan, "experts")
+    assert re.match(target.removeprefix("re:"), "model.layers.1.o_proj")
+
+
 def test_a_linear_layer_that_is_multiplied_by_and_never_called_is_no_target() -> None:
     family = derived("jamba", attn_layer_period=2, attn_layer_offset=1, mamba_dt_rank=16)
     mamba = "model.layers.0.mamba"
