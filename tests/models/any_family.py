@@ -125,6 +125,7 @@ _STORED = {
 _HUB: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 64, "partial_rotary_factor": 0.5},
     "minimax_m2": {"rotary_dim": 32, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"]},  # as vLLM's registry has it
     "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
