@@ -50,7 +50,8 @@ class Importance:
         else:
             parts = _sums_of_squares(inputs)
             Importance._last = weakref.ref(inputs), inputs._version, parts
-        self.sums = parts if self.sums is None else self.sums + parts
+        # Its own tensor: ranks add theirs in place.
+        self.sums = parts.clone() if self.sums is None else self.sums + parts
 
     def vector(self) -> torch.Tensor | None:
         """Float32 `[K]`, up to a common factor; None if no token came or every input was zero."""

@@ -89,6 +89,16 @@ def test_importance_of_a_tensor_that_was_written_to_is_summed_again() -> None:
     assert first.vector().tolist() == [3.0] * 16 and second.vector().tolist() == [24.0] * 16  # type: ignore[union-attr]
 
 
+def test_layers_that_see_one_tensor_have_sums_of_their_own() -> None:
+    """Ranks add theirs to each in place."""
+    inputs, first, second = torch.ones(3, 16), Importance(), Importance()
+    first.add(inputs)
+    second.add(inputs)
+    assert first.sums is not None and second.sums is not None
+    first.sums += 1
+    assert torch.equal(first.sums, second.sums + 1)
+
+
 def test_importance_takes_inputs_that_overflow_a_sum() -> None:
     importance = Importance()
     importance.add(torch.full((2, 16), 3e38))
