@@ -12,6 +12,8 @@ from recipes.patterns import Pattern, PatternError, TimeLimit
 
 #: What an entry begins with that names a part of the model instead of modules.
 PART = "part:"
+#: How recipes of llm-compressor name the head of any model; DeepSeek's own name is `head`, wrappers put a prefix before it.
+_HEAD = "lm_head"
 #: Limits for suggesting the closest names to an entry that matches nothing: entries per recipe, letters of an entry.
 _COMPARED, _COMPARED_LENGTH = 20, 300
 
@@ -35,9 +37,11 @@ class Matcher:
         return hits or []
 
     def ignored(self, entry: str) -> list[str]:
-        """The modules that an ignore entry matches. No match is a note, because published lists have such entries; a
-        pattern that takes too long is a problem."""
+        """The modules that an ignore entry matches; `lm_head` names the head, however the source spells it. No match is
+        a note, because published lists have such entries; a pattern that takes too long is a problem."""
         hits = self._hits("ignore", entry)
+        if hits == [] and entry == _HEAD:
+            hits = self._hits("ignore", f"{PART}head")
         if hits == []:
             self._notes.append(
                 f"ignore: {entry!r} matches no module of the source and changes nothing{self._closest(entry)}"

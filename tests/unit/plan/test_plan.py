@@ -142,7 +142,13 @@ def test_linear_means_linear_layers(sources: dict[str, Path]) -> None:
     assert parts.keys() == {"attention", "routed expert"} and not plan.warnings
 
 
-@pytest.mark.parametrize("entry", ["lm_head", r"re:.*mlp\.gate$", "re:visual.*", "re:.*shared_expert_gate$"])
+def test_lm_head_in_ignore_is_the_head_however_the_source_spells_it(sources: dict[str, Path]) -> None:
+    named, spelled, bare = (make(sources["bf16"], "Linear", ignore=ignore) for ignore in (["lm_head"], ["head"], []))
+    assert "head" in bare.quantized and "head" not in named.quantized
+    assert named.digest == spelled.digest and len(named.warnings) == 1  # what Linear leaves out
+
+
+@pytest.mark.parametrize("entry", ["lm_head.weight", r"re:.*mlp\.gate$", "re:visual.*", "re:.*shared_expert_gate$"])
 def test_an_ignore_entry_that_matches_nothing_is_a_note_and_changes_nothing(
     sources: dict[str, Path], entry: str
 ) -> None:
