@@ -207,7 +207,7 @@ class Serving(Section):
     python: PathText = ".venv-vllm/bin/python"
     """Python interpreter of the environment with vLLM, which is separate from llm-compressor's."""
     prompts: list[Text] = Field(default=[])
-    """Your own prompts, added to the built-in kinds."""
+    """Your own prompts, added to the built-in kinds; one that does not fit the context length is refused."""
     max_tokens: int = Field(default=64, ge=1)
     """Tokens generated per prompt; at most half of the context length."""
     text: PathText | None = "bundled"

@@ -127,6 +127,10 @@ def too_long(source: Path, output: Path) -> Body:
     return serving(max_model_len=4096)
 
 
+def long_prompt(source: Path, output: Path) -> Body:
+    return serving(max_model_len=64, prompts=["short", "word " * 200])
+
+
 def unservable_heads(source: Path, output: Path) -> Body:
     """Heads of 24: vLLM's attention on a CPU has kernels for other widths."""
     config(source, head_dim=24)
@@ -228,6 +232,9 @@ MORNINGS: dict[str, Morning] = {
     "vLLM has no kernel for a shape": Morning(unservable_heads, BROKEN, ("serving.logprobs: ", "head_dim=24"), serves=True),
     "max_model_len is longer than the model": Morning(
         too_long, BROKEN, ("serving.load: ", "max_model_len (4096) is greater than the derived"), serves=True
+    ),
+    "a prompt is longer than max_model_len": Morning(
+        long_prompt, RECIPE, ("verify.serving.prompts: prompt 2 has ", "or set verify.serving.max_model_len: "), serves=True
     ),
     "the memory does not hold the KV cache": Morning(no_memory, BROKEN, ("serving.load: ", "memory"), serves=True),
     "vLLM is killed": Morning(killed, BROKEN, ("serving.load: ", "killed by SIGKILL"), serves=True),

@@ -17,8 +17,8 @@ TEMPLATE_SECONDS, TEMPLATE_BYTES, TEMPLATE_CHARACTERS = 60, 1 << 30, 1 << 22
 
 
 def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[str, Any]]:
-    """An entry per prompt with its `token_ids`, truncated so that prompt and sample fit; an entry without them gives
-    the reason in `skipped`.
+    """An entry per prompt with its `token_ids`; an entry without them gives the reason in `skipped`. Built-in prompts are
+    truncated so that prompt and sample fit; one of the recipe's that does not fit is skipped.
 
     Without a tokenizer, text becomes as many seeded random token ids as it has words.
     """
@@ -48,6 +48,8 @@ def tokenize(llm: Any, request: dict[str, Any], model_config: Any) -> list[dict[
         if prompt.get("fill") and ids:
             ids, text = (ids * (room // len(ids) + 1))[:room], None
         ids = ids[-prompt["limit"] :] if "limit" in prompt else ids
+        if prompt["kind"].startswith("recipe ") and len(ids) > room:
+            skipped, ids = f"{len(ids)} tokens, verify.serving.max_model_len leaves {room}", []
         entries.append(entry(prompt["kind"], ids[:room], vocabulary, text, skipped))
     return entries
 

@@ -10,7 +10,7 @@ REQUEST.json
     windows             null | {text, count, tokens} | {token_ids: [[...], ...]}: text scored window by window
     max_tokens          greedy tokens per prompt
     dtype               "auto" | "float32" | "bfloat16" | "float16"
-    max_model_len       tokens (prompts are cut to fit)
+    max_model_len       tokens (built-in prompts are cut to fit, the recipe's skipped)
     trust_remote_code   bool
     seed                int
     write_logits        directory for `window.<i>.safetensors`, or `prompt.<i>.safetensors` without windows:

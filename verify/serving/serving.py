@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ AUTO_BYTES = 2 * 2**30
 """Largest source, in BF16 bytes, that `compare: auto` serves: larger ones need an explicit `compare: true`."""
 LONGEST_TOKEN = 32
 """Characters of text that are read per token; runs of blanks have the most characters per token."""
+_AROUND = 8
+"""Tokens that a tokenizer may put around a text."""
 DAYS = " ".join(
     f"On day {n} the ship sailed {7 * n} miles and the crew counted {3 * n + 1} birds." for n in range(1, 13)
 )
@@ -126,6 +128,36 @@ def read_text(options: Serving) -> str | None:
     return text
 
 
+def context(options: Serving, config: dict[str, Any], accuracy: Accuracy | None) -> tuple[int, int]:
+    """The context length to serve with, and how much of it a sample takes, both in tokens; the rest is left to a prompt.
+    `config` is the language model's."""
+    room = max(PROMPT_ROOM, TASK_ROOM if accuracy else 0, options.window_tokens if options.text else 0)
+    longest = int(config.get("max_position_embeddings") or room + options.max_tokens)
+    length = options.max_model_len or min(room + options.max_tokens, longest)
+    return length, min(options.max_tokens, length // 2)
+
+
+def prompt_problems(
+    options: Serving, config: dict[str, Any], accuracy: Accuracy | None, count: Callable[[str], int]
+) -> list[str]:
+    """The recipe's prompts that do not fit the context length. `count` gives a text's tokens, and is not called for one whose
+    bytes already fit."""
+    length, sample = context(options, config, accuracy)
+    room, problems = length - sample, []
+    for number, text in enumerate(options.prompts, 1):
+        # A token is a byte or more, beside those that a tokenizer puts around a text.
+        if len(text.encode()) + _AROUND <= room or (tokens := count(text)) <= room:
+            continue
+        longest = int(config.get("max_position_embeddings") or 0)
+        wanted = tokens + options.max_tokens
+        raising = f", or set verify.serving.max_model_len: {wanted}" if not 0 < longest < wanted else ""
+        problems.append(
+            f"verify.serving.prompts: prompt {number} has {tokens:,} tokens, and a context of {length:,} leaves {room:,} beside "
+            f"a sample of {sample}; shorten it{raising}"
+        )
+    return problems
+
+
 def source_as_stored(source: Formats, options: Serving) -> SourceToServe | None:
     """The source as stored, if vLLM can load that on any machine (BF16, F16, F32) and `compare` allows its size; None
     if the recipe wants no comparison."""
@@ -163,13 +195,13 @@ def verify_serving(
     if extras.accuracy:
         options = options.model_copy(update={"timeout": options.timeout + extras.accuracy.timeout})
     own = [{"kind": f"recipe {n}", "text": text} for n, text in enumerate(options.prompts, 1)]
-    length = options.max_model_len or _length(options, config, TASK_ROOM if extras.accuracy else 0)
+    length, sample = context(options, config, extras.accuracy)
     text = read_text(options)
     request: dict[str, Any] = {
         "checkpoint": str(checkpoint.resolve()),
         "prompts": default_prompts() + own if experiment.prompts is None else experiment.prompts,
         "windows": text and {"text": text, "count": options.windows, "tokens": options.window_tokens},
-        "max_tokens": min(options.max_tokens, length // 2),  # leaves space for a prompt
+        "max_tokens": sample,
         "dtype": options.dtype,
         "max_model_len": length,
         "trust_remote_code": extras.trust_remote_code,
@@ -267,8 +299,3 @@ def samples(result: dict[str, Any]) -> list[dict[str, Any]]:
         if p.get("sample_ids")
     ]  # fmt: skip
     return sorted(found, key=lambda s: not str(s["kind"]).startswith("recipe"))
-
-
-def _length(options: Serving, config: dict[str, Any], room: int) -> int:
-    wanted = max(PROMPT_ROOM, room, options.window_tokens if options.text else 0) + options.max_tokens
-    return min(wanted, int(config.get("max_position_embeddings") or wanted))

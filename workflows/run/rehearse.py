@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from calibration.checkpoint.files import read_json, write_json
+from calibration.families.registry import language_config
 from calibration.forecast.cost import boundary_bytes, hessian_bytes, hidden_width, scratch_bytes
 from calibration.runs.disk import Need, probe_write, space_problems
 from calibration.runs.memory import available_memory
 from calibration.runs.output import BEGUN, entries, overwrite_problems
 from calibration.runs.resume import activations_directory, finished_blocks
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError
-from verify.serving.serving import check_serving
+from verify.serving.serving import check_serving, prompt_problems
 from verify.serving.wants import ask_server, differences
 from workflows.run.prediction import FILE, render
 from workflows.run.proofs import SERVER
@@ -66,6 +67,7 @@ def rehearse(run: Run, early: Sequence[str] = ()) -> None:
     speed = attempts.of(lambda: _probe_disks(run))
     attempts.of(lambda: _read_side_files(run))
     facts: dict[str, Any] = {"write_bytes_per_second": speed}
+    attempts.of(lambda: _check_prompts(run))
     if not early:  # which may say that there is no vLLM
         facts["server"] = attempts.of(lambda: _ask_server(run))
     if run.recipe.method == "calibrate":
@@ -132,6 +134,24 @@ def _probe_disks(run: Run) -> dict[str, float]:
             run.reporter.say(f"{what}: {size / 1e6:.0f} MB written, fsynced and renamed at {speed / 1e6:,.0f} MB/s")
     attempts.end()
     return speeds
+
+
+def _check_prompts(run: Run) -> None:
+    """Raises RecipeError for prompts of the recipe that do not fit the context that the verify stage serves."""
+    serving = run.recipe.verify.serving
+    if serving is None:
+        return
+
+    def count(text: str) -> int:
+        from calibration.data.batches import load_tokenizer  # imported late: transformers takes seconds
+
+        try:
+            return len(load_tokenizer(run.source.directory, run.recipe.source.trust_remote_code).encode(text))
+        except SourceError:  # reported where calibration needs it; without one, the engine takes a word as a token
+            return len(text.split())
+
+    if problems := prompt_problems(serving, language_config(run.source.config), run.recipe.verify.accuracy, count):
+        raise RecipeError(problems)
 
 
 def _ask_server(run: Run) -> dict[str, str] | None:

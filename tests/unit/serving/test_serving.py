@@ -467,6 +467,28 @@ def test_context_length_leaves_room_for_prompt_and_sample(
     assert (request["max_model_len"], request["max_tokens"]) == expected
 
 
+def test_prompts_that_do_not_fit_the_context_are_named_with_the_length_to_write() -> None:
+    options = Serving(prompts=["no doubt", "ten " * 10, "x" * 600], max_model_len=64, max_tokens=50)
+    counted: list[str] = []
+
+    def count(text: str) -> int:
+        counted.append(text)
+        return len(text.split()) if " " in text else len(text)
+
+    assert serving.prompt_problems(options, {"max_position_embeddings": 650}, None, count) == [
+        "verify.serving.prompts: prompt 3 has 600 tokens, and a context of 64 leaves 32 beside a sample of 32; shorten it, or "
+        "set verify.serving.max_model_len: 650"
+    ]
+    assert counted == options.prompts[1:]  # eight bytes are eight tokens at most
+    for config in ({"max_position_embeddings": 631}, {"max_position_embeddings": 64}):
+        (problem,) = serving.prompt_problems(options, config, None, count)
+        assert problem.endswith("; shorten it")
+    chosen = options.model_copy(update={"max_model_len": None})
+    (problem,) = serving.prompt_problems(chosen, {}, None, count)
+    assert "a context of 562 leaves 512" in problem
+    assert serving.prompt_problems(chosen.model_copy(update={"window_tokens": 600}), {}, None, count) == []
+
+
 def test_a_text_that_cannot_be_read_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")

@@ -57,3 +57,14 @@ def test_a_hostile_chat_template_skips_its_prompt_and_the_engine_goes_on(
         assert skipped in chat["skipped"] and chat["token_ids"] == []
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_prompt_of_the_recipe_is_skipped_with_its_length_rather_than_cut() -> None:
+    llm = SimpleNamespace(get_tokenizer=lambda: _Tokenizer(""))
+    config = SimpleNamespace(skip_tokenizer_init=False, get_vocab_size=lambda: 256)
+    prompts = [{"kind": kind, "text": "x" * 57} for kind in ("long", "recipe 1", "recipe 2")]
+    prompts[2]["text"] = "y" * 56
+    request = {"max_model_len": 64, "max_tokens": 8, "seed": 1, "prompts": prompts}
+    built_in, long, fits = vllm_prompts.tokenize(llm, request, config)
+    assert len(built_in["token_ids"]) == len(fits["token_ids"]) == 56
+    assert long["token_ids"] == [] and long["skipped"] == "57 tokens, verify.serving.max_model_len leaves 56"
