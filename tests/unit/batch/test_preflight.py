@@ -52,8 +52,8 @@ def test_preflight_tells_every_problem_at_once(tmp_path: Path, source: Path, bat
 def test_a_shared_source_is_opened_once(
     tmp_path: Path, source: Path, batch: BatchDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, real = [], batch_plan.Checkpoint.open
-    monkeypatch.setattr(batch_plan.Checkpoint, "open", lambda path: (opened.append(path), real(path))[1])
+    opened, real = [], batch_plan.open_source
+    monkeypatch.setattr(batch_plan, "open_source", lambda path: (opened.append(path), real(path))[1])
     found = looked_at(batch, *(recipe(tmp_path, name, source) for name in ("a", "b", "c")))
     assert not found.problems and opened == [source]
     assert all(entry.seconds is not None and entry.seconds > 0 for entry in found.entries)

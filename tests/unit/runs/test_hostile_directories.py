@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from calibration.checkpoint.index import Checkpoint
+from calibration.families.registry import family_of
 from calibration.model.skeleton import _clean_config
 from calibration.runs.journal import RunDirectory, process_began
 from calibration.runs.resume import is_boundary
@@ -107,7 +108,9 @@ def test_the_skeleton_is_written_over_no_file(tmp_path: Path) -> None:
     (tmp_path / "run" / "skeleton").mkdir(parents=True)
     for name in ("config.json", "config.json.partial", "modeling.py", "modeling.py.partial"):
         (tmp_path / "run" / "skeleton" / name).symlink_to(precious)
-    made = _clean_config(Checkpoint.open(source), tmp_path / "run", True)
+    checkpoint = Checkpoint.open(source)
+    family = family_of(checkpoint.config, str(source), checkpoint.tensors)
+    made = _clean_config(checkpoint, family, tmp_path / "run", True)
     assert (made / "modeling.py").read_text() == "code" and precious.read_text() == "precious"
 
 
