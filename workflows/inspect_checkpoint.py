@@ -112,7 +112,8 @@ def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
 
 def headroom(factor: float) -> str:
     """The text for `calibration.input_headroom` in tables."""
-    return f"calibrated, each admits {factor:g} times the largest calibrated input"
+    times = "" if factor == 1 else f"{factor:g} times "
+    return f"calibrated, each admits {times}the largest calibrated input"
 
 
 def print_checkpoint(facts: dict[str, Any], console: Console) -> None:

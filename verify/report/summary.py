@@ -45,6 +45,7 @@ def verdict_lines(checks: Sequence[Check], facts: Facts, width: int) -> list[Tex
     spare = 1 if found else 2
     tail = _rows(_quality_line(quality), width, 2)
     for line, most in (
+        (_signature(checks), 1),
         (_accuracy(checks, facts), spare),
         (_size(checks, facts), 1),
         (_time(facts), spare),
@@ -97,6 +98,12 @@ def _fitting(found: Sequence[_Finding], width: int, room: int, more: str) -> lis
             return [*rows, *_rows(Text(f"and {len(found) - number} more: {more}"), width, 1)]
         rows += lines
     return rows
+
+
+def _signature(checks: Sequence[Check]) -> Text:
+    """What a signature proves; one that is not PASS is among the findings."""
+    signed = [check for check in checks if check.id == "structure.signature" and check.verdict == "PASS"]
+    return _line(f"signature: {signed[0].verdict}, {signed[0].figure}") if signed else Text()
 
 
 def _verdicts(checks: Sequence[Check], quality: Quality | None) -> Text:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from recipes.streams import exit_with, printed
 from recipes.units import size
 from verify.report.tables import OutputConsole
 from verify.signature import SIGNATURE_NAME
-from workflows.publish.publication import Publication, named_card, prepare, read_card, verdict_problems
+from workflows.publish.publication import (
+    Publication,
+    card_notes,
+    loses_signature,
+    named_card,
+    prepare,
+    read_card,
+    verdict_problems,
+)
 from workflows.publish.signing import require_private_key, sign
 
 
@@ -52,9 +61,14 @@ def _publish(options: argparse.Namespace) -> None:
         raise VerificationFailed(problems)
     despite = options.despite if problems else None
     card = named_card(read_card(output.directory), options.repository, options.base_model, despite)
-    console = OutputConsole()
+    console, notes = OutputConsole(), card_notes(card) if options.repository else []
+    if options.sign is None and loses_signature(output.directory, card):
+        broken = f"{SIGNATURE_NAME} is of the card as it is, and publishing changes it; sign again with --sign KEY"
+        if not options.dry_run:
+            raise RecipeError(f"{output.directory}: {broken}, or remove {SIGNATURE_NAME}")
+        notes.append(broken)
     if options.dry_run:
-        _print(prepare(output), options, problems, console)
+        _print(prepare(output), options, [*_doubts(problems), *_noted(notes)], console)
         return
     api = _hub(options.repository) if options.repository else None
     write_text(output.directory / CARD_NAME, card)
@@ -62,9 +76,10 @@ def _publish(options: argparse.Namespace) -> None:
         sign(output.directory, options.sign)
     if api is None:
         console.print(f"signed: {output.directory / SIGNATURE_NAME}", soft_wrap=True)
+        console.print(f"check it: python -m verify {output.directory} --public-key PUBLIC_KEY", soft_wrap=True)
         return
     publication = prepare(output)
-    _print(publication, options, problems, console)
+    _print(publication, options, [*_doubts(problems), *_noted(notes)], console)
     address = _upload(api, options, publication, console)
     console.print(f"published: {address}", soft_wrap=True)
 
@@ -133,7 +148,15 @@ def _message(options: argparse.Namespace) -> str:
     return f"NVFP4 checkpoint by nvfp4-workflows{' (published despite its verdict)' if options.despite else ''}"
 
 
-def _print(publication: Publication, options: argparse.Namespace, problems: list[str], console: OutputConsole) -> None:
+def _noted(notes: Iterable[str]) -> list[str]:
+    return [f"note: {note}" for note in notes]
+
+
+def _doubts(problems: Iterable[str]) -> list[str]:
+    return [f"despite: {problem}" for problem in problems]
+
+
+def _print(publication: Publication, options: argparse.Namespace, more: list[str], console: OutputConsole) -> None:
     kind = "private" if options.private else "public"
     begin = "would publish" if options.dry_run else "publishing"
     lines = [
@@ -143,9 +166,7 @@ def _print(publication: Publication, options: argparse.Namespace, problems: list
     if options.sign is not None and options.dry_run:
         lines.append(f"  model.sig  signed with {options.sign}")
     lines += [f"left out: {name}" for name in publication.left_out]
-    lines += [f"note: {note}" for note in publication.notes]
-    lines += [f"despite: {problem}" for problem in problems]
-    for line in lines:
+    for line in [*lines, *_noted(publication.notes), *more]:
         console.print(line, soft_wrap=True)
 
 

@@ -47,12 +47,31 @@ def prepare(output: Checkpoint) -> Publication:
     """The publication of an output: the shards that the index names, and the files that belong to a repository. Raises
     SourceError for a file that cannot be read or is a link out of the output."""
     directory = output.directory
-    names = [*output.shards, *(name for name in _OURS if is_file(directory / name))]
+    names = [*sorted(output.shards), *(name for name in _OURS if is_file(directory / name))]
     names += [str(path.relative_to(directory)) for path in side_files(directory).copied]
     files = {name: directory / name for name in dict.fromkeys(names)}
     there = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     left = tuple(sorted(name for name in there - files.keys() if not name.startswith(".")))
     return Publication(files, left, tuple(_notes(directory)))
+
+
+def loses_signature(directory: Path, card: str) -> bool:
+    """Whether a signature is there that `card` would break: it is of the card as it is."""
+    return is_file(directory / SIGNATURE_NAME) and read_card(directory) != card
+
+
+def card_notes(card: str) -> list[str]:
+    """What the metadata of a card do not say, and readers of a hub look for."""
+    try:
+        said, _ = _front(card)
+    except RecipeError:
+        return [f"{CARD_NAME} has no metadata"]
+    notes = []
+    if "base_model" not in said:
+        notes.append("the card names no base_model, because the source is a local directory: --base-model OWNER/NAME")
+    if "license" not in said:
+        notes.append(f"the card names no license, because the source's {CARD_NAME} names none")
+    return notes
 
 
 def _notes(directory: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import yaml
@@ -55,7 +56,7 @@ def model_card(task: Task, checks: Sequence[Check], facts: Mapping[str, str], me
 
 # {markdown_text(recipe.output.rstrip("/").rpartition("/")[2])}
 
-Tensor names are the source's own. What is not quantized is byte-identical to the source.
+Tensor names are the source's own. {_kept(task)}
 
 | | |
 |---|---|
@@ -63,6 +64,18 @@ Tensor names are the source's own. What is not quantized is byte-identical to th
 
 {body}
 """
+
+
+def _kept(task: Task) -> str:
+    """What became of the tensors that are not quantized."""
+    plan = task.plan
+    counts = Counter(step.action for step in plan.steps.values() if step.outputs)
+    other = [
+        (counts["rescale"], "that smoothing multiplied by powers of two"),
+        (counts["cast"], f"written in {task.recipe.export.plain_dtype}"),
+    ]
+    told = " and ".join(f"{count:,} tensors {what}" for count, what in other if count)
+    return f"What is not quantized is byte-identical to the source{f', but for {told}' if told else ''}."
 
 
 def _table(task: Task, facts: Mapping[str, str]) -> str:
@@ -91,7 +104,11 @@ def _serve(task: Task) -> str:
     words = [f"vllm serve {REPOSITORY}", *serve_arguments(config, nbytes, chats, experts)]
     command = re.sub(r" (?=--)", " \\\n    ", " ".join(words[:1] + [shlex.quote(word) for word in words[1:]]))
     count = gpus(config, nbytes)
-    fit = f"{count} of {size(GPU_BYTES)}" if count else f"more than this command names ({size(GPU_BYTES)} each)"
+    fit = (
+        f"{count} GPU{'s' if count > 1 else ''} of {size(GPU_BYTES)}"
+        if count
+        else f"more than this command names ({size(GPU_BYTES)} each)"
+    )
     return f"""{_fenced(command, "sh")}
 
 - Minimum memory: {size(nbytes)} for the weights on all GPUs together, and a third more for KV cache and activations: {fit}.
@@ -152,8 +169,8 @@ def _limits(checks: Sequence[Check]) -> str:
 def _verify() -> str:
     command = f"python -m verify {REPOSITORY}\npython -m verify {REPOSITORY} --source SOURCE --prove"
     return (
-        "With the project that made it (nvfp4-workflows). The second command derives every byte again from the source; "
-        f"`provenance.json` says how it was made.\n\n{_fenced(command, 'sh')}"
+        "With the project that made it (nvfp4-workflows). The second command derives again from the source every byte that "
+        f"follows from it and the recipe; `provenance.json` says how it was made.\n\n{_fenced(command, 'sh')}"
     )
 
 

@@ -10,6 +10,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,36 @@ def test_signing_alone_writes_the_signature_and_needs_no_network(made: Recipe, t
     check = signature_check(Path(made.output), public)
     assert check is not None and check.verdict == "FAIL"
     assert main([made.output, "--sign", str(private)]) == 5
+
+
+def test_an_output_that_was_signed_alone_is_not_published_with_a_signature_that_its_card_breaks(
+    made: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = write_keys(tmp_path)
+    assert main([made.output, "--sign", str(private)]) == 0
+    assert f"python -m verify {made.output} --public-key" in capsys.readouterr().out
+    assert publish(made, "--dry-run") == 0
+    assert "note: model.sig is of the card as it is" in capsys.readouterr().out
+    assert publish(made) == 2
+    assert "sign again with --sign KEY, or remove model.sig" in capsys.readouterr().err
+    assert publish(made, "--dry-run", "--sign", str(private)) == 0
+    assert "is of the card" not in capsys.readouterr().out
+    check = signature_check(Path(made.output), public)
+    assert check is not None and check.verdict == "PASS"
+
+
+def test_a_dry_run_says_what_readers_of_the_card_will_miss(made: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    assert publish(made, "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "note: the card names no base_model" in printed and "note: the card names no license" in printed
+    assert publish(made, "--dry-run", "--base-model", "a/b") == 0
+    assert "base_model" not in capsys.readouterr().out
+
+
+def test_shards_are_listed_in_order(made: Recipe) -> None:
+    output = Checkpoint.open(Path(made.output))
+    mixed: Any = SimpleNamespace(directory=output.directory, shards=sorted(output.shards, reverse=True))
+    assert list(prepare(mixed).files)[: len(mixed.shards)] == sorted(output.shards) != mixed.shards
 
 
 @pytest.mark.parametrize(

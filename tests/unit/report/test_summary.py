@@ -86,6 +86,13 @@ def test_a_failure_comes_first_with_figure_threshold_and_remedy() -> None:
     )
 
 
+def test_a_good_signature_is_said_and_a_bad_one_is_a_failure() -> None:
+    signed = Check("structure.signature", "PASS", "what", "signed by the key a.pub", "no problem", "how")
+    assert "signature: PASS, signed by the key a.pub" in shown([*PASSED, signed]).splitlines()
+    assert "\nsignature: " not in shown([*PASSED, replace(signed, verdict="FAIL")])
+    assert "\nsignature: " not in shown(PASSED)
+
+
 def test_what_stayed_unchecked_is_named_with_what_is_missing() -> None:
     reason = "not reached: the engine was killed"
     unserved = [Check(f"serving.{name}", "UNCHECKED", "what", reason, "all", "not run") for name in ("load", "finite")]

@@ -159,3 +159,14 @@ def test_the_hubs_cache_gives_a_source_its_name_and_commit(tmp_path: Path) -> No
     source = Source(checkpoint=str(snapshot))
     assert (hub_id(source), revision(source)) == ("some-org/Some-Model", commit)
     assert hub_id(Source(checkpoint=str(tmp_path))) is None
+
+
+def test_the_card_says_what_became_of_tensors_that_are_not_quantized(task: Task) -> None:
+    def said(task: Task) -> str:
+        return next(line for line in model_card(task, [], {}).splitlines() if line.startswith("Tensor names"))
+
+    assert said(task).endswith("What is not quantized is byte-identical to the source.")
+    norms = {name: replace(step, action="rescale") for name, step in task.plan.steps.items() if "layernorm" in name}
+    smoothed = replace(task, plan=replace(task.plan, steps=task.plan.steps | norms))
+    wanted = f"byte-identical to the source, but for {len(norms)} tensors that smoothing multiplied by powers of two."
+    assert norms and said(smoothed).endswith(wanted)
