@@ -26,9 +26,9 @@ from recipes.schema import Calibration, Fidelity
 from verify.checks import Check
 from verify.fidelity.forward import verify_forward
 from verify.fidelity.input_scales import input_scale_check, saturation_check
-from verify.fidelity.rescaled import Rescaled, rescaled_blocks
+from verify.fidelity.rescaled import Rescaled, compensated, rescaled_blocks
 from verify.fidelity.smoothing import SmoothedWeights
-from verify.fidelity.verdicts import HOW, Pairs, block_errors, coverage_check, kept_checks, weight_checks
+from verify.fidelity.verdicts import HOW, Explained, Pairs, block_errors, coverage_check, kept_checks, weight_checks
 from verify.fidelity.weights import Measured, Stored, measure
 
 COLUMNS = ("module", "part", "block", "expert", "projection", "relative_error", "sqnr_db", "cosine", "saturated",
@@ -80,9 +80,10 @@ def measure_fidelity(
         ]
         # Weights that our own plans rescale are compared up to exact factors.
         rescaled = rescaled_blocks(output, source, family, pairs.quantized, differing) if plan is None else set()
+        readers = compensated(output, source, family, differing) if rescaled else set[str]()
         counterparts = Counterparts(output, source, family, rescaled, smoothed)
         measured = measure_weights(pairs, counterparts, progress)
-        checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, rescaled)]
+        checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, Explained(rescaled, readers))]
         checks += [] if smoothed is None else [smoothed.check()]
     except WorkflowError as problem:
         check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", HOW)

@@ -2,8 +2,8 @@
 column.
 
 The factors cancel inside a block (a norm or the previous projection has the inverse), so that the model is unchanged.
-They are only accepted in foreign checkpoints, in blocks whose changed norms are explained by the factors of a quantized
-weight; the block cosine proves that they cancel.
+They are only accepted without a plan, in blocks whose changed norms are explained by the factors of a quantized weight; what is
+not quantized and reads a norm must have the inverse factors. The block cosine proves that they cancel.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from verify.fidelity.weights import Stored
 #: rounded, and the factors are averages over all rows.
 _TOLERANCE = 0.05
 _ROUNDS = 3
+#: Norm and weight are both rounded to BF16 after scaling, each by up to 2^-8 of its value.
+_ROUNDED = 2.0**-6
 
 
 class Rescaled(Stored):
@@ -40,6 +42,37 @@ class Rescaled(Stored):
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """The rows as in `Stored.rows`, scaled."""
         return super().rows(begin, end).mul_(self.row_factors[begin:end]).mul_(self.column_factors)
+
+
+def compensated(output: Formats, source: Formats, family: Family, differing: Iterable[str]) -> set[str]:
+    """The unquantized weights `[M, K]` among the `differing` tensors whose columns have the inverse of the factors of a norm
+    among them, of the same block: a router that reads what the norm makes. Exactly, if the factors are powers of two."""
+    norms: dict[int | None, list[torch.Tensor]] = defaultdict(list)
+    weights = []
+    for name in differing:
+        place, stored = family.place(name), output.of(name)
+        if stored.kind != "plain" or source.of(name).kind != "plain":
+            continue
+        if place.part == "norm" and len(stored.shape) == 1:
+            before, after = (f.checkpoint.read(name).to(torch.float32) for f in (source, output))
+            norms[place.block].append(torch.where((before == 0) & (after == 0), 1.0, before / after))
+        elif len(stored.shape) == 2:
+            weights.append((name, place.block))
+    return {
+        name
+        for name, block in weights
+        if any(_has_columns(source, output, name, factors) for factors in norms[block] if block is not None)
+    }
+
+
+def _has_columns(source: Formats, output: Formats, name: str, factors: torch.Tensor) -> bool:
+    """Whether a weight is the source's times `factors` per column."""
+    before, after = (f.checkpoint.read(name).to(torch.float32) for f in (source, output))
+    if before.shape[1:] != factors.shape or not bool(factors.isfinite().all()):
+        return False
+    exact = bool((factors.abs().frexp().mantissa == 0.5).all())
+    wanted = before * factors
+    return bool(((after - wanted).abs() <= (0.0 if exact else _ROUNDED) * wanted.abs()).all())
 
 
 def rescaled_blocks(

@@ -36,6 +36,15 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Explained:
+    """What of the unquantized tensors may differ without a plan: the norms of `blocks`, and `readers`, weights with a norm's
+    inverse factors."""
+
+    blocks: Collection[int] = ()
+    readers: Collection[str] = ()
+
+
+@dataclass(frozen=True)
 class _Limit:
     """The worst passing figure: the largest, or the smallest if `at_least`; `percent` says how it is shown."""
 
@@ -181,17 +190,21 @@ def coverage_check(pairs: Pairs) -> Check:
                  "headers of both")  # fmt: skip
 
 
-def kept_checks(pairs: Pairs, differing: list[str], family: Family, rescaled: Collection[int]) -> list[Check]:
-    """The checks of unquantized tensors: their values are equal, except norms of blocks in `rescaled`."""
-    norms = [name for name in differing if family.place(name).part == "norm" and family.place(name).block in rescaled]
-    bad = [name for name in differing if name not in norms]
+def kept_checks(pairs: Pairs, differing: list[str], family: Family, explained: Explained) -> list[Check]:
+    """The checks of unquantized tensors: their values are equal, except those that are `explained`."""
+    places = {name: family.place(name) for name in differing}
+    inside = [name for name, place in places.items() if place.block in explained.blocks]
+    norms = [name for name in inside if places[name].part == "norm"]
+    readers = [name for name in inside if name in explained.readers]
+    bad = [name for name in differing if name not in {*norms, *readers}]
     check = Check("fidelity.kept", "FAIL" if bad else "PASS",
                   "what is not quantized has the source's values: copies, casts, kept FP8",
                   _some(bad) if bad else f"{len(pairs.kept) - len(differing)} tensors equal", "no difference",
                   "values compared")  # fmt: skip
     if not norms:
         return [check]
-    figure = f"{len(norms)} norms changed, in {len(rescaled)} blocks; weights there are compared up to the factors"
+    also = f" and {len(readers)} unquantized weights by the inverse" if readers else ""
+    figure = f"{len(norms)} norms changed{also}, in {len(explained.blocks)} blocks; weights there are compared up to the factors"
     what = "norms and weights share factors per row and column (AWQ, SmoothQuant): see block_cosine"
     return [check, Check("fidelity.rescaled", "WARN", what, figure, "none", "factors by least squares")]
 

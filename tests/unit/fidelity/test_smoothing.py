@@ -21,6 +21,7 @@ from tests.exported import calibrated, recipe
 from tests.models import standard
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
+from verify.fidelity.rescaled import compensated
 
 SMOOTH = [
     {"SmoothQuantModifier": {}},
@@ -112,3 +113,44 @@ def test_a_norm_that_was_copied_although_its_readers_took_factors_in_fails(
     found = checks(task, broken)
     assert {"smoothing", "kept"} <= {name for name, check in found.items() if check.verdict == "FAIL"}
     assert ROUTER in found["kept"].figure
+
+
+def test_without_a_plan_a_router_with_the_inverse_of_its_norms_factors_is_a_doubt_and_no_failure(
+    smoothed: tuple[Task, Path],
+) -> None:
+    found = checks(*smoothed, known=False)
+    assert {name: c.verdict for name, c in found.items() if c.verdict != "PASS"} == {"rescaled": "WARN"}
+    assert "6 norms changed and 3 unquantized weights by the inverse, in 3 blocks" in found["rescaled"].figure
+
+
+@pytest.mark.parametrize(("tensor", "factor"), [(ROUTER, 2.0), (ROUTER, 1.25), (NORM, 2.0), (NORM, 1.25)])
+def test_without_a_plan_a_router_with_other_factors_than_its_norm_fails(
+    smoothed: tuple[Task, Path], tmp_path: Path, tensor: str, factor: float
+) -> None:
+    broken = Path(shutil.copytree(smoothed[1], tmp_path / "broken"))
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        if tensor in tensors:
+            tensors[tensor][..., 7] *= factor
+            save_file(tensors, path)
+    kept = checks(smoothed[0], broken, known=False)["kept"]
+    assert kept.verdict == "FAIL" and ROUTER in kept.figure
+
+
+@pytest.mark.parametrize(("wrong", "explained"), [(1.0, {ROUTER}), (1.05, set())])
+def test_factors_that_are_no_powers_of_two_are_inverse_up_to_the_rounding_of_both(
+    smoothed: tuple[Task, Path], tmp_path: Path, wrong: float, explained: set[str]
+) -> None:
+    source = smoothed[0].source.directory
+    foreign = Path(shutil.copytree(source, tmp_path / "foreign"))
+    factors = 2 ** torch.randn(smoothed[0].formats.of(NORM).shape[0], generator=torch.Generator().manual_seed(0))
+    for path in foreign.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in {NORM, ROUTER} & tensors.keys():
+            scaled = tensors[name].float() * (1 / factors if name == NORM else factors)
+            tensors[name] = scaled.to(tensors[name].dtype)
+        if ROUTER in tensors:
+            tensors[ROUTER][0, 7] *= wrong
+        save_file(tensors, path)
+    formats = [Formats(Checkpoint.open(directory)) for directory in (foreign, source)]
+    assert compensated(*formats, smoothed[0].family, [NORM, ROUTER]) == explained
