@@ -21,7 +21,7 @@ def language_model_config(config: dict[str, Any], family: Family) -> dict[str, A
     defaults that the wrapper's class fills in."""
     if not family.derived:
         return config
-    config = known_model_type(without(config, "auto_map"))
+    config = _with_partial_rotary(known_model_type(without(config, "auto_map")))
     if not family.language:
         return config
     whole = AutoConfig.for_model(**config)
@@ -30,6 +30,18 @@ def language_model_config(config: dict[str, Any], family: Family) -> dict[str, A
     for key in ("dtype", "torch_dtype"):
         made.pop(key, None)
     return made
+
+
+def _with_partial_rotary(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the rotated share of a head under the name that transformers reads.
+
+    MiniMax-M2 says it as `rotary_dim`. transformers 5.17 ignores that and rotates whole heads, which is another model
+    (github.com/huggingface/transformers/issues/48241); its original code and vLLM divide by `head_dim`, as here.
+    """
+    rotary, head = config.get("rotary_dim"), config.get("head_dim")
+    if config.get("model_type") != "minimax_m2" or not isinstance(rotary, int) or not isinstance(head, int) or head < 1:
+        return config
+    return {"partial_rotary_factor": rotary / head} | config
 
 
 def build_language_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:

@@ -67,7 +67,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_layer_end_index": 1, "moe_layer_interval": 1,
     },
     "hunyuan_v1_moe": {**_MOE, "moe_topk": 2, "num_shared_expert": 1},
-    "exaone_moe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"]},
+    # Full attention has no positions beside sliding attention; alone, transformers and vLLM do not agree on it.
+    "exaone_moe": {
+        **_MOE, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
     "minimax_m2": {**_MOE, "rotary_dim": 32},
     "deepseek_v3": {**_MOE, **_MLA},
     "kimi_k2": {**_MOE, **_MLA},

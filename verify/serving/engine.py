@@ -41,7 +41,7 @@ NO_MEMORY = (
 CPU_REFUSALS = (
     "Sparse Attention is not supported on CPU",  # platforms/cpu.py: DeepSeek-V3.2's and GLM-5's indexers
     "is_act_and_mul=False is supported only for CUDA",  # fused_moe/config.py: Nemotron-H's experts without gate
-    'assert self.scoring_func == "softmax"',  # fused_moe/router/cpu_router.py: MiniMax-M2's sigmoid without groups
+    'assert self.scoring_func == "softmax"',  # fused_moe/router/cpu_router.py: sigmoid without groups or bias
 )
 """What vLLM 0.32 raises on a CPU for a part of a model that it has for GPUs only, whatever the checkpoint holds: a text of the
 error's message, or of the line of vLLM that raised it."""

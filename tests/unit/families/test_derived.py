@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint.formats import Formats, logical_name
@@ -16,6 +17,7 @@ from calibration.families import served
 from calibration.families.derived import derive
 from calibration.families.family import Family
 from calibration.families.registry import expected_tensors, family_of
+from calibration.model.skeleton import build_skeleton
 from calibration.plan.quantization_config import targets
 from recipes.errors import SourceError
 from tests.exported import recipe, task_of
@@ -133,6 +135,14 @@ def test_targets_bear_the_names_under_which_vllm_looks_modules_up(tmp_path: Path
     assert r"\.mlp\.experts\." in target and "block_sparse_moe" not in target
     module = "model.layers.0.block_sparse_moe.experts.3.w1"
     assert task.family.serving_names(module) == ("model.layers.0.mlp.experts.0.w1",)
+
+
+def test_minimax_m2_rotates_the_part_of_a_head_that_its_config_names(tmp_path: Path) -> None:
+    source = Checkpoint.open(any_family.write(tmp_path / "source", "minimax_m2"))
+    assert (source.config["rotary_dim"], source.config["head_dim"]) == (32, 64)
+    model = build_skeleton(source, tmp_path / "run", False).model
+    cos, _ = model.get_submodule("model.rotary_emb")(torch.zeros(1), torch.arange(4)[None])
+    assert cos.shape[-1] == 32
 
 
 @pytest.mark.parametrize(
