@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from calibration.checkpoint.formats import Formats, module_of
+from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.families.family import Family
 from calibration.families.registry import language_config
 from calibration.plan.plan import Smoothed, Step
@@ -67,6 +67,18 @@ def smoothed_sites(
     if not sites:
         notes["nothing"] = "modifiers: nothing in this model is smoothed"
     return tuple(sites), list(notes.values())
+
+
+def possible_sites(formats: Formats, family: Family) -> tuple[Smoothed, ...]:
+    """Every site that the model's structure allows, whatever a recipe smooths: those of a checkpoint whose recipe is unknown are
+    among them."""
+    stored = {module_of(name) for name in formats.checkpoint.tensors if logical_name(name).endswith(".weight")}
+    return tuple(
+        site
+        for block in _blocks(formats, family)
+        for site in block.sites(lambda module, why: None)
+        if stored.issuperset((site.smooth, *site.readers))
+    )
 
 
 def rescaled_steps(steps: Mapping[str, Step], sites: tuple[Smoothed, ...]) -> dict[str, Step]:
@@ -241,6 +253,8 @@ class _Block:
     def _values(self, left_out: _LeftOut) -> Iterator[Smoothed]:
         if not {_VALUES, _OUTPUT} <= self.modules.keys():
             return
+        if any(f"{self.modules[name]}.weight" not in self.formats.checkpoint.tensors for name in (_VALUES, _OUTPUT)):
+            return left_out(self.modules[_VALUES], "it is stored packed")
         rows, columns = (
             self.formats.of(f"{self.modules[name]}.weight").shape[axis] for name, axis in ((_VALUES, 0), (_OUTPUT, 1))
         )

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from recipes.schema import Fidelity
 from tests.integration.attempts import Attempt, Case, same
 from tests.integration.interrupted_runs import KillAt, finish
 from tests.integration.rank_runs import go, messages
 from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
 from tests.models import standard, uneven_norms
+from verify.fidelity.fidelity import verify_with_forward
 
 SMOOTH: dict[str, dict[str, Any]] = {
     "SmoothQuantModifier": {"SmoothQuantModifier": {}},
@@ -77,3 +81,8 @@ def test_a_smoothed_checkpoint_passes_and_is_served(model: Any, modifier: str, t
     assert verdicts["fidelity.smoothing"] == verdicts["fidelity.rounding"] == verdicts["serving.w4a4"] == "PASS"
     assert {name for name, verdict in verdicts.items() if verdict != "PASS"} <= {
         "serving.coherent", "fidelity.saturated_inputs", "fidelity.block_cosine"}  # fmt: skip
+    # And without a recipe: the factors are found in the output.
+    limits, formats = Fidelity(min_propagated_cosine=0.6), Formats(Checkpoint.open(source))
+    found = {c.id: c for c in verify_with_forward(tmp_path / "output", None, formats, limits, None).checks}
+    assert [check for check in found.values() if check.verdict == "FAIL"] == []
+    assert found["fidelity.rescaled"].verdict == "WARN"

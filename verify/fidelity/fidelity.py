@@ -68,7 +68,7 @@ def measure_fidelity(
         output = Formats(as_compressed_tensors(open_source(directory)))
         family = family_of(source.checkpoint.config, names=source.checkpoint.tensors)
         pairs = find_pairs(output, source, plan.quantized if plan else ())
-        smoothed = SmoothedWeights(plan, output, source) if plan is not None and plan.smoothed else None
+        smoothed = SmoothedWeights(plan.smoothed, output, source) if plan is not None and plan.smoothed else None
         differing = [
             name
             for original, name in pairs.kept

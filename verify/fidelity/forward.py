@@ -25,6 +25,7 @@ from calibration.checkpoint.nvfp4 import RANGE
 from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.registry import family_of, open_source
 from calibration.plan.plan import Plan
+from calibration.plan.smoothing import possible_sites
 from recipes.errors import SourceError, WorkflowError
 from recipes.schema import Calibration, Fidelity
 from verify.checks import Check, Verdict
@@ -99,8 +100,8 @@ def verify_forward(
     trust_remote_code: bool = False,
     plan: Plan | None = None,
 ) -> tuple[list[Check], list[BlockCosine]]:
-    """The checks of `measure_blocks`: the worst block's cosine, and the propagated one behind the last block. If the `plan`
-    smooths, inputs are those of the smoothed source.
+    """The checks of `measure_blocks`: the worst block's cosine, and the propagated one behind the last block. If the output
+    is smoothed, inputs are those of the smoothed source.
     UNCHECKED where no forward could be made (no tokenizer, no text, tensors missing). Never raises for a bad output."""
     text = text or Calibration(dataset="bundled")
     limits = (
@@ -185,7 +186,7 @@ def measure_blocks(
             sample = {key: value.to(original.device) for key, value in batch.items()} | {"use_cache": False}
             calls.append(own_block_calls(original.model, list(original.blocks.values()), sample))
         original.unload(outside)
-        smoothed = SmoothedWeights(plan, output, original.formats) if plan is not None and plan.smoothed else None
+        smoothed = _smoothing(plan, output, original)
         both = (calls[: len(batches)], calls[len(batches) :])
         return list(_walk(original, emulated, output, both, options.min_block_cosine, smoothed))
 
@@ -254,6 +255,15 @@ def _walk(
         yield BlockCosine(number, cosine, float(torch.cat(behind).mean()), len(cosines), tuple(inputs),
                           tuple(unseen_inputs), rounded)  # fmt: skip
         entering = leaving
+
+
+def _smoothing(plan: Plan | None, output: Formats, original: SourceModel) -> SmoothedWeights | None:
+    """The factors of a smoothed output; None if it is not smoothed. Without a plan its norms tell, and the sites are all that the
+    structure allows: with factors that are no powers of two the nearest ones, by which the source computes the same too."""
+    if plan is not None:
+        return SmoothedWeights(plan.smoothed, output, original.formats) if plan.smoothed else None
+    found = SmoothedWeights(possible_sites(original.formats, original.family), output, original.formats)
+    return found if found.changes_norms() else None
 
 
 def _load_smoothed(original: SourceModel, block: nn.Module, smoothed: SmoothedWeights | None) -> None:

@@ -8,13 +8,14 @@ reads them must have the inverse: kept tensors exactly, quantized ones column by
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.nvfp4 import GROUP
-from calibration.plan.plan import Plan, Smoothed
+from calibration.plan.plan import Smoothed
 from verify.checks import Check
 from verify.fidelity.weights import Stored
 
@@ -38,12 +39,12 @@ class Scaled(Stored):
 
 
 class SmoothedWeights:
-    """The factors of the plan's smoothed sites, found in an output."""
+    """The factors of smoothed `sites`, those of a plan or all that the structure allows, found in an output."""
 
-    def __init__(self, plan: Plan, output: Formats, source: Formats) -> None:
-        self._plan, self._output, self._source = plan, output, source
-        self._smooth = {site.smooth: site for site in plan.smoothed}
-        self._read = {reader: site for site in plan.smoothed for reader in site.readers}
+    def __init__(self, sites: Sequence[Smoothed], output: Formats, source: Formats) -> None:
+        self._output, self._source = output, source
+        self._smooth = {site.smooth: site for site in sites}
+        self._read = {reader: site for site in sites for reader in site.readers}
         self._found: dict[str, torch.Tensor] = {}
         self._sources = _by_module(source)
         self._outputs = _by_module(output)
@@ -53,6 +54,11 @@ class SmoothedWeights:
 
     def __contains__(self, module: str) -> bool:
         return module in self._smooth or module in self._read
+
+    def changes_norms(self) -> bool:
+        """Whether a norm's channels have other factors than one. Reads norms alone."""
+        norms = (name for name in self._smooth if len(self._source.of(self._sources[name]).shape) == 1)
+        return any(bool((self._rows(name) != 1).any()) for name in norms)
 
     def expected(self, module: str) -> Scaled:
         """The source's weight with the factors that the output's has to have."""
@@ -101,7 +107,7 @@ class SmoothedWeights:
                 self._add(
                     module, f"channel {worst} is {float(quotient[worst]):.4g} times the source's, no power of two"
                 )
-            self._found[module] = found
+            self._found[module] = torch.where(found.isfinite(), found, 1.0)
         return self._found[module]
 
     def fold(self, module: nn.Module, name: str) -> None:
@@ -157,7 +163,7 @@ class SmoothedWeights:
         return Check(
             "fidelity.smoothing", "FAIL" if problems else "PASS",
             "what smoothing takes out of a norm, v_proj or up_proj, each layer that reads it takes in",
-            "; ".join(problems[:3]) + more if problems else f"{len(self._plan.smoothed)} layers and their readers",
+            "; ".join(problems[:3]) + more if problems else f"{len(self._smooth)} layers and their readers",
             "powers of two; readers have the inverse", "output and source compared, channel by channel",
         )  # fmt: skip
 

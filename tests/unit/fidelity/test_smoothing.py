@@ -14,6 +14,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.engine.export import Exporter
 from calibration.engine.smoothing import Factors
+from calibration.plan.smoothing import possible_sites
 from calibration.plan.task import Task
 from calibration.runs.finish import finish_output
 from recipes.loader import dump_recipe
@@ -22,6 +23,7 @@ from tests.models import standard
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
 from verify.fidelity.rescaled import compensated
+from verify.fidelity.smoothing import SmoothedWeights
 
 SMOOTH = [
     {"SmoothQuantModifier": {}},
@@ -154,3 +156,15 @@ def test_factors_that_are_no_powers_of_two_are_inverse_up_to_the_rounding_of_bot
         save_file(tensors, path)
     formats = [Formats(Checkpoint.open(directory)) for directory in (foreign, source)]
     assert compensated(*formats, smoothed[0].family, [NORM, ROUTER]) == explained
+
+
+def test_without_a_plan_the_factors_are_found_by_the_models_structure(smoothed: tuple[Task, Path]) -> None:
+    task, output = smoothed
+    sites, formats = possible_sites(task.formats, task.family), Formats(Checkpoint.open(output))
+    assert set(task.plan.smoothed) <= set(sites)
+    found, known = (SmoothedWeights(some, formats, task.formats) for some in (sites, task.plan.smoothed))
+    assert found.changes_norms() and not SmoothedWeights(sites, task.formats, task.formats).changes_norms()
+    readers = {reader for site in task.plan.smoothed for reader in site.readers}
+    for one, other in ((found.expected(name), known.expected(name)) for name in readers):
+        assert torch.equal(one.row_factors, other.row_factors) and torch.equal(one.column_factors, other.column_factors)
+    assert bool((found.expected(ROUTER.removesuffix(".weight")).column_factors != 1).any())
