@@ -55,7 +55,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "verify/accuracy": ("calibration/checkpoint", "verify/checks"),
     "verify/serving": (*KNOWING, "verify/checks", "verify/unseen_text", "verify/accuracy"),
     "verify/report": ("verify/checks", "verify/accuracy"),
-    "verify/proof": (*KNOWING, "verify/checks"),
+    "verify/proof": (*KNOWING, "verify/checks", "verify/fidelity"),
     "verify": (
         *KNOWING, "verify/checks", "verify/known", "verify/structure", "verify/fidelity", "verify/serving", "verify/report",
         "verify/proof",

@@ -46,6 +46,7 @@ class SmoothedWeights:
         self._smooth = {site.smooth: site for site in sites}
         self._read = {reader: site for site in sites for reader in site.readers}
         self._found: dict[str, torch.Tensor] = {}
+        self._zero: set[str] = set()
         self._sources = _by_module(source)
         self._outputs = _by_module(output)
         #: What is wrong, by site.
@@ -59,6 +60,24 @@ class SmoothedWeights:
         """Whether a norm's channels have other factors than one. Reads norms alone."""
         norms = (name for name in self._smooth if len(self._source.of(self._sources[name]).shape) == 1)
         return any(bool((self._rows(name) != 1).any()) for name in norms)
+
+    def takes_out(self, module: str) -> bool:
+        """Whether a module is one whose output channels lose factors."""
+        return module in self._smooth
+
+    def told(self, module: str) -> bool:
+        """Whether the output tells all factors of a module: a channel that is zero in the source has none."""
+        smooth = [site.smooth for site in (self._smooth.get(module), self._read.get(module)) if site is not None]
+        for name in smooth:
+            self._rows(name)
+        return self._zero.isdisjoint(smooth)
+
+    def scaled(self, module: str, values: torch.Tensor, begin: int = 0) -> torch.Tensor:
+        """The source's `values`, rows `begin` on, with the factors that the output's have to have."""
+        if module in self._smooth:
+            rows = self._rows(module)[begin : begin + values.shape[0]].to(values.dtype)
+            values = values * (rows if values.dim() == 1 else rows.unsqueeze(1))
+        return values if values.dim() == 1 else values * self._columns(module, values.shape[1]).to(values.dtype)
 
     def expected(self, module: str) -> Scaled:
         """The source's weight with the factors that the output's has to have."""
@@ -93,12 +112,16 @@ class SmoothedWeights:
             output = Stored(self._output, stored)
             if len(source.shape) == 1:
                 before, after = (stored.raw.to(torch.float32) for stored in (source, output))
-                quotient = torch.where(before == 0, 1.0, after / before)
+                zero = before == 0
+                quotient = torch.where(zero, 1.0, after / before)
             else:
                 before, after = (stored.rows(0, source.shape[0]) for stored in (source, output))
                 before *= self._columns(module, source.shape[1])
                 squares = before.square().sum(1)
-                quotient = torch.where(squares == 0, 1.0, (after * before).sum(1) / squares)
+                zero = squares == 0
+                quotient = torch.where(zero, 1.0, (after * before).sum(1) / squares)
+            if bool(zero.any()):
+                self._zero.add(module)
             found = quotient.clamp_min(2.0**-30).log2().round().exp2()
             off = (quotient / found - 1).abs()
             limit = _CLOSE if len(source.shape) == 2 and output.stored.kind != "plain" else 0.0

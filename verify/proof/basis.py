@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from recipes.schema import Recipe
 
+_ROUNDS = "QuantizationModifier"
+#: Modifiers whose factors are exact in the output's norms: weights are derived with them.
+SMOOTHS = ("SmoothQuantModifier", "AWQModifier")
 #: Observers that take a weight's group scales from the extremes of its groups.
 _EXTREMES = frozenset({"memoryless-minmax", "static-minmax", "minmax"})
 #: Arguments of QuantizationModifier that do not touch weights.
@@ -30,9 +33,10 @@ def weight_basis(recipe: Recipe, group: str) -> Basis:
     """The basis of the weights of a config group."""
     if recipe.method != "calibrate":
         return Basis("derived")
-    other = [entry.name for entry in recipe.modifiers if entry.name != "QuantizationModifier"]
-    if other:
-        return Basis("tuned", other[0])
+    names = [entry.name for entry in recipe.modifiers]
+    other = [name for name in names if name not in (_ROUNDS, *SMOOTHS)]
+    if other or _ROUNDS not in names:
+        return Basis("tuned", (other or names)[0])
     observers, unknown = _observers(recipe, group)
     if unknown:
         return Basis("tuned", f"QuantizationModifier with {', '.join(unknown)}")

@@ -103,7 +103,11 @@ def _unproven(found: Derived) -> list[Check]:
     """A check for what was taken as recorded, and one for what depends on data; none if there is nothing."""
     checks = []
     for id, what, names in (
-        ("proof.scales", "group scales follow from the source: a search chose these", found.recorded),
+        (
+            "proof.scales",
+            "group scales and smoothing factors follow from the source: a search chose these",
+            found.recorded,
+        ),
         ("proof.tuned", "codes follow from the source: these depend on calibration data", found.tuned),
     ):
         if names:

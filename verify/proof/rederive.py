@@ -17,18 +17,20 @@ import torch
 from calibration.checkpoint import kernels, nvfp4
 from calibration.checkpoint.dequantize import cast_dtype, dequantize, is_positive
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, inverse
-from calibration.checkpoint.formats import TORCH_DTYPES
+from calibration.checkpoint.formats import TORCH_DTYPES, Formats
 from calibration.checkpoint.header import DTYPE_BYTES, OutputTensor
 from calibration.checkpoint.index import TORCH, Checkpoint
 from calibration.checkpoint.kernels import Stripe
 from calibration.checkpoint.nvfp4 import RANGE
 from calibration.checkpoint.tiles import TILE, quantize_tiles
+from calibration.checkpoint.view import as_compressed_tensors
 from calibration.plan.inverted import invert_scales
 from calibration.plan.plan import Step
 from calibration.plan.schemes import FP8_BLOCK
 from calibration.plan.task import Task
 from recipes.errors import SourceError
-from verify.proof.basis import Basis, weight_basis
+from verify.fidelity.smoothing import SmoothedWeights
+from verify.proof.basis import SMOOTHS, Basis, weight_basis
 
 Bytes = npt.NDArray[np.uint8]
 #: Source bytes of a stripe.
@@ -84,6 +86,9 @@ class Rederiver:
         self._calibrates = task.recipe.method == "calibrate"
         self._lossless = task.recipe.export.mxfp4 == "lossless"
         self._plain = TORCH_DTYPES[task.recipe.export.plain_dtype]
+        why = next((entry.name for entry in task.recipe.modifiers if entry.name in SMOOTHS), "")
+        self._factors = f"{why}: factors that the output tells, and all that read them have"
+        self._smoothed = SmoothedWeights(task.plan.smoothed, Formats(as_compressed_tensors(output)), task.formats)
         self._fused = {module: group for group in task.plan.fused for module in group}
 
     def units(self) -> Iterator[list[Step]]:
@@ -102,6 +107,11 @@ class Rederiver:
     def derive(self, unit: list[Step]) -> Derived:
         """Derives and compares the tensors of one unit. Raises SourceError if a file cannot be read or the source is damaged."""
         action, found = unit[0].action, Derived()
+        smoothed = [step for step in unit if step.module in self._smoothed]
+        if untold := [step.module for step in smoothed if not self._smoothed.told(step.module)]:
+            why = f"smoothing factors of channels that are zero in {untold[0]} or in what it reads"
+            found.tuned |= {output.name: why for step in unit for output in step.outputs}
+            return found
         try:
             if action == "quantize":
                 self._quantized(unit, found)
@@ -109,6 +119,8 @@ class Rederiver:
                 self._copied(unit[0], found)
             elif action == "cast":
                 self._cast(unit[0], found)
+            elif action == "rescale":
+                self._rescaled(unit[0], found)
             elif action == "invert":
                 self._same_scalar(unit[0].outputs[0], self._inverted[unit[0].source], found)
             else:
@@ -116,7 +128,19 @@ class Rederiver:
         except kernels.NotFinite as problem:
             path = self.formats.checkpoint.path(unit[0].source)
             raise SourceError(f"{path}: {unit[0].source} {problem}; get a whole copy") from None
+        for step in smoothed:
+            name = step.outputs[1 if action == "quantize" else 0].name
+            if self._smoothed.takes_out(step.module) and name not in found.tuned:
+                found.recorded |= {name: self._factors}
+                found.proven.pop(name, None)
         return found
+
+    def _rescaled(self, step: Step, found: Derived) -> None:
+        """A tensor that is not quantized, with the factors of its rows and columns."""
+        compare, output = _Comparison(self.output, step.outputs[0]), step.outputs[0]
+        value = self.formats.read(step.source, TORCH[output.dtype])
+        compare(0, _bytes(self._smoothed.scaled(step.module, value)))
+        compare.finish(found)
 
     def _copied(self, step: Step, found: Derived) -> None:
         output, compare = step.outputs[0], _Comparison(self.output, step.outputs[0])
@@ -252,7 +276,10 @@ class Rederiver:
         stored = self.formats.of(step.source)
         for begin, end in self._stripes(step):
             raw, scales = self._rows(step, begin, end)
-            yield begin, dequantize(stored, raw, scales, dtype)
+            values = dequantize(stored, raw, scales, dtype)
+            if step.module in self._smoothed:
+                values = self._smoothed.scaled(step.module, values, begin)
+            yield begin, values
 
     def _as_stored(self, step: Step) -> Iterator[tuple[int, Stripe]]:
         """Yields (first row, stripe) of the weight as it is stored."""

@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.engine.export import Exporter
-from calibration.engine.smoothing import Factors
 from calibration.plan.smoothing import possible_sites
 from calibration.plan.task import Task
-from calibration.runs.finish import finish_output
-from recipes.loader import dump_recipe
-from tests.exported import calibrated, recipe
 from tests.models import standard
+from tests.smoothed import export_smoothed
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
 from verify.fidelity.rescaled import compensated
@@ -34,35 +29,8 @@ NORM, ROUTER = "model.layers.1.post_attention_layernorm.weight", "model.layers.1
 
 @pytest.fixture(scope="module")
 def smoothed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
-    """A Qwen3-MoE with random factors at every site, as the engine would hand them to the exporter."""
     base = tmp_path_factory.mktemp("smoothed")
-    source, output = standard.write(base / "source", "qwen3_moe"), base / "output"
-    task = Task.open(recipe(source, output, modifiers=SMOOTH), source)
-    generator, rows, columns = torch.Generator().manual_seed(0), {}, {}
-    for site in task.plan.smoothed:
-        width = task.formats.of(f"{site.smooth}.weight").shape[0]
-        exponents = torch.randint(-2, 3, (width,), generator=generator).float()
-        rows[site.smooth] = torch.exp2(-exponents)
-        for reader in site.readers:
-            count = task.formats.of(f"{reader}.weight").shape[1]
-            columns[reader] = torch.exp2(exponents)[site.channels(count, width)]
-    factors = {name: Factors(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
-    exporter = Exporter(task)
-    for block in task.plan.block_numbers:
-        exporter.block(block, _smoothed_modules(task, block, factors), factors)
-    exporter.rest({})
-    finish_output(task, dump_recipe(task.recipe))
-    return task, output
-
-
-def _smoothed_modules(task: Task, block: int, factors: dict[str, Factors]) -> dict[str, nn.Module]:
-    class Scaled(Formats):
-        def read(
-            self, name: str, dtype: torch.dtype | None = torch.bfloat16, out: torch.Tensor | None = None
-        ) -> torch.Tensor:
-            return factors.get(name.removesuffix(".weight"), Factors()).apply(super().read(name, dtype, out))
-
-    return calibrated(task.plan, Scaled(task.formats.checkpoint), block)
+    return export_smoothed(standard.write(base / "source", "qwen3_moe"), base / "output", SMOOTH)
 
 
 def checks(task: Task, output: Path, known: bool = True) -> dict[str, Check]:

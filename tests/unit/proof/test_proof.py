@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.header import TensorHeader
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
+from calibration.plan.task import Task
 from recipes.errors import SourceError
 from recipes.loader import dump_recipe
 from recipes.schema import Recipe
 from tests.converted import converting, run, undoing
 from tests.exported import export, recipe, task_of
 from tests.models import any_family, deepseek_v4, standard
+from tests.smoothed import export_smoothed
 from tests.unit.structure.keys import write_keys
 from verify.__main__ import main, prove_checkpoint
 from verify.checks import Check, level_verdicts
@@ -210,16 +213,65 @@ def test_what_a_hessian_decided_is_unchecked_by_name_and_count(source: Path, tmp
     assert level_verdicts(list(checks.values()))["proof"] == "UNCHECKED"
 
 
-def test_what_smoothing_rescaled_is_unchecked_norms_included(source: Path, tmp_path: Path) -> None:
-    made = recipe(source, tmp_path / "output", MLP)
-    export(source, tmp_path / "output", made)
-    entries = made.model_dump(mode="json")["modifiers"]
-    smoothed = Recipe.model_validate(
-        made.model_dump(mode="json") | {"modifiers": [{"SmoothQuantModifier": {}}, *entries]}
+SMOOTH = [
+    {"SmoothQuantModifier": {}},
+    {"QuantizationModifier": {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": "NVFP4"}},
+]
+NORM, GATE = "model.layers.1.post_attention_layernorm.weight", "model.layers.1.mlp.gate.weight"
+
+
+@pytest.fixture(scope="module")
+def smoothed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Task, Path]:
+    base = tmp_path_factory.mktemp("smoothed")
+    return export_smoothed(standard.write(base / "source", "qwen3_moe"), base / "output", SMOOTH)
+
+
+def test_what_smoothing_scaled_is_derived_with_the_factors_that_the_output_tells(smoothed: tuple[Task, Path]) -> None:
+    task, output = smoothed
+    checks = proof_of(output, task.recipe)
+    assert verdicts(checks) == {"tensors": "PASS", "scales": "UNCHECKED", "input_scales": "UNCHECKED", "files": "PASS"}
+    sites, tensors = len(task.plan.smoothed), len(task.plan.outputs)
+    assert f"SmoothQuantModifier: factors that the output tells, and all that read them have: {sites} tensors" in (
+        checks["proof.scales"].figure
     )
-    checks = proof_of(tmp_path / "output", smoothed)
+    calibrated = len(task.plan.quantized)  # input scales
+    assert checks["proof.tensors"].figure.startswith(f"{tensors - sites - calibrated:,} tensors, ")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "found"),
+    [
+        (NORM, lambda value: value * 2, "up_proj.weight_packed"),
+        (NORM, lambda value: value * 1.25, NORM),
+        (GATE, lambda value: value * 2, GATE),
+        ("model.layers.1.mlp.experts.3.down_proj.weight_packed", lambda code: code ^ 1, "down_proj.weight_packed: 1 "),
+    ],
+)
+def test_an_edit_that_smoothing_does_not_explain_is_a_difference(
+    tensor: str, change: Any, found: str, smoothed: tuple[Task, Path], tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(smoothed[1], tmp_path / "broken"))
+    for path in broken.glob("*.safetensors"):
+        tensors = load_file(path)
+        if tensor in tensors:
+            flat = tensors[tensor].view(-1)
+            flat[7] = change(flat[7])
+            save_file(tensors, path, metadata={"format": "pt"})
+    check = proof_of(broken, smoothed[0].recipe)["proof.tensors"]
+    assert check.verdict == "FAIL" and found in check.figure
+
+
+def test_factors_of_channels_that_are_zero_are_not_guessed(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "qwen3_moe")
+    for path in source.glob("*.safetensors"):
+        tensors = load_file(path)
+        if NORM in tensors:
+            tensors[NORM][3] = 0
+            save_file(tensors, path, metadata={"format": "pt"})
+    task, output = export_smoothed(source, tmp_path / "output", SMOOTH)
+    checks = proof_of(output, task.recipe)
     assert checks["proof.tensors"].verdict == "PASS" and checks["proof.tuned"].verdict == "UNCHECKED"
-    assert "SmoothQuantModifier" in checks["proof.tuned"].figure and "rescale" in checks["proof.tuned"].figure
+    assert "smoothing factors of channels that are zero" in checks["proof.tuned"].figure
 
 
 def test_searched_scales_are_taken_as_recorded_and_the_codes_derived_from_them(source: Path, tmp_path: Path) -> None:
