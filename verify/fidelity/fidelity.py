@@ -83,7 +83,8 @@ def measure_fidelity(
         readers = compensated(output, source, family, differing) if rescaled else set[str]()
         counterparts = Counterparts(output, source, family, rescaled, smoothed)
         measured = measure_weights(pairs, counterparts, progress)
-        checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, Explained(rescaled, readers))]
+        scaled = sum(plan is not None and plan.steps[original].action == "rescale" for original, _ in pairs.kept)
+        checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, Explained(rescaled, readers, scaled))]
         checks += [] if smoothed is None else [smoothed.check()]
     except WorkflowError as problem:
         check = Check("fidelity.weights", "FAIL", what, str(problem), f"<= {options.worst_error}", HOW)

@@ -37,11 +37,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Explained:
-    """What of the unquantized tensors may differ without a plan: the norms of `blocks`, and `readers`, weights with a norm's
-    inverse factors."""
+    """What of the unquantized tensors may differ: without a plan the norms of `blocks`, and `readers`, weights with a norm's
+    inverse factors; `scaled` of those that count as equal have the exact factors of the plan's smoothing."""
 
     blocks: Collection[int] = ()
     readers: Collection[str] = ()
+    scaled: int = 0
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,10 @@ def kept_checks(pairs: Pairs, differing: list[str], family: Family, explained: E
     norms = [name for name in inside if places[name].part == "norm"]
     readers = [name for name in inside if name in explained.readers]
     bad = [name for name in differing if name not in {*norms, *readers}]
+    factors = f", {explained.scaled} of them up to smoothing's factors" if explained.scaled else ""
     check = Check("fidelity.kept", "FAIL" if bad else "PASS",
                   "what is not quantized has the source's values: copies, casts, kept FP8",
-                  _some(bad) if bad else f"{len(pairs.kept) - len(differing)} tensors equal", "no difference",
+                  _some(bad) if bad else f"{len(pairs.kept) - len(differing)} tensors equal{factors}", "no difference",
                   "values compared")  # fmt: skip
     if not norms:
         return [check]

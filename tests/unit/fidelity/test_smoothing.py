@@ -45,6 +45,7 @@ def test_a_smoothed_output_passes_and_each_code_is_the_nearest_to_the_scaled_wei
     assert {name: c.figure for name, c in found.items() if c.verdict != "PASS"} == {}
     assert found["smoothing"].figure == f"{len(smoothed[0].plan.smoothed)} layers and their readers"
     assert "all codes" in found["rounding"].figure
+    assert found["kept"].figure.endswith(" tensors equal, 9 of them up to smoothing's factors")  # 6 norms, 3 routers
 
 
 @pytest.mark.parametrize(
