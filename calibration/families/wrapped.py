@@ -61,11 +61,17 @@ def _below(module: str, name: str) -> bool:
     return module == name or module.startswith(f"{name}.")
 
 
+#: Model types that transformers lacks and vLLM reads as the architecture that they declare. Of any other one only its own
+#: code knows what it computes: a Llama by its tensors may be another model.
+_DECLARED = frozenset({"kimi_k2"})
+
+
 def known_model_type(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config under the model type that transformers has for the architecture that it declares, if its own is unknown:
-    Kimi-K2 calls itself kimi_k2 and is a DeepseekV3ForCausalLM. The language model in a wrapper's config as well."""
+    """A config under the model type that transformers has for the architecture that it declares, if its own is one of
+    _DECLARED. The language model in a wrapper's config as well."""
     kept, declared = dict(config), config.get("architectures")
-    if kept.get("model_type") not in CONFIG_MAPPING and isinstance(declared, list) and declared:
+    unknown = kept.get("model_type") in _DECLARED and kept.get("model_type") not in CONFIG_MAPPING
+    if unknown and isinstance(declared, list) and declared:
         names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
         kept["model_type"] = next((known for known, kind in names if kind == declared[0]), kept.get("model_type"))
     if isinstance(inner := kept.get(TEXT_CONFIG), dict):
