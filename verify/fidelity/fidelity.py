@@ -83,7 +83,9 @@ def measure_fidelity(
         readers = compensated(output, source, family, differing) if rescaled else set[str]()
         counterparts = Counterparts(output, source, family, rescaled, smoothed)
         measured = measure_weights(pairs, counterparts, progress)
-        scaled = sum(plan is not None and plan.steps[original].action == "rescale" for original, _ in pairs.kept)
+        steps = {} if plan is None else plan.steps
+        # An expert of a stack that stays has no step of its own.
+        scaled = sum(original in steps and steps[original].action == "rescale" for original, _ in pairs.kept)
         checks = [coverage_check(pairs), *kept_checks(pairs, differing, family, Explained(rescaled, readers, scaled))]
         checks += [] if smoothed is None else [smoothed.check()]
     except WorkflowError as problem:
