@@ -68,5 +68,5 @@ def test_smollm2_speaks_better_than_rounded_to_nearest(tmp_path: Path, preset: s
         sections = {"calibration": calibration, "verify": {"serving": serving}} | ({"preset": name} if name else {})
         done = run(write_recipe(place, source, LINEAR, **sections), "--json")
         assert done.returncode == 0, done.stderr
-        losses[name] = json.loads((place / "output.run" / "serving.json").read_text())["kl"]
+        losses[name] = json.loads((place / "output.run" / "serving.json").read_text())["source"]["agreement"]["kl"]
     assert losses[preset] < 0.85 * losses[None], losses
