@@ -111,7 +111,7 @@ def _validated(
     try:
         found = model.model_validate(data)
     except ValidationError as error:
-        for detail in error.errors(include_url=False):
+        for detail in _by_key(error.errors(include_url=False)):
             problems.append(f"{_where(path, root, labels, detail['loc'])}: {_explain(detail, model)}")
         raise RecipeError(problems) from None
     if problems:
@@ -240,6 +240,21 @@ def _line(node: yaml.Node, location: Location) -> tuple[int, bool]:
         else:
             return line, False
     return line, True
+
+
+def _by_key(details: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """One error per key: of `bool | Literal["auto"]` pydantic tells one for each of them, below a name of its own."""
+    kept: list[ErrorDetails] = []
+    for detail in details:
+        *parent, last = detail["loc"] or ("",)
+        if last != "bool" and not str(last).startswith("literal["):
+            kept.append(detail)
+            continue
+        choice = "true, false" if last == "bool" else str(detail.get("ctx", {}).get("expected"))
+        before = kept.pop()["msg"] if kept and kept[-1]["loc"] == tuple(parent) else ""
+        message = f"{before} or {choice}" if before else f"must be {choice}"
+        kept.append({**detail, "type": "choice", "loc": tuple(parent), "msg": message})
+    return kept
 
 
 def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:

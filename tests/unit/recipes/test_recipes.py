@@ -624,3 +624,14 @@ def test_missing_keys_are_named_at_their_parent(tmp_path: Path) -> None:
     assert problems(path, "source.trust_remote_code=true") == [
         f"{path}:2: source.checkpoint: is required and missing; add `checkpoint: ...`"
     ]
+
+
+def test_a_choice_of_true_false_and_a_word_is_one_problem_under_its_key(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    found = problems(path, "verify.serving.compare=maybe", "rehearse.serving=3")
+    assert [problem.partition(": must be ")[2] for problem in found] == [
+        'true, false or \'auto\', is "maybe"; leave it out for the default "auto"',
+        "true, false or 'auto', is 3; leave it out for the default \"auto\"",
+    ]
+    keys = [problem.partition(": must")[0].rpartition(" ")[2] for problem in found]
+    assert keys == ["verify.serving.compare", "rehearse.serving"]
