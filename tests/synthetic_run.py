@@ -165,7 +165,8 @@ def fidelity(random: np.random.Generator, blocks: int, experts: int) -> dict[str
 def _plan(blocks: int) -> dict[str, Any]:
     return {
         "checkpoint": {
-            "checkpoint": "/models/V4", "family": "deepseek_v4", "parameters": 1_573_000_000_000,
+            "checkpoint": "/models/V4", "family": "deepseek_v4 (tested)", "model_type": "deepseek_v4",
+            "parameters": 1_573_000_000_000,
             "bytes": 865_000_000_000, "blocks": blocks, "tensors": 139_583,
         },
         "plan": {

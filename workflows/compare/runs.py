@@ -27,7 +27,7 @@ NOISE = 2.0
 @dataclass(frozen=True)
 class Compared:
     """One run as its files have it. `losses`: mean loss of each window of text, nats per token; `scored`: what text that
-    was (digest of its tokens); `source`: family, parameters, bytes and tensors of what it was made from,
+    was (digest of its tokens); `source`: model type, parameters, bytes and tensors of what it was made from,
     and `source_digest` of samples of its shards, which a conversion does not take; None and empty is what was not
     measured."""
 
@@ -142,7 +142,7 @@ def _read(output: Path, name: str) -> Compared:
         output,
         next((v for v in SEVERITY if v in verdicts), "UNCHECKED"),
         # Not the path: the same source may have been read from two places.
-        tuple(checkpoint.get(key) for key in ("family", "parameters", "bytes", "tensors")),
+        tuple(checkpoint.get(key) for key in ("model_type", "parameters", "bytes", "tensors")),
         next(
             (_object(f, "parts").get("source files") for f in reversed(recorded) if f.get("fact") == "fingerprint"),
             None,
@@ -160,8 +160,12 @@ def _read(output: Path, name: str) -> Compared:
 
 
 def described(run: Compared) -> str:
-    family, parameters, held, tensors = run.source
-    return f"{family}, {parameters:,} parameters, {size(held)}, {tensors} tensors" if _counts(run.source) else "unknown"
+    model_type, parameters, held, tensors = run.source
+    return (
+        f"{model_type}, {parameters:,} parameters, {size(held)}, {tensors} tensors"
+        if _counts(run.source)
+        else "unknown"
+    )
 
 
 def _counts(source: tuple[Any, ...]) -> bool:
