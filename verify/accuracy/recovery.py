@@ -82,15 +82,15 @@ def _recovery(name: str, mine: Mapping[str, Any], source: Mapping[str, Any] | No
     before = sum(theirs) / len(theirs)
     chance = source.get("chance")
     chance = float(chance) if isinstance(chance, int | float) else 0.0
-    if before - chance <= NOISE * _error(theirs):
+    if before - chance <= NOISE * standard_error(theirs):
         why = f"the source scores {before:.3f}, by chance it is {chance:.3f}: the task says nothing"
         return Recovery(name, metric, output, before, samples=len(scores), open=why)
     share = output / before
-    error = _error([a - share * b for a, b in zip(scores, theirs, strict=True)]) / before
+    error = standard_error([a - share * b for a, b in zip(scores, theirs, strict=True)]) / before
     return Recovery(name, metric, output, before, share, error, len(scores))
 
 
-def _error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float]) -> float:
     """Standard error of the mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from calibration.families.registry import language_config
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.places import is_inside
 from recipes.schema import Accuracy, Serving
+from verify.accuracy.recovery import standard_error
 from verify.accuracy.tasks import request as request_tasks
 from verify.checks import Check
 from verify.serving.draft_head import draft_head_checks
@@ -273,8 +273,7 @@ def nll_difference(ours: Sequence[dict[str, Any]], source: Sequence[dict[str, An
     losses = [(a["nll"], b["nll"]) for a, b in zip(ours, source, strict=False)]
     found = [a - b for a, b in losses if isinstance(a, int | float) and isinstance(b, int | float)]
     mean = sum(found) / len(found) if found else None
-    spread = sum((d - (mean or 0.0)) ** 2 for d in found)
-    error = math.sqrt(spread / (len(found) - 1) / len(found)) if len(found) > 1 else None
+    error = standard_error(found) if len(found) > 1 else None
     return {"nll_difference": mean, "nll_error": error}
 
 

@@ -24,8 +24,9 @@ from recipes.errors import RecipeError, WorkflowError
 from recipes.places import is_inside
 from recipes.streams import exit_with, printed
 from recipes.units import duration, size
+from verify.accuracy.recovery import NOISE
 from verify.report.tables import OutputConsole
-from workflows.compare.runs import NOISE, Compared, Difference, described, differences, read_runs
+from workflows.compare.runs import Compared, Difference, described, differences, read_runs
 
 
 def main(arguments: list[str] | None = None) -> int:

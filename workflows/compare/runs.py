@@ -13,15 +13,12 @@ from calibration.checkpoint.files import is_directory, is_file, read_json_object
 from calibration.runs.journal import RunDirectory
 from recipes.errors import RecipeError, SourceError, collapsed
 from recipes.units import size
-from verify.accuracy.recovery import Recovery, recoveries
+from verify.accuracy.recovery import NOISE, Recovery, recoveries, standard_error
 from verify.checks import SEVERITY
 from verify.levels import samples_of
 from verify.report.facts import Quality, read_quality
 from workflows.batch.state import BatchDirectory
 from workflows.run.report import verdict_facts
-
-#: A difference smaller than this many standard errors is noise.
-NOISE = 2.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +95,7 @@ def differences(runs: Sequence[Compared]) -> list[Difference]:
             continue
         apart = [a - b for a, b in zip(left.losses, right.losses, strict=True)]
         mean = sum(apart) / len(apart)
-        error = math.sqrt(sum((d - mean) ** 2 for d in apart) / (len(apart) - 1) / len(apart))
-        found.append(Difference(left.name, right.name, mean, error))
+        found.append(Difference(left.name, right.name, mean, standard_error(apart)))
     return found
 
 
