@@ -16,8 +16,8 @@ from calibration.families import served
 from calibration.families.family import NOT_LINEAR, ROUTED
 from calibration.plan.quantization_config import output_config
 from calibration.plan.task import Task
+from recipes.checks import Serving
 from recipes.errors import without_numbers
-from recipes.schema import Serving
 from tests.exported import recipe, task_of
 from tests.models import any_family
 from tests.reference.engine import VLLM_PYTHON

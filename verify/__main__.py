@@ -25,10 +25,10 @@ from calibration.families.registry import open_source
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
 from calibration.plan.task import Task
+from recipes.checks import Fidelity, Serving
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside
-from recipes.schema import Fidelity, Serving
 from recipes.streams import exit_with, printed
 from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.known import Known

@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from recipes.schema import Accuracy, Calibration, Fidelity, Serving
+from recipes.checks import Accuracy, Fidelity, Serving
+from recipes.schema import Calibration
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_with_forward
 from verify.known import Known

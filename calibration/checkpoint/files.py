@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -111,6 +111,12 @@ def read_json_or_none(path: Path) -> dict[str, Any] | None:
         return read_json_object(path, constants=True)
     except SourceError:
         return None
+
+
+def inner(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The object under `key` in a file that may be damaged; an empty one if there is none."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def parse_json(raw: bytes, where: str, *, constants: bool = False) -> Any:

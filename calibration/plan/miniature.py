@@ -24,9 +24,10 @@ from calibration.families.cut import block_traits, cut_config
 from calibration.families.registry import expected_tensors
 from calibration.plan.plan import Plan, Step
 from calibration.plan.task import Task
+from recipes.checks import Verify
 from recipes.errors import WorkflowError
 from recipes.modifiers import ModifierEntry, QuantizationArguments
-from recipes.schema import Offload, Recipe, Verify
+from recipes.schema import Offload, Recipe
 
 #: modelopt's description of a source, which tells its stored format (calibration.checkpoint.foreign).
 _DESCRIPTION = "hf_quant_config.json"

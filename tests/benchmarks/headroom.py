@@ -33,7 +33,7 @@ from calibration.checkpoint.nvfp4 import RANGE
 from calibration.data.batches import load_tokenizer
 from calibration.model.skeleton import build_skeleton
 from calibration.model.source_model import SourceModel
-from recipes.schema import Serving
+from recipes.checks import Serving
 from tests.benchmarks.v4_methods import ROUTED
 from tests.models import smollm2
 from verify.fidelity import forward

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from recipes.schema import Serving
+from recipes.checks import Serving
 from tests.integration.whole_runs import LINEAR, run, write_recipe
 from tests.models import smollm2
 from tests.reference.engine import VLLM_PYTHON

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recipes.schema import Serving
+from recipes.checks import Serving
 from tests.faults.checkpoints import Good
 from tests.faults.faults import Fault
 from tests.reference.engine import VLLM_PYTHON, random_prompts

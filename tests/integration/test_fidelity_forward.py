@@ -21,7 +21,8 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import quantize_dequantize
 from calibration.families.registry import family_of
-from recipes.schema import Calibration, Fidelity
+from recipes.checks import Fidelity
+from recipes.schema import Calibration
 from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard
 from tests.reference import nvfp4 as reference

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.schema import Serving
+from recipes.checks import Serving
 from tests.exported import export, recipe
 from tests.faults.editing import json_file
 from tests.models import standard

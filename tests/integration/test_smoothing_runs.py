@@ -10,7 +10,7 @@ import pytest
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from recipes.schema import Fidelity
+from recipes.checks import Fidelity
 from tests.integration.attempts import Attempt, Case, same
 from tests.integration.interrupted_runs import KillAt, finish
 from tests.integration.rank_runs import go, messages

@@ -10,7 +10,7 @@ import pytest
 
 from calibration.families.served import rows
 from calibration.plan.task import Task
-from recipes.schema import Serving
+from recipes.checks import Serving
 from tests import served
 from tests.exported import recipe, task_of
 from tests.models import any_family, standard

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from recipes.schema import Serving
+from recipes.checks import Serving
 from tests.reference.compare import engine_logits
 from tests.reference.resident import run_resident
 from verify.checks import Check

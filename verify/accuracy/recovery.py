@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recipes.schema import Accuracy
+from recipes.checks import Accuracy
 from verify.checks import Verdict
 
 #: Standard errors within which two figures are not told apart.

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibration.checkpoint.files import parse_json, read_bytes, read_text
+from recipes.checks import Accuracy
 from recipes.errors import RecipeError, SourceError
-from recipes.schema import Accuracy
 
 BUNDLED = Path(__file__).parent / "bundled"
 #: What a recipe writes before the name of a bundled task.

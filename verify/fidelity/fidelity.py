@@ -21,8 +21,9 @@ from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.family import Family, Place
 from calibration.families.registry import family_of, open_source
 from calibration.plan.plan import Plan
+from recipes.checks import Fidelity
 from recipes.errors import WorkflowError
-from recipes.schema import Calibration, Fidelity
+from recipes.schema import Calibration
 from verify.checks import Check
 from verify.fidelity.forward import verify_forward
 from verify.fidelity.input_scales import input_scale_check, saturation_check

@@ -26,8 +26,9 @@ from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.registry import family_of, open_source
 from calibration.plan.plan import Plan
 from calibration.plan.smoothing import possible_sites
+from recipes.checks import Fidelity
 from recipes.errors import SourceError, WorkflowError
-from recipes.schema import Calibration, Fidelity
+from recipes.schema import Calibration
 from verify.checks import Check, Verdict
 from verify.fidelity.smoothing import SmoothedWeights
 from verify.unseen_text import help_text

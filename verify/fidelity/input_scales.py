@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from calibration.families.family import Family
-from recipes.schema import Fidelity
+from recipes.checks import Fidelity
 from verify.checks import Check, unchecked, verdict
 from verify.fidelity.forward import InputSeen
 

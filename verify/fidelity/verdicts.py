@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from calibration.families.family import Family, Place
-from recipes.schema import Fidelity
+from recipes.checks import Fidelity
 from verify.checks import Check, Verdict
 from verify.fidelity.weights import Measured, scale_ratio
 

@@ -71,12 +71,16 @@ def vllm_backend() -> Any:
     import vllm
 
     known = metadata.version
-    metadata.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+
+    def version(name: str) -> str:
+        return str(vllm.__version__) if name == "vllm" else known(name)
+
+    metadata.version = version
     try:
         import lm_eval.models.vllm_causallms as backend
     finally:
         metadata.version = known
-    backend.version = lambda name: vllm.__version__ if name == "vllm" else known(name)
+    backend.version = version
     return backend
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoint.files import read_json_or_none, read_text
+from recipes.checks import Serving
 from recipes.errors import EnvironmentProblem, SourceError
-from recipes.schema import Serving
 
 WORKER = Path(__file__).parents[1] / "inside_vllm" / "worker.py"
 TASKS = WORKER.with_name("accuracy.py")

@@ -16,9 +16,9 @@ from typing import Any
 from calibration.checkpoint.files import read_json_or_none
 from calibration.checkpoint.formats import Formats
 from calibration.families.registry import language_config
+from recipes.checks import Accuracy, Serving
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.places import is_inside
-from recipes.schema import Accuracy, Serving
 from verify.accuracy.recovery import standard_error
 from verify.accuracy.tasks import request as request_tasks
 from verify.checks import Check

@@ -6,7 +6,7 @@ from typing import Any
 
 from calibration.checkpoint.dialect import is_nvidia
 from calibration.checkpoint.source_config import routed_experts
-from recipes.schema import Accuracy, Serving
+from recipes.checks import Accuracy, Serving
 from verify.accuracy.recovery import judge_accuracy
 from verify.checks import Check, Verdict
 from verify.serving import engine

@@ -20,8 +20,8 @@ from calibration.checkpoint.index import CONFIG_NAME
 from calibration.plan.plan import Plan
 from calibration.plan.quantization_config import output_config
 from calibration.plan.task import Task
+from recipes.checks import Serving
 from recipes.errors import collapsed
-from recipes.schema import Serving
 from verify.serving.engine import WORKER, failure, platform_refusal, run_engine
 
 _SCRIPT = WORKER.with_name("wants.py")

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from calibration.checkpoint.files import no_link, read_json_or_none, write_json, write_text
+from calibration.checkpoint.files import inner, no_link, read_json_or_none, write_json, write_text
 from recipes.errors import WorkflowError
 from recipes.units import clock, size
 from verify.checks import LEVELS, SEVERITY
@@ -169,7 +169,7 @@ def _row(batch: BatchDirectory, entry: Entry, job: str | None, job_end: str | No
         "attempts": begun,
         "peak_memory": max(peaks, default=None),
         "perplexity": _number(serving.get("perplexity")),
-        "kl": _number(_inner(_inner(serving, "source"), "agreement").get("kl")),
+        "kl": _number(inner(inner(serving, "source"), "agreement").get("kl")),
         "blocks": status.get("blocks"),
         "blocks_finished": status.get("blocks_finished"),
         "eta": status.get("eta"),
@@ -235,11 +235,6 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _link(batch: BatchDirectory, target: Path) -> str | None:
     return os.path.relpath(target, batch.path) if target.is_file() else None
-
-
-def _inner(values: dict[str, Any], key: str) -> dict[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | None:

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import is_directory, is_file, read_json_object, read_json_or_none
+from calibration.checkpoint.files import inner, is_directory, is_file, read_json_object, read_json_or_none
 from calibration.runs.journal import RunDirectory
 from recipes.errors import RecipeError, SourceError, collapsed
 from recipes.units import size
@@ -122,7 +122,7 @@ def _names(outputs: Sequence[Path]) -> dict[Path, str]:
 def _read(output: Path, name: str) -> Compared:
     directory = RunDirectory(output)
     described = read_json_object(directory.path / "plan.json")
-    checkpoint, plan = (_object(described, part) for part in ("checkpoint", "plan"))
+    checkpoint, plan = (inner(described, part) for part in ("checkpoint", "plan"))
     recorded = directory.facts()
     verified: dict[str, Any] = next((f for f in reversed(recorded) if f.get("fact") == "verified"), {})
     verdicts = [v for level, v in verified.items() if level not in ("fact", "time")]
@@ -140,7 +140,7 @@ def _read(output: Path, name: str) -> Compared:
         # Not the path: the same source may have been read from two places.
         tuple(checkpoint.get(key) for key in ("model_type", "parameters", "bytes", "tensors")),
         next(
-            (_object(f, "parts").get("source files") for f in reversed(recorded) if f.get("fact") == "fingerprint"),
+            (inner(f, "parts").get("source files") for f in reversed(recorded) if f.get("fact") == "fingerprint"),
             None,
         ),
         facts.output_bytes,
@@ -148,7 +148,7 @@ def _read(output: Path, name: str) -> Compared:
         read_quality(served),
         served["perplexity"] if isinstance(served.get("perplexity"), float) else None,
         finite if len(finite) == len(losses) else (),
-        _object(served, "scored").get("digest"),
+        inner(served, "scored").get("digest"),
         sum(s for stage, s in facts.seconds.items() if stage != "verify") or None,
         {s["prompt"]: (s["text"], s.get("source_text")) for s in samples_of(served)},
         tuple(recoveries(served)),
@@ -166,8 +166,3 @@ def described(run: Compared) -> str:
 
 def _counts(source: tuple[Any, ...]) -> bool:
     return all(isinstance(count, int) for count in source[1:])
-
-
-def _object(values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = values.get(key)
-    return value if isinstance(value, dict) else {}

@@ -26,8 +26,8 @@ from calibration.plan.task import Task
 from calibration.plan.versions import versions
 from calibration.runs.disk import Need, space_problems
 from calibration.runs.memory import available_memory
+from recipes.checks import Serving
 from recipes.errors import EnvironmentProblem, Interrupted, VerificationFailed, WorkflowError
-from recipes.schema import Serving
 from recipes.units import duration, size
 from verify.checks import Check, failed, level_verdicts, unchecked
 from verify.known import Known

@@ -14,9 +14,10 @@ from calibration.checkpoint.files import is_file, read_json_object
 from calibration.checkpoint.index import INDEX_NAME
 from calibration.runs.journal import RunDirectory
 from calibration.runs.output import entries
+from recipes.checks import Verify
 from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 from recipes.loader import load_recipe, recipe_digest
-from recipes.schema import Recipe, Verify
+from recipes.schema import Recipe
 from verify.checks import SEVERITY, Check, to_json
 
 _FAILED = "verification failed"

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import read_json_or_none, read_text, write_text
+from calibration.checkpoint.files import inner, read_json_or_none, read_text, write_text
 from calibration.runs.journal import RunDirectory
 from recipes.errors import SourceError
 from verify.checks import Check
@@ -98,8 +98,7 @@ def verdict_facts(output: Path) -> Facts:
 
 def _count_in(described: dict[str, Any], part: str, key: str) -> int | None:
     """A number of plan.json, which may be damaged."""
-    found = described.get(part)
-    value = found.get(key) if isinstance(found, dict) else None
+    value = inner(described, part).get(key)
     return value if isinstance(value, int) else None
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from recipes.checks import Accuracy
 from recipes.errors import RecipeError, WorkflowError
 from recipes.loader import load_recipe
-from recipes.schema import Accuracy
 from verify.accuracy.recovery import judge_accuracy, recoveries
 from verify.accuracy.tasks import BUNDLED, request
 

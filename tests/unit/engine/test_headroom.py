@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from calibration.checkpoint.files import file_digest
 from calibration.families.registry import family_of
 from calibration.runs.fingerprint import fingerprint
+from recipes.checks import Fidelity
 from recipes.errors import RecipeError
 from recipes.loader import load_recipe
-from recipes.schema import Fidelity
 from tests.exported import EXPERTS, calibrated, export, recipe, task_of
 from tests.models import deepseek_v4
 from verify.fidelity.forward import InputSeen

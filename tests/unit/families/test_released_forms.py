@@ -17,8 +17,9 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.families.registry import FAMILIES, expected_tensors, family_of, language_config
 from calibration.forecast.cost import attention, hidden_width
 from calibration.model.skeleton import build_skeleton
+from recipes.checks import Fidelity
 from recipes.errors import RecipeError, SourceError
-from recipes.schema import Fidelity, Recipe
+from recipes.schema import Recipe
 from tests.converted import converting, run, tensors, undoing
 from tests.exported import plan_of, recipe
 from tests.models import deepseek_v4, deepseek_v41

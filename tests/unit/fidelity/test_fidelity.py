@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from calibration.checkpoint import nvfp4
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import INDEX_NAME, Checkpoint
-from recipes.schema import Fidelity, Verify
+from recipes.checks import Fidelity, Verify
 from tests.exported import export, recipe
 from tests.models import deepseek_v4, standard
 from verify.fidelity.fidelity import COLUMNS, measure_fidelity, verify_fidelity

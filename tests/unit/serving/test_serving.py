@@ -21,8 +21,9 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.convert import pipeline as convert
 from calibration.plan.task import Task
+from recipes.checks import Require, Serving, Verify
 from recipes.errors import EnvironmentProblem, RecipeError
-from recipes.schema import Recipe, Require, Serving, Verify
+from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard
 from verify.__main__ import main
 from verify.checks import Check

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from calibration.plan.task import Task
+from recipes.checks import Serving
 from recipes.errors import RecipeError
-from recipes.schema import Recipe, Serving
+from recipes.schema import Recipe
 from tests.exported import recipe, task_of
 from tests.models import standard
 from verify.serving import wants as asking

@@ -16,9 +16,9 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.permissions import refuse_outside, requests, without_choices
 from calibration.data.batches import load_tokenizer
 from calibration.model.skeleton import build_skeleton
+from recipes.checks import Fidelity, Serving
 from recipes.errors import EnvironmentProblem, SourceError
 from recipes.loader import dump_recipe
-from recipes.schema import Fidelity, Serving
 from tests.exported import export, recipe
 from tests.faults.editing import config, json_file, values
 from tests.models import standard
