@@ -1,6 +1,7 @@
 """What each method keeps: loss of the real model after each recipe, paired by window with the loss in BF16.
 
-    python -m tests.benchmarks.accuracy --directory DIR [--model upcycled] [--only NAME ...] [--methods FILE] [--vllm NAME]
+    python -m tests.benchmarks.accuracy --directory DIR [--model upcycled] [--only NAME ...] [--against NAME]
+        [--methods FILE] [--vllm NAME]
 
 Each method calibrates through this project's engine (tests/benchmarks/engine_once.py: CPU-seconds of one thread, memory above
 the base) and is evaluated by transformers' model with the output's weights and inputs quantized as vLLM does, on windows of two
@@ -36,7 +37,7 @@ from calibration.checkpoint.index import Checkpoint
 from calibration.model.skeleton import build_skeleton
 from tests.benchmarks.headroom import hooked, scaled_layers, windows
 from tests.benchmarks.perplexity import nll
-from tests.models import smollm2, upcycled
+from tests.models import routers, smollm2, upcycled
 from verify.fidelity import forward
 from verify.unseen_text import help_text
 
@@ -44,8 +45,16 @@ from verify.unseen_text import help_text
 NOVEL = "guidellm==0.3.0"
 LINEAR = [r"re:^model\.layers\.\d+\..*(_proj|\.w[123])$"]
 TEXTS = ("prose", "reference")
-#: Model -> routed experts of each block; of these two are chosen.
-MODELS = {"smollm2": None, "upcycled": upcycled.EXPERTS, "upcycled16": 16}
+#: Model -> routed experts of each block, of which two are chosen, and whether its routers are trained.
+MODELS = {
+    "smollm2": (0, False),
+    "upcycled": (upcycled.EXPERTS, False),
+    "upcycled16": (16, False),
+    "upcycled-trained": (upcycled.EXPERTS, True),
+    "upcycled16-trained": (16, True),
+}
+#: Windows of each text's end that routers are trained on.
+ROUTER_WINDOWS = 8
 RTN = "round to nearest"
 
 
@@ -58,6 +67,7 @@ def _smoothed(smoothing: dict[str, Any], **quantized: Any) -> dict[str, Any]:
 
 
 _SMOOTHQUANT = {"SmoothQuantModifier": {"smoothing_strength": 0.5}}
+_AWQ = {"AWQModifier": {"n_grid": 8}}
 #: Name -> sections of the recipe that differ from the base.
 METHODS: dict[str, dict[str, Any]] = {
     RTN: _quantized(),
@@ -68,22 +78,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "nvfp4_mse": _quantized(weight_observer="nvfp4_mse"),
     "nvfp4_weighted": _quantized(weight_observer="nvfp4_weighted"),
     "GPTQ": _quantized("GPTQModifier"),
+    "GPTQ of quantized inputs": _quantized("GPTQModifier", quantized_inputs=True),
     "GPTQ, nvfp4_weighted": _quantized("GPTQModifier", weight_observer="nvfp4_weighted"),
     "GPTQ of quantized inputs, nvfp4_weighted": _quantized(
         "GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
     ),
+    "SmoothQuant 0.5": _smoothed(_SMOOTHQUANT),
     "SmoothQuant 0.5, nvfp4_weighted": _smoothed(_SMOOTHQUANT, weight_observer="nvfp4_weighted"),
+    "SmoothQuant 0.5, GPTQ of quantized inputs": _smoothed(
+        _SMOOTHQUANT, modifier="GPTQModifier", quantized_inputs=True
+    ),
     "SmoothQuant 0.5, GPTQ of quantized inputs, nvfp4_weighted": _smoothed(
         _SMOOTHQUANT, modifier="GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
     ),
-    "AWQ, nvfp4_weighted": _smoothed({"AWQModifier": {"n_grid": 8}}, weight_observer="nvfp4_weighted"),
+    "AWQ": _smoothed(_AWQ),
+    "AWQ, nvfp4_weighted": _smoothed(_AWQ, weight_observer="nvfp4_weighted"),
 }
 
 
-#: The same for models with experts: which tokens an expert is calibrated on; round to nearest is on all.
+#: The same for models with experts: which tokens an expert is calibrated on; without a word, all.
+_TOKENS: dict[str, Any] = {"routed": "routed"} | {f"topped_up {n}": {"topped_up": n} for n in (16, 64, 256)}
 EXPERT_METHODS: dict[str, dict[str, Any]] = {
-    "routed": _quantized() | {"calibration": {"experts": "routed"}},
-    **{f"topped_up {n}": _quantized() | {"calibration": {"experts": {"topped_up": n}}} for n in (16, 64, 256)},
+    f"{start}{name}": method | {"calibration": {"experts": experts}}
+    for start, method in (("", _quantized()), ("nvfp4_weighted, ", _quantized(weight_observer="nvfp4_weighted")))
+    for name, experts in _TOKENS.items()
 }
 
 
@@ -193,17 +211,18 @@ def calibrate(directory: Path, source: Path, samples: int, sections: dict[str, A
 
 
 def paired(found: list[float], base: list[float]) -> tuple[float, float]:
-    """Mean difference over the windows of `found`, the first of `base`, and its standard error."""
-    delta = torch.tensor(found, dtype=torch.float64) - torch.tensor(base[: len(found)], dtype=torch.float64)
+    """Mean difference over the windows that both have, the first ones, and its standard error."""
+    count = min(len(found), len(base))
+    delta = torch.tensor(found[:count], dtype=torch.float64) - torch.tensor(base[:count], dtype=torch.float64)
     return float(delta.mean()), float(delta.std()) / math.sqrt(len(delta))
 
 
-def table(results: dict[str, Result]) -> str:
-    """A row for each result; the share of round to nearest's loss that a method keeps, by text."""
-    lines = [
-        "| method | prose: dNLL | reference: dNLL | share closed, prose / reference | KL | top-1 | CPU-s | x RTN | memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def table(results: dict[str, Result], against: str | None = None) -> str:
+    """A row for each result; the share of round to nearest's loss that a method keeps, by text. `against`: a method whose
+    loss is subtracted too, window by window."""
+    titles = ["method", "prose: dNLL", "reference: dNLL", "share closed, prose / reference", "KL", "top-1", "CPU-s", "x RTN",
+              "memory", *([f"against {against}, prose / reference"] if against else [])]  # fmt: skip
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     base, nearest = results["BF16"], results.get(RTN)
     for name, result in results.items():
         differences = {text: paired(result.nll[text], base.nll[text]) for text in TEXTS}
@@ -220,6 +239,10 @@ def table(results: dict[str, Result]) -> str:
         known = cpu is not None and nearest is not None and nearest.cpu_seconds is not None
         cells.append(f"{cpu / nearest.cpu_seconds:.2f}" if known else "")  # type: ignore[operator,union-attr]
         cells.append("" if result.peak is None else f"{result.peak / 2**20:.0f} MiB")
+        if against:
+            other = results[against]
+            beside = [paired(result.nll[text], other.nll[text]) for text in TEXTS]
+            cells.append("" if name in ("BF16", against) else " / ".join(f"{a:+.3f} +- {b:.3f}" for a, b in beside))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     perplexity = " / ".join(f"{math.exp(sum(base.nll[t]) / len(base.nll[t])):.2f}" for t in TEXTS)
     return "\n".join([*lines, "", f"BF16 perplexity, prose / reference: {perplexity}"])
@@ -231,9 +254,14 @@ def prepare(directory: Path, model: str, count: int) -> Bench:
     if not dense.exists():
         smollm2.write(dense)
     source = directory / model
-    if not source.exists():
-        upcycled.write(source, dense, experts=MODELS[model] or 1)
     texts = dict(zip(TEXTS, (novel(directory), help_text()), strict=True))
+    if not source.exists():
+        experts, trained = MODELS[model]
+        ends = [text[-ROUTER_WINDOWS * 512 * 8 :] for text in texts.values()] if trained else []
+        unseen = [ids for text in ends for ids in windows(dense, text, ROUTER_WINDOWS, 512)]
+        inputs = routers.mlp_inputs(dense, unseen) if trained else []
+        trained_routers = [routers.train(found, experts, f"block {n}") for n, found in enumerate(inputs)]
+        upcycled.write(source, dense, experts=experts, routers=trained_routers)
     tokens = {name: windows(source, text[: count * 512 * 8], count, 512) for name, text in texts.items()}
     kept = directory / f"{model}-{count}.states.pt"
     return Bench(directory / model, source, tokens, torch.load(kept) if kept.exists() else {})
@@ -248,6 +276,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, help="evaluate methods on the first windows alone: a table in less time")
     parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, of the bundled calibration text")
     parser.add_argument("--only", action="append", help="names of methods; round to nearest always runs")
+    parser.add_argument("--against", help="a method that runs in round to nearest's place, to pair others with")
     parser.add_argument("--methods", type=Path, help="YAML: name -> sections of a recipe")
     parser.add_argument("--bounds", action="append", default=[], help="a method whose two halves are evaluated alone")
     parser.add_argument("--vllm", help="a method that is measured in vLLM too")
@@ -258,10 +287,10 @@ def main() -> None:
     bench = prepare(options.directory, options.model, options.windows)
     methods = (
         METHODS
-        | (EXPERT_METHODS if MODELS[options.model] else {})
+        | (EXPERT_METHODS if MODELS[options.model][0] else {})
         | (yaml.safe_load(options.methods.read_text()) if options.methods else {})
     )
-    wanted = [RTN, *(options.only if options.only is not None else methods)]
+    wanted = [options.against or RTN, *(options.only if options.only is not None else methods)]
     file = options.directory / f"{options.model}-{options.windows}-{options.samples}.json"
     results = {
         name: Result(**result) for name, result in (json.loads(file.read_text()) if file.exists() else {}).items()
@@ -288,12 +317,13 @@ def main() -> None:
         result = evaluate(fewer, place / "output")
         result.cpu_seconds, result.peak = facts["cpu_seconds"], facts["peak_above_base"]
         keep(name, result)
-        print(table({"BF16": results["BF16"], RTN: results[RTN], name: result}), flush=True)
+        shown = {other: results[other] for other in ("BF16", RTN, options.against, name) if other in results}
+        print(table(shown, options.against), flush=True)
     for name in options.bounds:
         output = options.directory / f"{options.model}.{_slug(name, options.samples)}" / "output"
         keep(f"{name}, inputs exact", evaluate(fewer, output, inputs=False))
         keep(f"{name}, weights exact", evaluate(fewer, output, weights=False))
-    print(table(results))
+    print(table(results, options.against))
     if options.vllm:
         output = options.directory / f"{options.model}.{_slug(options.vllm, options.samples)}" / "output"
         served = nll(output, options.directory / "logs", options.windows)

@@ -1,7 +1,8 @@
 """A real mixture of experts: SmolLM2-135M-Instruct upcycled to a Mixtral with 8 experts, 692 M parameters.
 
-Every expert is the dense model's MLP plus noise (3 % of each tensor's standard deviation), the router is random, two experts
-are chosen. The noise makes experts differ as little as upcycled ones do; the model speaks as the dense one does.
+Every expert is the dense model's MLP plus noise (3 % of each tensor's standard deviation), the router is random or one of
+tests/models/routers.py, two experts are chosen. The noise makes experts differ as little as upcycled ones do; the model speaks
+as the dense one does.
 
     python -m tests.models.upcycled SMOLLM2 OUT
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +26,11 @@ _LEAVES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _ROUTER = "block_sparse_moe.gate.weight"
 
 
-def write(directory: Path, dense: Path, *, experts: int = EXPERTS, noise: float = NOISE, seed: int = 0) -> Path:
-    """Writes the upcycled form of `dense`, a Llama directory without biases, into the new or empty `directory`."""
+def write(
+    directory: Path, dense: Path, *, experts: int = EXPERTS, routers: Sequence[torch.Tensor] = (), seed: int = 0
+) -> Path:
+    """Writes the upcycled form of `dense`, a Llama directory without biases, into the new or empty `directory`. `routers`:
+    BF16 `[experts, hidden]` of each block; random ones without."""
     new_directory(directory)
     source = Checkpoint.open(dense)
     config = json.loads((dense / "config.json").read_text())
@@ -49,13 +54,15 @@ def write(directory: Path, dense: Path, *, experts: int = EXPERTS, noise: float 
 
     def make(entry: Entry) -> torch.Tensor:
         origin, expert = made[entry.name]
+        if not origin and routers:
+            return routers[int(entry.name.split(".")[2])]
         if not origin:
             return normal(seed, entry.name, entry.shape, 0.0, 1 / width**0.5).to(torch.bfloat16)
         value = source.read(origin)
         if expert is None:
             return value
         values = value.float()
-        return (values + normal(seed, entry.name, entry.shape, 0.0, noise * float(values.std()))).to(torch.bfloat16)
+        return (values + normal(seed, entry.name, entry.shape, 0.0, NOISE * float(values.std()))).to(torch.bfloat16)
 
     write_shards(
         directory, entries, split_at(entries, 2, lambda boundary: lambda name: name.endswith("w1.weight")), make

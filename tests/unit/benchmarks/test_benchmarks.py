@@ -65,3 +65,15 @@ def test_the_table_of_methods_pairs_windows_and_says_how_much_of_the_loss_is_clo
     )
     assert rows[4].endswith("| 60 | 1.50 |  |")
     assert rows[-1].endswith("reference: 7.39 / 7.39")
+
+
+def test_the_table_pairs_methods_with_one_of_them_too() -> None:
+    def result(*losses: float) -> accuracy.Result:
+        values = dict.fromkeys(accuracy.TEXTS, 0.0)
+        return accuracy.Result({text: list(losses) for text in accuracy.TEXTS}, values, values)
+
+    found = {"BF16": result(1, 3, 2), "all": result(1.5, 3.5), "routed": result(1.6, 3.8, 9.0)}
+    title, _, base, every, routed, *_ = accuracy.table(found, "all").splitlines()
+    assert title.endswith("| against all, prose / reference |")
+    assert base.endswith("|  |") and every.endswith("|  |")
+    assert routed.endswith("| +0.200 +- 0.100 / +0.200 +- 0.100 |")

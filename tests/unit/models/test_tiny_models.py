@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from tests.models import deepseek_v4, standard
+from tests.models import deepseek_v4, routers, standard
 from tests.models.smollm2 import undo_rope_permutation
 from tests.models.tokenizer import SPECIAL_TOKENS, trained
 
@@ -314,3 +314,17 @@ def test_rope_permutation_is_undone() -> None:
     permuted = weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
     assert (undo_rope_permutation(permuted, heads) == weight).all()
     assert not (permuted == weight).all()
+
+
+def test_a_trained_router_sends_tokens_of_a_kind_to_one_expert_and_about_as_many_to_each() -> None:
+    """Of 12 kinds of token four experts get four shares, where a random router leaves one of them next to none."""
+    kinds = torch.randn(12, 32, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(1200, 32, generator=torch.Generator().manual_seed(2))
+    inputs = (kinds.repeat(100, 1) + 0.1 * noise).to(torch.bfloat16)
+    router = routers.train(inputs, 4, "router", rate=0.05)
+    chosen = (inputs @ router.T).argmax(-1)
+    shares = chosen.bincount(minlength=4) / len(chosen)
+    assert shares.min() > 0.15, shares
+    alike = [(chosen[kind::12] == chosen[kind]).float().mean().item() for kind in range(12)]
+    assert min(alike) > 0.98, alike
+    assert router.dtype == torch.bfloat16 and torch.equal(router, routers.train(inputs, 4, "router", rate=0.05))
