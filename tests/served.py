@@ -65,6 +65,11 @@ def row(task: Task, wants: Wants) -> dict[str, Any]:
                 if layer.kind == "linear" and len(output.shape) == 2 and place.part not in NOT_LINEAR:
                     unquantized.add(without_numbers(module[block.end() :]))
                 continue
+            if len(output.shape) != 2:  # a correction bias lies in the layer of the experts and names no parent
+                continue
+            if not re.search(r"layers\.\d+\.", layer.looked_up):  # looked up outside the blocks: no target names it
+                unquantized.add(without_numbers(module[block.end() :]))
+                continue
             hub = (
                 module[block.end() :].partition(".experts.")[0]
                 if place.part == ROUTED

@@ -39,10 +39,11 @@ _FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
-#: Parts by the class of a module: the first that its name contains, of the module itself or the nearest one above it.
+#: Parts by the class of a module: the first that its name contains after the model's own (KimiLinear), of the module itself or
+#: the nearest one above it.
 _CLASSES = (
     ("norm", ("norm",)),
-    ("linear attention", ("deltanet", "linearattention", "lightningattention", "kimidelta")),
+    ("linear attention", ("deltanet", "deltaattention", "linearattention", "lightningattention")),
     ("mamba", ("mamba", "mixer2")),
     ("convolution", ("shortconv",)),
     ("attention", ("attention",)),
@@ -75,7 +76,7 @@ class _Tensor:
     wanted: Wanted
     part: str
     fills: str
-    #: Its first row in a linear layer that transformers joins on load; None if it fills a tensor of its own.
+    #: Its first row in a layer that transformers joins on load; None if it fills a tensor of its own.
     row: int | None = None
 
 
@@ -224,9 +225,8 @@ def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[d
             continue
         if tensor.shape != state[parameter].shape and _is_rows(tensor, state[parameter], modules[owner]):
             fills = f"{owner}.{name.split('.')[-2]}.weight"
-            found[name] = _Tensor(
-                Wanted(tuple(tensor.shape)), _part(model, modules, experts, owner), fills, _row(tensor)
-            )
+            wanted = Wanted(tuple(tensor.shape), "linear" if isinstance(modules[owner], nn.Linear) else _kind(tensor))
+            found[name] = _Tensor(wanted, _part(model, modules, experts, owner), fills, _row(tensor))
             continue
         if tensor.shape != state[parameter].shape:
             raise _Underivable(
@@ -250,9 +250,10 @@ def _turning(model: PreTrainedModel) -> list[str]:
 
 
 def _is_rows(tensor: torch.Tensor, parameter: torch.Tensor, module: nn.Module) -> bool:
-    """Whether a hub tensor is some rows of a linear layer's weight."""
-    whole = isinstance(module, nn.Linear) and module.bias is None and tensor.dim() == 2
-    return whole and tensor.shape[1] == parameter.shape[1] and tensor.stride() == parameter.stride()
+    """Whether a hub tensor is some rows of the weight of a linear layer, or of a convolution of each channel alone."""
+    rows = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == len(parameter))
+    whole = rows and module.bias is None and tensor.dim() == parameter.dim()
+    return whole and tensor.shape[1:] == parameter.shape[1:] and tensor.stride() == parameter.stride()
 
 
 def _row(tensor: torch.Tensor) -> int:
@@ -360,8 +361,12 @@ def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[st
     elif moe is not None:
         child = f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"
         return SHARED if _is_mlp(modules[child]) else ROUTER
+    blocks, called = model.config.get_text_config().num_hidden_layers, type(model).__name__.partition("For")[0]
     while owner:
-        kind = type(modules[owner]).__name__.lower()
+        above = modules[owner.rpartition(".")[0]]
+        if isinstance(above, nn.ModuleList) and len(above) == blocks:
+            break  # a block's class is called after its attention (JambaMambaDecoderLayer), its MLP is not a part of that
+        kind = type(modules[owner]).__name__.removeprefix(called).lower()
         for part, classes in _CLASSES:
             if any(text in kind for text in classes):
                 return part
@@ -380,14 +385,21 @@ def _generalized(name: str) -> str:
 
 
 def _parts(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
-    """Patterns of module names, the longer ones before those that they begin with."""
-    patterns: dict[str, str] = {}
+    """Patterns of module names, the longer ones before those that they begin with. Of a name that is one part in some blocks
+    and another in others (`self_attn` of kimi_linear) a pattern lists the modules."""
+    modules: dict[str, dict[str, dict[str, None]]] = {}
     for name, tensor in tensors.items():
-        pattern = _generalized(name.rpartition(".")[0])
-        if patterns.setdefault(pattern, tensor.part) != tensor.part:
-            raise _Underivable(f"{name} is {tensor.part}, and others of its name are {patterns[pattern]}")
-    longest = sorted(patterns.items(), key=lambda item: (-item[0].count("."), item[0]))
-    return tuple((part, rf"{pattern}(?:\.|$)") for pattern, part in longest)
+        module = name.rpartition(".")[0]
+        modules.setdefault(_generalized(module), {}).setdefault(tensor.part, {})[module] = None
+    return tuple(
+        (part, rf"{pattern if len(parts) == 1 else f'^(?:{_any_of(names)})'}(?:\.|$)")
+        for pattern, parts in sorted(modules.items(), key=lambda item: (-item[0].count("."), item[0]))
+        for part, names in parts.items()
+    )
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
 
 
 def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:

@@ -107,7 +107,7 @@ class Family:
     encoding: Encoding | None = None
     #: Hub tensors that hold all routed experts of a block; names of single experts are those of their slices.
     stacks: tuple[Stack, ...] = ()
-    #: Linear layers of transformers' tree that the hub stores as several, each with their leaves, from the first row on: they
+    #: Layers of transformers' tree that the hub stores as several, each with their leaves, from the first row on: they
     #: are built as modules of their own below the layer's name.
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
     #: Whether this grammar is derived from transformers for one config (`calibration.families.derived`), not from a table.

@@ -18,7 +18,8 @@ _REASON = "vLLM runs it unquantized"
 class Served(BaseModel):
     """One row. `config` is the sha256 of config.json, `architecture` the class; names are those of a block, with N for
     every other number: `fused` leaves that are one matrix, `parents` that the class calls otherwise than the hub,
-    `unquantized` linear layers for which it never looks up a quantization."""
+    `unquantized` linear layers for which it never looks up a quantization, or not under a name in a block (Falcon-H1's
+    mamba: `model.<number of blocks + N>.mixer`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -19,8 +19,8 @@ from calibration.checkpoint.index import Undone
 from calibration.checkpoint.stacks import Slice, Stack
 
 #: Experts that transformers does not decorate, by class: whether they are transposed, and whether gate and up are the
-#: halves of one parameter (models/llama4/modeling_llama4.py, 5.17).
-_UNDECLARED = {"Llama4TextExperts": (True, True)}
+#: halves of one parameter (`forward` in models/llama4/modeling_llama4.py and models/step3p7/modeling_step3p7.py, 5.17).
+UNDECLARED = {"Llama4TextExperts": (True, True), "Step3p7Experts": (False, True)}
 #: Values of a group with one scale in MXFP4 (transformers/integrations/mxfp4.py, 5.17).
 _MXFP4_GROUP = 32
 
@@ -34,7 +34,7 @@ def projections(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     tensor of the expert that it fills (`gate_proj.weight`), and that tensor `[M, K]` or `[M]` as a view of the parameter.
     Raises UnknownLayout for a class whose layout is not declared."""
     kind = type(module).__name__
-    transposed, halves = _UNDECLARED.get(
+    transposed, halves = UNDECLARED.get(
         kind, (getattr(module, "is_transposed", None), getattr(module, "is_concatenated", None))
     )
     if transposed is None or halves is None:

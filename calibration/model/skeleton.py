@@ -12,12 +12,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
-from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
-from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, logical_name
@@ -26,6 +23,8 @@ from calibration.checkpoint.permissions import without_choices
 from calibration.checkpoint.source_config import without
 from calibration.families.family import BESIDE, Family
 from calibration.families.registry import family_of, language_config
+from calibration.model.joined import divide
+from calibration.model.linear_experts import linearize_experts
 from calibration.model.source_model import SourceModel, own_tensors, place
 from calibration.model.text_model import build_language_model, language_model_config
 from calibration.plan.source_check import is_carried, is_left_out
@@ -55,7 +54,7 @@ def build_skeleton(
         for leaf, buffer in module._buffers.items():
             if buffer is not None and leaf in module._non_persistent_buffers_set:
                 module._buffers[leaf] = buffer.to(device)
-    _divide(model, family, formats)
+    divide(model, family, formats)
     sources = _match(model, checkpoint, formats, family)
     _set_dtypes(model, checkpoint, sources)
     return SourceModel(model, formats, family, sources, device)
@@ -92,54 +91,11 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     # Non-persistent buffers (rotary frequencies) are computed by the constructor and must be real.
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = _built(directory, trust_remote_code)
-        for name, experts in get_non_linearized_moes(model):
-            # transformers' class patching would import every lazy module of transformers; replacing the empty modules
-            # gives the same tree.
-            model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
+        linearize_experts(model)
     for module in model.modules():
         for leaf, tensor in list(own_tensors(module)):
             place(module, leaf, tensor.detach().to("meta"))
     return model.eval()
-
-
-class _Joined(nn.Module):
-    """A linear layer as the several that the hub stores, whose outputs are joined in their order."""
-
-    def __init__(self, layer: nn.Linear, rows: dict[str, int]) -> None:
-        super().__init__()
-        for leaf, count in rows.items():
-            self.add_module(leaf, nn.Linear(layer.in_features, count, bias=False, dtype=layer.weight.dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` -> `[..., M]`."""
-        return torch.cat([layer(x) for layer in self.children()], dim=-1)
-
-
-def _divide(model: PreTrainedModel, family: Family, formats: Formats) -> None:
-    """Builds every layer of `Family.joined` as the modules that the source stores, with the rows that it stores."""
-    rows = {
-        family.model_name(logical_name(name)): formats.of(name).shape[0]
-        for name in formats.checkpoint.tensors
-        if family.joined and name not in formats.companions and len(formats.of(name).shape) == 2
-    }
-    for name, leaves in family.joined:
-        layer = model.get_submodule(name)
-        counts = {leaf: rows.get(f"{name}.{leaf}.weight", 0) for leaf in leaves}
-        if isinstance(layer, nn.Linear) and sum(counts.values()) == layer.out_features:  # else the match reports it
-            with torch.device("meta"):
-                model.set_submodule(name, _Joined(layer, counts))
-
-
-def _linearized(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
-    """One nn.Linear per projection of every expert of an empty module."""
-    linear = LinearExperts2D.get_linear_experts_cls(type(experts))
-    if linear is Llama4LinearExperts:  # takes sizes where the others take a config
-        return linear(experts.num_experts, experts.hidden_size, experts.expert_dim, config.get_text_config())
-    made = linear(getattr(experts, "config", config))
-    for key, value in vars(experts).items():  # what its own activation reads: limits, factors
-        if not key.startswith("_") and not hasattr(made, key):
-            setattr(made, key, value)
-    return made
 
 
 def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -172,15 +128,6 @@ def _check_padding(checkpoint: Checkpoint) -> None:
             f"{checkpoint.directory / CONFIG_NAME}: pad_token_id: {pad} has no row in an embedding of vocab_size {rows}; "
             "transformers cannot load such a model. Set it to null, or to an existing token"
         )
-
-
-def _gate_first(experts: LinearExperts2D) -> LinearExperts2D:
-    """Puts gate before up, as `_apply_gate` expects them: weights are read, and are adjacent in memory, in this
-    order."""
-    for expert in experts:
-        if isinstance(expert, ExpertMLPWithGate):
-            expert._modules = {leaf: expert._modules[leaf] for leaf in ("gate_proj", "up_proj", "down_proj")}
-    return experts
 
 
 def _all_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import importlib
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from calibration.checkpoint.source_config import without
 from calibration.families.family import Family
@@ -55,6 +56,17 @@ def build_language_model(config: PreTrainedConfig, trust_remote_code: bool) -> P
     return _Headed(config)
 
 
+def _decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """transformers' class of the decoder of `config`: that of its table, or the one beside it that is built from it."""
+    if (listed := MODEL_MAPPING.get(type(config), None)) is not None:
+        return cast(type[PreTrainedModel], listed)
+    beside = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    kinds = [kind for kind in vars(beside).values() if isinstance(kind, type) and issubclass(kind, PreTrainedModel)]
+    return next(
+        cast(type[PreTrainedModel], kind) for kind in kinds if getattr(kind, "config_class", None) is type(config)
+    )
+
+
 class _Headed(PreTrainedModel):  # type: ignore[misc]
     """A decoder that transformers uses in wrappers only, and the head that they put on it."""
 
@@ -63,7 +75,7 @@ class _Headed(PreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.model = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+        self.model = _decoder_class(config)._from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=torch.bfloat16)
         self._no_split_modules = self.model._no_split_modules
 

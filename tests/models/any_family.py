@@ -114,6 +114,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         **_MOE, "layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 128,
         "linear_num_value_heads": 4, "linear_num_key_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     },
+    "hy_v4": {
+        **_MOE, **_MLA, **_INDEXER, "layer_types": ["deepseek_sparse_attention"] * 3, "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
+    },
+    "kimi_linear": {
+        **_MOE, **_MLA, "q_lora_rank": None, "layer_types": ["linear_attention", "full_attention"],
+        "mlp_layer_types": ["dense", "sparse"], "linear_num_heads": 4, "linear_head_dim": 64,
+    },
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
     **WRAPPERS,
 }  # fmt: skip
 #: The weights that releases in a form have in it: DeepSeek, Kimi-K2 and GLM all but routers, Kimi-K2-Thinking and K2.5 the
@@ -153,7 +165,7 @@ _HUB: dict[str, dict[str, Any]] = {
         "add_full_attention_sink_bias": False,
     },
     "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True},
-    "lfm2": {"conv_dim": 256, "conv_use_xavier_init": True},
+    "lfm2": {"block_dim": 256, "conv_dim": 256, "conv_use_xavier_init": True},
 }
 
 
@@ -234,12 +246,17 @@ def _config(model_type: str, fields: dict[str, Any]) -> Any:
     return kind(**{key: value for key, value in {**_SHAPE, **fields}.items() if key in known})
 
 
-def _model(family: str, seed: int) -> Any:
+def empty_model(family: str) -> Any:
+    """transformers' model of a family, on meta."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     config = _config(family, FAMILIES[family])
     build = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
     with torch.device("meta"):
-        model = build.from_config(config, dtype=torch.bfloat16)
+        return build.from_config(config, dtype=torch.bfloat16)
+
+
+def _model(family: str, seed: int) -> Any:
+    model = empty_model(family)
     model.to_empty(device="cpu")
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():

@@ -111,6 +111,19 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {**_VISION}, "projector_hidden_size": 64, "merged_hidden_size": 256, "image_token_index": 1002,
         "video_token_index": 1003,
     },
+    "step3p7": {
+        "text_config": {
+            "model_type": "step3p5", "n_routed_experts": 8, "num_experts_per_tok": 2, "share_expert_dim": 128,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3, "pad_token_id": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse"], "sliding_window": 64, "num_sliding_attention_heads": 8,
+            "swiglu_limits": [0.0, 0.0, 0.5], "swiglu_limits_shared": [0.0, 0.0, 0.5],
+        },
+        "vision_config": {
+            "hidden_size": 64, "mlp_ratio": 1.0, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+            "patch_size": 14, "max_position_embeddings": 16,
+        },
+        "image_token_id": 1002,
+    },
 }  # fmt: skip
 #: How the hub spells what transformers writes otherwise than it reads.
 SPELLED: dict[str, tuple[tuple[str, str], ...]] = {

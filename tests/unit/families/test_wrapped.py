@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.registry import family_of, open_source
+from calibration.families.registry import family_of, language_config, open_source
 from calibration.model.skeleton import build_skeleton
 from calibration.plan.quantization_config import output_config, targets
 from recipes.errors import RecipeError, SourceError
@@ -62,7 +62,7 @@ def test_what_lies_beside_the_language_model_is_copied(sources: dict[str, Path],
     assert {name for name, part in parts.items() if part == "vision tower"} and beside == {
         name
         for name in parts
-        if re.search("^(model\\.)?(vis|multi_modal_projector|mm_projector|patch_merge_mlp)", name)
+        if re.search(r"^(model\.)?(vis|multi_modal_projector|mm_projector|patch_merge_mlp|vit_large_projector)", name)
     }
     assert all(task.plan.steps[name].action == "copy" for name in beside)
     blocks = {name for name in parts if re.search(r"layers\.\d+\..*proj\.weight$", name)} - beside
@@ -75,7 +75,8 @@ def test_the_language_model_alone_is_built_and_filled(sources: dict[str, Path], 
     model = build_skeleton(source, tmp_path, False)
     grammar = family_of(source.config, names=source.tensors)
     beside = {name for name in source.tensors if grammar.place(name).part in ("vision tower", "projector")}
-    assert set(model.sources.values()) == source.tensors.keys() - beside and len(model.blocks) == 2
+    assert len(model.blocks) == language_config(source.config)["num_hidden_layers"]
+    assert set(model.sources.values()) == source.tensors.keys() - beside
 
 
 def test_targets_name_the_language_model_in_vllm_and_no_tower(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -175,3 +176,13 @@ def test_layers_that_transformers_joins_are_the_source_s_modules(sources: dict[s
     x = torch.randn(3, 256, dtype=torch.bfloat16)
     assert torch.equal(torch.cat([joined.gate_proj.weight, joined.up_proj.weight]), theirs.weight)
     assert (joined(x) - theirs(x)).abs().max() <= 2.0**-6 * theirs(x).abs().max()
+
+
+def test_convolutions_that_transformers_joins_are_the_source_s_modules(tmp_path: Path) -> None:
+    source = Checkpoint.open(any_family.write(tmp_path / "source", "olmo_hybrid"))
+    built = build_skeleton(source, tmp_path, False)
+    joined = built.model.get_submodule("model.layers.0.linear_attn.conv1d")
+    built.load([joined])
+    loaded = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.bfloat16)
+    assert torch.equal(joined.weight, loaded.model.layers[0].linear_attn.conv1d.weight)
+    assert built.source_module("model.layers.0.linear_attn.conv1d.k_conv1d") == "model.layers.0.linear_attn.k_conv1d"

@@ -1,0 +1,53 @@
+"""Experts that transformers keeps in tensors of three dimensions, as one nn.Linear per projection of every expert."""
+
+from __future__ import annotations
+
+from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from calibration.families.stacked import UNDECLARED
+
+
+def linearize_experts(model: PreTrainedModel) -> None:
+    """Replaces the experts of an empty model. transformers' class patching would import every lazy module of transformers;
+    replacing the empty modules gives the same tree."""
+    for module in model.modules():
+        _register(type(module))
+    for name, experts in get_non_linearized_moes(model):
+        model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
+
+
+def _register(kind: type[nn.Module]) -> None:
+    """Makes experts that transformers does not decorate known to llm-compressor, which else takes them for no experts."""
+    if kind.__name__ not in UNDECLARED or LinearExperts2D.get_registration(kind) is not None:
+        return
+    transposed, halves = UNDECLARED[kind.__name__]
+    LinearExperts2D._registry[kind] = type("LinearExperts2D", (LinearExperts2D,), {
+        "is_transposed": transposed, "is_concatenated": halves, "has_bias": False, "has_gate": True,
+        "_apply_gate": vars(kind)["_apply_gate"],
+    })  # fmt: skip
+
+
+def _linearized(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D:
+    """One nn.Linear per projection of every expert of an empty module."""
+    linear = LinearExperts2D.get_linear_experts_cls(type(experts))
+    if linear is Llama4LinearExperts:  # takes sizes where the others take a config
+        return linear(experts.num_experts, experts.hidden_size, experts.expert_dim, config.get_text_config())
+    made = linear(getattr(experts, "config", config).get_text_config())
+    for key, value in vars(experts).items():  # what its own activation reads: limits, factors
+        # A number of its own is the block's: llm-compressor reads limits from fields of the config that not all have.
+        if not key.startswith("_") and (isinstance(value, float) or not hasattr(made, key)):
+            setattr(made, key, value)
+    return made
+
+
+def _gate_first(experts: LinearExperts2D) -> LinearExperts2D:
+    """Puts gate before up, as `_apply_gate` expects them: weights are read, and are adjacent in memory, in this
+    order."""
+    for expert in experts:
+        if isinstance(expert, ExpertMLPWithGate):
+            expert._modules = {leaf: expert._modules[leaf] for leaf in ("gate_proj", "up_proj", "down_proj")}
+    return experts
