@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic.json_schema import GenerateJsonSchema
 
+from recipes.budget import Budget, budget_problem
 from recipes.checks import Verify
 from recipes.errors import RecipeError
 from recipes.fields import Bytes, PathText, Section, Text
@@ -207,6 +208,8 @@ class Recipe(Section):
     """Checks of the output."""
     rehearse: Rehearse = Rehearse()
     """What is tried before a long run begins."""
+    budget: Budget | None = None
+    """A size, for which the run chooses each module's scheme; the run's recipe.yaml has them written out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -300,12 +303,21 @@ class Recipe(Section):
             raise ValueError("serving: true needs an engine; add `serving: {}` to verify, or remove it")
         return rehearse
 
+    @field_validator("budget")
+    @classmethod
+    def _budget_has_a_choice(cls, budget: Budget | None, info: ValidationInfo) -> Budget | None:
+        if budget is not None and (problem := budget_problem(budget, info.data)) is not None:
+            raise ValueError(problem)
+        return budget
+
     @model_serializer(mode="wrap")
     def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # A dump of a recipe is in every output and behind every digest: a key that came later is not in it at its default.
         body: dict[str, Any] = handler(self)
         if self.rehearse == Rehearse():
             body.pop("rehearse", None)
+        if self.budget is None:
+            body.pop("budget", None)
         return body
 
     @property

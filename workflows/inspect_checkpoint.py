@@ -20,6 +20,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import ROUTED, SHARED
 from calibration.families.registry import family_of, open_source
+from calibration.plan.budget import BudgetTask
 from calibration.plan.plan import Plan
 from calibration.plan.planner import make_plan
 from calibration.plan.source_check import contradictions
@@ -158,6 +159,36 @@ def print_plan(facts: dict[str, Any], console: Console) -> None:
         console.print(f"warning: {warning}", style="yellow")
 
 
+def describe_budget(budget: BudgetTask) -> dict[str, Any]:
+    """What is known before anything is measured, as JSON: sizes in bytes and bits per parameter, units and their candidates."""
+    least, most = budget.nbytes(budget.smallest), budget.nbytes(budget.largest)
+    return {
+        "bits_per_parameter": budget.budget.bits_per_parameter,
+        "bytes": budget.limit,
+        "least": {"bytes": least, "bits_per_parameter": round(budget.bits(least), 3)},
+        "most": {"bytes": most, "bits_per_parameter": round(budget.bits(most), 3)},
+        "fixed_bytes": budget.fixed_bytes,
+        "candidates": budget.budget.candidates,
+        "tokens": budget.budget.tokens,
+        "units": len(budget.units),
+        "modules": sum(len(unit.modules) for unit in budget.units),
+        "units_by_candidate": dict(Counter(name for unit in budget.units for name in unit.sizes)),
+    }
+
+
+def print_budget(facts: dict[str, Any], console: Console) -> None:
+    """Prints the result of `describe_budget`."""
+    options = ", ".join(f"{name} in {count}" for name, count in facts["units_by_candidate"].items())
+    console.print(
+        f"budget: {facts['bits_per_parameter']:g} bits per parameter are {facts['bytes']:,} bytes; the candidates give "
+        f"{facts['least']['bits_per_parameter']:.3f} to {facts['most']['bits_per_parameter']:.3f} "
+        f"({facts['fixed_bytes']:,} bytes are no choice)\n"
+        f"budget: the run measures {facts['units']:,} units ({facts['modules']:,} modules) on {facts['tokens']:,} tokens and "
+        f"then chooses; possible are {options}; the plan shown is the smallest",
+        soft_wrap=True,
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns an exit code of `workflows.run`."""
     parser = argparse.ArgumentParser(prog="python -m workflows.inspect_checkpoint", description=__doc__)
@@ -175,18 +206,24 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = open_source(options.checkpoint)
         formats = Formats(checkpoint)
         facts = describe_checkpoint(checkpoint, formats)
+        budget = BudgetTask.of(recipe, formats) if recipe is not None and recipe.budget is not None else None
+        if budget is not None:
+            recipe = budget.recipe_of(budget.smallest)
+        choices = None if budget is None else describe_budget(budget)
         plan = describe_plan(make_plan(checkpoint, formats, recipe), checkpoint) if recipe else None
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     code = SourceError.exit_code if facts["problems"] else 0
     if options.json:
-        print(json.dumps({"checkpoint": facts, "plan": plan}, indent=2))
+        print(json.dumps({"checkpoint": facts, "plan": plan} | ({"budget": choices} if choices else {}), indent=2))
         return printed() or code
     console = OutputConsole()
     print_checkpoint(facts, console)
     if plan is not None:
         print_plan(plan, console)
+    if choices is not None:
+        print_budget(choices, console)
     for problem in facts["problems"]:
         print(f"error: {printable(problem)}", file=sys.stderr)
     return printed() or code

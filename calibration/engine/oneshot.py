@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from calibration.engine.smoothing import Smoother
 from calibration.engine.topped_up import TopUp
 from calibration.engine.walk import CalibrationRun
 from calibration.model.source_model import SourceModel
+from calibration.plan.matching import resolved_targets
 from calibration.plan.plan import Plan
 from calibration.plan.task import Task
 from calibration.runs.ranks import Ranks
@@ -209,39 +208,6 @@ def require_divisible(recipe: Recipe) -> None:
         raise RecipeError(
             [f"{problem}; more than one rank would give other bytes: start it without torchrun" for problem in problems]
         )
-
-
-def resolved_targets(wanted: Collection[str], everything: Collection[str]) -> list[str]:
-    """Few regexes that match exactly `wanted` among the module names `everything`.
-
-    compressed-tensors tries every target on every module, so 70,000 names would take hours: numbers are generalised
-    to \\d+ where all modules of a pattern are wanted, to the wanted numbers where these make up the choice, and only
-    otherwise the names are listed, in one regex.
-    """
-    patterns: dict[str, list[str]] = defaultdict(list)
-    for name in everything:
-        patterns[re.sub(r"\d+", "#", name)].append(name)
-    chosen = set(wanted)
-    targets = []
-    for pattern, members in patterns.items():
-        hits = [name for name in members if name in chosen]
-        if hits:
-            targets.append(f"re:^{_pattern_regex(pattern, hits, members)}$")
-    matched = {name for name in everything if any(re.match(target[3:], name) for target in targets)}
-    assert matched == chosen, f"targets do not match what was resolved: {sorted(matched ^ chosen)[:4]}"
-    return targets
-
-
-def _pattern_regex(pattern: str, hits: list[str], members: list[str]) -> str:
-    fixed = [re.escape(part) for part in pattern.split("#")]
-    if len(hits) == len(members):
-        return r"\d+".join(fixed)
-    numbers = [tuple(re.findall(r"\d+", name)) for name in hits]
-    columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
-    taken = {tuple(re.findall(r"\d+", name)) for name in members} & set(product(*columns))
-    if taken == set(numbers):
-        return fixed[0] + "".join(f"(?:{'|'.join(c)}){f}" for c, f in zip(columns, fixed[1:], strict=True))
-    return f"(?:{'|'.join(re.escape(name) for name in hits)})"
 
 
 @contextlib.contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from itertools import product
 
 from calibration.families.family import BESIDE, NOT_LINEAR, PARTS, Place
 from recipes.errors import without_numbers
@@ -74,3 +76,40 @@ class Matcher:
         close = difflib.get_close_matches(wanted, self._names, n=2, cutoff=0.3) if look else []
         hint = f"; closest: {', '.join(close)}" if close else ""
         return f"{hint}; names are spelled as in the source (see inspect_checkpoint)"
+
+
+def resolved_targets(wanted: Collection[str], everything: Collection[str]) -> list[str]:
+    """Few regexes that match exactly `wanted` among the module names `everything`.
+
+    compressed-tensors tries every target on every module, so 70,000 names would take hours: numbers are generalised
+    to \\d+ where all modules of a pattern are wanted, to the wanted numbers where these make up the choice, and only
+    otherwise the names are listed, in one regex.
+    """
+    patterns: dict[str, list[str]] = defaultdict(list)
+    for name in everything:
+        patterns[re.sub(r"\d+", "#", name)].append(name)
+    chosen = set(wanted)
+    targets = []
+    for pattern, members in patterns.items():
+        hits = [name for name in members if name in chosen]
+        if hits:
+            targets.append(f"re:^{_pattern_regex(pattern, hits, members)}$")
+    matched = {name for name in everything if any(re.match(target[3:], name) for target in targets)}
+    assert matched == chosen, f"targets do not match what was resolved: {sorted(matched ^ chosen)[:4]}"
+    return targets
+
+
+def _pattern_regex(pattern: str, hits: list[str], members: list[str]) -> str:
+    fixed = [re.escape(part) for part in pattern.split("#")]
+    if len(hits) == len(members):
+        return r"\d+".join(fixed)
+    numbers = [tuple(re.findall(r"\d+", name)) for name in hits]
+    columns = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
+    all_columns = [set(column) for column in zip(*(re.findall(r"\d+", name) for name in members), strict=True)]
+    taken = {tuple(re.findall(r"\d+", name)) for name in members} & set(product(*columns))
+    if taken == set(numbers):
+        parts = [
+            r"\d+" if set(c) == whole else f"(?:{'|'.join(c)})" for c, whole in zip(columns, all_columns, strict=True)
+        ]
+        return fixed[0] + "".join(part + f for part, f in zip(parts, fixed[1:], strict=True))
+    return f"(?:{'|'.join(re.escape(name) for name in hits)})"

@@ -35,6 +35,11 @@ def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
     groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only in part, an
     unsupported scheme, a stored format that cannot be kept. Raises SourceError if tensors contradict the source's own
     config.json (see `contradictions`)."""
+    if recipe.budget is not None:
+        raise RecipeError(
+            "budget: a run chooses for it: `python -m workflows.run RECIPE --stages inspect` measures and writes the choice out "
+            "in <output>.run/recipe.yaml; name that recipe here"
+        )
     return _Planner(checkpoint, formats, recipe).plan()
 
 

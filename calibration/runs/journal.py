@@ -30,12 +30,19 @@ class RunDirectory:
 
     def open(self) -> RunDirectory:
         """Creates the directory and takes its lock. Raises EnvironmentProblem if it cannot be written or another
-        process works on the same output."""
+        process works on the same output. Does nothing if this object holds the lock."""
+        if self._lock is not None:
+            return self
         try:
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             self._refuse_links()
-            self._lock = open(self.path / "lock", "a", opener=no_link)  # noqa: SIM115 (held until `close`)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = open(self.path / "lock", "a", opener=no_link)  # noqa: SIM115 (held until `close`)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                lock.close()
+                raise
+            self._lock = lock
             self._lock.truncate(0)
             self._lock.write(
                 json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "began": process_began(os.getpid())})

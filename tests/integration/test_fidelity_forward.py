@@ -27,7 +27,7 @@ from tests.exported import EXPERTS, export, recipe
 from tests.models import deepseek_v4, standard
 from tests.reference import nvfp4 as reference
 from verify.fidelity.fidelity import verify_with_forward
-from verify.fidelity.forward import InputSeen, measure_blocks, quantize_input_fp8, verify_forward
+from verify.fidelity.forward import InputSeen, measure_blocks, quantize_dequantize_groups, verify_forward
 from verify.fidelity.input_scales import input_scale_check
 from verify.known import Known
 from verify.structure.structure import verify_structure
@@ -54,7 +54,7 @@ def test_inputs_are_quantized_as_compressed_tensors_does(dtype: torch.dtype) -> 
     apart = (made.double() - expected).abs() > 2**-8 * expected.abs()
     assert float(apart.float().mean()) < 0.01
     assert quantize_dequantize(x[:0], scale).shape == (0, 256)
-    fp8 = quantize_input_fp8(x)
+    fp8 = quantize_dequantize_groups(x)
     assert float((fp8 - x).norm() / x.norm()) < 0.04 and not torch.equal(fp8, x)
 
 

@@ -22,6 +22,7 @@ from calibration.checkpoint import nvfp4
 from calibration.checkpoint.formats import Formats, logical_name, module_of
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.nvfp4 import RANGE
+from calibration.checkpoint.tiles import quantize_dequantize_groups
 from calibration.checkpoint.view import as_compressed_tensors
 from calibration.families.registry import family_of, open_source
 from calibration.plan.plan import Plan
@@ -42,10 +43,8 @@ if TYPE_CHECKING:
 
 #: Tokens of one sample at most: several short texts say more about a block than one long one.
 _SAMPLE = 128
-_FP8_GROUP = 128
 #: A token of English text has fewer characters.
 _CHARACTERS = 16
-_E4M3_MAX = 448.0
 #: A scale is 2688 / amax in float32, so that it admits amax within a rounding; the next BF16 value is further away.
 SLACK = 1 + 2.0**-10
 #: How far below rounding to nearest a block may be: another choice of scales moves a cosine by as much.
@@ -190,16 +189,6 @@ def measure_blocks(
         smoothed = _smoothing(plan, output, original)
         both = (calls[: len(batches)], calls[len(batches) :])
         return list(_walk(original, emulated, output, both, options.min_block_cosine, smoothed))
-
-
-def quantize_input_fp8(x: torch.Tensor) -> torch.Tensor:
-    """`x [..., K]` to E4M3 and back, in its dtype, one dynamic scale per token and 128 values."""
-    flat = x.to(torch.float32).reshape(-1, x.shape[-1])
-    parts = []
-    for part in torch.split(flat, _FP8_GROUP, -1):
-        scale = part.abs().amax(-1, keepdim=True).clamp_min(1e-30) / _E4M3_MAX
-        parts.append((part / scale).to(torch.float8_e4m3fn).to(torch.float32) * scale)
-    return torch.cat(parts, -1).to(x.dtype).reshape(x.shape)
 
 
 def _of_output(original: SourceModel, output: Formats) -> SourceModel:
@@ -359,4 +348,4 @@ class _NvFp4Input:
 
 
 def _fp8_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return quantize_input_fp8(arguments[0]), *arguments[1:]
+    return quantize_dequantize_groups(arguments[0]), *arguments[1:]

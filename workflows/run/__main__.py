@@ -25,11 +25,12 @@ from verify.checks import Check, failed, level_verdicts
 from verify.levels import print_samples
 from verify.report.summary import print_quality, print_verdict
 from verify.report.tables import OutputConsole, print_checks
-from workflows.inspect_checkpoint import print_checkpoint, print_plan
+from workflows.inspect_checkpoint import describe_budget, print_budget, print_checkpoint, print_plan
 from workflows.interrupts import Interrupts
 from workflows.progress import Reporter
 from workflows.run import prediction as estimate
 from workflows.run import stages
+from workflows.run.budget import choose_schemes
 from workflows.run.report import verdict_facts
 from workflows.run.state import STAGES, Run
 from workflows.run.status import read_status, render_status
@@ -98,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:
     run.make_plan()
+    choose_schemes(run, chosen, dry_run)
     ranks = run.ranks
     if ranks.size > 1 and "calibrate" in chosen:
         stages.require_shareable(run.recipe)
@@ -141,6 +143,9 @@ def _dry_run(run: Run, as_json: bool) -> None:
     from calibration.forecast.speed import Machine
 
     facts = stages.describe_run(run)
+    unsettled = run.budget if run.recipe.budget is not None else None
+    if unsettled is not None:
+        facts["budget"] = describe_budget(unsettled)
     facts["estimate"] = predict(run.task, Machine(run.task, run.ranks.device), ranks=run.ranks.size)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -148,6 +153,8 @@ def _dry_run(run: Run, as_json: bool) -> None:
     console = OutputConsole()
     print_checkpoint(facts["checkpoint"], console)
     print_plan(facts["plan"], console)
+    if unsettled is not None:
+        print_budget(facts["budget"], console)
     predicted = facts["predicted"]
     console.print(
         f"needs: {predicted['output_bytes']:,} bytes of disk for the output; memory: one block "

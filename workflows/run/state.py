@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.side_files import SideFiles, side_files
+from calibration.families.registry import open_source
+from calibration.plan.budget import BudgetTask
 from calibration.plan.plan import Plan
 from calibration.plan.respelling import require_exact_scales
 from calibration.plan.task import Task
@@ -69,6 +71,8 @@ class Run:
     #: The rehearsal's prediction, and what each stage of this process took.
     prediction: dict[str, Any] | None = None
     took: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: The recipe with its budget, if it has one; until it is settled, the task is the smallest choice's.
+    budget: BudgetTask | None = None
     #: Where the runs of a batch keep what their rehearsals have proven.
     rehearsals: Path | None = None
     #: The version of the recipe's vLLM, after it was asked.
@@ -99,7 +103,12 @@ class Run:
         run would write into the source."""
         where = resolve_source(self.recipe.source)
         require_apart(self.recipe, where)
-        self.task = Task.open(self.recipe, where)
+        formats = Formats(open_source(where))
+        if self.recipe.budget is None:
+            self.task = Task.of(self.recipe, formats)
+        else:
+            self.budget = BudgetTask.of(self.recipe, formats)
+            self.task = self.budget.task_of(self.budget.smallest)
         require_exact_scales(self.plan, self.formats)
         self.side_files = side_files(where)
         for warning in self.plan.warnings:
@@ -108,3 +117,9 @@ class Run:
             shown = ", ".join(f"{name} ({why})" for name, why in left_out[:5])
             more = f" and {len(left_out) - 5} more, in plan.json" if len(left_out) > 5 else ""
             self.reporter.say(f"warning: not copied from the source: {shown}{more}", "warning")
+
+    def settle(self, choice: dict[str, str]) -> None:
+        """From now on this is the run of the recipe that has the choice written out instead of its budget."""
+        assert self.budget is not None, "the recipe has a budget"
+        self.task = self.budget.task_of(choice)
+        self.recipe = self.task.recipe

@@ -1,0 +1,259 @@
+"""What each candidate of each unit costs: the divergence of the model's predictions that it causes.
+
+One pass over the source, one block in memory at a time, without llm-compressor. In each block every unit is tried alone: weights
+rounded to nearest, inputs quantized as they are served. The block's output with the unit as its smallest candidate is carried,
+beside the exact hidden states, through the blocks that follow to the head, where its KL divergence is measured. Of the other
+candidates only the error of the block's output is measured (mean over tokens of the squared difference relative to the squared
+norm), and the divergence is scaled by it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compressed_tensors.utils import patch_attr
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from calibration.checkpoint import nvfp4, tiles
+from calibration.checkpoint.files import write_safely
+from calibration.model.parity import BlockCall, own_block_calls
+from calibration.model.source_model import SourceModel
+from calibration.plan.budget import Unit
+from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
+from recipes.budget import UNQUANTIZED
+from recipes.errors import SourceError
+
+#: Unit -> candidate -> error.
+Errors = dict[str, dict[str, float]]
+
+
+#: The state is written at most this often: on a large model it has gigabytes, and a kill may cost minutes.
+SAVE_SECONDS = 300.0
+
+
+@dataclass
+class _State:
+    """What the pass knows before the block `following`: the exact hidden states by batch, those with one unit quantized by unit
+    and batch, and the errors of the block's output so far."""
+
+    following: int
+    hidden: list[torch.Tensor]
+    carried: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    errors: Errors = field(default_factory=dict)
+
+    def save(self, path: Path, key: str) -> None:
+        """Replaces the file. Raises EnvironmentProblem."""
+        streams = [self.hidden, *self.carried.values()]
+        tensors = {f"{n}.{at}": value.cpu().contiguous() for n, s in enumerate(streams) for at, value in enumerate(s)}
+        said = {"key": key, "following": str(self.following), "errors": json.dumps(self.errors)}
+        said["carried"] = json.dumps(list(self.carried))
+        nbytes = sum(value.nbytes for value in tensors.values())
+        write_safely(path, lambda partial: save_file(tensors, partial, said), nbytes)
+
+    @classmethod
+    def load(cls, path: Path, key: str, first: list[torch.Tensor]) -> _State:
+        """The saved state of the same measurement; else the state before the first block."""
+        try:
+            with safe_open(path, "pt") as file:
+                said = file.metadata() or {}
+                if said.get("key") != key:
+                    return cls(0, first)
+                names = json.loads(said["carried"])
+                streams = [
+                    [file.get_tensor(f"{n}.{at}").to(value.device) for at, value in enumerate(first)]
+                    for n in range(len(names) + 1)
+                ]
+                return cls(int(said["following"]), streams[0], dict(zip(names, streams[1:], strict=True)),
+                           json.loads(said["errors"]))  # fmt: skip
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            return cls(0, first)
+
+
+@torch.no_grad()
+def measure(
+    units: Sequence[Unit],
+    source: SourceModel,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    saved: tuple[Path, str],
+    on_block: Callable[[int, int], None] = lambda block, blocks: None,
+) -> Errors:
+    """The KL divergence, in nats a token, that every candidate of every unit causes alone.
+
+    `batches` are of `input_ids` and `attention_mask`, int64 `[batch, tokens]`, without padding. The state goes to the file
+    `saved`, and a pass with the same key resumes there. `on_block` is called with the number of finished blocks and that of all;
+    if it raises, the state is saved first. Raises SourceError for hidden states that are not finite.
+    """
+    blocks, names, (path, key) = list(source.blocks.values()), source.model_modules(), saved
+    samples = [{k: v.to(source.device) for k, v in batch.items()} | {"use_cache": False} for batch in batches]
+    outside = source.outside_blocks()
+    source.load(outside)
+    called = [own_block_calls(source.model, blocks, sample) for sample in samples]
+    source.unload(outside)
+    state, written = _State.load(path, key, [hidden for hidden, _ in called]), time.monotonic()
+    for number in range(state.following, len(blocks)):
+        source.load([blocks[number]])
+        tried = _Block(blocks[number], [calls[number] for _, calls in called])
+        own = [_Unit(unit, [source.model.get_submodule(names[m]) for m in unit.modules])
+               for unit in units if unit.block == number]  # fmt: skip
+        exact, largest = tried.exact(state.hidden, own)
+        if not all(bool(made.isfinite().all()) for made in exact):
+            raise SourceError(f"block {number}: the hidden states are not finite: the source overflows or is damaged")
+        state.carried = {name: tried.run(values) for name, values in state.carried.items()}
+        for unit in own:
+            errors, smallest = dict.fromkeys(unit.unit.sizes, 0.0), unit.unit.smallest
+            for name in unit.unit.sizes:
+                if name != UNQUANTIZED:
+                    made = tried.quantized(state.hidden, unit, SCHEMES[name], largest)
+                    errors[name] = _relative(made, exact)
+                    if name == smallest:
+                        state.carried[unit.unit.name] = made
+            state.errors[unit.unit.name] = errors
+        source.unload([blocks[number]])
+        state.following, state.hidden = number + 1, exact
+        if time.monotonic() - written >= SAVE_SECONDS:
+            state.save(path, key)
+            written = time.monotonic()
+        try:
+            on_block(number + 1, len(blocks))
+        except BaseException:
+            state.save(path, key)
+            raise
+    source.load(outside)
+    divergences = _divergences(source.model, blocks, samples, state)
+    source.unload(outside)
+    return {unit.name: _scaled(unit, state.errors[unit.name], divergences[unit.name]) for unit in units}
+
+
+def _scaled(unit: Unit, errors: Mapping[str, float], divergence: float) -> dict[str, float]:
+    """The errors of the block's output in units of the divergence that the smallest candidate causes."""
+    factor = divergence / errors[unit.smallest] if errors[unit.smallest] > 0 else 0.0
+    return {name: error * factor for name, error in errors.items()}
+
+
+def _divergences(
+    model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[dict[str, Any]], state: _State
+) -> dict[str, float]:
+    """The mean KL divergence, in nats a token, of the predictions with each unit quantized."""
+    total, tokens = dict.fromkeys(state.carried, 0.0), 0
+    for at, sample in enumerate(samples):
+        for row in range(len(sample["input_ids"])):
+            part = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+            exact = _log_probabilities(model, blocks, part, state.hidden[at][row : row + 1])
+            tokens += len(exact)
+            for name, values in state.carried.items():
+                made = _log_probabilities(model, blocks, part, values[at][row : row + 1])
+                total[name] += float(F.kl_div(made, exact, reduction="sum", log_target=True))
+    return {name: max(value / tokens, 0.0) for name, value in total.items()}
+
+
+def _log_probabilities(
+    model: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, Any], hidden: torch.Tensor
+) -> torch.Tensor:
+    """Float32 `[tokens, vocabulary]` of the model's own forward if its blocks had made `hidden`."""
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(patch_attr(block, "forward", lambda *args, **kwargs: hidden))
+        logits: torch.Tensor = model(**sample).logits
+    return logits.flatten(0, -2).float().log_softmax(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """A unit and its loaded modules."""
+
+    unit: Unit
+    modules: list[nn.Module]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A loaded block and the model's own call of it for every batch."""
+
+    block: nn.Module
+    calls: list[BlockCall]
+
+    def run(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The block's outputs by batch."""
+        return [call(self.block, value) for call, value in zip(self.calls, hidden, strict=True)]
+
+    def exact(
+        self, hidden: Sequence[torch.Tensor], units: Sequence[_Unit]
+    ) -> tuple[list[torch.Tensor], dict[nn.Module, float]]:
+        """The outputs, and the largest input of every module of the units; none if no token reached it."""
+        largest: dict[nn.Module, float] = {}
+
+        def see(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if arguments[0].numel():
+                largest[module] = max(largest.get(module, 0.0), float(arguments[0].abs().amax()))
+
+        with ExitStack() as stack:
+            for module in (module for unit in units for module in unit.modules):
+                stack.callback(module.register_forward_pre_hook(see).remove)
+            return self.run(hidden), largest
+
+    def quantized(
+        self, hidden: Sequence[torch.Tensor], unit: _Unit, scheme: Scheme, largest: Mapping[nn.Module, float]
+    ) -> list[torch.Tensor]:
+        """The outputs with one unit in `scheme`."""
+        with ExitStack() as stack:
+            for module in unit.modules:
+                stack.enter_context(_emulated(module, scheme, largest.get(module, 0.0)))
+            return self.run(hidden)
+
+
+@contextmanager
+def _emulated(module: nn.Module, scheme: Scheme, largest: float) -> Iterator[None]:
+    """Inside, a call of the layer has rounded weights and inputs. One layer's rounded weight is in memory at a time."""
+    exact: torch.Tensor = module.weight.data  # type: ignore[assignment]
+
+    def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        module.weight.data = _rounded_weight(exact, scheme)
+        return _rounded_input(arguments[0], scheme, largest), *arguments[1:]
+
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        module.weight.data = exact
+
+    with ExitStack() as stack:
+        stack.callback(module.register_forward_pre_hook(before).remove)
+        stack.callback(module.register_forward_hook(after).remove)
+        yield
+    module.weight.data = exact
+
+
+def _rounded_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    if scheme is FP8_BLOCK:
+        return tiles.dequantize_tiles(*tiles.quantize_tiles(weight)).to(weight.dtype)
+    return nvfp4.quantize_dequantize(weight, _global_scale(float(weight.abs().amax()), weight.device))
+
+
+def _rounded_input(value: torch.Tensor, scheme: Scheme, largest: float) -> torch.Tensor:
+    if scheme.input_activations is None or not value.numel():
+        return value
+    if scheme is FP8_BLOCK:
+        return tiles.quantize_dequantize_groups(value)
+    return nvfp4.quantize_dequantize(value, _global_scale(largest, value.device))
+
+
+def _global_scale(largest: float, device: torch.device) -> torch.Tensor:
+    return torch.tensor([nvfp4.RANGE / largest if largest > 0 else 1.0], device=device)
+
+
+def _relative(made: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """The mean over tokens of the squared difference relative to the exact squared norm; `[batch, tokens, ...]` each."""
+    total, tokens = 0.0, 0
+    for one, other in zip(made, exact, strict=True):
+        right = other.flatten(0, 1).flatten(1).float()
+        difference = (one.flatten(0, 1).flatten(1).float() - right).square().sum(1)
+        total += float((difference / right.square().sum(1).clamp_min(1e-30)).sum(dtype=torch.float64))
+        tokens += len(right)
+    return total / tokens

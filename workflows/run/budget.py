@@ -1,0 +1,161 @@
+"""A recipe's `budget`: measures once what each candidate costs, chooses, and makes the run one of the recipe written out.
+
+The measurement and the choice are in `<output>.run/budget.json`; the same command finds them there. Other settings measure again,
+another size only chooses again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import TypeAdapter, ValidationError
+
+from calibration.checkpoint.files import read_json_or_none, write_json
+from calibration.plan.budget import BudgetTask
+from calibration.plan.versions import versions
+from calibration.runs.fingerprint import source_digest
+from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, SourceError
+from workflows.inspect_checkpoint import describe_budget
+from workflows.run import rehearse as rehearsal
+from workflows.run.state import Run
+
+FILE, STATE = "budget.json", "budget.safetensors"
+#: Tokens of a sample: several short texts say more about a module than one long one.
+_SAMPLE = 128
+
+
+def choose_schemes(run: Run, stages: Sequence[str], dry_run: bool = False) -> None:
+    """Settles the run's recipe with the choice that an earlier process of it made, or else measures and chooses; a dry run and
+    several ranks never measure. Raises the errors of the early checks, of the data and of the measurement, and RecipeError."""
+    budget, ranks = run.budget, run.ranks
+    if budget is None:
+        return
+    choice = _known(run.directory.path, budget) if ranks.writes else None
+    if ranks.size > 1:
+        choice = ranks.all_gather("budget", choice)[0]
+    if choice is None and dry_run:
+        return
+    if choice is None:
+        if ranks.size > 1:
+            raise RecipeError(
+                "budget: one process measures: run the same recipe once without torchrun and with --stages inspect"
+            )
+        if not {"inspect", "rehearse", "calibrate"} & set(stages):
+            raise EnvironmentProblem(f"{run.directory.path}: no choice for this budget is there; run all stages")
+        if problems := rehearsal.early_problems(run, stages):
+            raise EnvironmentProblem(problems)
+        run.directory.open()
+        run.reporter.directory = run.directory
+        with run.reporter.stage("budget"):
+            choice = _choose(run, budget, _measured(run, budget))
+    run.settle(choice)
+
+
+def _known(directory: Path, budget: BudgetTask) -> dict[str, str] | None:
+    """The choice in the run directory if it is of these settings; chosen again from what was measured if only the size is
+    another."""
+    found = read_json_or_none(directory / FILE)
+    if found is None or found.get("key") != _key(budget):
+        return None
+    try:
+        errors = TypeAdapter(dict[str, dict[str, float]]).validate_python(found.get("errors"))
+        chosen = TypeAdapter(dict[str, str]).validate_python(found.get("choice"))
+    except ValidationError:
+        return None
+    if any(errors.get(unit.name, {}).keys() != unit.sizes.keys() for unit in budget.units):
+        return None
+    same = found.get("bits_per_parameter") == budget.budget.bits_per_parameter
+    if (
+        same
+        and all(chosen.get(unit.name) in unit.sizes for unit in budget.units)
+        and budget.nbytes(chosen) <= budget.limit
+    ):
+        return chosen
+    return budget.choose(errors)[0]
+
+
+def _key(budget: BudgetTask) -> str:
+    """What the measurement depends on."""
+    calibration = budget.recipe.calibration
+    assert calibration is not None, "a budget needs method calibrate"
+    try:
+        source = source_digest(budget.formats.checkpoint)
+    except OSError as error:
+        raise SourceError(f"{error.filename}: cannot be read: {error.strerror}; is the source whole?") from None
+    body = {
+        "plan": budget.plan.digest,
+        "source": source,
+        "calibration": calibration.model_dump(mode="json"),
+        "tokens": budget.budget.tokens,
+        "units": {unit.name: unit.sizes for unit in budget.units},
+    }
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _measured(run: Run, budget: BudgetTask) -> dict[str, dict[str, float]]:
+    """Unit -> candidate -> KL divergence. Resumes a measurement that was stopped."""
+    # Imported late: torch's models take seconds to import.
+    from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
+    from calibration.engine.oneshot import quiet
+    from calibration.engine.sensitivity import measure
+    from calibration.model.skeleton import build_skeleton
+
+    recipe, source, reporter = budget.recipe, budget.formats.checkpoint, run.reporter
+    assert recipe.calibration is not None, "a budget needs method calibrate"
+    trusted, tokens = recipe.source.trust_remote_code, budget.budget.tokens
+    length = min(_SAMPLE, recipe.calibration.max_seq_length, tokens)
+    samples = min(-(-tokens // length), recipe.calibration.num_samples)
+    shown = {"num_samples": samples, "max_seq_length": length, "batch_size": samples, "exact": False}
+    data = load_batches(
+        recipe.calibration.model_copy(update=shown),
+        load_tokenizer(source.directory, trusted),
+        source_directory=source.directory,
+        embedding=embedding_rows(source),
+    )
+    reporter.say(f"measuring {len(budget.units):,} units on {data.num_tokens:,} tokens: {data.description}")
+    key = hashlib.sha256(json.dumps([_key(budget), data.digest, versions()], sort_keys=True).encode()).hexdigest()
+    state = run.directory.path / STATE
+    with TemporaryDirectory() as work, run.interrupts.deferring():
+        with quiet(lambda event: None):
+            model = build_skeleton(source, Path(work), trusted, run.ranks.device)
+        return measure(budget.units, model, list(data.batches), (state, key), partial(_report_block, run))
+
+
+def _report_block(run: Run, finished: int, blocks: int) -> None:
+    run.reporter.event("measured", block=finished - 1, blocks=blocks)
+    if finished % max(1, blocks // 8) == 0:
+        run.reporter.say(f"measured block {finished}/{blocks}")
+    if run.interrupts.requested:
+        raise Interrupted(f"stopped after measuring block {finished} of {blocks}; the same command resumes")
+
+
+def _choose(run: Run, budget: BudgetTask, errors: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Chooses, writes budget.json, and says what was chosen."""
+    choice, found = budget.choose(errors)
+    nbytes = budget.nbytes(choice)
+    smallest = sum(errors[unit.name][unit.smallest] for unit in budget.units)
+    facts = {
+        "key": _key(budget),
+        **describe_budget(budget),
+        "chosen": {"bytes": nbytes, "bits_per_parameter": round(budget.bits(nbytes), 3)},
+        "kl_smallest": smallest,
+        "kl_chosen": found.error,
+        "kl_bound": found.bound,
+        "choice": choice,
+        "errors": errors,
+    }
+    write_json(run.directory.path / FILE, facts)
+    (run.directory.path / STATE).unlink(missing_ok=True)
+    counts = ", ".join(f"{name}: {count} units" for name, count in Counter(choice.values()).most_common())
+    run.reporter.say(
+        f"budget: chose {budget.bits(nbytes):.3f} of {budget.budget.bits_per_parameter:g} bits per parameter ({counts}); the "
+        f"units' KL divergences add up to {found.error:.4f} nats, the smallest's to {smallest:.4f}; no choice is below "
+        f"{found.bound:.4f}"
+    )
+    return choice
