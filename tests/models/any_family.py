@@ -169,15 +169,22 @@ _HUB: dict[str, dict[str, Any]] = {
 }
 
 
+def definition(family: str) -> list[Any]:
+    """What makes the checkpoint of a family, as JSON."""
+    return [_SHAPE, FAMILIES[family], _HUB.get(family), SPELLED.get(family)]
+
+
 def write(
     directory: Path, family: str, *, seed: int = 0, mxfp4: bool = False, form: str | None = None, shards: int = 1
 ) -> Path:
     """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it; with `mxfp4` stacked
     experts as gpt-oss is released; in the stored `form` (`stored_forms.FORMS`) of as many `shards`, in which neighbors lie
-    in different ones. Raises FileExistsError if the directory holds something."""
+    in different ones. The forms `mxfp4` and `single_file` are the former, and BF16 without an index. Raises FileExistsError
+    if the directory holds something."""
     new_directory(directory)
+    single, mxfp4 = form == "single_file", mxfp4 or form == "mxfp4"
     model = _model({"kimi_k2": "deepseek_v3"}.get(family, family), seed)
-    model.save_pretrained(directory, max_shard_size="300KB")
+    model.save_pretrained(directory, max_shard_size="1GB" if single else "300KB")
     made = json.loads((directory / "config.json").read_text())
     write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
     write_tokenizer(directory, VOCAB - (SPECIAL if family in WRAPPERS else 0), chat_template=True)
@@ -187,7 +194,7 @@ def write(
     write_sidecars(directory)
     if mxfp4:
         _stack_in_mxfp4(directory)
-    if form is not None:
+    if form in _STORED:
         store(directory, form, re.compile(_STORED[form]), shards)
     return directory
 
