@@ -86,8 +86,12 @@ def calibrate(
     scratch = activations.activations if isinstance(activations, Resume) else activations
     if calibration is None:
         raise RecipeError("calibration: is missing; `calibration: {dataset: bundled}` is the smallest")
-    modifiers = build_modifiers(task, source_model)
+    modifiers, owners = build_modifiers(task, source_model), assign_owners(plan, ranks.size)
     names = source_model.model_modules()
+    for modifier in modifiers:
+        if isinstance(modifier, StreamingGPTQModifier):
+            modules = {source_model.model.get_submodule(names[name]): rank for name, rank in owners.items()}
+            modifier.divide(ranks, modules)
     run = CalibrationRun(
         source=source_model,
         callbacks=callbacks,
@@ -97,7 +101,7 @@ def calibrate(
         max_host_memory=recipe.offload.max_host_memory and recipe.offload.max_host_memory // ranks.local,
         resume=resume,
         ranks=ranks,
-        owners=assign_owners(plan, ranks.size),
+        owners=owners,
         experts=ExpertCalibration(TopUp(calibration.topped_up) if calibration.topped_up else None),
         smoother=None if recipe.smoothing is None else Smoother(plan, recipe.smoothing, source_model, ranks),
     )
@@ -181,15 +185,25 @@ def require_divisible(recipe: Recipe) -> None:
         where = f"modifiers.{position}.{entry.name}"
         if entry.name == "SmoothQuantModifier":
             continue
-        if entry.name != "QuantizationModifier":
+        if entry.name == "GPTQModifier" and not entry.arguments.get("quantized_inputs"):
+            problems.append(
+                f"{where}: sums over all samples, and floating-point sums depend on their order; with `quantized_inputs: true` "
+                "it keeps one order"
+            )
+            continue
+        if entry.name == "GPTQModifier" and recipe.calibration is not None and recipe.calibration.topped_up:
+            problems.append(f"{where}: sums over all samples, and topped_up adds tokens in another order")
+            continue
+        if entry.name not in ("QuantizationModifier", "GPTQModifier"):
             problems.append(f"{where}: sums over all samples, and floating-point sums depend on their order")
             continue
         groups = {
             name: _scheme(group, ["Linear"], _is_pinned(recipe))
             for name, group in recipe.quantization_modifier.config_groups.items()
         }
-        arguments = recipe.quantization_modifier.arguments | {"config_groups": groups}
-        resolved = QuantizationModifier(**arguments).resolved_config.config_groups
+        known = recipe.quantization_modifier.arguments.items()
+        arguments = {key: value for key, value in known if key in QuantizationModifier.model_fields}
+        resolved = QuantizationModifier(**arguments, config_groups=groups).resolved_config.config_groups
         for name, scheme in resolved.items():
             for part in ("weights", "input_activations", "output_activations"):
                 args = getattr(scheme, part)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier, link_fused
+from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.guards import require_mappings_inside_blocks, require_routing
 from calibration.engine.smoothing import SAMPLE
 from calibration.engine.walk import CalibrationRun, Walk
@@ -88,7 +89,8 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         modifiers = session.lifecycle.recipe.modifiers
         edits = not all(isinstance(modifier, QuantizationModifier) for modifier in modifiers)
         blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
-        Walk(run, cache, subgraphs, samples, edits, blockwise).walk()
+        dividing = [modifier for modifier in modifiers if isinstance(modifier, StreamingGPTQModifier)]
+        Walk(run, cache, subgraphs, samples, edits, blockwise, dividing).walk()
         LifecycleCallbacks.calibration_end()
         run.ranks.all_gather(
             "end", None

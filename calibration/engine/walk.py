@@ -30,6 +30,7 @@ from calibration.checkpoint.dequantize import is_finite
 from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier
 from calibration.engine.experts import ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
+from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.guards import (
     first_non_finite,
     require_scales,
@@ -130,6 +131,8 @@ class Walk:
     edits: bool
     #: The modifiers that attach and detach the modules of each subgraph; the others initialize all at the start.
     blockwise: Sequence[BlockQuantizationModifier] = ()
+    #: The modifiers that divide their work among the ranks by themselves.
+    dividing: Sequence[StreamingGPTQModifier] = ()
     #: Block number by subgraph; None for the subgraph before the first block (or after the last).
     numbers: list[int | None] = field(default_factory=list)
     entering: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -244,7 +247,7 @@ class Walk:
         filled = self._fill(experts, added)
         require_statistics(quantized, where)
         own = {name: m for name, m in quantized.items() if run.owners.get(name, 0) == run.ranks.rank}
-        others = set(quantized.values()) - set(own.values())
+        others = set() if self.dividing else set(quantized.values()) - set(own.values())
         with patch_attr(run.experts, "kind", Pass.PROPAGATE):
             modules = self.subgraphs[part.index].submodules(source.model)
             LifecycleCallbacks.sequential_epoch_end([module for module in modules if module not in others])
@@ -336,7 +339,9 @@ class Walk:
 
     def _calibrate(self, part: Part) -> float:
         """Runs the pass that observes. Returns the largest difference to the model's own forward."""
-        worst = 0.0
+        worst, rounds = 0.0, 0
+        if self.dividing:
+            rounds = max(self.run.ranks.all_gather(f"batches of {part.where}", len(self.cache)))
         with self.run.experts.running(Pass.CALIBRATE):
             for batch, outputs, passed in self.forward(part, "calibrate"):
                 if passed is not None:
@@ -346,7 +351,14 @@ class Walk:
                         worst = max(worst, self.check_parity(part, batch, hidden, made))
                 if not self.edits:
                     self.keep(part.index, batch, outputs)
+                self._add_inputs(part)
+        for _ in range(len(self.cache), rounds):
+            self._add_inputs(part)
         return worst
+
+    def _add_inputs(self, part: Part) -> None:
+        for modifier in self.dividing:
+            modifier.add_inputs(part.where)
 
     def _propagate(self, part: Part) -> None:
         """Runs the pass that computes the outputs with the edited weights."""

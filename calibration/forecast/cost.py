@@ -16,6 +16,7 @@ from calibration.families.family import NOT_LINEAR, ROUTED, Family
 from calibration.families.registry import language_config
 from calibration.plan.plan import Plan
 from calibration.plan.task import Task
+from calibration.runs.sharing import assign_owners
 from recipes.schema import Recipe
 
 #: `(samples, tokens each)` of every batch.
@@ -203,20 +204,43 @@ def needs(task: Task) -> dict[str, int]:
     }
 
 
-def hessian_bytes(task: Task) -> int:
-    """Memory that GPTQ's Hessians take in the block that has most of them, in bytes: float32 `[K, K]` for every quantized layer,
-    or with `quantized_inputs` for every input that layers share. 0 without GPTQ."""
+def hessian_bytes(task: Task, ranks: int = 1) -> int:
+    """Memory that GPTQ's Hessians take in the block that has most of them, in bytes, on the rank that has most: float32 `[K, K]`
+    for every quantized layer, or with `quantized_inputs` for every input that layers share. Of several ranks each keeps those
+    of its layers, that of all gates, and what the layers were given in one batch, in BF16. 0 without GPTQ."""
     recipe, plan, formats = task.recipe, task.plan, task.formats
     if recipe.calibration is None or "GPTQModifier" not in [entry.name for entry in recipe.modifiers]:
         return 0
     shared = bool(recipe.quantization_modifier.arguments.get("quantized_inputs"))
     leader = {module: group[0] for group in plan.fused for module in group}
+    owners = assign_owners(plan, ranks)
+    of_all = recipe.calibration.experts == "all"
     widths: dict[int | None, dict[str, int]] = {}
+    of_rank: dict[tuple[int | None, int], dict[str, int]] = {}
     for module, step in plan.quantized.items():
         place, name = task.family.place(step.source), module
         if shared and module in leader:
             # Gate and up of all experts see the same tokens if every expert is shown all of them.
-            of_all = place.part == ROUTED and recipe.calibration.experts == "all"
-            name = "gate and up of all experts" if of_all else leader[module]
-        widths.setdefault(place.block, {})[name] = formats.of(step.source).shape[1]
-    return max((sum(4 * width**2 for width in found.values()) for found in widths.values()), default=0)
+            name = "gate and up of all experts" if place.part == ROUTED and of_all else leader[module]
+        width = formats.of(step.source).shape[1]
+        widths.setdefault(place.block, {})[name] = width
+        of_rank.setdefault((place.block, owners[module]), {})[name] = width
+    kept = max((sum(4 * width**2 for width in found.values()) for found in of_rank.values()), default=0)
+    if ranks == 1:
+        return kept
+    tokens = max(samples * length for samples, length in nominal_shapes(recipe))
+    given = (
+        sum(_given_tokens(task, name, tokens) * width for name, width in found.items()) for found in widths.values()
+    )
+    return kept + int(BF16 * max(given, default=0))
+
+
+def _given_tokens(task: Task, module: str, tokens: int) -> float:
+    """How many of a batch's `tokens` enter a quantized module: those routed to an expert, on average; else all."""
+    step, config = task.plan.quantized.get(module), language_config(task.source.config)
+    if step is None or task.family.place(step.source).part != ROUTED or shown_share(task.recipe, tokens) == 1:
+        return tokens
+    experts = next(
+        (int(config[key]) for key in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(key)), 1
+    )
+    return tokens * min(int(config.get("num_experts_per_tok") or 1) / experts, 1.0)

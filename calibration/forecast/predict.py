@@ -143,9 +143,11 @@ class _Calibration:
         if not _one_pass(self.task):
             notes.append("weights are edited (GPTQ, ...): two passes; the modifier's own arithmetic is not predicted")
         block = max((cost.values * BF16 for cost in blocks), default=0)
-        hessians = hessian_bytes(self.task)
+        hessians = hessian_bytes(self.task, self.ranks)
         if hessians:
-            notes.append(f"the Hessians of a block take {hessians / 1e9:,.2f} GB beside it")
+            notes.append(
+                f"the Hessians of a block take {hessians / 1e9:,.2f} GB beside it{' on each rank' if self.ranks > 1 else ''}"
+            )
         peak = _peak(costs, block, largest, rehearsal) + held + hessians
         return _figures(
             terms, sum(cost.source_bytes for cost in costs), sum(cost.written for cost in costs) + kept, peak

@@ -90,8 +90,11 @@ class Ranks:
     def all_reduce_sum(self, tensor: torch.Tensor) -> None:
         """Replaces `tensor` (integers, on this rank's device) by the sum over all ranks, element by element."""
 
-    def send(self, tensor: torch.Tensor) -> None:
-        """Sends a tensor to rank 0, which calls `receive` with its shape and dtype."""
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """Replaces `tensor` by that of rank `source`, of the same shape and dtype."""
+
+    def send(self, tensor: torch.Tensor, target: int = 0) -> None:
+        """Sends a tensor to rank `target`, which calls `receive` with its shape and dtype."""
         raise NotImplementedError
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

@@ -163,9 +163,15 @@ class _Connected(Ranks):
         with self._channel_errors():
             dist.all_reduce(tensor, dist.ReduceOp.SUM)
 
-    def send(self, tensor: torch.Tensor) -> None:
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        raw = self._bytes(tensor)
         with self._channel_errors():
-            dist.send(tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device or "cpu"), 0)
+            dist.broadcast(raw, source)
+        tensor.copy_(raw.view(tensor.dtype).reshape(tensor.shape))
+
+    def send(self, tensor: torch.Tensor, target: int = 0) -> None:
+        with self._channel_errors():
+            dist.send(self._bytes(tensor), target)
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
@@ -173,6 +179,9 @@ class _Connected(Ranks):
         with self._channel_errors():
             dist.recv(raw, source)
         return raw.view(dtype).reshape(tuple(shape))
+
+    def _bytes(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(self.device or "cpu")
 
     def failing(self) -> bool:
         return self._look() is not None

@@ -87,6 +87,29 @@ def test_routed_tokens_only(root: Path, case: Case, experts: str) -> None:
             assert bool(mine["result"]["topped_up"]) == (experts == "topped_up")
 
 
+@pytest.mark.parametrize("experts", ["all", "routed"])
+def test_gptq_of_quantized_inputs(root: Path, case: Case, experts: str) -> None:
+    """Three batches for two ranks, or for three; q, k and v share a Hessian, and with all experts so do all gates."""
+    calibration = case.body["calibration"] | {"experts": experts, "max_seq_length": 12}
+    arguments = {"quantized_inputs": True, "weight_observer": "nvfp4_weighted"}
+    one = Case(root / f"gptq-{experts}", root / "qwen3_moe", "GPTQModifier", TARGETS, calibration, **arguments)
+    for size in (2, 3):
+        attempt = Attempt(one, f"ranks-{size}", run=False)
+        assert go(attempt, size) == [0] * size, attempt.text
+        same(attempt, one)
+    in_parts, parts_of_one = (Attempt(one, f"parts-{size}", run=False) for size in (2, 1))
+    assert go(in_parts, 2, dict.fromkeys((0, 1), small_parts)) == [0, 0], in_parts.text
+    assert parts_of_one.go(small_parts) == 0, parts_of_one.text
+    assert in_parts.files() == parts_of_one.files()
+
+
+def small_parts() -> None:
+    """All gates and ups of a block are quantized in several parts, which several ranks divide."""
+    from calibration.engine import gptq
+
+    gptq._CHUNK = 40_000
+
+
 @pytest.mark.parametrize("all_experts", [True, False])
 def test_deepseek_v4(root: Path, case: Case, all_experts: bool) -> None:
     source = root / "deepseek_v4"

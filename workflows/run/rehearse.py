@@ -267,7 +267,7 @@ def _space(run: Run, boundary: int) -> None:
 def _memory(run: Run, rehearsal: Rehearsal, boundary: int) -> None:
     held = min(boundary, run.recipe.offload.max_host_memory or 0)
     # Hessians lie beside the block's weights.
-    hessians = 0 if torch.accelerator.is_available() else hessian_bytes(run.task) * run.ranks.local
+    hessians = 0 if torch.accelerator.is_available() else hessian_bytes(run.task, run.ranks.size) * run.ranks.local
     wanted, there = rehearsal.peak_memory * run.ranks.local + held + hessians, available_memory()
     if wanted > there:
         also = f", a block's Hessians take {hessians:,}" if hessians else ""

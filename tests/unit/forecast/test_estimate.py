@@ -171,5 +171,11 @@ def test_hessians_are_one_for_every_input(
     count = sum(name.startswith("layers.0.") and name.endswith(".w2") for name in task.plan.quantized)
     expected = 4 * (inside["w1"] ** 2 * gates * (1 if gates == 1 else count // 8) + inside["w2"] ** 2 * count * downs)
     assert hessian_bytes(task) == expected
+    if arguments:  # of two ranks each keeps half of them, that of all gates both, and the inputs of one batch
+        tokens, on_two = 2048, hessian_bytes(task, 2)
+        shown = 1.0 if experts == "all" else task.source.config["num_experts_per_tok"] / count
+        gates_of_rank = 1 if gates == 1 else count // 2
+        inputs = tokens * (inside["w1"] * (1 if gates == 1 else count * shown) + inside["w2"] * count * shown)
+        assert on_two == 4 * (inside["w1"] ** 2 * gates_of_rank + inside["w2"] ** 2 * count // 2) + 2 * int(inputs)
     plain = recipe(source, tmp_path / "output", modifiers=[{"QuantizationModifier": target}], calibration=calibration)
     assert hessian_bytes(task_of(plain)) == 0

@@ -51,10 +51,10 @@ def test_weights_are_shared_out_evenly_and_fused_groups_whole(plan: Plan, size: 
         assert max(loads.values()) - min(loads[rank] for rank in range(size)) <= max(units.values())
 
 
-def recipe(modifier: dict[str, Any], name: str = "QuantizationModifier") -> Recipe:
+def recipe(modifier: dict[str, Any], name: str = "QuantizationModifier", **calibration: Any) -> Recipe:
     body = {
         "source": {"checkpoint": "source"}, "output": "output", "modifiers": [{name: modifier}],
-        "calibration": {"dataset": "bundled"},
+        "calibration": {"dataset": "bundled"} | calibration,
     }  # fmt: skip
     return Recipe.model_validate(body)
 
@@ -95,8 +95,17 @@ def test_averages_and_sums_are_refused_by_name(modifier: dict[str, Any], named: 
 
 
 def test_gptq_is_refused_by_name() -> None:
-    with pytest.raises(RecipeError, match=r"modifiers.0.GPTQModifier: sums over all samples"):
+    with pytest.raises(RecipeError, match=r"modifiers.0.GPTQModifier: sums over all samples.*`quantized_inputs: true`"):
         require_divisible(recipe(PRESET, "GPTQModifier"))
+    served = PRESET | {"quantized_inputs": True, "dampening_frac": 0.05}
+    require_divisible(recipe(served, "GPTQModifier"))
+    topped_up = recipe(served, "GPTQModifier", experts={"topped_up": 4})
+    with pytest.raises(RecipeError, match=r"modifiers.0.GPTQModifier: .*topped_up"):
+        require_divisible(topped_up)
+    with pytest.raises(
+        RecipeError, match=r"modifiers.0.GPTQModifier: group_0.weights: observer nvfp4_expanded_imatrix"
+    ):
+        require_divisible(recipe(served | {"weight_observer": "nvfp4_expanded_imatrix"}, "GPTQModifier"))
 
 
 class Rank(Ranks):
