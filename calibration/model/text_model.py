@@ -22,7 +22,7 @@ def language_model_config(config: dict[str, Any], family: Family) -> dict[str, A
     defaults that the wrapper's class fills in."""
     if not family.derived:
         return config
-    config = _with_partial_rotary(known_model_type(without(config, "auto_map")))
+    config = _as_the_hub_means(known_model_type(without(config, "auto_map")))
     if not family.language:
         return config
     whole = AutoConfig.for_model(**config)
@@ -33,16 +33,23 @@ def language_model_config(config: dict[str, Any], family: Family) -> dict[str, A
     return made
 
 
-def _with_partial_rotary(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the rotated share of a head under the name that transformers reads.
+def _as_the_hub_means(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what the hub's fields say of rotary embeddings under the names that transformers reads.
 
-    MiniMax-M2 says it as `rotary_dim`. transformers 5.17 ignores that and rotates whole heads, which is another model
-    (github.com/huggingface/transformers/issues/48241); its original code and vLLM divide by `head_dim`, as here.
+    MiniMax-M2 says the rotated share of a head as `rotary_dim`. transformers 5.17 ignores that and rotates whole heads, which is
+    another model (github.com/huggingface/transformers/issues/48241); its original code and vLLM divide by `head_dim`, as here.
+    MiMo-V2-Flash says base and share beside `swa_rope_theta`; transformers 5.17 has those of the release as defaults, whatever
+    config.json says, and vLLM reads it (models/mimo_v2.py).
     """
     rotary, head = config.get("rotary_dim"), config.get("head_dim")
-    if config.get("model_type") != "minimax_m2" or not isinstance(rotary, int) or not isinstance(head, int) or head < 1:
-        return config
-    return {"partial_rotary_factor": rotary / head} | config
+    if config.get("model_type") == "minimax_m2" and isinstance(rotary, int) and isinstance(head, int) and head > 0:
+        return {"partial_rotary_factor": rotary / head} | config
+    if config.get("model_type") == "mimo_v2_flash" and "rope_theta" in config:
+        alike = {"rope_type": "default", "partial_rotary_factor": config.get("partial_rotary_factor", 1.0)}
+        whole, sliding = config["rope_theta"], config.get("swa_rope_theta", config["rope_theta"])
+        bases = {"full_attention": whole, "sliding_attention": sliding}
+        return {"rope_parameters": {kind: alike | {"rope_theta": base} for kind, base in bases.items()}} | config
+    return config
 
 
 def build_language_model(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:

@@ -77,8 +77,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "kimi_k2": {**_MOE, **_MLA},
     "flex_olmo": {**_MOE, "intermediate_size": 128},
     "solar_open": _MOE,
-    "afmoe": {**_MOE, "layer_types": ["full_attention", "full_attention"], "num_dense_layers": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "afmoe": {
+        **_MOE, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64, "num_dense_layers": 1,
+        "num_shared_experts": 1, "mup_enabled": True,
+    },
+    # All releases tie the head, and vLLM's classes do whatever config.json says.
+    "lfm2": {
+        "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
+    },
     "granitemoe": {**_MOE, "intermediate_size": 128},
     "granitemoeshared": {**_MOE, "intermediate_size": 128, "shared_intermediate_size": 128},
     "llama4_text": {
@@ -93,15 +99,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v32": {**_MOE, **_MLA, **_INDEXER},
     "glm4_moe_lite": {**_MOE, **_MLA, "mlp_layer_types": ["dense", "sparse"]},
     "glm_moe_dsa": {**_MOE, **_MLA, **_INDEXER, "indexer_types": ["full", "full"]},
-    "lfm2_moe": {**_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lfm2_moe": {
+        **_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "tie_word_embeddings": True,
+    },
     "nemotron_h": {
         **_MOE, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "num_hidden_layers": 4,
         "moe_shared_expert_intermediate_size": 128, "mamba_num_heads": 8, "ssm_state_size": 16, "n_groups": 1,
         "expand": 2, "chunk_size": 32,
     },
     "mimo_v2_flash": {
-        **_MOE, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64, "v_head_dim": 64,
-        "mlp_layer_types": ["dense", "sparse"], "n_shared_experts": None,
+        **_MOE, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64, "head_dim": 192,
+        "v_head_dim": 192, "mlp_layer_types": ["dense", "sparse"], "n_shared_experts": None,
     },
     "jamba": {
         **_MOE, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 16, "expert_layer_period": 2,
@@ -147,31 +155,35 @@ _HUB: dict[str, dict[str, Any]] = {
     "deepseek_v32": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "glm4_moe_lite": {"first_k_dense_replace": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    # As XiaomiMiMo/MiMo-V2-Flash; transformers has bases, rotated share and kinds of blocks as defaults of its class.
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1],
         "moe_layer_freq": [0, 1],
         "layernorm_epsilon": 1e-5,
-        "rope_theta": 10000.0,
-        "swa_rope_theta": 10000.0,
-        "swa_num_key_value_heads": 2,
+        "rope_theta": 5000000,
+        "swa_rope_theta": 10000,
+        "partial_rotary_factor": 0.334,
+        "swa_num_key_value_heads": 4,
         "swa_num_attention_heads": 4,
-        "swa_head_dim": 64,
-        "swa_v_head_dim": 64,
+        "swa_head_dim": 192,
+        "swa_v_head_dim": 192,
         "sliding_window_size": 64,
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
-        "partial_rotary_factor": 0.5,
         "add_swa_attention_sink_bias": True,
         "add_full_attention_sink_bias": False,
     },
-    "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True},
+    "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True, "n_group": 1, "topk_group": 1},
     "lfm2": {"block_dim": 256, "conv_dim": 256, "conv_use_xavier_init": True},
 }
+
+#: Fields that transformers' save writes and the hub's config.json has not.
+_NOT_IN_HUB = {"mimo_v2_flash": ("rope_parameters", "layer_types", "mlp_layer_types")}
 
 
 def definition(family: str) -> list[Any]:
     """What makes the checkpoint of a family, as JSON."""
-    return [_SHAPE, FAMILIES[family], _HUB.get(family), SPELLED.get(family)]
+    return [_SHAPE, FAMILIES[family], _HUB.get(family), SPELLED.get(family), *_NOT_IN_HUB.get(family, ())]
 
 
 def write(
@@ -186,6 +198,7 @@ def write(
     model = _model({"kimi_k2": "deepseek_v3"}.get(family, family), seed)
     model.save_pretrained(directory, max_shard_size="1GB" if single else "300KB")
     made = json.loads((directory / "config.json").read_text())
+    made = {key: value for key, value in made.items() if key not in _NOT_IN_HUB.get(family, ())}
     write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
     write_tokenizer(directory, VOCAB - (SPECIAL if family in WRAPPERS else 0), chat_template=True)
     if family in WRAPPERS:
@@ -265,6 +278,7 @@ def empty_model(family: str) -> Any:
 def _model(family: str, seed: int) -> Any:
     model = empty_model(family)
     model.to_empty(device="cpu")
+    model.tie_weights()  # to_empty gives each module a tensor of its own
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
             tensor.zero_()

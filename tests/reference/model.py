@@ -48,11 +48,16 @@ DEEPSEEK_V4 = [
     (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
     (r"\.ffn\.", ".mlp."),
 ]
-GATED = [(r"\.w1\.", ".gate_proj."), (r"\.w3\.", ".up_proj."), (r"\.w2\.", ".down_proj.")]
+# Not the dense blocks of LFM2, which are called so in transformers too.
+GATED = [
+    (rf"(?<!feed_forward)\.{hub}\.", f".{own}.")
+    for hub, own in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+]
 RULES = {
     "deepseek_v4": DEEPSEEK_V4,
     "ernie4_5_moe": [(r"\.mlp\.moe_statics\.", ".mlp.gate.moe_statics.")],
     "exaone_moe": [(r"\.mlp\.e_score_correction_bias$", ".mlp.gate.e_score_correction_bias")],
+    "mimo_v2_flash": [(r"\.attention_sink_bias$", ".sinks")],
     "minimax_m2": [(r"\.block_sparse_moe\.", ".mlp.")],
     "mixtral": [(r"\.block_sparse_moe\.", ".mlp.")],
 }

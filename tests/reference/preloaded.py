@@ -26,7 +26,7 @@ def main(path: str) -> None:
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
     from vllm import LLM, SamplingParams  # noqa: F401
 
-    for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4"):
+    for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4", "cpu_repairs"):
         worker.sibling(name)
     assert len(os.listdir("/proc/self/task")) == 1, "importing vLLM started threads"
     for line in sys.stdin:

@@ -59,7 +59,7 @@ FP8_BLOCK_GROUP: dict[str, Any] = {
 
 FUSED = {
     "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up",
-    "w1": "gate_up", "w3": "gate_up", "wq_a": "qkv", "wkv": "qkv",
+    "w1": "gate_up", "w3": "gate_up", "wq_a": "qkv", "wkv": "qkv", "q_a_proj": "qkv_a", "kv_a_proj_with_mqa": "qkv_a",
 }  # fmt: skip
 """Projections that vLLM multiplies as one matrix, which need one global scale."""
 

@@ -24,7 +24,6 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.quantization import fp8, modelopt, register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
@@ -346,7 +345,6 @@ def register(moe_input_scales: str = "stored") -> list[str]:
     nvfp4_linear.init_nvfp4_linear_kernel = modelopt.init_nvfp4_linear_kernel = kernel
     _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, []).append(CpuFp8BlockLinearKernel)
     _register_modelopt(moe_input_scales)
-    _register_biased_routing()
 
     @register_quantization_config("compressed-tensors")
     class CompressedTensorsCpuConfig(CompressedTensorsConfig):  # type: ignore[misc]
@@ -375,37 +373,7 @@ def register(moe_input_scales: str = "stored") -> list[str]:
         "NVFP4 linear layers: activations quantized and dequantized, dense weights, torch",
         f"NVFP4 routed experts: the same, one expert at a time, input global scales {moe_input_scales}",
         "block-FP8 layers and experts in float32 and where there is no AMX: weights only, like vLLM's AMX kernel, torch",
-        "experts chosen with a correction bias outside groups: by score + bias, as vLLM's GPU routers do",
     ]
-
-
-def _register_biased_routing() -> None:
-    """Experts with a correction bias and no groups are chosen by score + bias and weighted by score.
-
-    So do transformers and vLLM's router of other platforms (FusedTopKBiasRouter). vLLM 0.32's CPU router drops the bias
-    silently with softmax (Ernie 4.5) and refuses sigmoid (MiniMax-M2), although its own grouped path does both, here with
-    one group of all experts.
-    """
-    without_bias = cpu_router.CPURouter._compute_routing
-
-    def compute_routing(
-        self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *rest: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        biased = self.e_score_correction_bias is not None and self.scoring_func in ("softmax", "sigmoid")
-        if not biased or self.use_grouped_topk or self.custom_routing_function is not None:
-            return without_bias(self, hidden_states, router_logits, *rest, **kwargs)
-        return cpu_router._grouped_topk(
-            gating_output=router_logits,
-            topk=self.top_k,
-            renormalize=self.renormalize,
-            num_expert_group=1,
-            topk_group=1,
-            scoring_func=self.scoring_func,
-            routed_scaling_factor=self.routed_scaling_factor,
-            e_score_correction_bias=self.e_score_correction_bias,
-        )
-
-    cpu_router.CPURouter._compute_routing = compute_routing
 
 
 def _register_modelopt(moe_input_scales: str) -> None:

@@ -308,7 +308,9 @@ def import_engine(request: dict[str, Any]) -> tuple[list[str], Any]:
     sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) != here]
     import vllm
 
-    emulations: list[str] = sibling("cpu_nvfp4").register(request["moe_input_scales"])
+    emulations: list[str] = (
+        sibling("cpu_nvfp4").register(request["moe_input_scales"]) + sibling("cpu_repairs").register()
+    )
     config = json.loads((Path(request["checkpoint"]) / "config.json").read_text())
     if config.get("model_type") == "deepseek_v4":
         emulations += sibling("cpu_deepseek_v4").register(request["dtype"])

@@ -1,0 +1,76 @@
+"""What vLLM 0.32 computes otherwise on a CPU than on GPUs, done as there: the choice of experts with a correction bias, and
+rotary embeddings of queries that have an axis of heads.
+
+Runs inside vLLM's interpreter: imports vLLM only. On every other platform `register` does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.platforms import current_platform
+
+
+def register() -> list[str]:
+    """Repairs vLLM's classes; call before the engine is built. Returns what is repaired; empty if the platform is not the
+    CPU."""
+    if not current_platform.is_cpu():
+        return []
+    _register_biased_routing()
+    _register_rotary_heads()
+    return [
+        "experts chosen with a correction bias outside groups: by score + bias, as vLLM's GPU routers do",
+        "rotary embeddings of queries [tokens, heads, width]: by vLLM's own torch code, as on GPUs",
+    ]
+
+
+def _register_biased_routing() -> None:
+    """Experts with a correction bias and no groups are chosen by score + bias and weighted by score.
+
+    So do transformers and vLLM's router of other platforms (FusedTopKBiasRouter). vLLM 0.32's CPU router drops the bias
+    silently with softmax (Ernie 4.5) and refuses sigmoid (MiniMax-M2), although its own grouped path does both, here with
+    one group of all experts.
+    """
+    without_bias = cpu_router.CPURouter._compute_routing
+
+    def compute_routing(
+        self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *rest: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        biased = self.e_score_correction_bias is not None and self.scoring_func in ("softmax", "sigmoid")
+        if not biased or self.use_grouped_topk or self.custom_routing_function is not None:
+            return without_bias(self, hidden_states, router_logits, *rest, **kwargs)
+        return cpu_router._grouped_topk(
+            gating_output=router_logits,
+            topk=self.top_k,
+            renormalize=self.renormalize,
+            num_expert_group=1,
+            topk_group=1,
+            scoring_func=self.scoring_func,
+            routed_scaling_factor=self.routed_scaling_factor,
+            e_score_correction_bias=self.e_score_correction_bias,
+        )
+
+    cpu_router.CPURouter._compute_routing = compute_routing
+
+
+def _register_rotary_heads() -> None:
+    """A query or key `[T, H, R]` is rotated by vLLM's torch code.
+
+    The CPU's `ops.rotary_embedding` takes the stride of an axis of heads for that of tokens, and rotates other values: all of
+    DeepSeek-V3's attention without YaRN (Moonlight), whose class with YaRN has no CPU kernel. `[T, H * R]` is right there.
+    """
+    kernel = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(
+        self: Any, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        flat = query.dim() == 2 and (key is None or key.dim() == 2)
+        rotated: tuple[torch.Tensor, torch.Tensor | None] = (
+            kernel(self, positions, query, key) if flat else self.forward_native(positions, query, key)
+        )
+        return rotated
+
+    RotaryEmbedding.forward_cpu = forward_cpu
