@@ -120,6 +120,15 @@ class Part:
     where: str
 
 
+@dataclass(frozen=True)
+class Passed:
+    """What went through a block: the hidden states that entered, its other arguments, the hidden states that left."""
+
+    hidden: torch.Tensor
+    call: BlockCall
+    made: torch.Tensor
+
+
 @dataclass
 class Walk:
     """Takes all batches through the subgraphs, one subgraph at a time."""
@@ -313,7 +322,7 @@ class Walk:
         with self.run.experts.running(Pass.REPEAT):
             for batch, outputs, passed in self.forward(part, "repeat"):
                 if passed is not None:
-                    self.require_finite(part, passed[1], batch)
+                    self.require_finite(part, passed.made, batch)
                 self.keep(part.index, batch, outputs)
 
     def roots(self, index: int) -> list[nn.Module]:
@@ -345,10 +354,9 @@ class Walk:
         with self.run.experts.running(Pass.CALIBRATE):
             for batch, outputs, passed in self.forward(part, "calibrate"):
                 if passed is not None:
-                    hidden, made = passed
-                    self.require_finite(part, made, batch)
+                    self.require_finite(part, passed.made, batch)
                     if batch in self.calls and part.number is not None:
-                        worst = max(worst, self.check_parity(part, batch, hidden, made))
+                        worst = max(worst, self.check_parity(part, batch, passed))
                 if not self.edits:
                     self.keep(part.index, batch, outputs)
                 self._add_inputs(part)
@@ -365,17 +373,15 @@ class Walk:
         with self.run.experts.running(Pass.PROPAGATE):
             for batch, outputs, passed in self.forward(part, "propagate"):
                 if passed is not None:
-                    self.require_finite(part, passed[1], batch)
+                    self.require_finite(part, passed.made, batch)
                 self.keep(part.index, batch, outputs)
 
-    def forward(
-        self, part: Part, kind: str
-    ) -> Iterator[tuple[int, dict[str, Any], tuple[torch.Tensor, torch.Tensor] | None]]:
-        """Yields for each batch its index, outputs, and the hidden states that entered and left the block."""
-        subgraph, passed = self.subgraphs[part.index], list[tuple[torch.Tensor, torch.Tensor]]()
+    def forward(self, part: Part, kind: str) -> Iterator[tuple[int, dict[str, Any], Passed | None]]:
+        """Yields for each batch its index, outputs, and what went through the block."""
+        subgraph, passed = self.subgraphs[part.index], list[Passed]()
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            passed.append((BlockCall.of(args, kwargs)[0], hidden_of(output)))
+            passed.append(Passed(*BlockCall.of(args, kwargs), hidden_of(output)))
 
         for batch in range(len(self.cache)):
             active_session().state.current_batch_idx = batch
@@ -394,17 +400,18 @@ class Walk:
         if index + 1 < len(self.subgraphs):
             self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
 
-    def check_parity(self, part: Part, batch: int, hidden: torch.Tensor, made: torch.Tensor) -> float:
-        """The largest difference between `made` and the result of the model's own call of the block on `hidden`. Raises
-        ParityError."""
+    def check_parity(self, part: Part, batch: int, passed: Passed) -> float:
+        """The largest difference between what left the block and the result of the model's own call of it on what entered.
+        Raises ParityError."""
         block, number = part.block, part.number
         assert block is not None and number is not None
         worst = 0.0
         if number == 0:
-            worst = require_parity("before block 0", hidden, self.entering[batch])
+            worst = require_parity("before block 0", passed.hidden, self.entering[batch])
+        self.calls[batch][number].complete(passed.call)
         with self.run.experts.running(Pass.REPEAT):
-            own = self.calls[batch][number](block, hidden)
-        return max(worst, require_parity(f"block {number}", made, own))
+            own = self.calls[batch][number](block, passed.hidden)
+        return max(worst, require_parity(f"block {number}", passed.made, own))
 
     def require_finite(self, part: Part, made: torch.Tensor, batch: int) -> None:
         """Raises SourceError that names the first module with NaN or Inf if the block's output is not finite."""
@@ -455,7 +462,7 @@ class Walk:
                     if which == "sample" and self.cache.numbers[batch] not in self.run.sample:
                         break
                     assert passed is not None
-                    made.append(passed[1])
+                    made.append(passed.made)
                     if which == "first":
                         break
             return made

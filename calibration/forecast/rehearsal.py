@@ -164,23 +164,17 @@ def _step(walk: Walk, part: Part, skipped: bool) -> tuple[Spent, Spent, float] |
         walk.record_own_calls()
     with ExitStack() as stack:
         stack.enter_context(walk.run.experts.running(Pass.REPEAT))
-        if skipped:
-            stack.enter_context(patch_attr(part.block, "forward", _pass_on))
+        if skipped and part.number is not None:
+            stack.enter_context(patch_attr(part.block, "forward", walk.calls[0][part.number].skip))
             part = replace(part, block=None)
         watch.lap()
         for batch, outputs, passed in walk.forward(part, "rehearse"):
             forward = watch.lap()
             if passed is not None:
-                hidden, made = passed
-                walk.require_finite(replace(part, where=f"rehearsal of {part.where}"), made, batch)
+                walk.require_finite(replace(part, where=f"rehearsal of {part.where}"), passed.made, batch)
                 watch.lap()
-                worst = walk.check_parity(part, batch, hidden, made)
+                worst = walk.check_parity(part, batch, passed)
                 forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
             walk.keep(part.index, batch, outputs)
     source.unload(roots)
     return None if part.block is None else (loaded, forward, worst)
-
-
-def _pass_on(*args: Any, **kwargs: Any) -> torch.Tensor:
-    hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,26 @@ class ParityError(WorkflowError):
     """The traced model differs from the original: calibrating it would give wrong scales."""
 
 
+@dataclass(frozen=True)
+class _HandedOn:
+    """A place holder for what block `number` returns at `position`, behind the hidden states, and a later block takes."""
+
+    number: int
+    position: int
+
+
 @dataclass
 class BlockCall:
-    """The arguments, except the hidden states, that the model's own forward passes to one block."""
+    """The arguments, except the hidden states, that the model's own forward passes to one block, the `number`-th.
+
+    Some blocks return more than hidden states, which the next one takes (GLM-5's and HY-V4's selected positions): `handed`,
+    which the calls of one sample share, contains what the blocks before this one returned.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    number: int = 0
+    handed: dict[_HandedOn, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, BlockCall]:
@@ -39,9 +53,40 @@ class BlockCall:
         kwargs = dict(kwargs)
         return kwargs.pop("hidden_states"), cls((), kwargs)
 
-    def __call__(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The output hidden states of `block` for `hidden` with these arguments."""
-        return hidden_of(block(hidden, *self.args, **self.kwargs))
+    def __call__(self, block: nn.Module, hidden: torch.Tensor, keep: bool = True) -> torch.Tensor:
+        """The output hidden states of `block` for `hidden` with these arguments; what else it returns is handed on to the
+        calls after this one, if `keep`."""
+        kwargs = {name: self._actual(value) for name, value in self.kwargs.items()}
+        output = block(hidden, *map(self._actual, self.args), **kwargs)
+        if keep and isinstance(output, tuple | list):
+            self.handed.update({_HandedOn(self.number, n): value for n, value in enumerate(output) if n})
+        return hidden_of(output)
+
+    def complete(self, given: BlockCall) -> None:
+        """Takes what is not known of the blocks before this one (they were not run) from another call of the same block."""
+        pairs = [*zip(self.args, given.args, strict=False), *((v, given.kwargs.get(k)) for k, v in self.kwargs.items())]
+        for own, other in pairs:
+            if isinstance(own, _HandedOn):
+                self.handed.setdefault(own, other)
+
+    def skip(self, *args: Any, **kwargs: Any) -> Any:
+        """What a block that is left out returns in place of its forward: its hidden states, and what it took of the block
+        before it, as its own."""
+        hidden, given = self.of(args, kwargs)
+        self.complete(given)
+        taken = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, _HandedOn)]
+        taken.sort(key=lambda value: value.position)
+        self.handed.update({_HandedOn(self.number, value.position): self.handed[value] for value in taken})
+        return (hidden, *(self.handed[value] for value in taken)) if taken else hidden
+
+    def _actual(self, value: Any) -> Any:
+        return self.handed[value] if isinstance(value, _HandedOn) else value
+
+
+def apart(calls: Sequence[BlockCall]) -> list[BlockCall]:
+    """The calls of one sample for another way through the blocks, on which they return something else."""
+    handed: dict[_HandedOn, Any] = {}
+    return [replace(call, handed=handed) for call in calls]
 
 
 def hidden_of(output: Any) -> torch.Tensor:
@@ -54,6 +99,17 @@ class _Recorded(Exception):
     pass
 
 
+class _ReturnsMore(Exception):
+    pass
+
+
+class _Alone(torch.Tensor):
+    """Hidden states as all that a block returns: whoever unpacks them expects more (a batch of two would unpack)."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise _ReturnsMore
+
+
 def own_block_calls(
     model: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, Any]
 ) -> tuple[torch.Tensor, list[BlockCall]]:
@@ -62,16 +118,29 @@ def own_block_calls(
     Only the modules before the blocks (embedding, rotary frequencies) must be loaded. Returns the hidden states that
     enter the first block and the call of each block. Raises ParityError if the forward does not call every block.
     """
+    try:
+        return _own_calls(model, blocks, sample, further=0)
+    except _ReturnsMore:
+        return _own_calls(model, blocks, sample, further=1)
+
+
+def _own_calls(
+    model: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, Any], further: int
+) -> tuple[torch.Tensor, list[BlockCall]]:
+    """`own_block_calls`, of a model whose blocks return as many `further` values."""
     calls: list[BlockCall] = []
     first: list[torch.Tensor] = []
+    handed: dict[_HandedOn, Any] = {}
 
-    def record(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def record(*args: Any, **kwargs: Any) -> Any:
         hidden, call = BlockCall.of(args, kwargs)
+        number = len(calls)
         first.append(hidden)
-        calls.append(call)
+        calls.append(replace(call, number=number, handed=handed))
         if len(calls) == len(blocks):
             raise _Recorded
-        return hidden
+        more = (_HandedOn(number, position) for position in range(1, further + 1))
+        return (hidden, *more) if further else hidden.as_subclass(_Alone)
 
     with ExitStack() as stack:
         for block in blocks:

@@ -98,7 +98,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v32": {**_MOE, **_MLA, **_INDEXER},
     "glm4_moe_lite": {**_MOE, **_MLA, "mlp_layer_types": ["dense", "sparse"]},
-    "glm_moe_dsa": {**_MOE, **_MLA, **_INDEXER, "indexer_types": ["full", "full"]},
+    "glm_moe_dsa": {
+        **_MOE, **_MLA, **_INDEXER, "layer_types": ["deepseek_sparse_attention"] * 3, "num_hidden_layers": 3,
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
+    },
     "lfm2_moe": {
         **_MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "tie_word_embeddings": True,
     },

@@ -215,7 +215,10 @@ def _walk(
     least: float,
     smoothed: SmoothedWeights | None,
 ) -> Iterator[BlockCosine]:
+    from calibration.model.parity import apart
+
     seen, unseen = calls
+    ways = [apart(made) for _, made in seen]
     entering, entering_unseen = ([hidden for hidden, _ in found] for found in calls)
     propagated = list(entering)
     for number, block in enumerate(original.blocks.values()):
@@ -230,8 +233,8 @@ def _walk(
         original.unload([block])
         emulated.load([block])
         with _quantized_inputs(original, emulated, output, block):
-            alone = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
-            propagated = [call(block, hidden) for call, hidden in zip(block_calls, propagated, strict=True)]
+            alone = [call(block, hidden, keep=False) for call, hidden in zip(block_calls, entering, strict=True)]
+            propagated = [way[number](block, hidden) for way, hidden in zip(ways, propagated, strict=True)]
         emulated.unload([block])
         cosines = _added(leaving, alone, entering)
         behind = [_cosines(a.float(), b.float()) for a, b in zip(leaving, propagated, strict=True)]
@@ -239,7 +242,7 @@ def _walk(
         if not cosine >= least:
             _load_smoothed(original, block, smoothed)
             with _rounded_to_nearest(original, emulated, output, block, inputs):
-                made = [call(block, hidden) for call, hidden in zip(block_calls, entering, strict=True)]
+                made = [call(block, hidden, keep=False) for call, hidden in zip(block_calls, entering, strict=True)]
             original.unload([block])
             rounded = float(_added(leaving, made, entering).mean())
         yield BlockCosine(number, cosine, float(torch.cat(behind).mean()), len(cosines), tuple(inputs),

@@ -42,6 +42,8 @@ CPU_REFUSALS = (
     "Sparse Attention is not supported on CPU",  # platforms/cpu.py: DeepSeek-V3.2's and GLM-5's indexers
     "is_act_and_mul=False is supported only for CUDA",  # fused_moe/config.py: Nemotron-H's experts without gate
     'assert self.scoring_func == "softmax"',  # fused_moe/router/cpu_router.py: sigmoid without groups or bias
+    "self.conv1d.weight.size(0), self.conv1d.weight.size(2)",  # mamba/mamba_mixer.py: Mamba-1's kernel, which utils.py packs
+    "'_C' object has no attribute 'selective_scan_fwd'",  # _custom_ops.py: Mamba-1's scan (Jamba), in float32
 )
 """What vLLM 0.32 raises on a CPU for a part of a model that it has for GPUs only, whatever the checkpoint holds: a text of the
 error's message, or of the line of vLLM that raised it."""
@@ -178,9 +180,17 @@ def platform_refusal(result: dict[str, Any]) -> str | None:
     error = result.get("error") or {}
     if error.get("type") == "NoVariant":
         return str(error["message"])
-    lines = [f"{error.get('type')}: {error.get('message')}", *map(str, error.get("traceback", ())[-RAISED:])]
+    lines = [f"{error.get('type')}: {error.get('message')}", *_raising(list(map(str, error.get("traceback", ()))))]
     found = next((text for text in CPU_REFUSALS if any(text in line for line in lines)), None)
     return found and f"vLLM runs this model on other hardware only; on a CPU it raises: {found}"
+
+
+def _raising(traceback: list[str]) -> list[str]:
+    """The last lines of a traceback; vLLM's parameters pass every access through a frame of their own, which says nothing."""
+    frames = [number for number, line in enumerate(traceback) if line.startswith("  File ")]
+    if frames and traceback[frames[-1]].endswith("in __torch_function__"):
+        traceback = traceback[: frames[-1]]
+    return traceback[-RAISED:]
 
 
 def failure(result: dict[str, Any]) -> str | None:

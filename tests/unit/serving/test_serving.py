@@ -152,6 +152,17 @@ ROUTER = [
 ]
 
 
+CONVOLUTION = [
+    '  File "mamba_mixer.py", line 289, in forward_impl',
+    "    self.conv1d.weight.size(0), self.conv1d.weight.size(2)",
+    "                                ^^^^^^^^^^^^^^^^^^^^^^^^^^",
+    '  File "parameter.py", line 124, in __torch_function__',
+    "    return super().__torch_function__(func, types, args, kwargs)",
+    "           ^^^^^^^^",
+    "IndexError: Dimension out of range",
+]
+
+
 def refused(type: str, message: str, traceback: list[str], **load: Any) -> dict[str, Any]:
     error = {"type": type, "message": message, "traceback": traceback}
     load = {"seconds": None, "tensors": 9, "missing": [], "missing_total": 0} | load
@@ -165,6 +176,12 @@ def refused(type: str, message: str, traceback: list[str], **load: Any) -> dict[
     [
         ("NotImplementedError", "Sparse Attention is not supported on CPU.", []),
         ("NotImplementedError", "is_act_and_mul=False is supported only for CUDA, XPU and ROCm for now", []),
+        (
+            "IndexError",
+            "Dimension out of range",
+            ["    self.conv1d.weight.size(0), self.conv1d.weight.size(2)", "", ""],
+        ),
+        ("AttributeError", "'_OpNamespace' '_C' object has no attribute 'selective_scan_fwd'", []),
         ("AssertionError", "", ROUTER),
     ],
 )
@@ -172,7 +189,8 @@ def test_what_vllm_has_for_gpus_only_is_unchecked_with_its_own_words(error: tupl
     checks = judged(refused(*error))
     assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
     assert all(
-        re.search("on a CPU it raises: (Sparse Att|is_act|assert self.scoring)", c.figure) for c in checks.values()
+        re.search("on a CPU it raises: (Sparse Att|is_act|assert self.scoring|self.conv1d|'_C' object)", c.figure)
+        for c in checks.values()
     )
 
 
