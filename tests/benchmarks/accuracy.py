@@ -170,6 +170,8 @@ def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bo
                 layers = scaled_layers(original, emulated, formats)
                 last: list[Any] = [None, 0.0, None]
                 hooks = {module: _SharedInput(scale, last) for module, (_, scale) in layers.items()}
+                for block in original.blocks.values():
+                    hooks |= dict.fromkeys(forward.fp8_layers(original, emulated, formats, block), forward.fp8_input)
         original.load(original.outside_blocks())
         filled.load(list(original.blocks.values()))
         head, entering = original.model.get_output_embeddings(), list[torch.Tensor]()

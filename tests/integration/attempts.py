@@ -30,6 +30,7 @@ class Case:
         calibration: dict[str, Any] | None = None,
         preset: str | None = None,
         smooth: dict[str, Any] | None = None,
+        budget: dict[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
         self.directory = directory
@@ -45,6 +46,7 @@ class Case:
             or {"dataset": "bundled", "num_samples": 6, "max_seq_length": 64, "batch_size": 2},
             "verify": {"structure": False, "fidelity": False},
             **({"preset": preset} if preset else {}),
+            **({"budget": budget} if budget else {}),
         }
         began = time.monotonic()
         self.reference = Attempt(self, "reference", KillAt(0, directory / "steps"))

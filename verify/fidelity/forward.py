@@ -332,14 +332,20 @@ def _quantized_inputs(
     with ExitStack() as stack:
         for module, _, scale in _scaled_inputs(original, emulated, output, block):
             stack.callback(module.register_forward_pre_hook(_NvFp4Input(scale.to(original.device))).remove)
-        for name, module in block.named_modules(prefix=original.module_name(block)):
-            stored = emulated.sources.get(f"{name}.weight")
-            if stored is None or not isinstance(module, nn.Linear):
-                continue
-            before = original.formats.of(original.sources[f"{name}.weight"])
-            if output.of(stored).kind == "fp8_tiles" and before.kind != "fp8_tiles":
-                stack.callback(module.register_forward_pre_hook(_fp8_input).remove)
+        for module in fp8_layers(original, emulated, output, block):
+            stack.callback(module.register_forward_pre_hook(fp8_input).remove)
         yield
+
+
+def fp8_layers(original: SourceModel, emulated: SourceModel, output: Formats, block: nn.Module) -> Iterator[nn.Linear]:
+    """Linear layers of `block` that the output has in FP8_BLOCK and the source has not."""
+    for name, module in block.named_modules(prefix=original.module_name(block)):
+        stored = emulated.sources.get(f"{name}.weight")
+        if stored is None or not isinstance(module, nn.Linear):
+            continue
+        before = original.formats.of(original.sources[f"{name}.weight"])
+        if output.of(stored).kind == "fp8_tiles" and before.kind != "fp8_tiles":
+            yield module
 
 
 @dataclass(frozen=True)
@@ -350,5 +356,6 @@ class _NvFp4Input:
         return nvfp4.quantize_dequantize(arguments[0], self.scale), *arguments[1:]
 
 
-def _fp8_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def fp8_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hook of such a layer."""
     return quantize_dequantize_groups(arguments[0]), *arguments[1:]

@@ -26,6 +26,8 @@ from workflows.run import rehearse as rehearsal
 from workflows.run.state import Run
 
 FILE, STATE = "budget.json", "budget.safetensors"
+#: Unit -> candidate -> KL divergence that it causes alone, in nats a token.
+Errors = dict[str, dict[str, float]]
 #: Tokens of a sample: several short texts say more about a module than one long one.
 _SAMPLE = 128
 
@@ -36,7 +38,9 @@ def choose_schemes(run: Run, stages: Sequence[str], dry_run: bool = False) -> No
     budget, ranks = run.budget, run.ranks
     if budget is None:
         return
-    choice = _known(run.directory.path, budget) if ranks.writes else None
+    errors, choice = _known(run.directory.path, budget) if ranks.writes else (None, None)
+    if choice is None and errors is not None:
+        choice = budget.choose(errors)[0] if dry_run else _write_choice(run, budget, errors)
     if ranks.size > 1:
         choice = ranks.all_gather("budget", choice)[0]
     if choice is None and dry_run:
@@ -53,31 +57,26 @@ def choose_schemes(run: Run, stages: Sequence[str], dry_run: bool = False) -> No
         run.directory.open()
         run.reporter.directory = run.directory
         with run.reporter.stage("budget"):
-            choice = _choose(run, budget, _measured(run, budget))
+            choice = _write_choice(run, budget, _measure(run, budget))
     run.settle(choice)
 
 
-def _known(directory: Path, budget: BudgetTask) -> dict[str, str] | None:
-    """The choice in the run directory if it is of these settings; chosen again from what was measured if only the size is
-    another."""
+def _known(directory: Path, budget: BudgetTask) -> tuple[Errors | None, dict[str, str] | None]:
+    """What was measured with these settings and is in the run directory, and what was chosen for this size; None for what is
+    not there."""
     found = read_json_or_none(directory / FILE)
     if found is None or found.get("key") != _key(budget):
-        return None
+        return None, None
     try:
-        errors = TypeAdapter(dict[str, dict[str, float]]).validate_python(found.get("errors"))
+        errors = TypeAdapter(Errors).validate_python(found.get("errors"))
         chosen = TypeAdapter(dict[str, str]).validate_python(found.get("choice"))
     except ValidationError:
-        return None
+        return None, None
     if any(errors.get(unit.name, {}).keys() != unit.sizes.keys() for unit in budget.units):
-        return None
+        return None, None
     same = found.get("bits_per_parameter") == budget.budget.bits_per_parameter
-    if (
-        same
-        and all(chosen.get(unit.name) in unit.sizes for unit in budget.units)
-        and budget.nbytes(chosen) <= budget.limit
-    ):
-        return chosen
-    return budget.choose(errors)[0]
+    fits = all(chosen.get(unit.name) in unit.sizes for unit in budget.units) and budget.nbytes(chosen) <= budget.limit
+    return errors, chosen if same and fits else None
 
 
 def _key(budget: BudgetTask) -> str:
@@ -98,8 +97,8 @@ def _key(budget: BudgetTask) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _measured(run: Run, budget: BudgetTask) -> dict[str, dict[str, float]]:
-    """Unit -> candidate -> KL divergence. Resumes a measurement that was stopped."""
+def _measure(run: Run, budget: BudgetTask) -> Errors:
+    """Measures; resumes a measurement that was stopped."""
     # Imported late: torch's models take seconds to import.
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
     from calibration.engine.oneshot import quiet
@@ -135,7 +134,7 @@ def _report_block(run: Run, finished: int, blocks: int) -> None:
         raise Interrupted(f"stopped after measuring block {finished} of {blocks}; the same command resumes")
 
 
-def _choose(run: Run, budget: BudgetTask, errors: dict[str, dict[str, float]]) -> dict[str, str]:
+def _write_choice(run: Run, budget: BudgetTask, errors: Errors) -> dict[str, str]:
     """Chooses, writes budget.json, and says what was chosen."""
     choice, found = budget.choose(errors)
     nbytes = budget.nbytes(choice)
@@ -150,6 +149,7 @@ def _choose(run: Run, budget: BudgetTask, errors: dict[str, dict[str, float]]) -
         "choice": choice,
         "errors": errors,
     }
+    run.directory.open()
     write_json(run.directory.path / FILE, facts)
     (run.directory.path / STATE).unlink(missing_ok=True)
     counts = ", ".join(f"{name}: {count} units" for name, count in Counter(choice.values()).most_common())

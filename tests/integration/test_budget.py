@@ -1,0 +1,211 @@
+"""A size budget: what is measured is what a unit costs, a killed run chooses and writes the same, and vLLM serves the mixture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.nvfp4 import RANGE
+from calibration.data.batches import load_batches, load_tokenizer
+from calibration.engine import sensitivity
+from calibration.families.registry import open_source
+from calibration.model.skeleton import build_skeleton
+from calibration.model.source_model import SourceModel
+from calibration.plan.budget import BudgetTask, Unit
+from recipes.schema import Calibration
+from tests.exported import EXPERTS, recipe
+from tests.integration.attempts import TARGETS, Attempt, Case, same
+from tests.integration.interrupted_runs import KillAt, finish
+from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
+from tests.models import deepseek_v4, standard
+from tests.reference import nvfp4 as reference
+
+TEXT = Calibration(dataset="bundled", num_samples=2, max_seq_length=48, batch_size=2)
+
+
+class Measured:
+    """A tiny model, its units and its batches; counts what is loaded."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        source = deepseek_v4.write(root / name, "bf16") if name == "v4" else standard.write(root / name, "qwen3_moe")
+        formats = Formats(open_source(source))
+        asked = {"bits_per_parameter": 15.0}
+        made = recipe(source, root / "out", EXPERTS if name == "v4" else LINEAR, budget=asked)
+        self.units = BudgetTask.of(made, formats).units
+        self.batches = list(load_batches(TEXT, load_tokenizer(source, False), source_directory=source).batches)
+        self.model: SourceModel = build_skeleton(formats.checkpoint, root / f"{name}-work", False, torch.device("cpu"))
+        self.loaded = 0
+        load, blocks = self.model.load, set(self.model.blocks.values())
+
+        def counted(roots: Any) -> None:
+            self.loaded += sum(root in blocks for root in roots)
+            load(roots)
+
+        self.model.load = counted  # type: ignore[method-assign]
+
+    def measure(self, path: Path, key: str = "key", on_block: Callable[[int, int], None] = lambda a, b: None) -> Any:
+        self.loaded = 0
+        return sensitivity.measure(self.units, self.model, self.batches, (path, key), on_block)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Measured]:
+    root = tmp_path_factory.mktemp("measured")
+    return {name: Measured(root, name) for name in ("qwen3_moe", "v4")}
+
+
+@torch.no_grad()
+def divergence(case: Measured, unit: Unit) -> float:
+    """The KL divergence with one unit in NVFP4 in the whole model, by the float64 reference's arithmetic."""
+    model, names = case.model, case.model.model_modules()
+    roots = [*model.outside_blocks(), *model.blocks.values()]
+    model.load(roots)
+    sample = {**case.batches[0], "use_cache": False}
+    modules = [model.model.get_submodule(names[module]) for module in unit.modules]
+    largest: dict[nn.Module, float] = {}
+
+    def watch(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments[0].numel():
+            largest[module] = max(largest.get(module, 0.0), float(arguments[0].abs().max()))
+
+    def rounded(value: torch.Tensor, amax: float) -> torch.Tensor:
+        return reference.fake_quantize(value, torch.tensor([RANGE / amax])).to(value.dtype)
+
+    hooks = [module.register_forward_pre_hook(watch) for module in modules]
+    exact = model.model(**sample).logits.double().log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    hooks = []
+    for module in modules:
+        module.weight.data = rounded(module.weight.data, float(module.weight.abs().max()))
+        if module in largest:
+            hooks.append(module.register_forward_pre_hook(lambda m, given: (rounded(given[0], largest[m]), *given[1:])))
+    made = model.model(**sample).logits.double().log_softmax(-1)
+    for hook in hooks:
+        hook.remove()
+    model.unload(roots)
+    return float((exact.exp() * (exact - made)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "v4"])
+def test_the_error_of_a_unit_is_the_divergence_that_it_causes_in_the_whole_model(
+    tmp_path: Path, measured: Mapping[str, Measured], name: str
+) -> None:
+    case = measured[name]
+    found = case.measure(tmp_path / "state")
+    assert found.keys() == {unit.name for unit in case.units} and not case.model.loaded()
+    for unit in case.units:
+        assert found[unit.name]["NVFP4"] == pytest.approx(divergence(case, unit), rel=0.1, abs=1e-6), unit.name
+        assert found[unit.name]["bfloat16"] == 0.0
+        if "FP8_BLOCK" in unit.sizes:
+            assert 0 < found[unit.name]["FP8_BLOCK"] < found[unit.name]["NVFP4"]
+
+
+class Stop(Exception):
+    pass
+
+
+def test_a_stopped_measurement_resumes_with_the_next_block_to_the_same_bits(
+    tmp_path: Path, measured: Mapping[str, Measured]
+) -> None:
+    case = measured["qwen3_moe"]
+    whole = case.measure(tmp_path / "whole")
+    assert case.loaded == 3
+
+    def stop(finished: int, blocks: int) -> None:
+        if finished == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        case.measure(tmp_path / "state", on_block=stop)
+    assert case.measure(tmp_path / "state") == whole
+    assert case.loaded == 1
+    assert case.measure(tmp_path / "state", key="another") == whole
+    assert case.loaded == 3, "a state of other settings is not used"
+    for damaged in (b"", b"not safetensors", (tmp_path / "state").read_bytes()[:-100]):
+        (tmp_path / "state").write_bytes(damaged)
+        assert case.measure(tmp_path / "state") == whole
+
+
+BUDGET = {"bits_per_parameter": 11.0, "tokens": 64}
+
+
+def test_killed_anywhere_it_chooses_and_writes_the_same(tmp_path: Path) -> None:
+    finish(["--help"], tmp_path / "log")
+    source = standard.write(tmp_path / "source", "qwen3_moe")
+    small = {"dataset": "bundled", "num_samples": 4, "max_seq_length": 64, "batch_size": 2}
+    case = Case(tmp_path / "case", source, "QuantizationModifier", TARGETS, small, budget=BUDGET)
+    kept = yaml.safe_load((case.reference.output / "recipe.yaml").read_text())
+    groups = kept["modifiers"][0]["QuantizationModifier"]["config_groups"]
+    assert "budget" not in kept and groups["nvfp4"]["scheme"] == "NVFP4"
+    for step in sorted({3, 8, case.steps // 3, case.steps // 2, case.steps - 4}):
+        attempt = Attempt(case, f"killed at {step}", KillAt(step))
+        assert attempt.code == -9, attempt.text
+        attempt.go()
+        same(attempt, case)
+    chosen = json.loads((case.reference.run_directory / "budget.json").read_text())
+    assert chosen["chosen"]["bits_per_parameter"] <= 11.0 and set(chosen["choice"].values()) == {"NVFP4", "bfloat16"}
+    # The same command again has nothing to do, and another size measures nothing again.
+    assert case.reference.go() == 0 and "nothing to do" in case.reference.text
+    case.reference.write(case.body | {"budget": BUDGET | {"bits_per_parameter": 9.0}})
+    assert case.reference.go(None, "--overwrite") == 0, case.reference.text
+    assert "[budget]" not in case.reference.text and "budget: chose" in case.reference.text
+    again = json.loads((case.reference.run_directory / "budget.json").read_text())
+    assert again["errors"] == chosen["errors"] and again["chosen"]["bits_per_parameter"] <= 9.0
+    plan = json.loads((case.reference.run_directory / "plan.json").read_text())["plan"]
+    assert plan["bits_per_parameter"] == again["chosen"]["bits_per_parameter"]
+
+
+def test_a_hostile_choice_in_the_run_directory_is_measured_again(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "qwen3_moe")
+    body = {"calibration": {"dataset": "bundled", "num_samples": 2, "max_seq_length": 64}, "budget": BUDGET}
+    made = write_recipe(tmp_path, source, LINEAR, **body, verify={})
+    first = run(made, "--stages", "inspect")
+    assert first.returncode == 0, first.stderr
+    place = tmp_path / "output.run" / "budget.json"
+    found = json.loads(place.read_text())
+    largest = dict.fromkeys(found["choice"], "bfloat16")
+    for damaged in (
+        "[]", "{", json.dumps(found | {"errors": {"a": 1}}), json.dumps(found | {"choice": largest}),
+        json.dumps(found | {"choice": 5}), json.dumps(found | {"key": "x", "choice": largest}),
+    ):  # fmt: skip
+        place.write_text(damaged)
+        done = run(made, "--stages", "inspect")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(place.read_text())["choice"] == found["choice"]
+
+
+def test_a_dry_run_measures_nothing_and_says_what_can_be_had(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "qwen3_moe")
+    made = write_recipe(tmp_path, source, LINEAR, budget=BUDGET, verify={})
+    done = run(made, "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["budget"]["units"] == 9 and facts["budget"]["least"]["bits_per_parameter"] == 6.868
+    assert facts["plan"]["output_bytes"] == facts["budget"]["least"]["bytes"]
+    assert not (tmp_path / "output.run").exists()
+    made = write_recipe(tmp_path, source, LINEAR, budget={"bits_per_parameter": 5}, verify={})
+    refused = run(made)
+    assert (
+        refused.returncode == 2 and "5 is too small: the least that these targets and candidates give" in refused.stderr
+    )
+    assert not (tmp_path / "output.run").exists()
+
+
+def test_the_mixture_is_served_and_passes_every_check(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "qwen3_moe")
+    done = run(write_recipe(tmp_path, source, LINEAR, budget=BUDGET, verify={"serving": SERVING}), "--json")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["verdicts"].values()) == {"PASS"}
+    choice = json.loads((tmp_path / "output.run" / "budget.json").read_text())["choice"]
+    assert {"NVFP4", "bfloat16"} <= set(choice.values())
+    size = sum(path.stat().st_size for path in (tmp_path / "output").glob("*.safetensors"))
+    assert size * 8 / Formats(open_source(source)).parameters < 11.0 + 0.5  # headers of the files
