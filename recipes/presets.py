@@ -19,8 +19,8 @@ class Preset:
 
 _WEIGHTED = {"weight_observer": "nvfp4_weighted"}
 PRESETS = {
-    "fast": Preset(arguments=_WEIGHTED),
-    "best": Preset(arguments=_WEIGHTED, before=({"SmoothQuantModifier": {"smoothing_strength": 0.5}},)),
+    "fast": Preset(arguments=_WEIGHTED, before=({"SmoothQuantModifier": {"smoothing_strength": 0.5}},)),
+    "best": Preset(arguments=_WEIGHTED, before=({"AWQModifier": {"n_grid": 8}},)),
 }
 
 
