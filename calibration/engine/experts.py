@@ -8,7 +8,7 @@ observed on all tokens, but its output is needed only for routed tokens. The sta
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
@@ -27,7 +27,7 @@ from llmcompressor.observers import Observer
 from llmcompressor.observers.min_max import MemorylessMinMaxObserver, MinMaxObserver, StaticMinMaxObserver
 from torch import nn
 
-from calibration.engine.observers import fast_extremes
+from calibration.engine.observers import Collected, collects, fast_extremes, row_extremes
 from calibration.engine.stacked_experts import Routing, Stack, is_plain
 from calibration.engine.topped_up import TopUp
 from calibration.engine.weighted import Importance, is_importance_hook, weighted_observer
@@ -51,10 +51,18 @@ class Pass(Enum):
 
 @dataclass(frozen=True)
 class _Observers:
-    """Input observers of gate and up, grouped by equal behavior: `shared` over all experts, `own` by expert."""
+    """Input observers of gate and up, grouped by equal behavior: `shared` over all experts, `own` by expert. `inputs` of
+    gate and up and `down` collect what they see; None if their observers must see it themselves."""
 
     shared: list[list[Observer]]
     own: list[list[list[Observer]]]
+    inputs: Collected | None = None
+    down: Collected | None = None
+
+    def hand_over(self) -> None:
+        for collected in (self.inputs, self.down):
+            if collected is not None:
+                collected.hand_over()
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class ExpertCalibration:
 
     def __init__(self, top_up: TopUp | None = None) -> None:
         self.kind, self.top_up = Pass.CALIBRATE, top_up
+        self._collecting = False
         #: The last CALIBRATE call of each module: a REPEAT with the same input has the same output.
         self._last: dict[nn.Module, _Call] = {}
         self._tokens: dict[nn.Module, list[int]] = {}
@@ -94,8 +103,12 @@ class ExpertCalibration:
         """Runs the forward passes inside as `kind`; llm-compressor's hooks are disabled unless it is CALIBRATE."""
         with patch_attr(self, "kind", kind):
             if kind is Pass.CALIBRATE:
-                with nullcontext() if self.top_up is None else self.top_up.watching():
+                with (
+                    nullcontext() if self.top_up is None else self.top_up.watching(),
+                    patch_attr(self, "_collecting", True),
+                ):
                     yield
+                self._hand_over()
             else:
                 with HooksMixin.disable_hooks():
                     yield
@@ -115,6 +128,8 @@ class ExpertCalibration:
             made = calibration._forward(experts, *given)
             if calibration.kind is Pass.CALIBRATE:
                 calibration._last[experts] = _Call.of(given, made)
+                if not calibration._collecting:
+                    calibration._hand_over()
             return made
 
         def forward_sorted(experts: Llama4LinearExperts, hidden: torch.Tensor) -> torch.Tensor:
@@ -191,36 +206,50 @@ class ExpertCalibration:
         if stack is not None and (observers is not None or self.kind is Pass.PROPAGATE):
             inputs = partial(self._observe_inputs, experts)
             return stack.routed_tokens(hidden, routing, inputs, down)
+        if self.kind is Pass.CALIBRATE and observers is not None and observers.inputs is not None and not all_experts:
+            observers.inputs.add(*_by_expert(hidden, routing))
+        extremes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         output = torch.zeros_like(hidden)
         begin = 0
-        for number, count in enumerate(routing.counts):
-            expert, part = experts[number], slice(begin, begin := begin + count)
+        for number, (expert, count) in enumerate(zip(experts, routing.counts, strict=False)):
+            part = slice(begin, begin := begin + count)
             tokens = routing.rows[part]
             if not count and not all_experts:
                 continue
-            if observers is not None and all_experts:
-                activated = _activated(expert, hidden)
-                self._observe_down(expert, activated)
-                out = _linear(expert.down_proj, activated[_padded(tokens)])[:count]
-            elif observers is not None:
-                chosen = hidden[_padded(tokens)]
-                self._observe_inputs(experts, number, chosen[:count])
+            if observers is not None:
+                # With all experts every token is shown; the output is needed of the routed ones alone.
+                chosen = hidden if all_experts else hidden[_padded(tokens)]
+                shown = len(hidden) if all_experts else count
+                if not all_experts:
+                    self._observe_inputs(experts, number, chosen[:shown], collected=True)
                 activated = _activated(expert, chosen)
-                self._observe_down(expert, activated[:count])
-                out = _linear(expert.down_proj, activated)[:count]
+                if observers.down is not None and self.kind is Pass.CALIBRATE:
+                    extremes[number] = torch.aminmax(activated[:shown])
+                self._observe_down(expert, activated[:shown], collected=observers.down is not None)
+                out = _linear(expert.down_proj, activated[_padded(tokens)] if all_experts else activated)[:count]
             elif all_experts:
                 out = expert(hidden)[tokens]
             else:
                 # Other modifiers' hooks may count rows, so none are added if such hooks run.
                 out = expert(hidden[_padded(tokens) if self.kind is Pass.PROPAGATE else tokens])[:count]
             output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
+        if observers is not None and observers.down is not None and extremes:
+            observers.down.add(*_listed(extremes, experts.num_experts))
         return output
 
-    def _observe_inputs(self, experts: LinearExperts2D, number: int, value: torch.Tensor) -> None:
+    def _hand_over(self) -> None:
+        for observers in self._observers.values():
+            if observers is not None:
+                observers.hand_over()
+
+    def _observe_inputs(
+        self, experts: LinearExperts2D, number: int, value: torch.Tensor, collected: bool = False
+    ) -> None:
+        """Shows the inputs of gate and up to their observers, unless those that can be are `collected` by the caller."""
         observers = self._input_observers(experts) if self.kind is Pass.CALIBRATE else None
         if observers is None:
             return
-        for group in observers.own[number]:
+        for group in observers.own[number] if observers.inputs is None or not collected else ():
             _observe_once(group, value)
         if (importance := _shared_importance([experts[number]])) is not None:
             importance.add(value)
@@ -228,11 +257,11 @@ class ExpertCalibration:
     def _observe_down_of(self, experts: LinearExperts2D, number: int, activated: torch.Tensor) -> None:
         self._observe_down(experts[number], activated)
 
-    def _observe_down(self, expert: ExpertMLPWithGate, activated: torch.Tensor) -> None:
+    def _observe_down(self, expert: ExpertMLPWithGate, activated: torch.Tensor, collected: bool = False) -> None:
         if self.kind is not Pass.CALIBRATE:
             return
         observer = getattr(expert.down_proj, "input_observer", None)
-        if observer is not None:
+        if observer is not None and not collected:
             observer(activated)
         if (weighted := weighted_observer(expert.down_proj)) is not None:
             weighted.importance.add(activated)
@@ -354,8 +383,35 @@ def _activated(expert: ExpertMLPWithGate, value: torch.Tensor) -> torch.Tensor:
     return made
 
 
+def _by_expert(hidden: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest value of the tokens [T, D] of each expert: [E], [E]; (inf, -inf) of one without tokens."""
+    counts = torch.tensor(routing.counts, device=hidden.device)
+    numbers = torch.repeat_interleave(counts, output_size=len(routing.rows))
+    found = []
+    for value, reduce, start in zip(row_extremes(hidden), ("amin", "amax"), (torch.inf, -torch.inf), strict=True):
+        empty = value.new_full((len(counts),), start)
+        found.append(empty.scatter_reduce_(0, numbers, value[routing.rows], reduce))
+    return found[0], found[1]
+
+
+def _listed(extremes: dict[int, tuple[torch.Tensor, torch.Tensor]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Extremes by number as [count], [count]; (inf, -inf) for numbers without any."""
+    like = next(iter(extremes.values()))[0]
+    nothing = like.new_tensor(torch.inf), like.new_tensor(-torch.inf)
+    pairs = [extremes.get(number, nothing) for number in range(count)]
+    return torch.stack([low for low, _ in pairs]), torch.stack([high for _, high in pairs])
+
+
+def _collected(groups: Sequence[Sequence[Observer]]) -> Collected | None:
+    """None if an observer must see the values themselves, or there is none."""
+    observers = [observer for group in groups for observer in group]
+    return Collected(groups) if observers and all(map(collects, observers)) else None
+
+
 def _group_observers(experts: LinearExperts2D) -> _Observers | None:
-    found = _Observers([], [[] for _ in range(experts.num_experts)])
+    shared: list[list[Observer]] = []
+    own: list[list[list[Observer]]] = [[] for _ in range(experts.num_experts)]
+    down: list[list[Observer]] = [[] for _ in range(experts.num_experts)]
     for number in range(experts.num_experts):
         expert = experts[number]
         if type(expert) is not ExpertMLPWithGate or _hooked(expert):
@@ -365,15 +421,19 @@ def _group_observers(experts: LinearExperts2D) -> _Observers | None:
             observer = getattr(linear, "input_observer", None)
             if _hooked(linear) or (observer is not None and not isinstance(observer, MIN_MAX)):
                 return None
-            if observer is None or leaf == "down_proj":
+            if observer is None:
                 continue
-            for groups in (found.shared, found.own[number]):
+            if leaf == "down_proj":
+                down[number].append(observer)
+                continue
+            for groups in (shared, own[number]):
                 equal = (g for g in groups if type(g[0]) is type(observer) and g[0].args == observer.args)
                 if (group := next(equal, None)) is None:
                     groups.append([observer])
                 else:
                     group.append(observer)
-    return found
+    inputs = [[observer for group in groups for observer in group] for groups in own]
+    return _Observers(shared, own, _collected(inputs), _collected(down))
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -38,6 +38,7 @@ from calibration.engine.results import CalibrationSummary, Callbacks
 from calibration.engine.smoothing import Smoother
 from calibration.engine.topped_up import TopUp
 from calibration.engine.walk import CalibrationRun
+from calibration.model.heap import objects_frozen, reuse_freed_memory
 from calibration.model.source_model import SourceModel
 from calibration.plan.matching import resolved_targets
 from calibration.plan.plan import Plan
@@ -105,7 +106,9 @@ def calibrate(
         experts=ExpertCalibration(TopUp(calibration.topped_up) if calibration.topped_up else None),
         smoother=None if recipe.smoothing is None else Smoother(plan, recipe.smoothing, source_model, ranks),
     )
+    reuse_freed_memory()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(objects_frozen())
         # llm-compressor's own way with ranks broadcasts what lies on accelerators alone, and hangs where an expert saw
         # a token on one rank and none on another: each rank runs it as if there were no other.
         stack.enter_context(as_single_threaded())

@@ -6,7 +6,6 @@ until `SourceModel.load` reads them; `SourceModel.unload` puts them back there.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from calibration.checkpoint.dequantize import check_finite, dequantize
 from calibration.checkpoint.formats import Formats, logical_name
 from calibration.families.family import Family
+from calibration.model.heap import trim_memory
 from calibration.model.weight_buffer import Prefetch, WeightBuffer
 
 WEIGHT = ".weight"
@@ -174,14 +174,6 @@ class SourceModel:
         if leaf.endswith("zero_point") or not tensor.is_floating_point():
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device=self.device)
         return torch.full(tensor.shape, torch.nan, dtype=tensor.dtype, device=self.device)
-
-
-def trim_memory() -> None:
-    """Returns freed heap pages to the system: otherwise glibc keeps them, and memory grows block by block."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc
-        return
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

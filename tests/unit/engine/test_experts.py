@@ -11,6 +11,7 @@ from llmcompressor.modeling.moe.context import moe_calibration_context
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from llmcompressor.observers import Observer
+from llmcompressor.observers.min_max import StaticMinMaxObserver
 from torch import nn
 from transformers import Llama4TextConfig
 
@@ -169,10 +170,58 @@ def test_shared_input_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One observation for gate and up of all experts, one for each down projection: not 3 per expert."""
     experts, calls = make_experts(), list[Observer]()
     hooks = watch(experts)
-    forward = Observer.forward
-    monkeypatch.setattr(Observer, "forward", lambda self, value: calls.append(self) or forward(self, value))
+    update = StaticMinMaxObserver.update_statistics_from_observed
+    monkeypatch.setattr(
+        StaticMinMaxObserver, "update_statistics_from_observed", lambda self, v: calls.append(self) or update(self, v)
+    )
     run(experts, ExpertCalibration())
     assert len(calls) == 3 * (1 + EXPERTS)
+    del hooks
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v4"])
+@pytest.mark.parametrize("leaves", [(), ("down_proj",), ("gate_proj", "up_proj")])
+@pytest.mark.parametrize("all_experts", [True, False])
+def test_a_whole_pass_is_handed_to_each_observer_once(
+    kind: str, leaves: tuple[str, ...], all_experts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What static observers of an expert's own inputs see is collected over all batches; their statistics are stock's."""
+    mine, theirs, calls = make_experts(kind), make_experts(kind), list[Observer]()
+    hooks = [watch(experts, "static_minmax", leaves) for experts in (mine, theirs)]
+    run(theirs, None, all_experts)
+    update = StaticMinMaxObserver.update_statistics_from_observed
+    monkeypatch.setattr(
+        StaticMinMaxObserver, "update_statistics_from_observed", lambda self, v: calls.append(self) or update(self, v)
+    )
+    calibration = ExpertCalibration()
+    with calibration.running(Pass.CALIBRATE):
+        run(mine, calibration, all_experts)
+        during = len(calls)
+    assert statistics(theirs) and same(statistics(mine), statistics(theirs))
+    shared = all_experts and leaves != ("down_proj",)
+    assert during == (3 if shared else 0)
+    assert len(set(calls[during:])) == len(calls) - during
+    assert (len(calls) > during) == (not all_experts or leaves != ("gate_proj", "up_proj"))
+    with calibration.running(Pass.CALIBRATE):  # a second pass adds to the first
+        pass
+    assert same(statistics(mine), statistics(theirs))
+    del hooks
+
+
+@pytest.mark.parametrize("all_experts", [True, False])
+def test_nan_of_one_expert_reaches_its_observers(all_experts: bool) -> None:
+    experts, calibration = make_experts(), ExpertCalibration()
+    hooks = watch(experts)
+    hidden, index, weights = batches(1)[0]
+    hidden[5, 7] = torch.nan
+    flag = moe_calibration_context() if all_experts else nullcontext()
+    with torch.no_grad(), calibration.installed(), flag, calibration.running(Pass.CALIBRATE):
+        experts(hidden, index, weights)
+    struck = set(range(EXPERTS)) if all_experts else set(index[5].tolist())
+    for leaf in ("gate_proj", "down_proj"):
+        found = {n: getattr(experts[n], leaf).input_observer for n in range(EXPERTS)}
+        seen = {n: observer.max_vals for n, observer in found.items() if observer.has_statistics}
+        assert {n for n, value in seen.items() if value.isnan()} == struck
     del hooks
 
 

@@ -7,7 +7,7 @@ import torch
 from llmcompressor.observers import min_max
 
 from calibration.checkpoint import native
-from calibration.engine.observers import _extremes, fast_extremes
+from calibration.engine.observers import _extremes, fast_extremes, row_extremes
 
 STOCK = min_max._get_min_max
 
@@ -59,3 +59,14 @@ def test_nan_is_not_lost(level: str) -> None:
         with native.use(level), fast_extremes():
             low, high = min_max._get_min_max(observed)
         assert bool(torch.isnan(low).any() | torch.isnan(high).any())
+
+
+@pytest.mark.parametrize("level", native.levels())
+@pytest.mark.parametrize("shape", [(24, 96), (24, 40), (1, 16), (3, 2048)])
+def test_extremes_of_rows_are_torchs(level: str, shape: tuple[int, int]) -> None:
+    if level == "cuda":
+        pytest.skip("the extremes of tensors on a GPU are torch's own")
+    for observed in (values(*shape), values(2 * shape[0], shape[1])[::2], values(*shape, dtype=torch.float32)):
+        with native.use(level):
+            low, high = row_extremes(observed)
+        assert torch.equal(low, observed.amin(1)) and torch.equal(high, observed.amax(1))
