@@ -218,7 +218,7 @@ class ExpertCalibration:
                 continue
             if observers is not None:
                 # With all experts every token is shown; the output is needed of the routed ones alone.
-                chosen = hidden if all_experts else hidden[_padded(tokens)]
+                chosen = hidden if all_experts else hidden.index_select(0, _padded(tokens))
                 shown = len(hidden) if all_experts else count
                 if not all_experts:
                     self._observe_inputs(experts, number, chosen[:shown], collected=True)
@@ -226,12 +226,14 @@ class ExpertCalibration:
                 if observers.down is not None and self.kind is Pass.CALIBRATE:
                     extremes[number] = torch.aminmax(activated[:shown])
                 self._observe_down(expert, activated[:shown], collected=observers.down is not None)
-                out = _linear(expert.down_proj, activated[_padded(tokens)] if all_experts else activated)[:count]
+                out = _linear(
+                    expert.down_proj, activated.index_select(0, _padded(tokens)) if all_experts else activated
+                )[:count]
             elif all_experts:
-                out = expert(hidden)[tokens]
+                out = expert(hidden).index_select(0, tokens)
             else:
                 # Other modifiers' hooks may count rows, so none are added if such hooks run.
-                out = expert(hidden[_padded(tokens) if self.kind is Pass.PROPAGATE else tokens])[:count]
+                out = expert(hidden.index_select(0, _padded(tokens) if self.kind is Pass.PROPAGATE else tokens))[:count]
             output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
         if observers is not None and observers.down is not None and extremes:
             observers.down.add(*_listed(extremes, experts.num_experts))

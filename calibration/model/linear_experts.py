@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
+from compressed_tensors.utils import patch_attr
+from llmcompressor.modeling.moe import helpers
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
@@ -16,7 +20,11 @@ def linearize_experts(model: PreTrainedModel) -> None:
     replacing the empty modules gives the same tree."""
     for module in model.modules():
         _register(type(module))
-    for name, experts in get_non_linearized_moes(model):
+    # llm-compressor reads and parses the class's module for every block anew, a tenth of a second each.
+    parsed = cache(helpers.get_use_experts_implementation_args)
+    with patch_attr(helpers, "get_use_experts_implementation_args", parsed):
+        found = get_non_linearized_moes(model)
+    for name, experts in found:
         model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
 
 

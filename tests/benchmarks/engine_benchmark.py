@@ -31,6 +31,7 @@ import yaml
 
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
+from calibration.checkpoint.source_config import routed_experts
 from calibration.families.family import Family
 from calibration.families.registry import family_of
 from calibration.runs.row_invariance import try_products
@@ -41,7 +42,10 @@ from tests.uneven import ROUNDED
 LEAVES = (".weight_packed", ".weight_scale", ".weight_global_scale", ".input_global_scale")
 #: Further modes of `calibration.experts`; without one, this engine calibrates on all tokens, as stock does.
 MODES: dict[str, Any] = {"topped_up 64": {"topped_up": 64}, "routed": "routed"}
-CASES = ("v4-bf16", "v4-fp8_mxfp4", "qwen3_moe")
+#: Ends the name of a case with as many experts as the released models have, 256 and 128, in smaller blocks and fewer of
+#: them; batches are those of the recipes.
+MANY = "-many"
+CASES = ("v4-bf16", "v4-fp8_mxfp4", "qwen3_moe", "v4-bf16" + MANY, "qwen3_moe" + MANY)
 TARGETS = {
     "v4": r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$",
     "qwen3_moe": r"re:^model\.layers\.\d+\..*_proj$",
@@ -50,23 +54,29 @@ MID = {"hidden": 1024, "moe_intermediate": 512, "experts": 64, "layers": 6, "hea
        "o_lora_rank": 128, "o_groups": 4}  # fmt: skip
 #: Two sizes of block: their difference tells the constant from what grows with the block.
 FLAT = {"mid": MID, "small": {"hidden": 512, "moe_intermediate": 256, "heads": 2, "o_lora_rank": 64}}
+MANY_V4 = {"experts": 256, "moe_intermediate": 256, "layers": 2}
+MANY_QWEN = {"experts": 128, "moe_intermediate": 384, "blocks": 3}
 TINY = {"layers": 2, "o_lora_rank": 64}
 MB = 1e6
 
 
 def write_source(directory: Path, case: str, quick: bool) -> Path:
     """The source of a case: half a billion parameters or a sixth of one; with `quick` the smallest of its family."""
+    many, case = case.endswith(MANY), case.removesuffix(MANY)
     if case == "qwen3_moe":
         form = standard.FORMS["qwen3_moe"]
-        extra = dict(form.extra) | {"moe_intermediate_size": 768, "num_experts": 32, "num_experts_per_tok": 8}
-        mid = dataclasses.replace(
-            form, blocks=4, hidden=512, experts=32, moe_intermediate=768, extra=tuple(extra.items())
-        )
+        sizes = {"blocks": 4, "experts": 32, "moe_intermediate": 768} | (MANY_QWEN if many else {})
+        extra = dict(form.extra) | {
+            "moe_intermediate_size": sizes["moe_intermediate"],
+            "num_experts": sizes["experts"],
+            "num_experts_per_tok": 8,
+        }
+        mid = dataclasses.replace(form, hidden=512, extra=tuple(extra.items()), **sizes)
         with patch.dict(standard.FORMS, {} if quick else {"qwen3_moe": mid}):
             return standard.write(directory, "qwen3_moe")
     # No ragged tiles: transformers cuts 160 rows with 2 tile scales into 80 + 80, the format says 128 + 32.
     stored: Any = case.removeprefix("v4-")
-    return deepseek_v4.write(directory, stored, **(TINY if quick else MID))
+    return deepseek_v4.write(directory, stored, **(TINY if quick else MID | (MANY_V4 if many else {})))
 
 
 def write_recipe(base: Path, source: Path, case: str, data: dict[str, Any]) -> Path:
@@ -158,6 +168,10 @@ def block_bytes(source: Path) -> int:
 def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: int, quick: bool) -> None:
     """Prints the rows of one case."""
     source, data = write_source(base / "source", case, quick), {"num_samples": samples, "max_seq_length": tokens}
+    if case.endswith(MANY):
+        data["batch_size"] = 4
+    config = Checkpoint.open(source).config
+    experts = f"{routed_experts(config)} experts, {config['num_experts_per_tok']} chosen"
     stock = write_recipe(base / "stock", plain_copy(base, source, case), case, data)
     recipes = {"ours": write_recipe(base / "ours", source, case, data), "stock": stock} | {
         f"ours, {name}": write_recipe(base / name, source, case, data | {"experts": mode})
@@ -174,13 +188,14 @@ def compare_engines(base: Path, case: str, rounds: int, samples: int, tokens: in
         seconds = " ".join(f"{run['cpu_seconds']:.1f}" for run in found)
         peak = max(run["peak_above_base"] for run in found)
         written, files = max(run["written"] for run in found), max(run["files"] for run in found)
+        disk = max(run["peak_disk"] for run in found)
         print(
-            f"| {case} | {method} | {seconds} | {cpu['stock'] / cpu[method]:.2f} | {peak / MB:.0f} | {peak / block:.2f} | "
-            f"{written / MB:.0f} | {max(run['peak_disk'] for run in found) / MB:.0f} | {files} |",
+            f"| {case}, {experts} | {method} | {seconds} | {cpu['stock'] / cpu[method]:.2f} | {peak / MB:.0f} | "
+            f"{peak / block:.2f} | {written / MB:.0f} | {disk / MB:.0f} | {files} |",
             flush=True,
         )
     output = Checkpoint.open(base / "ours" / "output").total_bytes
-    width = int(Checkpoint.open(source).config["hidden_size"]) * int(Checkpoint.open(source).config.get("hc_mult", 1))
+    width = int(config["hidden_size"]) * int(config.get("hc_mult", 1))
     print(
         f"{case}: {compared - rounded} tensors identical, {rounded} within three BF16 roundings; block "
         f"{block / MB:.0f} MB in BF16, output {output / MB:.0f} MB, activations at a boundary "

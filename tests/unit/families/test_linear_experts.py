@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from llmcompressor.modeling.moe import helpers
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from calibration.families.stacked import projections
 from calibration.model.linear_experts import linearize_experts
@@ -41,3 +44,16 @@ def test_single_experts_compute_what_the_stack_does(family: str) -> None:
 
 def filled(module: nn.Module) -> nn.Module:
     return module.to_empty(device="cpu").float()
+
+
+def test_the_source_of_a_class_is_parsed_once_not_once_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MixtralConfig(
+        hidden_size=64, intermediate_size=96, num_local_experts=4, num_hidden_layers=3, vocab_size=64
+    )
+    with torch.device("meta"):
+        model, parsed = MixtralForCausalLM(config), list[type]()
+    parse = helpers.get_use_experts_implementation_args
+    monkeypatch.setattr(helpers, "get_use_experts_implementation_args", lambda kind: parsed.append(kind) or parse(kind))
+    linearize_experts(model)
+    assert parsed == [MixtralExperts]
+    assert sum(isinstance(module, LinearExperts2D) for module in model.modules()) == 3
