@@ -1,7 +1,7 @@
 """Conversion speed: interleaved rounds of this pipeline, its input and output alone, the original script and llm-compressor.
 
     python -m tests.benchmarks.convert_benchmark [--directory DIR] [--gigabytes 0.5 2 8] [--rounds 3] [--slow-rounds 1]
-    python -m tests.benchmarks.convert_benchmark --stored bf16 --scheme NVFP4 --slow-rounds 0
+    python -m tests.benchmarks.convert_benchmark --stored fp8 bf16 --scheme NVFP4A16 NVFP4 --slow-rounds 0
 
 The slow methods run on half a gigabyte only. Every method runs in a process of its own with the source dropped from the
 page cache; CPU-seconds are those of the conversion, imports left out. Asserts that every round of the pipeline gives
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -34,6 +35,8 @@ from tests.reference.compressed_tensors import of_compressed_tensors
 
 FAST, SLOW = ("pipeline", "input_output_alone"), ("original", "model_free_ptq")
 _GB = 1e9
+#: GB of a block of the source by how its experts are stored.
+BLOCK_GB = {"fp8": 0.504, "bf16": 1.008}
 
 
 def forget(directory: Path) -> None:
@@ -103,20 +106,27 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.5, 2.0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--slow-rounds", type=int, default=1)
-    parser.add_argument("--stored", choices=["fp8", "bf16"], default="fp8", help="the source's experts")
-    parser.add_argument("--scheme", choices=["NVFP4A16", "NVFP4"], default="NVFP4A16")
+    parser.add_argument("--stored", choices=BLOCK_GB, nargs="+", default=["fp8"], help="the source's experts")
+    parser.add_argument("--scheme", choices=["NVFP4A16", "NVFP4"], nargs="+", default=["NVFP4A16"])
     options = parser.parse_args()
-    os.environ["SCHEME"] = options.scheme
     print(
-        "| source GB | method | rounds | wall s | CPU-s | CPU-s/GB | GB/s | peak GB |\n|---|---|---|---|---|---|---|---|"
+        "| source | GB | method | rounds | wall s | CPU-s | CPU-s/GB | GB/s | peak GB |\n|---|---|---|---|---|---|---|---|---|"
     )
+    relative = []
+    for stored, scheme in itertools.product(options.stored, options.scheme):
+        os.environ["SCHEME"] = scheme
+        relative += compare(options, stored, f"{stored} to {scheme}")
+    print("\nSpeed relative to input and output alone, median of the rounds:", *relative, sep="\n")
+
+
+def compare(options: argparse.Namespace, stored: str, name: str) -> list[str]:
+    """Prints the rows of one kind of source and scheme; returns the lines of speed relative to input and output alone."""
     relative = []
     for number, wanted in enumerate(sorted(options.gigabytes)):
         base = options.directory / f"{wanted:g}"
         shutil.rmtree(base, ignore_errors=True)
         base.mkdir(parents=True)
-        block = {"fp8": 0.504, "bf16": 1.008}[options.stored]
-        source = fp8_source.write(base / "source", max(round(wanted / block), 1), stored=options.stored)
+        source = fp8_source.write(base / "source", max(round(wanted / BLOCK_GB[stored]), 1), stored=stored)
         size = Checkpoint.open(source).total_bytes / _GB
         results: dict[str, list[dict[str, Any]]] = {}
         digests = set()
@@ -129,13 +139,14 @@ def main() -> None:
         if number == 0:
             check_bytes(source, base / "pipeline")
         for method, rounds in results.items():
-            print(row(size, method, rounds), flush=True)
+            print(f"| {name} {row(size, method, rounds)}", flush=True)
         ratios = sorted(
             alone["seconds"] / whole["seconds"] for whole, alone in zip(results[FAST[0]], results[FAST[1]], strict=True)
         )
-        relative.append(f"{size:.2f} GB: {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        median = statistics.median(ratios)
+        relative.append(f"{name}, {size:.2f} GB: {median:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
         shutil.rmtree(base)
-    print("\nSpeed relative to input and output alone, median of the rounds:", *relative, sep="\n")
+    return relative
 
 
 if __name__ == "__main__":
