@@ -27,12 +27,13 @@ from tests.reference.engine import VLLM_PYTHON
 
 METHODS = ("calibrate", "convert")
 #: Each form in which families are released, with those that are: tiles of DeepSeek-V3 and Kimi-K2, FP8 per channel and per
-#: tensor of compressed-tensors, INT4 experts of Kimi-K2-Thinking and K2.5, gpt-oss' MXFP4. Without a form a source is BF16 in
-#: many small shards.
+#: tensor of compressed-tensors, INT4 experts of Kimi-K2-Thinking and K2.5, gpt-oss' MXFP4, Qwen3.5's stacks, Step-3.7's in
+#: tiles. Without a form a source is BF16 in many small shards.
 STORED = (
     ("kimi_k25", "int4"), ("kimi_k2", "fp8_tiles"), ("deepseek_v3", "fp8_tiles"), ("glm4_moe", "fp8_channel"),
     ("minimax_m2", "fp8_tiles"), ("qwen3_5_moe", "fp8_tiles"), ("olmoe", "fp8_tensor"), ("kimi_k2", "int4"),
-    ("gpt_oss", "mxfp4"), ("qwen2_moe", "single_file"), ("granitemoe", "single_file"),
+    ("gpt_oss", "mxfp4"), ("qwen3_5_moe", "stacked"), ("step3p7", "fp8_stacks"),
+    ("qwen2_moe", "single_file"), ("granitemoe", "single_file"),
 )  # fmt: skip
 _DATA = {"dataset": "bundled", "num_samples": 8, "max_seq_length": 64, "batch_size": 4}
 #: On the processor that tests claim; the perplexity is compared with the source's.

@@ -28,7 +28,8 @@ class Stack:
     """One tensor of the hub with all experts of a block: its name, its shape, and its slices, which cover it. `dtype`
     is the one that its slices have if it differs from the stored one (E8M0 scales stored as integers), and `stored`
     are the dtypes that it may have on disk; empty: any. `undone`, if it holds codes: the stack of their values.
-    `turns`: the matrix of each expert may also be stored transposed, which loading tells by the shape."""
+    `turns`: the matrix of each expert may also be stored transposed, which loading tells by the shape. `single`: its experts
+    are written as single ones, whatever becomes of them."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,6 +38,7 @@ class Stack:
     stored: tuple[str, ...] = ()
     undone: Undone | None = None
     turns: bool = False
+    single: bool = False
 
     def turned(self) -> Stack:
         """The same stack with the matrix of each expert transposed."""
@@ -67,7 +69,8 @@ def by_expert(checkpoint: Checkpoint, stacks: Iterable[Stack]) -> Checkpoint:
             )
             continue
         parts = list(_slices(stack, header))
-        whole[name] = Whole(header, tuple(part.name for part in parts), stack.undone)
+        if not stack.single:
+            whole[name] = Whole(header, tuple(part.name for part in parts), stack.undone)
         for tensor in parts:
             if tensor.name in checkpoint.tensors or tensor.name in tensors:
                 problems.append(f"{path}: {name} holds {tensor.name}, which the checkpoint has beside it; remove one")

@@ -107,9 +107,11 @@ def derive(config: dict[str, Any], where: str, names: Iterable[str] = ()) -> Fam
         # Neither how weights are stored nor what code a checkpoint brings says anything of its names.
         plain = wrapped.known_model_type(without(config, "quantization_config", "auto_map"))
         text = json.dumps(plain, sort_keys=True)
-        read = _read(text)
-        spelled = wrapped.own_spelling(read.model, read.fills, map(logical_name, names))
-        return _derived(text, tuple(sorted(_with_stacks(read.stacks, spelled).items())))
+        known = set(map(logical_name, names))
+        whole = not _read(text).stacks and _has_whole_experts(_read(text).model, known)
+        read = _read(text, whole)
+        spelled = wrapped.own_spelling(read.model, read.fills, known)
+        return _derived(text, tuple(sorted(_with_stacks(read.stacks, spelled).items())), whole)
     except (_Underivable, wrapped.UnknownPart) as problem:
         raise SourceError(
             f"{where}: model_type {config.get('model_type')!r} has no grammar here, and none can be derived: {problem}"
@@ -117,15 +119,25 @@ def derive(config: dict[str, Any], where: str, names: Iterable[str] = ()) -> Fam
 
 
 @lru_cache(maxsize=4)
-def _read(text: str) -> _Grammar:
+def _read(text: str, whole: bool = False) -> _Grammar:
+    """The grammar of a config; `whole`: with all experts of a block in the tensors that the model has for them."""
     model = _empty_model(json.loads(text))
     wrapper = wrapped.read_wrapper(model)
-    return _Grammar(model, wrapper, *_tensors(model, wrapper))
+    return _Grammar(model, wrapper, *_tensors(model, wrapper, whole))
+
+
+def _has_whole_experts(model: PreTrainedModel, names: set[str]) -> bool:
+    """Whether a checkpoint stores the model's own tensors of all experts, where transformers writes single ones: it reads
+    both, and releases differ (Qwen3.5: the FP8 one by expert, the BF16 one whole)."""
+    for owner in _expert_modules(model):
+        ends = tuple(f"{owner.rpartition('layers.')[2]}.{leaf}" for leaf in model.get_submodule(owner)._parameters)
+        return any(name.endswith(ends) for name in names)
+    return False
 
 
 @lru_cache(maxsize=8)
-def _derived(text: str, spelled: tuple[tuple[str, str], ...]) -> Family:
-    config, read, own = json.loads(text), _read(text), dict(spelled)
+def _derived(text: str, spelled: tuple[tuple[str, str], ...], whole: bool) -> Family:
+    config, read, own = json.loads(text), _read(text, whole), dict(spelled)
     model, wrapper, kept = read.model, read.wrapper, rows().get(str(config["model_type"]))
     stacks = tuple(_spelled_stack(stack, own) for stack in read.stacks)
     tensors = {own.get(name, name): tensor for name, tensor in read.tensors.items()}
@@ -185,16 +197,23 @@ class _Views(TorchFunctionMode):
         return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
 
 
-def _tensors(model: PreTrainedModel, wrapper: wrapped.Wrapper | None) -> tuple[dict[str, _Tensor], tuple[Stack, ...]]:
-    """Every tensor of the hub checkpoint, by name, with stacks of experts taken apart, and those stacks."""
+def _tensors(
+    model: PreTrainedModel, wrapper: wrapped.Wrapper | None, whole: bool
+) -> tuple[dict[str, _Tensor], tuple[Stack, ...]]:
+    """Every tensor of the hub checkpoint, by name, with stacks of experts taken apart, and those stacks; `whole` as in
+    `_read`."""
     state: dict[str, torch.Tensor] = dict(model.state_dict())
+    experts = _expert_modules(model)
+    kept = {name for name in state if whole and name.rpartition(".")[0] in experts}
     with _Views(), torch.no_grad():
-        hub: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(state))
+        hub: dict[str, torch.Tensor] = revert_weight_conversion(
+            model, {name: tensor for name, tensor in state.items() if name not in kept}
+        )
+    hub |= {name: state[name] for name in kept}
     owners: dict[int, str] = {}
     for name, tensor in state.items():
         owners.setdefault(tensor.untyped_storage()._cdata, name)
     tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
-    experts = _expert_modules(model)
     modules = dict(model.named_modules())
     found: dict[str, _Tensor] = {}
     stacks: list[Stack] = []

@@ -46,7 +46,11 @@ def unstacked(checkpoint: Checkpoint) -> Checkpoint:
         family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME), checkpoint.tensors)
     except SourceError:
         return checkpoint
-    return by_expert(checkpoint, family.stacks)
+    if not family.stacks:
+        return checkpoint
+    from calibration.families.stacked import with_scales  # imports torch, as every family with stacks did
+
+    return by_expert(checkpoint, with_scales(family.stacks, checkpoint.tensors))
 
 
 def language_config(config: Mapping[str, Any]) -> dict[str, Any]:

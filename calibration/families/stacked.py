@@ -8,13 +8,13 @@ stack must cover it, each of its rows or columns once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from calibration.checkpoint.header import Layout
+from calibration.checkpoint.header import Layout, TensorHeader
 from calibration.checkpoint.index import Undone
 from calibration.checkpoint.stacks import Slice, Stack
 
@@ -99,6 +99,41 @@ def mxfp4_stacks(stack: Stack) -> tuple[Stack, ...]:
         undone = Undone(stack.name, stack.shape, f"{stack.name}_scales") if dtype is None else None
         made.append(Stack(stack.name + suffix, (stack.shape[0], rows, *tail), slices, dtype, ("U8",), undone))
     return tuple(made)
+
+
+def with_scales(stacks: Iterable[Stack], tensors: Mapping[str, TensorHeader]) -> tuple[Stack, ...]:
+    """`stacks`, and for each that a checkpoint with these `tensors` stores in FP8 the stack of its tiles' scales `[E, R, C]`
+    (`moe.gate_proj.weight_scale_inv` of Step-3.7's FP8 release, `experts.gate_up_proj_scale_inv` of transformers). A stack
+    whose scales do not belong to one projection each gets none, and is refused as FP8 without a scale."""
+    found: list[Stack] = []
+    for stack in stacks:
+        header = tensors.get(stack.name)
+        if header is None or header.dtype != "F8_E4M3" or len(header.shape) != 3:
+            found.append(stack)
+            continue
+        stored = replace(stack.turned() if stack.turns and header.shape != stack.shape else stack, single=True)
+        found.append(stored)
+        scales = next((tensors[name] for name in _scale_names(stack.name) if name in tensors), None)
+        slices = [] if scales is None or len(scales.shape) != 3 else [_scaled(s, scales.shape) for s in stored.slices]
+        if scales is not None and slices and None not in slices:
+            found.append(Stack(scales.name, scales.shape, tuple(s for s in slices if s is not None), single=True))
+    return tuple(found)
+
+
+def _scale_names(stack: str) -> tuple[str, str]:
+    return f"{stack.removesuffix('.weight')}.weight_scale_inv", f"{stack}_scale_inv"
+
+
+def _scaled(part: Slice, scales: tuple[int, ...]) -> Slice | None:
+    """The slice of a stack of scales that belongs to a slice of their codes; None if a tile holds values of another one."""
+    layout = part.layout
+    lines, tiles = (layout.columns, scales[2]) if layout.transposed else (layout.rows, scales[1])
+    begin, rest = divmod(layout.begin * tiles, lines)
+    count, further = divmod(layout.count * tiles, lines)
+    if rest or further or layout.step != 1:
+        return None
+    made = replace(layout, rows=scales[1], columns=scales[2], begin=begin, count=count)
+    return Slice(f"{part.name.removesuffix('.weight')}.weight_scale_inv", made)
 
 
 def _layout(view: torch.Tensor, stack: torch.Tensor) -> Layout | None:

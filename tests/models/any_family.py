@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from calibration.checkpoint.index import INDEX_NAME
-from tests.models.storage import new_directory, normal, to_mxfp4
+from tests.models.storage import new_directory, normal, to_mxfp4, to_tiles
 from tests.models.stored_forms import store
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
 from tests.models.wrappers import SPECIAL, SPELLED, WRAPPERS, write_processor
@@ -194,8 +194,9 @@ def write(
 ) -> Path:
     """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it; with `mxfp4` stacked
     experts as gpt-oss is released; in the stored `form` (`stored_forms.FORMS`) of as many `shards`, in which neighbors lie
-    in different ones. The forms `mxfp4` and `single_file` are the former, and BF16 without an index. Raises FileExistsError
-    if the directory holds something."""
+    in different ones. Further forms: `mxfp4`, as above; `single_file`, BF16 without an index; `stacked`, experts in the tensors
+    that transformers' model has for them; `fp8_stacks`, those in tiles. Raises FileExistsError if the directory holds
+    something."""
     new_directory(directory)
     single, mxfp4 = form == "single_file", mxfp4 or form == "mxfp4"
     model = _model({"kimi_k2": "deepseek_v3"}.get(family, family), seed)
@@ -210,6 +211,10 @@ def write(
     write_sidecars(directory)
     if mxfp4:
         _stack_in_mxfp4(directory)
+    if form == "stacked":
+        _stack(directory)
+    if form == "fp8_stacks":
+        _stack_in_tiles(directory)
     if form in _STORED:
         store(directory, form, re.compile(_STORED[form]), shards)
     return directory
@@ -225,6 +230,51 @@ def _respell(directory: Path, patterns: Iterable[tuple[str, str]]) -> None:
             renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
             save_file(renamed, directory / shard, {"format": "pt"})
     write_json(directory / INDEX_NAME, index)
+
+
+def _replace(directory: Path, made: dict[str, torch.Tensor], gone: Iterable[str]) -> None:
+    """Writes the checkpoint's tensors anew, in one shard, with those of `made` in place of those that are `gone`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in directory.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in set(gone)} | made
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / INDEX_NAME).unlink()
+
+
+def _stack(directory: Path) -> None:
+    """Stores all experts of a block as `experts.gate_up_proj` `[E, 2 I, D]` and `experts.down_proj` `[E, D, I]`, as the BF16
+    releases of Qwen3.5 have them."""
+    single: dict[str, dict[str, list[torch.Tensor]]] = {}
+    names = []
+    for name, tensor in sorted(
+        ((name, tensor) for shard in directory.glob("*.safetensors") for name, tensor in load_file(shard).items()),
+        key=lambda found: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", found[0])],
+    ):
+        if found := re.fullmatch(r"(.*\.experts)\.\d+\.(gate|up|down)_proj\.weight", name):
+            single.setdefault(found[1], {}).setdefault(found[2], []).append(tensor)
+            names.append(name)
+    made = {}
+    for module, parts in single.items():
+        gate_up = [torch.cat(pair) for pair in zip(parts["gate"], parts["up"], strict=True)]
+        made |= {f"{module}.gate_up_proj": torch.stack(gate_up), f"{module}.down_proj": torch.stack(parts["down"])}
+    _replace(directory, made, names)
+
+
+def _stack_in_tiles(directory: Path) -> None:
+    """Stores stacks of experts `moe.<projection>.weight` `[E, M, K]` as E4M3 in tiles of 128 with `weight_scale_inv` `[E,
+    ceil(M/128), ceil(K/128)]`, and nothing else, as stepfun-ai/Step-3.7-Flash-FP8 has them."""
+    made: dict[str, torch.Tensor] = {}
+    for shard in directory.glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            if re.search(r"\.moe\.\w+_proj\.weight$", name):
+                codes, scales = zip(*(to_tiles(expert, torch.float32) for expert in tensor), strict=True)
+                made |= {name: torch.stack(codes), f"{name}_scale_inv": torch.stack(scales)}
+    _replace(directory, made, ())
+    config = json.loads((directory / "config.json").read_text())
+    declared = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    write_json(directory / "config.json", config | {"quantization_config": declared})
 
 
 def _stack_in_mxfp4(directory: Path) -> None:

@@ -19,10 +19,13 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.header import Layout, TensorHeader
 from calibration.checkpoint.index import Checkpoint
-from calibration.families.registry import family_of, open_source
-from calibration.families.stacked import UnknownLayout, projections, stack_of
+from calibration.checkpoint.stacks import Slice, Stack
+from calibration.families.registry import family_of, open_source, unstacked
+from calibration.families.stacked import UnknownLayout, projections, stack_of, with_scales
 from calibration.forecast.cost import block_costs
+from calibration.model.skeleton import build_skeleton
 from recipes.errors import RecipeError, SourceError
 from tests.converted import converting, failing, run, tensors, undoing
 from tests.exported import task_of
@@ -210,3 +213,40 @@ def test_a_module_that_does_not_say_how_it_lays_out_experts_is_not_guessed() -> 
     module.gate_up_proj = nn.Parameter(torch.empty(4, 12, 16, device="meta"))
     with pytest.raises(UnknownLayout, match="transformers does not say how Module lays out its experts"):
         list(projections(module))
+
+
+def test_a_model_s_own_stacks_are_read_where_transformers_writes_single_experts(tmp_path: Path) -> None:
+    single = open_source(any_family.write(tmp_path / "single", "qwen3_5_moe"))
+    stacked = Checkpoint.open(any_family.write(tmp_path / "stacked", "qwen3_5_moe", form="stacked"))
+    assert "model.language_model.layers.1.mlp.experts.gate_up_proj" in stacked.tensors
+    read = unstacked(stacked)
+    assert read.tensors.keys() == single.tensors.keys()
+    assert all(torch.equal(read.read(name), single.read(name)) for name in single.tensors)
+
+
+def test_tiles_of_a_stack_are_those_of_its_experts(tmp_path: Path) -> None:
+    source = open_source(any_family.write(tmp_path / "source", "step3p7", form="fp8_stacks"))
+    built = build_skeleton(source, tmp_path, False)
+    experts = built.model.get_submodule("model.layers.2.mlp.experts")
+    built.load([experts])
+    stored = load_file(source.directory / "model.safetensors")
+    for leaf in ("gate_proj", "down_proj"):
+        name = f"model.layers.2.moe.{leaf}.weight"
+        scales = stored[f"{name}_scale_inv"].repeat_interleave(128, 1).repeat_interleave(128, 2)
+        values = (stored[name].float() * scales[:, : stored[name].shape[1], : stored[name].shape[2]]).bfloat16()
+        assert torch.equal(torch.stack([experts[n].get_submodule(leaf).weight for n in range(8)]), values)
+
+
+def test_a_tile_with_values_of_two_projections_is_no_scale_of_one() -> None:
+    parts = tuple(
+        Slice(f"experts.{{}}.{leaf}.weight", Layout(384, 256, begin, 192)) for leaf, begin in (("gate", 0), ("up", 192))
+    )
+    stack = Stack("experts.gate_up_proj", (2, 384, 256), parts)
+    header = TensorHeader("experts.gate_up_proj", "F8_E4M3", (2, 384, 256), "s", 0, 196608)
+    scales = {
+        rows: TensorHeader("experts.gate_up_proj_scale_inv", "F32", (2, rows, 2), "s", 0, rows * 16) for rows in (3, 4)
+    }
+    (odd,) = with_scales([stack], {header.name: header, scales[3].name: scales[3]})
+    assert odd.name == stack.name
+    _, even = with_scales([stack], {header.name: header, scales[4].name: scales[4]})
+    assert [(part.layout.begin, part.layout.count) for part in even.slices] == [(0, 2), (2, 2)]
