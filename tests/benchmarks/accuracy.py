@@ -155,17 +155,18 @@ def novel(directory: Path) -> str:
 
 @torch.no_grad()
 def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bool = True) -> Result:
-    """Loss of an output's `weights` (else the source's) with its quantized `inputs` (else exact ones); BF16 without an
-    output, which also fills `bench.states`."""
+    """Loss of an output's `weights` (else the source's, smoothed as the output's are) with its quantized `inputs` (else exact
+    ones); BF16 without an output, which also fills `bench.states`."""
     found = Result({}, {}, {})
     with TemporaryDirectory() as work:
         original = build_skeleton(Checkpoint.open(bench.source), Path(work), False, torch.device("cpu"))
         hooks: dict[nn.Linear, Any] = {}
-        filled = original
+        filled, smoothed = original, None
         if output is not None:
             formats = Formats(Checkpoint.open(output))
             emulated = forward._of_output(original, formats)
             filled = emulated if weights else original
+            smoothed = None if weights else forward._smoothing(None, formats, original)
             if inputs:
                 layers = scaled_layers(original, emulated, formats)
                 last: list[Any] = [None, 0.0, None]
@@ -173,7 +174,11 @@ def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bo
                 for block in original.blocks.values():
                     hooks |= dict.fromkeys(forward.fp8_layers(original, emulated, formats, block), forward.fp8_input)
         original.load(original.outside_blocks())
-        filled.load(list(original.blocks.values()))
+        for block in original.blocks.values():
+            if smoothed is None:
+                filled.load([block])
+            else:
+                forward._load_smoothed(original, block, smoothed)
         head, entering = original.model.get_output_embeddings(), list[torch.Tensor]()
         with hooked(hooks | {head: lambda _, given: entering.append(given[0])}):
             for text, tokens in bench.tokens.items():
