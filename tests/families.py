@@ -96,7 +96,8 @@ def run_and_keep(family: str, method: str, directory: Path, serve: bool, form: s
     why = "" if done.verdicts else done.messages.strip().rpartition("error: ")[2].partition("\n")[0]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     row = family_table.Row(
-        family=family, form=form, method=method, exit_code=done.exit_code, verdicts=done.verdicts,
+        family=family, form=form, method=method, exit_code=done.exit_code,
+        verdicts={level: verdict for level, verdict in done.verdicts.items() if serve or level != "serving"},
         notes=done.notes | ({"run": why} if why else {}), cosine=done.cosine, seconds=round(done.seconds),
         key=key(family, form, method), date=datetime.date.today().isoformat(), commit=commit.stdout.strip(),
     )  # fmt: skip
@@ -121,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--method", action="append", choices=METHODS, help="both of them without")
     parser.add_argument("--directory", type=Path, help="where checkpoints and outputs go")
     parser.add_argument("--again", action="store_true", help="also what is kept")
+    parser.add_argument("--unserved", action="store_true", help="structure and fidelity alone: seconds, not a minute")
     parser.add_argument("--table", action="store_true", help="write the table of docs/families.md alone")
     options = parser.parse_args(arguments)
     if options.table or options.directory is None:
@@ -134,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
             row = kept.get((family, form, method))
             if row is not None and row.key == key(family, form, method) and not options.again:
                 continue
-            done = run_and_keep(family, method, options.directory, form is None, form)
+            done = run_and_keep(family, method, options.directory, form is None and not options.unserved, form)
             print(f"{family} {form or 'bf16'} {method}: exit {done.exit_code}, {done.verdicts}, {done.notes}, "
                   f"{done.seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
 
