@@ -33,6 +33,7 @@ STORED = (
     ("kimi_k25", "int4"), ("kimi_k2", "fp8_tiles"), ("deepseek_v3", "fp8_tiles"), ("glm4_moe", "fp8_channel"),
     ("minimax_m2", "fp8_tiles"), ("qwen3_5_moe", "fp8_tiles"), ("olmoe", "fp8_tensor"), ("kimi_k2", "int4"),
     ("gpt_oss", "mxfp4"), ("qwen3_5_moe", "stacked"), ("step3p7", "fp8_stacks"),
+    ("llama4", "fp8_modelopt_stacks"),
     ("qwen2_moe", "single_file"), ("granitemoe", "single_file"),
 )  # fmt: skip
 _DATA = {"dataset": "bundled", "num_samples": 8, "max_seq_length": 64, "batch_size": 4}

@@ -29,7 +29,8 @@ class Stack:
     is the one that its slices have if it differs from the stored one (E8M0 scales stored as integers), and `stored`
     are the dtypes that it may have on disk; empty: any. `undone`, if it holds codes: the stack of their values.
     `turns`: the matrix of each expert may also be stored transposed, which loading tells by the shape. `single`: its experts
-    are written as single ones, whatever becomes of them."""
+    are written as single ones, whatever becomes of them. `shared`: a tensor of any shape that is each of these, without
+    slices (one scale for all experts)."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,6 +40,7 @@ class Stack:
     undone: Undone | None = None
     turns: bool = False
     single: bool = False
+    shared: tuple[str, ...] = ()
 
     def turned(self) -> Stack:
         """The same stack with the matrix of each expert transposed."""
@@ -68,7 +70,7 @@ def by_expert(checkpoint: Checkpoint, stacks: Iterable[Stack]) -> Checkpoint:
                 f"{path}: {name}: {header.dtype} {list(header.shape)}, the model built from config.json needs {wanted}"
             )
             continue
-        parts = list(_slices(stack, header))
+        parts = [replace(header, name=part) for part in stack.shared] or list(_slices(stack, header))
         if not stack.single:
             whole[name] = Whole(header, tuple(part.name for part in parts), stack.undone)
         for tensor in parts:

@@ -103,8 +103,9 @@ def mxfp4_stacks(stack: Stack) -> tuple[Stack, ...]:
 
 def with_scales(stacks: Iterable[Stack], tensors: Mapping[str, TensorHeader]) -> tuple[Stack, ...]:
     """`stacks`, and for each that a checkpoint with these `tensors` stores in FP8 the stack of its tiles' scales `[E, R, C]`
-    (`moe.gate_proj.weight_scale_inv` of Step-3.7's FP8 release, `experts.gate_up_proj_scale_inv` of transformers). A stack
-    whose scales do not belong to one projection each gets none, and is refused as FP8 without a scale."""
+    (`moe.gate_proj.weight_scale_inv` of Step-3.7's FP8 release, `experts.gate_up_proj_scale_inv` of transformers), or the
+    one scale of all its experts (`experts.gate_up_proj_weight_scale` of NVIDIA's FP8 releases of Llama-4). A stack whose
+    scales do not belong to one projection each gets none, and is refused as FP8 without a scale."""
     found: list[Stack] = []
     for stack in stacks:
         header = tensors.get(stack.name)
@@ -117,6 +118,12 @@ def with_scales(stacks: Iterable[Stack], tensors: Mapping[str, TensorHeader]) ->
         slices = [] if scales is None or len(scales.shape) != 3 else [_scaled(s, scales.shape) for s in stored.slices]
         if scales is not None and slices and None not in slices:
             found.append(Stack(scales.name, scales.shape, tuple(s for s in slices if s is not None), single=True))
+        for leaf in ("weight_scale", "input_scale"):
+            scale = tensors.get(f"{stack.name}_{leaf}")
+            if scale is not None and scale.numel == 1:
+                names = (f"{part.name.removesuffix('.weight')}.{leaf}" for part in stack.slices)
+                shared = tuple(name.format(expert) for name in names for expert in range(stack.shape[0]))
+                found.append(Stack(scale.name, scale.shape, (), single=True, shared=shared))
     return tuple(found)
 
 

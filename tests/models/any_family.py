@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from calibration.checkpoint.index import INDEX_NAME
-from tests.models.storage import new_directory, normal, to_mxfp4, to_tiles
+from tests.models.storage import new_directory, normal, to_fp8, to_mxfp4, to_tiles
 from tests.models.stored_forms import store
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
 from tests.models.wrappers import SPECIAL, SPELLED, WRAPPERS, write_processor
@@ -195,8 +195,8 @@ def write(
     """Writes the checkpoint, with a chat template, into the new or empty `directory` and returns it; with `mxfp4` stacked
     experts as gpt-oss is released; in the stored `form` (`stored_forms.FORMS`) of as many `shards`, in which neighbors lie
     in different ones. Further forms: `mxfp4`, as above; `single_file`, BF16 without an index; `stacked`, experts in the tensors
-    that transformers' model has for them; `fp8_stacks`, those in tiles. Raises FileExistsError if the directory holds
-    something."""
+    that transformers' model has for them; `fp8_stacks`, those in tiles; `fp8_modelopt_stacks`, those under one scale each.
+    Raises FileExistsError if the directory holds something."""
     new_directory(directory)
     single, mxfp4 = form == "single_file", mxfp4 or form == "mxfp4"
     model = _model({"kimi_k2": "deepseek_v3"}.get(family, family), seed)
@@ -215,6 +215,8 @@ def write(
         _stack(directory)
     if form == "fp8_stacks":
         _stack_in_tiles(directory)
+    if form == "fp8_modelopt_stacks":
+        _stack_in_fp8(directory)
     if form in _STORED:
         store(directory, form, re.compile(_STORED[form]), shards)
     return directory
@@ -274,6 +276,22 @@ def _stack_in_tiles(directory: Path) -> None:
     _replace(directory, made, ())
     config = json.loads((directory / "config.json").read_text())
     declared = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    write_json(directory / "config.json", config | {"quantization_config": declared})
+
+
+def _stack_in_fp8(directory: Path) -> None:
+    """Stores stacks of experts as E4M3 under one scale each, and nothing else, as nvidia/Llama-4-Scout-17B-16E-Instruct-FP8
+    has them: `experts.gate_up_proj_weight_scale` and `_input_scale` F32 without a dimension."""
+    made: dict[str, torch.Tensor] = {}
+    for shard in directory.glob("*.safetensors"):
+        for name, tensor in load_file(shard).items():
+            if name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+                codes, scale = to_fp8(tensor.flatten(0, 1), "scalar")
+                made |= {name: codes.view(tensor.shape), f"{name}_weight_scale": scale}
+                made[f"{name}_input_scale"] = torch.tensor(0.5)
+    _replace(directory, made, ())
+    config = json.loads((directory / "config.json").read_text())
+    declared = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
     write_json(directory / "config.json", config | {"quantization_config": declared})
 
 

@@ -250,3 +250,17 @@ def test_a_tile_with_values_of_two_projections_is_no_scale_of_one() -> None:
     assert odd.name == stack.name
     _, even = with_scales([stack], {header.name: header, scales[4].name: scales[4]})
     assert [(part.layout.begin, part.layout.count) for part in even.slices] == [(0, 2), (2, 2)]
+
+
+def test_one_scale_of_a_stack_is_that_of_each_expert(tmp_path: Path) -> None:
+    source = open_source(any_family.write(tmp_path / "source", "llama4_text", form="fp8_modelopt_stacks"))
+    built = build_skeleton(source, tmp_path, False)
+    experts = built.model.get_submodule("model.layers.1.feed_forward.experts")
+    built.load([experts])
+    stored = load_file(source.directory / "model.safetensors")
+    name = "model.layers.1.feed_forward.experts.gate_up_proj"
+    values = (stored[name].float() * stored[f"{name}_weight_scale"]).bfloat16().transpose(1, 2)
+    for number in (0, 7):
+        assert torch.equal(
+            torch.cat([experts[number].gate_proj.weight, experts[number].up_proj.weight]), values[number]
+        )
