@@ -12,14 +12,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from compressed_tensors.utils import patch_attr
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -33,6 +35,8 @@ from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
 from recipes.budget import UNQUANTIZED
 from recipes.errors import SourceError
 
+#: Inside, the blocks return these hidden states.
+_Skipped = Callable[[torch.Tensor], AbstractContextManager[None]]
 #: Unit -> candidate -> error.
 Errors = dict[str, dict[str, float]]
 
@@ -61,22 +65,30 @@ class _State:
         write_safely(path, lambda partial: save_file(tensors, partial, said), nbytes)
 
     @classmethod
-    def load(cls, path: Path, key: str, first: list[torch.Tensor]) -> _State:
-        """The saved state of the same measurement; else the state before the first block."""
+    def load(cls, path: Path, key: str, first: list[torch.Tensor]) -> _State | None:
+        """The saved state of the same measurement, whose batches are as large as the `first` hidden states."""
         try:
             with safe_open(path, "pt") as file:
                 said = file.metadata() or {}
                 if said.get("key") != key:
-                    return cls(0, first)
-                names = json.loads(said["carried"])
+                    return None
+                names = TypeAdapter(list[str]).validate_json(said["carried"])
                 streams = [
                     [file.get_tensor(f"{n}.{at}").to(value.device) for at, value in enumerate(first)]
                     for n in range(len(names) + 1)
                 ]
-                return cls(int(said["following"]), streams[0], dict(zip(names, streams[1:], strict=True)),
-                           json.loads(said["errors"]))  # fmt: skip
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return cls(0, first)
+                errors = TypeAdapter(Errors).validate_json(said["errors"])
+                found = cls(int(said["following"]), streams[0], dict(zip(names, streams[1:], strict=True)), errors)
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return None
+        alike = [(value.shape, value.dtype) for value in first]
+        return found if all([(v.shape, v.dtype) for v in stream] == alike for stream in streams) else None
+
+    def fits(self, units: Sequence[Unit], blocks: int) -> bool:
+        """Whether it knows the units of the blocks before `following`, and no others."""
+        known = {unit.name: unit.sizes.keys() for unit in units if unit.block < self.following}
+        measured = {name: errors.keys() for name, errors in self.errors.items()}
+        return 0 <= self.following <= blocks and measured == known and self.carried.keys() <= known.keys()
 
 
 @torch.no_grad()
@@ -99,7 +111,12 @@ def measure(
     source.load(outside)
     called = [own_block_calls(source.model, blocks, sample) for sample in samples]
     source.unload(outside)
-    state, written = _State.load(path, key, [hidden for hidden, _ in called]), time.monotonic()
+    first = [hidden for hidden, _ in called]
+    # What such blocks hand on beside hidden states is not saved.
+    hands_on = any(call.takes_more for _, calls in called for call in calls)
+    saved_state = None if hands_on else _State.load(path, key, first)
+    state = saved_state if saved_state and saved_state.fits(units, len(blocks)) else _State(0, first)
+    written = time.monotonic()
     for number in range(state.following, len(blocks)):
         source.load([blocks[number]])
         tried = _Block(blocks[number], [calls[number] for _, calls in called])
@@ -129,9 +146,9 @@ def measure(
             state.save(path, key)
             raise
     source.load(outside)
-    divergences = _divergences(source.model, blocks, samples, state)
+    divergences = _divergences(source.model, samples, state, partial(_skipped, blocks, hands_on))
     source.unload(outside)
-    return {unit.name: _scaled(unit, state.errors[unit.name], divergences[unit.name]) for unit in units}
+    return {unit.name: _scaled(unit, state.errors[unit.name], divergences.get(unit.name, 0.0)) for unit in units}
 
 
 def _scaled(unit: Unit, errors: Mapping[str, float], divergence: float) -> dict[str, float]:
@@ -141,28 +158,35 @@ def _scaled(unit: Unit, errors: Mapping[str, float], divergence: float) -> dict[
 
 
 def _divergences(
-    model: nn.Module, blocks: Sequence[nn.Module], samples: Sequence[dict[str, Any]], state: _State
+    model: nn.Module, samples: Sequence[dict[str, Any]], state: _State, skipped: _Skipped
 ) -> dict[str, float]:
     """The mean KL divergence, in nats a token, of the predictions with each unit quantized."""
     total, tokens = dict.fromkeys(state.carried, 0.0), 0
     for at, sample in enumerate(samples):
         for row in range(len(sample["input_ids"])):
             part = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
-            exact = _log_probabilities(model, blocks, part, state.hidden[at][row : row + 1])
+            exact = _log_probabilities(model, part, skipped(state.hidden[at][row : row + 1]))
             tokens += len(exact)
             for name, values in state.carried.items():
-                made = _log_probabilities(model, blocks, part, values[at][row : row + 1])
+                made = _log_probabilities(model, part, skipped(values[at][row : row + 1]))
                 total[name] += float(F.kl_div(made, exact, reduction="sum", log_target=True))
     return {name: max(value / tokens, 0.0) for name, value in total.items()}
 
 
-def _log_probabilities(
-    model: nn.Module, blocks: Sequence[nn.Module], sample: dict[str, Any], hidden: torch.Tensor
-) -> torch.Tensor:
-    """Float32 `[tokens, vocabulary]` of the model's own forward if its blocks had made `hidden`."""
+@contextmanager
+def _skipped(blocks: Sequence[nn.Module], hands_on: bool, hidden: torch.Tensor) -> Iterator[None]:
+    """Inside, every block returns `hidden`, and nothing else that it may hand on."""
     with ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(patch_attr(block, "forward", lambda *args, **kwargs: hidden))
+            stack.enter_context(
+                patch_attr(block, "forward", lambda *args, **kwargs: (hidden, None) if hands_on else hidden)
+            )
+        yield
+
+
+def _log_probabilities(model: nn.Module, sample: dict[str, Any], skipped: AbstractContextManager[None]) -> torch.Tensor:
+    """Float32 `[tokens, vocabulary]` of the model's own forward if its blocks had made the hidden states of `skipped`."""
+    with skipped:
         logits: torch.Tensor = model(**sample).logits
     return logits.flatten(0, -2).float().log_softmax(-1)
 
@@ -182,9 +206,9 @@ class _Block:
     block: nn.Module
     calls: list[BlockCall]
 
-    def run(self, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The block's outputs by batch."""
-        return [call(self.block, value) for call, value in zip(self.calls, hidden, strict=True)]
+    def run(self, hidden: Sequence[torch.Tensor], keep: bool = False) -> list[torch.Tensor]:
+        """The block's outputs by batch. What it hands on beside them is that of the exact run, which alone is to `keep` it."""
+        return [call(self.block, value, keep) for call, value in zip(self.calls, hidden, strict=True)]
 
     def exact(
         self, hidden: Sequence[torch.Tensor], units: Sequence[_Unit]
@@ -199,7 +223,7 @@ class _Block:
         with ExitStack() as stack:
             for module in (module for unit in units for module in unit.modules):
                 stack.callback(module.register_forward_pre_hook(see).remove)
-            return self.run(hidden), largest
+            return self.run(hidden, keep=True), largest
 
     def quantized(
         self, hidden: Sequence[torch.Tensor], unit: _Unit, scheme: Scheme, largest: Mapping[nn.Module, float]

@@ -62,6 +62,11 @@ class BlockCall:
             self.handed.update({_HandedOn(self.number, n): value for n, value in enumerate(output) if n})
         return hidden_of(output)
 
+    @property
+    def takes_more(self) -> bool:
+        """Whether it takes more than hidden states of a block before it."""
+        return any(isinstance(value, _HandedOn) for value in (*self.args, *self.kwargs.values()))
+
     def complete(self, given: BlockCall) -> None:
         """Takes what is not known of the blocks before this one (they were not run) from another call of the same block."""
         pairs = [*zip(self.args, given.args, strict=False), *((v, given.kwargs.get(k)) for k, v in self.kwargs.items())]

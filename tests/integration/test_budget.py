@@ -130,9 +130,19 @@ def test_a_stopped_measurement_resumes_with_the_next_block_to_the_same_bits(
     assert case.loaded == 1
     assert case.measure(tmp_path / "state", key="another") == whole
     assert case.loaded == 3, "a state of other settings is not used"
-    for damaged in (b"", b"not safetensors", (tmp_path / "state").read_bytes()[:-100]):
+    (tmp_path / "state").unlink()
+    with pytest.raises(Stop):
+        case.measure(tmp_path / "state", on_block=stop)
+    good = (tmp_path / "state").read_bytes()
+    hostile = [good.replace(a, b) for a, b in (
+        (b'"following":"2"', b'"following":"9"'), (b'"following":"2"', b'"following":"1"'), (b"experts.*", b"experts.+"),
+        (b'"BF16"', b'"F16" '), (b'NVFP4', b'NVFP5'),
+    )]  # fmt: skip
+    assert all(len(text) == len(good) and text != good for text in hostile)
+    for damaged in (b"", b"not safetensors", good[:-100], *hostile):
         (tmp_path / "state").write_bytes(damaged)
         assert case.measure(tmp_path / "state") == whole
+        assert case.loaded == 3
 
 
 BUDGET = {"bits_per_parameter": 11.0, "tokens": 64}
