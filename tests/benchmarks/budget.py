@@ -1,11 +1,13 @@
 """Loss against size: `budget` at several sizes, beside all layers in NVFP4 and the outer blocks kept in BF16 at the same size.
 
-    python -m tests.benchmarks.budget --directory DIR [--model upcycled] [--windows 24] [--first 8]
+    python -m tests.benchmarks.budget --directory DIR [--model upcycled] [--first 8]
 
-The sizes are those of 1, 2, 4, 7 and 11 pairs of outer blocks kept (`--pairs`). The units are measured once, through `python -m
-workflows.run --stages inspect`, and each size chooses among what was measured. Calibration, evaluation and DIR are those of
-tests/benchmarks/accuracy.py, whose results of BF16 and round to nearest are used if they are there; what is measured here is kept
-in DIR/MODEL-budget.json. `--text N` measures the units on N tokens.
+The sizes are those of 2, 4, 7, 1 and 11 pairs of outer blocks kept (`--pairs`). The units are measured once, through `python -m
+workflows.run --stages inspect`, and each size chooses among what was measured. One output, all in NVFP4, serves all sizes:
+its observers see exact inputs, so the bytes of a layer do not depend on the schemes of the others. A layer that is chosen to be
+BF16 has the source's weight, one in FP8_BLOCK weight and inputs rounded as the measurement does. DIR and its results of BF16
+and round to nearest are those of tests/benchmarks/accuracy.py; what is measured here is kept in DIR/MODEL-budget.json. `--text N`
+measures the units on N tokens.
 """
 
 from __future__ import annotations
@@ -18,17 +20,27 @@ import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
+from torch import nn
 
+from calibration.checkpoint.formats import Formats
+from calibration.checkpoint.index import Checkpoint
+from calibration.engine import sensitivity
+from calibration.model.skeleton import build_skeleton
+from calibration.plan.schemes import FP8_BLOCK
 from calibration.plan.task import Task
 from recipes.schema import Recipe
 from tests.benchmarks import accuracy
 from tests.benchmarks.accuracy import LINEAR, RTN, TEXTS, Bench, Result, paired
+from tests.benchmarks.headroom import hooked, scaled_layers
+from verify.fidelity import forward
 
-PAIRS = (1, 2, 4, 7, 11)
+PAIRS = (2, 4, 7, 1, 11)
 
 
 def recipe(source: Path, output: Path, samples: int, **sections: Any) -> dict[str, Any]:
@@ -79,6 +91,48 @@ def chosen(directory: Path, source: Path, samples: int, size: float, tokens: int
     return {"modifiers": yaml.safe_load((run / "recipe.yaml").read_text())["modifiers"]}
 
 
+def schemes(source: Path, sections: dict[str, Any]) -> dict[str, str]:
+    """Module -> scheme, of what a recipe quantizes."""
+    plan = Task.open(Recipe.model_validate(recipe(source, source.parent / "unused", 1, **sections)), source).plan
+    return {module: plan.groups[str(step.group)].name for module, step in plan.quantized.items()}
+
+
+@torch.no_grad()
+def evaluate(bench: Bench, nearest: Path, chosen: dict[str, str]) -> Result:
+    """Loss with the modules `chosen` in their schemes and the others in BF16; `nearest` has all of them in NVFP4."""
+    found = Result({}, {}, {})
+    with TemporaryDirectory() as work:
+        original = build_skeleton(Checkpoint.open(bench.source), Path(work), False, torch.device("cpu"))
+        formats = Formats(Checkpoint.open(nearest))
+        emulated = forward._of_output(original, formats)
+        scales = {name: (module, scale) for module, (name, scale) in scaled_layers(original, emulated, formats).items()}
+        nvfp4 = [scales[name][0] for name, scheme in chosen.items() if scheme == "NVFP4"]
+        last: list[Any] = [None, 0.0, None]
+        hooks: dict[nn.Linear, Any] = {
+            m: accuracy._SharedInput(scale, last) for m, scale in scales.values() if m in nvfp4
+        }
+        emulated.load(nvfp4)
+        original.load([*original.outside_blocks(), *original.blocks.values()])
+        for name, scheme in chosen.items():
+            if scheme == "FP8_BLOCK":
+                module = scales[name][0]
+                module.weight.data = sensitivity._rounded_weight(module.weight.data, FP8_BLOCK)
+                hooks[module] = forward.fp8_input
+        head = original.model.get_output_embeddings()
+        with hooked(hooks):
+            for text, tokens in bench.tokens.items():
+                losses, kls, agree = [], [], []
+                for ids, state in zip(tokens, bench.states[text], strict=False):
+                    mine = original.model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+                    base = F.linear(state, head.weight)[0].float().log_softmax(-1)
+                    losses.append(F.nll_loss(mine[:-1], ids[0, 1:]).item())
+                    kls.append(F.kl_div(mine, base, reduction="sum", log_target=True).item() / len(mine))
+                    agree.append((mine.argmax(-1) == base.argmax(-1)).float().mean().item())
+                found.nll[text], found.kl[text] = losses, sum(kls) / len(kls)
+                found.top1[text] = sum(agree) / len(agree)
+    return found
+
+
 def table(results: dict[str, dict[str, Any]], base: Result) -> str:
     """A row for each result, in the order of size."""
     lines = [
@@ -113,25 +167,22 @@ def main() -> None:
     shared = options.directory / f"{options.model}-{options.windows}-{options.samples}.json"
     known = json.loads(shared.read_text()) if shared.exists() else {}
     base = Result(**known["BF16"]) if "BF16" in known and bench.states else accuracy.evaluate(bench, None)
+    nearest = options.directory / f"{options.model}.{accuracy._slug(RTN, options.samples)}" / "output"
+    if not nearest.is_dir():
+        accuracy.calibrate(nearest.parent, bench.source, options.samples, {"modifiers": modifiers([])})
     fewer = replace(bench, tokens={text: found[: options.first] for text, found in bench.tokens.items()})
     file = options.directory / f"{options.model}-budget.json"
     results: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.exists() else {}
 
-    def measure(name: str, what: str, sections: dict[str, Any], result: Result | None = None) -> None:
+    def measure(name: str, what: str, sections: dict[str, Any]) -> None:
         if name in results:
             return
         size, layers = bits(bench.source, sections)
-        found = result or _evaluated(
-            fewer, options.directory / f"{options.model}.budget-output", options.samples, sections
-        )
-        results[name] = {"bits": size, "layers": layers, "what": what, "result": asdict(found)}
+        result = evaluate(fewer, nearest, schemes(bench.source, sections))
+        results[name] = {"bits": size, "layers": layers, "what": what, "result": asdict(result)}
         file.write_text(json.dumps(results, indent=1))
         print(table(results, base), flush=True)
 
-    nearest = Result(**known[RTN]) if RTN in known else None
-    if nearest is not None:
-        nearest.nll = {text: losses[: options.first] for text, losses in nearest.nll.items()}
-    measure("all NVFP4", "", {"modifiers": modifiers([])}, nearest)
     for pairs in options.pairs:
         kept = {"modifiers": modifiers(outer(bench.source, pairs))}
         size = bits(bench.source, kept)[0]
@@ -143,14 +194,8 @@ def main() -> None:
         words = ", ".join(f"{name} {count}" for name, count in counts.most_common())
         measure(f"budget {size:.3f}" + (f", {options.text} tokens" if options.text != 512 else ""), words, sections)
         measure(f"first and last {pairs} kept", f"{2 * pairs} blocks in BF16", kept)
+    measure("all NVFP4", "", {"modifiers": modifiers([])})
     print(table(results, base))
-
-
-def _evaluated(bench: Bench, directory: Path, samples: int, sections: dict[str, Any]) -> Result:
-    facts = accuracy.calibrate(directory, bench.source, samples, sections)
-    result = accuracy.evaluate(bench, directory / "output")
-    result.cpu_seconds, result.peak = facts["cpu_seconds"], facts["peak_above_base"]
-    return result
 
 
 if __name__ == "__main__":

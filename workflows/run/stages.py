@@ -226,6 +226,11 @@ def _write_card(run: Run) -> None:
     summary = run.directory.facts("calibrated")
     if summary:
         facts |= {"calibration": summary[-1]["data"], "tokens per expert": summary[-1]["tokens_per_expert"]}
+    if run.budget is not None:
+        asked = run.budget.budget.bits_per_parameter
+        facts["budget"] = (
+            f"{asked:g} bits per parameter; each module's scheme is chosen by the KL divergence that it causes"
+        )
     machines = [f"{fact['device']} (products {fact['digest']})" for fact in run.directory.facts("products")]
     if len(machines) > 1:
         facts["calculated on"] = f"{', then '.join(machines)}, which round differently"

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from calibration.checkpoint.dequantize import StoredFormat
 from calibration.checkpoint.formats import Formats
 from calibration.families.registry import open_source
-from calibration.plan.budget import BudgetTask
+from calibration.plan.budget import BudgetTask, _as_scheme
+from calibration.plan.plan import Step
 from calibration.plan.planner import make_plan
 from calibration.plan.quantization_config import output_config
 from recipes.errors import RecipeError
@@ -50,6 +52,16 @@ def test_what_vllm_serves_as_one_is_chosen_as_one(sources: dict[str, Path]) -> N
     assert "FP8_BLOCK" not in fused.sizes and "FP8_BLOCK" in units["model.layers.0.self_attn.o_proj"].sizes
     dense = [unit.name.rpartition(".")[2] for unit in budgeted(sources["llama"], 11).units if unit.block == 0]
     assert sorted(dense) == ["down_proj", "gate_proj+up_proj", "o_proj", "q_proj+k_proj+v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "below", "possible"),
+    [((192, 256), False, True), ((192, 256), True, False), ((256, 256), True, True), ((256, 192), False, False)],
+    ids=["alone", "rows of tiles are torn", "whole tiles", "inputs in no whole groups"],
+)
+def test_fp8_is_a_candidate_only_where_vllm_takes_it(shape: tuple[int, int], below: bool, possible: bool) -> None:
+    step = Step("a.weight", "quantize", (), "", "group")
+    assert (_as_scheme("FP8_BLOCK", step, StoredFormat("plain", shape), below) is not None) == possible
 
 
 def test_any_choice_becomes_disjoint_groups_that_vllm_resolves_to_it_and_has_the_size_that_was_said(
