@@ -23,8 +23,10 @@ _FIRST = ("first_k_dense_replace", "num_hash_layers", "num_dense_layers", "moe_l
 #: Fields that count the blocks of a draft head, which a cut has not, and those that describe one.
 _DRAFT_BLOCKS = ("num_nextn_predict_layers", "n_mtp_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 _DRAFT = re.compile(r"^(dspark|mtp)_")
-#: Fields that list block numbers.
-_NUMBERS = re.compile(r"(only_layers|layers?_(ids?|idxs?|indices|indexes)|attn_(idxs|indices)|(full_attn|kda)_layers)$")
+#: Fields that list block numbers, in a list or in a text.
+_NUMBERS = re.compile(
+    r"(only_layers|layers_enum|layers?_(ids?|idxs?|indices|indexes)|attn_(idxs|indices)|(full_attn|kda)_layers)$"
+)
 #: A list with one value for each entry of a list of block numbers.
 _BESIDE = {"engram_num_embeddings": "engram_layer_ids"}
 #: Lists that have nothing to do with blocks, whatever their length.
@@ -79,6 +81,7 @@ def _lists_numbers(key: str, value: list[Any], blocks: int) -> bool:
 
 def _cut(fields: dict[str, Any], kept: Sequence[int], blocks: int) -> None:
     position = {number: at for at, number in enumerate(kept)}
+    drafts = max((found for key in _DRAFT_BLOCKS if isinstance(found := fields.get(key), int)), default=0)
     step = fields.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         dense = [number for number in range(blocks) if (number + 1) % step]
@@ -101,8 +104,16 @@ def _cut(fields: dict[str, Any], kept: Sequence[int], blocks: int) -> None:
                 for beside in (name for name, of in _BESIDE.items() if of == key and name in fields):
                     fields[beside] = [item for at, item in zip(value, fields[beside], strict=False) if at in position]
                 fields[key] = [position[number] for number in value if number in position]
-            elif len(value) == blocks or (len(value) > blocks and key == "compress_ratios"):
+            elif len(value) in (blocks, blocks + drafts) or (len(value) > blocks and key == "compress_ratios"):
                 fields[key] = [value[number] for number in kept]
+        elif isinstance(value, str) and _NUMBERS.search(key) and (listed := _numbers(value)) is not None:
+            fields[key] = ",".join(str(position[number]) for number in listed if number in position)
+
+
+def _numbers(text: str) -> list[int] | None:
+    """The block numbers of a text that lists them (`moe_layers_enum` of Step-3.5 and 3.7: "3,4,5"); None for any other text."""
+    parts = text.split(",")
+    return [int(part) for part in parts] if all(part.strip().isdecimal() for part in parts) else None
 
 
 def _resolved(config: dict[str, Any], blocks: int) -> dict[str, list[Any]]:

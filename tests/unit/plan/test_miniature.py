@@ -191,3 +191,13 @@ def test_what_a_recipe_smooths_is_smoothed_in_the_miniature(
     cut = find_cut(task)
     assert cut.kept == kept
     assert len(make_miniature(task, cut, tmp_path / "miniature").plan.smoothed) == sites
+
+
+def test_lists_that_count_the_draft_head_s_blocks_and_numbers_in_a_text_are_cut() -> None:
+    config = {
+        "num_hidden_layers": 3, "num_nextn_predict_layers": 2, "rope_theta": [1.0, 2.0, 3.0, 9.0, 9.0], "moe_layers_enum": "1,2",
+        "note": "1,2",
+    }  # fmt: skip
+    cut = cut_config(config, (0, 2), 3)
+    assert (cut["rope_theta"], cut["moe_layers_enum"], cut["num_nextn_predict_layers"]) == ([1.0, 3.0], "1", 0)
+    assert cut["note"] == "1,2"
