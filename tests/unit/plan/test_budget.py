@@ -100,7 +100,7 @@ def test_the_recipe_of_a_choice_is_an_ordinary_recipe(sources: dict[str, Path]) 
     task = budgeted(sources["qwen3_moe"], 11, preset="fast")
     made = task.recipe_of(task.smallest)
     assert "budget" not in dump_recipe(made)
-    arguments = made.modifiers[0].arguments
+    arguments = made.modifiers[-1].arguments
     assert arguments["weight_observer"] == "nvfp4_weighted"
     # All experts of all blocks: few expressions, not a list of names.
     assert len(arguments["config_groups"]["nvfp4"]["targets"]) == 7
