@@ -436,7 +436,8 @@ def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
         replacement = parts[0] + "".join(rf"\{group}{part}" for group, part in enumerate(parts[1:], 1))
         if found.setdefault(pattern, replacement) != replacement:
             raise _Underivable(f"{name} fills {tensor.fills}, and others of its name fill {found[pattern]}")
-    return tuple(found.items())
+    # They are applied one after the other: a module's would take a tensor of it that has a name of its own.
+    return tuple(sorted(found.items(), key=lambda item: -item[0].count(".")))
 
 
 def _block_pattern(model: PreTrainedModel, tensors: dict[str, _Tensor], wrapper: wrapped.Wrapper | None) -> str:

@@ -22,7 +22,7 @@ from calibration.model.skeleton import build_skeleton
 from calibration.plan.quantization_config import targets
 from recipes.errors import SourceError
 from tests.exported import recipe, task_of
-from tests.models import any_family, standard
+from tests.models import any_family, deepseek_v4, standard
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32,
@@ -54,6 +54,27 @@ def test_what_is_written_by_hand_is_derived_too(name: standard.Family, tmp_path:
     kept = {tensor: want for tensor, want in expected_tensors(source.config)[0].items() if not table.place(tensor).mtp}
     shapes = {tensor: (want.shape, want.optional) for tensor, want in promised(read).items()}
     assert shapes == {tensor: (want.shape, want.optional) for tensor, want in kept.items()}
+
+
+def test_deepseek_v4_is_derived_too(tmp_path: Path) -> None:
+    source = Checkpoint.open(deepseek_v4.write(tmp_path / "source", stored="fp8_mxfp4"))
+    table, read = family_of(source.config), derive(source.config, "config.json", source.tensors)
+    names = [logical_name(tensor) for tensor in source.tensors if tensor not in Formats(source).companions]
+    assert [read.place(name).mtp for name in names] == [table.place(name).mtp for name in names]
+    names = [name for name in names if not table.place(name).mtp]
+    assert [read.model_name(name) for name in names] == [table.model_name(name) for name in names]
+    for name in names:
+        ours, theirs = table.place(name), read.place(name)
+        assert (theirs.block, theirs.expert) == (ours.block, ours.expert)
+        assert theirs.part == ours.part or ours.part in {
+            "mHC",
+            "sink",
+            "indexer",
+            "compressor",
+            "compressor position",
+        }  # the table's own words for parts of attention and blocks
+    kept = {name: want for name, want in expected_tensors(source.config)[0].items() if not table.place(name).mtp}
+    assert {name: want.shape for name, want in promised(read).items()} == {n: want.shape for n, want in kept.items()}
 
 
 def test_parts_beside_the_routed_experts() -> None:
