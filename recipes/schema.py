@@ -181,6 +181,15 @@ class Rehearse(Section):
     serving: bool | Literal["auto"] = "auto"
     """Whether vLLM serves the miniature before the run begins. auto: if the run is predicted to take more than 15 minutes; true:
     always; false: never, and a long run is rehearsed without vLLM."""
+    forward: Literal["stop", "warn"] = "stop"
+    """If vLLM and transformers compute different models from the source: stop before the run begins, or warn and run."""
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        body: dict[str, Any] = handler(self)  # as for a recipe, below
+        if self.forward == "stop":
+            body.pop("forward", None)
+        return body
 
 
 class Recipe(Section):

@@ -67,6 +67,7 @@ REMEDIES: dict[str, str] = {
     "serving.perplexity": _KEEP,
     "serving.draft_head": "try speculation on the device that will serve it",
     "serving.source": _KEEP,
+    "serving.forward": "docs/families.md has known reasons; rehearse.forward: warn runs",
     "serving.accuracy": _KEEP,
     "proof.tensors": "it was edited, or made by another recipe: make it again (--overwrite)",
     "proof.scales": _REPEAT,

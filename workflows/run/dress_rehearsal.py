@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +33,16 @@ from verify.checks import Check, failed, level_verdicts, unchecked
 from verify.known import Known
 from verify.levels import Settings, verify_levels
 from verify.report.remedies import remedy
+from verify.serving.agreement import ID, WHAT
 from verify.serving.serving import check_serving
 from workflows.progress import Reporter
+from workflows.run import forward_proof
+from workflows.run.proofs import REHEARSAL, compared_forwards
 from workflows.run.state import Run
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from calibration.data.batches import CalibrationData
 
-FILE = "rehearsal.json"
 SCRATCH = "miniature"
 #: Seconds of the predicted run below which `rehearse.serving: auto` rehearses nothing: its morning comes before the coffee.
 LONG = 900.0
@@ -69,15 +71,20 @@ def dress_rehearsal(run: Run, stages: Sequence[Callable[[Run], None]]) -> None:
     the run would have ended with: VerificationFailed that lists every failed check, or what calibration and export raise."""
     wanted, serving = run.recipe.rehearse.serving, run.recipe.verify.serving
     predicted = (run.prediction or {}).get("stages", {}).get("calibrate", {}).get("seconds")
+    serves = serving is not None and wanted is not False
     if wanted is not True and (predicted is None or predicted < LONG):
-        return run.reporter.say(
+        run.reporter.say(
             f"no dress rehearsal: the run is predicted to take {duration(predicted or 0)}, less than {duration(LONG)} "
             "(rehearse.serving: true asks for one)"
         )
-    serves = serving is not None and wanted is not False
+        family = run.plan.family
+        if serves and family.derived and not family.tested and run.prepared.rehearsal is not None:
+            _forward_alone(run)
+        return
     found = _Proof(run, serves)
     with found.alone():
         if (where := found.held_by()) is not None:
+            found.adopt(where)
             return run.reporter.say(f"rehearsed before, by the same plan, recipe and versions: {where}")
         _rehearse_and_keep(run, serves, stages, found)
 
@@ -108,7 +115,7 @@ class _Proof:
     vLLM."""
 
     def __init__(self, run: Run, serves: bool) -> None:
-        self.path, self.shared = run.directory.path / FILE, run.rehearsals
+        self.path, self.shared = run.directory.path / REHEARSAL, run.rehearsals
         recipe = run.recipe.model_dump(mode="json", include=_DEPENDS)
         if serves and run.engine_version is None and run.recipe.verify.serving is not None:
             run.engine_version = check_serving(
@@ -133,6 +140,16 @@ class _Proof:
                 return path
         return None
 
+    def compared(self) -> bool:
+        """Whether this run's directory holds a comparison of the forwards with this key that was made and did not fail."""
+        found = compared_forwards(self.path, "key", self.key)
+        return found is not None and found.get("verdict") in ("PASS", "WARN")
+
+    def adopt(self, where: Path) -> None:
+        """Copies what another run of the batch has proven into the run directory."""
+        if where != self.path:
+            write_json(self.path, read_json_or_none(where))
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Waits for another run of the batch that rehearses the same."""
@@ -150,7 +167,7 @@ class _Proof:
     def keep(self, checks: Sequence[Check], facts: dict[str, Any]) -> None:
         """Writes `rehearsal.json`, and a complete one where the batch's other runs look."""
         bad = [check.id for check in checks if check.verdict in ("FAIL", "UNCHECKED") and check.id in _DECISIVE]
-        complete = bool(checks) and not bad and not failed(checks)
+        complete = "blocks" in facts and not bad and not failed(checks)
         body = {
             "key": self.key,
             "plan": self.plan,
@@ -165,6 +182,7 @@ class _Proof:
 #: The parts of a recipe that a rehearsal depends on besides the plan: not which text, and how much of it.
 _DEPENDS: Any = {
     "source": True, "method": True, "modifiers": True, "convert": {"input_amax"}, "export": True, "verify": {"serving"},
+    "rehearse": {"forward"},
     "calibration": {"experts", "min_tokens_per_expert", "input_headroom", "chat"},
 }  # fmt: skip
 #: Checks without which a rehearsal is not complete; a weight-only kernel, say, stays unchecked in every rehearsal.
@@ -196,9 +214,52 @@ def _rehearse(run: Run, serves: bool, stages: Sequence[Callable[[Run], None]]) -
             stage(mini)
     finally:
         mini.directory.close()
-    if serves:
-        _free_device()
-    return _verify(run, small, cut, serves), facts
+    if not serves:
+        return _verify(run, small, cut, serves), facts
+    _free_device()
+    checks = _verify(run, small, cut, serves)
+    if data is not None and not failed(checks):
+        checks.append(_forward(run, small, data))
+    return checks, facts
+
+
+def _forward(run: Run, small: Task, data: CalibrationData) -> Check:
+    """Whether vLLM computes the model that was calibrated (`workflows.run.forward_proof`), as the recipe takes a difference."""
+    place, serving = run.directory.path / SCRATCH, run.recipe.verify.serving
+    assert serving is not None
+    _free_device()
+    more = forward_proof.needs(small, bool(_device_bytes()))
+    served = more["memory"] + (0 if _device_bytes() else _ENGINE_BYTES)
+    there = _device_bytes() or available_memory()
+    if problems := space_problems([Need("the miniature's plain copy", place, more["disk"])]):
+        return unchecked(ID, WHAT, problems[0])
+    if served > there:
+        return unchecked(ID, WHAT, f"the source's miniature takes {size(served)} in vLLM, and {size(there)} are there")
+    rows = forward_proof.rows_of(data.batches)
+    found = forward_proof.compare_forwards(
+        small, rows, _lenient(serving), place, run.directory.path / forward_proof.LOGS
+    )
+    if found.verdict == "FAIL" and run.recipe.rehearse.forward == "warn":
+        found = replace(found, verdict="WARN")
+    return found
+
+
+def _forward_alone(run: Run) -> None:
+    """The proof `forward` before a short run of a family that no test of this project compares: what a dress rehearsal does
+    besides would take as long as the run."""
+    assert run.prepared.data is not None, "blocks were rehearsed with it"
+    found, began = _Proof(run, True), time.monotonic()
+    if found.compared():
+        return
+    try:
+        small = make_miniature(run.task, find_cut(run.task), run.directory.path / SCRATCH)
+        check = _forward(run, small, _few(run.prepared.data))
+    except (NoMiniature, OSError) as why:
+        check = unchecked(ID, WHAT, str(why))
+    finally:
+        remove_remains(run)
+    found.keep([check], {"seconds": round(time.monotonic() - began, 1)})
+    _report(run, [check], {})
 
 
 def _few(data: CalibrationData) -> CalibrationData:
@@ -229,13 +290,14 @@ def _needs(run: Run, small: Task, serves: bool, data: CalibrationData | None) ->
     shapes = None if data is None else [tuple(batch["input_ids"].shape) for batch in data.batches]
     work = predict(small, Machine(small, run.ranks.device), Seen(shapes))["stages"]["calibrate"]
     written = small.plan.output_bytes
+    forward = _START + forward_proof.needs(small, False)["disk"] / _LOAD if serves and data is not None else 0.0
     # On a CPU vLLM holds NVFP4 weights dequantized (verify/inside_vllm/cpu_nvfp4), on an accelerator as they are stored.
     served = written if _device_bytes() else written + 2 * small.formats.parameters + _ENGINE_BYTES
     return {
         "disk": work["bytes_written"],
         "memory": max(work["peak_memory"] or 0, served if serves and not _device_bytes() else 0),
         "served": served if serves else 0,
-        "seconds": round(work["seconds"] + (_START + written / _LOAD if serves else 0)),
+        "seconds": round(work["seconds"] + (_START + written / _LOAD if serves else 0) + forward),
     }
 
 
@@ -311,7 +373,11 @@ def _report(run: Run, checks: Sequence[Check], facts: dict[str, Any]) -> None:
             [f"dress rehearsal: {check.id}: {check.figure}{moved}; {_remedy(run, check)}" for check in bad]
         )
     for check in checks:
-        if check.verdict == "UNCHECKED" and check.id in _DECISIVE:
+        if check.id == ID:
+            run.reporter.say(
+                f"forward: {check.verdict}: {check.figure}", "info" if check.verdict == "PASS" else "warning"
+            )
+        elif check.verdict == "UNCHECKED" and check.id in _DECISIVE:
             run.reporter.say(f"dress rehearsal: {check.id} UNCHECKED: {check.figure}", "warning")
         elif check.verdict == "WARN" and check.id != "serving.coherent":
             run.reporter.say(f"dress rehearsal: {check.id}: {check.figure}{moved}", "warning")
@@ -325,6 +391,8 @@ def _report(run: Run, checks: Sequence[Check], facts: dict[str, Any]) -> None:
 def _remedy(run: Run, check: Check) -> str:
     if check.id == "serving.chat":
         return "correct the template"
+    if check.id == ID:
+        return remedy(check)
     ended = check.id == "serving.load" or check.figure.startswith("stage ")
     log = run.directory.path / _LOGS / "serving.log"
     return f"vLLM's log is {log}, docs/troubleshooting.md has its usual reasons" if ended else remedy(check)

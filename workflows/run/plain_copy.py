@@ -30,16 +30,17 @@ def source_to_serve(task: Task, run_directory: Path) -> Iterator[SourceToServe |
         return
     copy = run_directory / NAME
     try:
-        yield _plain(task, copy)
+        yield write_plain_copy(task, copy)
     finally:
-        _remove(copy)
+        remove_plain_copy(copy)
 
 
-def _plain(task: Task, copy: Path) -> SourceToServe:
+def write_plain_copy(task: Task, copy: Path) -> SourceToServe:
+    """The source of `task` as `method: plain` writes it into the directory `copy`, or why it cannot."""
     # Imported late: a BF16 source does not need its threads and compiled kernel.
     from calibration.convert.pipeline import convert
 
-    _remove(copy)  # the remains of a killed run
+    remove_plain_copy(copy)  # the remains of a killed run
     plain = Recipe.model_validate(
         {"source": task.recipe.source.model_dump(), "output": str(copy), "method": "plain", "export": {"kept": "plain"}}
     )
@@ -56,6 +57,7 @@ def _plain(task: Task, copy: Path) -> SourceToServe:
     return SourceToServe(copy)
 
 
-def _remove(copy: Path) -> None:
+def remove_plain_copy(copy: Path) -> None:
+    """Removes it, whole or not."""
     for path in (copy, RunDirectory(copy).path):
         shutil.rmtree(path, ignore_errors=True)

@@ -7,14 +7,18 @@ UNCHECKED with the reason.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from calibration.checkpoint.files import read_json_or_none
 from calibration.plan.task import Task
 from calibration.runs.journal import RunDirectory
 from verify.checks import Check, level_verdicts
+from verify.serving.agreement import ID
 
-#: In the run directory: what vLLM's own class made of the plan, and the proofs of the last verification.
-SERVER, PROOFS = "server.json", "proofs.json"
+#: In the run directory: what vLLM's own class made of the plan, what the dress rehearsal proved, and the proofs of the last
+#: verification.
+SERVER, REHEARSAL, PROOFS = "server.json", "rehearsal.json", "proofs.json"
 
 
 def proofs(task: Task, directory: RunDirectory, checks: Sequence[Check]) -> dict[str, str]:
@@ -35,8 +39,27 @@ def proofs(task: Task, directory: RunDirectory, checks: Sequence[Check]) -> dict
         "server": f"{server['verdict']}: {server['figure']}"
         if asked
         else "UNCHECKED: vLLM's class was not asked in this run",
+        "forward": _forward(task, directory),
         **level_verdicts(checks),
     }
+
+
+def _forward(task: Task, directory: RunDirectory) -> str:
+    """Whether vLLM computes the model that transformers computes, as the dress rehearsal found it."""
+    if task.recipe.method != "calibrate":
+        return f"UNCHECKED: method: {task.recipe.method} calibrates nothing with transformers' forward"
+    found = compared_forwards(directory.path / REHEARSAL, "plan", task.plan.digest)
+    if found is not None:
+        return f"{found.get('verdict')}: {found.get('figure')}"
+    return "UNCHECKED: no dress rehearsal compared vLLM's forward with transformers' (rehearse.serving: true does)"
+
+
+def compared_forwards(path: Path, key: str, value: str) -> dict[str, Any] | None:
+    """The check of both forwards in a `rehearsal.json` whose field `key` is `value`; None if there is none."""
+    kept = read_json_or_none(path) or {}
+    checks = kept.get("checks") if kept.get(key) == value else None
+    checks = checks if isinstance(checks, list) else []
+    return next((check for check in checks if isinstance(check, dict) and check.get("id") == ID), None)
 
 
 def one_line(found: Mapping[str, str]) -> str:

@@ -635,3 +635,12 @@ def test_a_choice_of_true_false_and_a_word_is_one_problem_under_its_key(tmp_path
     ]
     keys = [problem.partition(": must")[0].rpartition(" ")[2] for problem in found]
     assert keys == ["verify.serving.compare", "rehearse.serving"]
+
+
+def test_a_rehearsal_that_says_nothing_of_the_forward_is_dumped_as_before_it_could(tmp_path: Path) -> None:
+    def dumped(*overrides: str) -> Any:
+        return yaml.safe_load(dump_recipe(load_recipe(write(tmp_path, MINIMAL), overrides))).get("rehearse")
+
+    assert dumped() is None
+    assert dumped("rehearse.serving=false") == {"serving": False}
+    assert dumped("rehearse.forward=warn") == {"serving": "auto", "forward": "warn"}
