@@ -154,7 +154,8 @@ class BudgetTask:
         if not self.units:
             return [
                 f"budget.candidates: no module that the targets match can be more than one of "
-                f"{', '.join(self.budget.candidates)}; add a candidate, or remove budget"
+                f"{', '.join(self.budget.candidates)}; add a candidate, or remove budget (FP8 tiles of the source stay FP8_BLOCK "
+                "unless export.kept: plain, and MXFP4 weights NVFP4)"
             ]
         least, most = (self.bits(self.nbytes(choice)) for choice in (self.smallest, self.largest))
         if self.nbytes(self.smallest) > self.limit:
