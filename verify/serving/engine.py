@@ -43,6 +43,7 @@ CPU_REFUSALS = (
     "is_act_and_mul=False is supported only for CUDA",  # fused_moe/config.py: Nemotron-H's experts without gate
     'assert self.scoring_func == "softmax"',  # fused_moe/router/cpu_router.py: sigmoid without groups or bias
     "self.conv1d.weight.size(0), self.conv1d.weight.size(2)",  # mamba/mamba_mixer.py: Mamba-1's kernel, which utils.py packs
+    "module 'triton' has no attribute 'set_allocator'",  # triton_utils/allocation.py: OLMo-Hybrid's kernels
     "'_C' object has no attribute 'selective_scan_fwd'",  # _custom_ops.py: Mamba-1's scan (Jamba), in float32
 )
 """What vLLM 0.32 raises on a CPU for a part of a model that it has for GPUs only, whatever the checkpoint holds: a text of the
