@@ -76,7 +76,7 @@ def row(task: Task, wants: Wants) -> dict[str, Any]:
                 else module[block.end() :].rpartition(".")[0]
             )
             named = re.sub(r"^.*?layers\.\d+\.", "", layer.looked_up).rpartition(".")[0]
-            if hub and hub != named:  # a tensor of a block's own module has no parent
+            if hub and hub != named and not hub.startswith("experts."):  # nor have experts of the block itself (gemma4)
                 parents.add((hub, named))
     return served.Served(
         vllm=wants.version,
