@@ -1,37 +1,31 @@
-"""A family that no table names, read from transformers' own model and conversion objects.
+"""A family that no table names: what `hub_tensors` reads from transformers' own model, as a grammar.
 
-transformers knows which hub tensors fill a model: what it does at loading has an inverse, which saving uses. Run on the
-empty model's meta tensors that inverse yields every hub name with its shape, and the storage, offset and strides of each
-result say which parameter it is a view of, and so which expert and which of its projections. No tensor is read, no name
-is guessed: what cannot be derived is refused. Sources: transformers/core_model_loading.py, conversion_mapping.py (5.17).
+The proof is a bijection: every hub tensor has one place, and every tensor of the model is filled. No name is guessed: what cannot
+be derived is refused.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightConverter, revert_weight_conversion
+from transformers import PreTrainedModel
 
 from calibration.checkpoint.formats import logical_name
 from calibration.checkpoint.source_config import TEXT_CONFIG, without
 from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
-from calibration.families.family import BESIDE, ROUTED, ROUTER, SHARED, Family
-from calibration.families.promised import ConfigReader, Kind, Promise, Wanted
+from calibration.families.family import BESIDE, ROUTED, Family
+from calibration.families.hub_tensors import HubTensor, Underivable, empty_model, expert_modules, hub_tensors
+from calibration.families.promised import ConfigReader, Promise, Wanted
 from calibration.families.served import Served, rows
-from calibration.families.stacked import UnknownLayout, experts_name, mxfp4_stacks, projections, stack_of
+from calibration.families.stacked import experts_name, mxfp4_stacks
 from recipes.errors import SourceError
 
 #: Projections that vLLM runs as one matrix, by their leaves on the hub (`packed_modules_mapping` of its models, 0.32).
@@ -39,21 +33,10 @@ _FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
-#: Parts by the class of a module: the first that its name contains after the model's own (KimiLinear), of the module itself or
-#: the nearest one above it.
-_CLASSES = (
-    ("norm", ("norm",)),
-    ("linear attention", ("deltanet", "deltaattention", "linearattention", "lightningattention")),
-    ("mamba", ("mamba", "mixer2")),
-    ("convolution", ("shortconv",)),
-    ("attention", ("attention",)),
-)
 #: A number between the dots of a name: a block's, an expert's.
 _NUMBER = r"(?<=\.)\d+(?=\.|$)"
 #: Fields of a config that count the blocks of its draft head, which the hub numbers after the last block.
 _DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
-
-
 #: A module that multiplies by the weight of a child.
 _MULTIPLIED = r"self\.(\w+)\.weight(?= @)"
 
@@ -71,27 +54,12 @@ _NO_BIASES = "vLLM 0.32 has no biases in NVFP4 experts and could not load them"
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A hub tensor: its shape, part and kind, and the tensor of transformers' tree with linearized experts that it fills."""
-
-    wanted: Wanted
-    part: str
-    fills: str
-    #: Its first row in a layer that transformers joins on load; None if it fills a tensor of its own.
-    row: int | None = None
-
-
-class _Underivable(Exception):
-    """Why a grammar cannot be derived."""
-
-
-@dataclass(frozen=True, slots=True)
 class _Grammar:
     """The empty model of a config, its wrapper if it is one, and every hub tensor by the name that transformers writes."""
 
     model: PreTrainedModel
     wrapper: wrapped.Wrapper | None
-    tensors: dict[str, _Tensor]
+    tensors: dict[str, HubTensor]
     stacks: tuple[Stack, ...]
 
     @property
@@ -112,7 +80,7 @@ def derive(config: dict[str, Any], where: str, names: Iterable[str] = ()) -> Fam
         read = _read(text, whole)
         spelled = wrapped.own_spelling(read.model, read.fills, known)
         return _derived(text, tuple(sorted(_with_stacks(read.stacks, spelled).items())), whole)
-    except (_Underivable, wrapped.UnknownPart) as problem:
+    except (Underivable, wrapped.UnknownPart) as problem:
         raise SourceError(
             f"{where}: model_type {config.get('model_type')!r} has no grammar here, and none can be derived: {problem}"
         ) from None
@@ -121,15 +89,15 @@ def derive(config: dict[str, Any], where: str, names: Iterable[str] = ()) -> Fam
 @lru_cache(maxsize=4)
 def _read(text: str, whole: bool = False) -> _Grammar:
     """The grammar of a config; `whole`: with all experts of a block in the tensors that the model has for them."""
-    model = _empty_model(json.loads(text))
+    model = empty_model(json.loads(text))
     wrapper = wrapped.read_wrapper(model)
-    return _Grammar(model, wrapper, *_tensors(model, wrapper, whole))
+    return _Grammar(model, wrapper, *hub_tensors(model, wrapper, whole))
 
 
 def _has_whole_experts(model: PreTrainedModel, names: set[str]) -> bool:
     """Whether a checkpoint stores the model's own tensors of all experts, where transformers writes single ones: it reads
     both, and releases differ (Qwen3.5: the FP8 one by expert, the BF16 one whole)."""
-    for owner in _expert_modules(model):
+    for owner in expert_modules(model):
         ends = tuple(f"{owner.rpartition('layers.')[2]}.{leaf}" for leaf in model.get_submodule(owner)._parameters)
         return any(name.endswith(ends) for name in names)
     return False
@@ -166,122 +134,8 @@ def _derived(text: str, spelled: tuple[tuple[str, str], ...], whole: bool) -> Fa
     )
 
 
-def _empty_model(config: dict[str, Any]) -> PreTrainedModel:
-    """transformers' model of the config on meta; no code of the checkpoint is run."""
-    model_type = config.get("model_type")
-    if model_type not in CONFIG_MAPPING:
-        raise _Underivable("transformers has no such model")
-    level = logging.getLogger("transformers").level
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        # transformers writes an infinity as an object of its own.
-        built = CONFIG_MAPPING[model_type].from_dict(PreTrainedConfig._decode_special_floats(config))
-        kind = wrapped.wrapper_class(built)
-        build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
-        with torch.device("meta"):
-            model: PreTrainedModel = build(built, dtype=torch.bfloat16, attn_implementation="eager")
-    except Exception as error:  # transformers, its validators and torch raise what they like
-        first = str(error).strip().partition("\n")[0] or "no message"
-        raise _Underivable(
-            f"transformers cannot build its causal language model: {type(error).__name__}: {first}"
-        ) from error
-    finally:
-        logging.getLogger("transformers").setLevel(level)
-    return model
-
-
-class _Views(TorchFunctionMode):
-    """`contiguous` keeps a view one: a copy would hide of which parameter it is a part."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        return args[0] if func is torch.Tensor.contiguous else func(*args, **(kwargs or {}))
-
-
-def _tensors(
-    model: PreTrainedModel, wrapper: wrapped.Wrapper | None, whole: bool
-) -> tuple[dict[str, _Tensor], tuple[Stack, ...]]:
-    """Every tensor of the hub checkpoint, by name, with stacks of experts taken apart, and those stacks; `whole` as in
-    `_read`."""
-    state: dict[str, torch.Tensor] = dict(model.state_dict())
-    experts = _expert_modules(model)
-    kept = {name for name in state if whole and name.rpartition(".")[0] in experts}
-    with _Views(), torch.no_grad():
-        hub: dict[str, torch.Tensor] = revert_weight_conversion(
-            model, {name: tensor for name, tensor in state.items() if name not in kept}
-        )
-    hub |= {name: state[name] for name in kept}
-    owners: dict[int, str] = {}
-    for name, tensor in state.items():
-        owners.setdefault(tensor.untyped_storage()._cdata, name)
-    tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
-    modules = dict(model.named_modules())
-    found: dict[str, _Tensor] = {}
-    stacks: list[Stack] = []
-    turning = _turning(model)
-    for name, tensor in hub.items():
-        parameter = name if name in state else owners.get(tensor.untyped_storage()._cdata, "")
-        if not parameter and wrapper is not None:  # joined or divided on load, as towers are: it is copied as it is
-            target = wrapped.loaded_into(model, name)
-            if (beside := wrapper.part(target.rpartition(".")[0])) is not None and target in state:
-                found[name] = _Tensor(Wanted(tuple(tensor.shape), _kind(tensor)), beside, target)
-                continue
-        if not parameter:
-            raise _Underivable(
-                f"{name} of the hub is no part of one parameter in transformers: such names are not read yet"
-            )
-        owner, _, leaf = parameter.rpartition(".")
-        if wrapper is not None and (beside := wrapper.part(owner)) is not None:
-            found[name] = _Tensor(Wanted(tuple(tensor.shape), _kind(tensor)), beside, parameter)
-            continue
-        if owner in experts and tensor.dim() == state[parameter].dim():
-            stack = _stack(name, tensor, modules[owner], leaf)
-            stacks.append(replace(stack, turns=any(re.search(pattern, name) for pattern in turning)))
-            found |= _of_stack(stacks[-1], owner)
-            continue
-        if owner in experts:
-            expert, projection = _slice(name, tensor, parameter, state[parameter])
-            fills = f"{owner}.{expert}.{projection}.weight"
-            found[name] = _Tensor(Wanted(tuple(tensor.shape)), ROUTED, fills)
-            continue
-        if tensor.shape != state[parameter].shape and _is_rows(tensor, state[parameter], modules[owner]):
-            fills = f"{owner}.{name.split('.')[-2]}.weight"
-            wanted = Wanted(tuple(tensor.shape), "linear" if isinstance(modules[owner], nn.Linear) else _kind(tensor))
-            found[name] = _Tensor(wanted, _part(model, modules, experts, owner), fills, _row(tensor))
-            continue
-        if tensor.shape != state[parameter].shape:
-            raise _Underivable(
-                f"{name} of the hub is a part of {parameter} in transformers: such names are not read yet"
-            )
-        linear = isinstance(modules[owner], nn.Linear) and leaf == "weight" and tensor.dtype != torch.float32
-        wanted = Wanted(tuple(tensor.shape), "linear" if linear else _kind(tensor), parameter in tied)
-        found[name] = _Tensor(wanted, _part(model, modules, experts, owner), parameter)
-    return found, tuple(stacks)
-
-
-def _turning(model: PreTrainedModel) -> list[str]:
-    """Patterns of stacks that transformers transposes at loading if their shape asks for it (qwen3_vl_moe)."""
-    converters = [found for found in get_model_conversion_mapping(model) if isinstance(found, WeightConverter)]
-    return [
-        pattern
-        for converter in converters
-        if any(isinstance(step, Transpose) and step.check_dims for step in converter.operations)
-        for pattern in converter.target_patterns
-    ]
-
-
-def _is_rows(tensor: torch.Tensor, parameter: torch.Tensor, module: nn.Module) -> bool:
-    """Whether a hub tensor is some rows of the weight of a linear layer, or of a convolution of each channel alone."""
-    rows = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d) and module.groups == len(parameter))
-    whole = rows and module.bias is None and tensor.dim() == parameter.dim()
-    return whole and tensor.shape[1:] == parameter.shape[1:] and tensor.stride() == parameter.stride()
-
-
-def _row(tensor: torch.Tensor) -> int:
-    return int(tensor.storage_offset()) // tensor.stride(0)
-
-
-def _joined(tensors: Mapping[str, _Tensor]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """`Family.joined`. Raises _Underivable for rows that do not follow each other."""
+def _joined(tensors: Mapping[str, HubTensor]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`Family.joined`. Raises Underivable for rows that do not follow each other."""
     layers: dict[str, list[tuple[int, int, str]]] = {}
     for tensor in tensors.values():
         if tensor.row is not None:
@@ -290,28 +144,8 @@ def _joined(tensors: Mapping[str, _Tensor]) -> tuple[tuple[str, tuple[str, ...]]
     for layer, found in layers.items():
         ends = [0, *(first + count for first, count, _ in sorted(found))]
         if [first for first, _, _ in sorted(found)] != ends[:-1]:
-            raise _Underivable(f"{layer} is not made of whole hub tensors one after the other")
+            raise Underivable(f"{layer} is not made of whole hub tensors one after the other")
     return tuple((layer, tuple(leaf for _, _, leaf in sorted(found))) for layer, found in layers.items())
-
-
-def _stack(name: str, tensor: torch.Tensor, module: nn.Module, leaf: str) -> Stack:
-    """The slices of a hub tensor that holds the parameter `leaf`, or a part of it, of all experts of a block."""
-    try:
-        views = {projection: view for parameter, projection, view in projections(module) if parameter == leaf}
-        return stack_of(name, tensor, views)
-    except UnknownLayout as problem:
-        raise _Underivable(f"{name} holds all experts of a block in one tensor: {problem}") from None
-
-
-def _of_stack(stack: Stack, owner: str) -> dict[str, _Tensor]:
-    """The tensors of single experts in a stack, whose module in transformers is `owner`."""
-    found = {}
-    for part in stack.slices:
-        leaf = ".".join(part.name.split(".")[-2:])
-        wanted = Wanted(part.layout.shape, "linear" if leaf.endswith(".weight") else "plain")
-        for expert in range(stack.shape[0]):
-            found[part.name.format(expert)] = _Tensor(wanted, ROUTED, f"{owner}.{expert}.{leaf}")
-    return found
 
 
 def _experts(stack: Stack) -> list[str]:
@@ -339,72 +173,11 @@ def _spelled_stack(stack: Stack, own: Mapping[str, str]) -> Stack:
     return replace(stack, name=own[stack.name], slices=slices)
 
 
-def _kind(tensor: torch.Tensor) -> Kind:
-    """What a tensor that is no linear layer may be: transformers keeps some in float32 whatever the
-    model's dtype, and the hub has them in either."""
-    return "table" if not tensor.is_floating_point() else "float" if tensor.dtype == torch.float32 else "plain"
-
-
-def _expert_modules(model: PreTrainedModel) -> set[str]:
-    """Modules that hold the weights of all routed experts of a block in tensors of three dimensions."""
-    found = set()
-    for name, module in model.named_modules():
-        stacked = [tensor for tensor in module._parameters.values() if tensor is not None and tensor.dim() == 3]
-        if len(stacked) > 1 and len({len(tensor) for tensor in stacked}) == 1:
-            found.add(name)
-    return found
-
-
-def _slice(name: str, tensor: torch.Tensor, parameter: str, stacked: torch.Tensor) -> tuple[int, str]:
-    """Expert and projection of a hub tensor that is a view of the stacked weight `[E, M, K]`."""
-    if tensor.dim() != 2 or stacked.dim() != 3 or tensor.stride() != stacked.stride()[1:]:
-        raise _Underivable(f"{name} is no part of {parameter} of one expert")
-    expert, rest = divmod(int(tensor.storage_offset()), stacked.stride(0))
-    first, leaf = rest // stacked.stride(1), parameter.rpartition(".")[2]
-    if leaf == "gate_up_proj" and len(tensor) * 2 == stacked.shape[1] and first in (0, len(tensor)):
-        return expert, "up_proj" if first else "gate_proj"
-    if leaf in ("up_proj", "down_proj") and tensor.shape == stacked.shape[1:]:
-        return expert, leaf
-    raise _Underivable(f"{name} is rows {first} on of {parameter}: such a projection is not known here")
-
-
-def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[str], owner: str) -> str:
-    if modules[owner] is model.get_input_embeddings():
-        return "embedding"
-    if modules[owner] is model.get_output_embeddings():
-        return "head"
-    moe = next((name.rpartition(".")[0] for name in experts if owner.startswith(name.rpartition(".")[0] + ".")), None)
-    if moe is not None and isinstance(modules[moe.rpartition(".")[0]], nn.ModuleList):
-        # The experts are a child of the block itself (gemma4): not all beside them belongs to them.
-        if "router" in type(modules[f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"]).__name__.lower():
-            return ROUTER
-    elif moe is not None:
-        child = f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"
-        return SHARED if _is_mlp(modules[child]) else ROUTER
-    blocks, called = model.config.get_text_config().num_hidden_layers, type(model).__name__.partition("For")[0]
-    while owner:
-        above = modules[owner.rpartition(".")[0]]
-        if isinstance(above, nn.ModuleList) and len(above) == blocks:
-            break  # a block's class is called after its attention (JambaMambaDecoderLayer), its MLP is not a part of that
-        kind = type(modules[owner]).__name__.removeprefix(called).lower()
-        for part, classes in _CLASSES:
-            if any(text in kind for text in classes):
-                return part
-        owner = owner.rpartition(".")[0]
-    return "mlp"
-
-
-def _is_mlp(module: nn.Module) -> bool:
-    """Whether a module beside the routed experts is an expert itself: it goes to some width and back. A router, or a gate of
-    one row, is one product."""
-    return sum(isinstance(inner, nn.Linear) for inner in module.modules()) > 1
-
-
 def _generalized(name: str) -> str:
     return "^" + r"\d+".join(re.escape(part) for part in re.split(_NUMBER, name))
 
 
-def _parts(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+def _parts(tensors: dict[str, HubTensor]) -> tuple[tuple[str, str], ...]:
     """Patterns of module names, the longer ones before those that they begin with. Of a name that is one part in some blocks
     and another in others (`self_attn` of kimi_linear) a pattern lists the modules."""
     modules: dict[str, dict[str, dict[str, None]]] = {}
@@ -422,7 +195,7 @@ def _any_of(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, names))
 
 
-def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+def _renames(tensors: dict[str, HubTensor]) -> tuple[tuple[str, str], ...]:
     """Hub names -> transformers' tree, those that differ, as patterns of whole names."""
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
@@ -430,17 +203,17 @@ def _renames(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
             continue
         source, target = name.removesuffix(".weight"), tensor.fills.removesuffix(".weight")
         if re.findall(_NUMBER, source) != re.findall(_NUMBER, target):
-            raise _Underivable(f"{name} fills {tensor.fills}: the numbers are in another order")
+            raise Underivable(f"{name} fills {tensor.fills}: the numbers are in another order")
         pattern = "^" + r"(\d+)".join(re.escape(part) for part in re.split(_NUMBER, source)) + r"(?=\.|$)"
         parts = re.split(_NUMBER, target)
         replacement = parts[0] + "".join(rf"\{group}{part}" for group, part in enumerate(parts[1:], 1))
         if found.setdefault(pattern, replacement) != replacement:
-            raise _Underivable(f"{name} fills {tensor.fills}, and others of its name fill {found[pattern]}")
+            raise Underivable(f"{name} fills {tensor.fills}, and others of its name fill {found[pattern]}")
     # They are applied one after the other: a module's would take a tensor of it that has a name of its own.
     return tuple(sorted(found.items(), key=lambda item: -item[0].count(".")))
 
 
-def _block_pattern(model: PreTrainedModel, tensors: dict[str, _Tensor], wrapper: wrapped.Wrapper | None) -> str:
+def _block_pattern(model: PreTrainedModel, tensors: dict[str, HubTensor], wrapper: wrapped.Wrapper | None) -> str:
     """The pattern of a block's tensors on the hub."""
     number = model.config.get_text_config().num_hidden_layers
     inner = "" if wrapper is None else f"{wrapper.language}."
@@ -453,7 +226,7 @@ def _block_pattern(model: PreTrainedModel, tensors: dict[str, _Tensor], wrapper:
         prefixes = {name.partition(".0.")[0] for name in inside}
         if len(prefixes) == 1 and all(".0." in name for name in inside):
             return rf"^{re.escape(prefixes.pop())}\.(\d+)\."
-    raise _Underivable(f"no list of {number} decoder blocks is in transformers' {type(model).__name__}")
+    raise Underivable(f"no list of {number} decoder blocks is in transformers' {type(model).__name__}")
 
 
 def _served_names(blocks: str) -> tuple[tuple[str, str], ...]:
@@ -465,14 +238,14 @@ def _served_names(blocks: str) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _fused_leaves(tensors: dict[str, _Tensor], kept: Served | None) -> tuple[tuple[str, ...], ...]:
+def _fused_leaves(tensors: dict[str, HubTensor], kept: Served | None) -> tuple[tuple[str, ...], ...]:
     leaves = {name.split(".")[-2] for name in tensors if name.count(".") > 1}
     usual = tuple(group for group in _FUSED if len(leaves & set(group)) > 1)
     known = {frozenset(group) for group in usual}
     return usual + tuple(group for group in (kept.fused if kept else ()) if frozenset(group) not in known)
 
 
-def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, _Tensor], blocks: str) -> str:
+def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, HubTensor], blocks: str) -> str:
     """The pattern of the draft head: what transformers ignores of the hub's tensors, and blocks after the last one."""
     ignored = [
         pattern
@@ -488,7 +261,7 @@ def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, _T
     return "|".join(ignored) or r"(?!)()"
 
 
-def _never_quantized(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]:
+def _never_quantized(tensors: dict[str, HubTensor]) -> tuple[tuple[str, str], ...]:
     rows = {
         _generalized(name.removesuffix(".weight")) + "$"
         for name, tensor in tensors.items()
@@ -505,7 +278,7 @@ def _never_quantized(tensors: dict[str, _Tensor]) -> tuple[tuple[str, str], ...]
     )
 
 
-def _not_observed(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> str:
+def _not_observed(model: PreTrainedModel, tensors: dict[str, HubTensor]) -> str:
     """The pattern of linear layers by whose weight another module multiplies, so that they are never called (Mamba's
     `self.dt_proj.weight @ time_step`)."""
     found: set[str] = set()
@@ -518,7 +291,7 @@ def _not_observed(model: PreTrainedModel, tensors: dict[str, _Tensor]) -> str:
     return "|".join(f"{pattern}$" for pattern in sorted(hub)) or r"(?!)"
 
 
-def _promise(tensors: dict[str, _Tensor]) -> Promise:
+def _promise(tensors: dict[str, HubTensor]) -> Promise:
     promised = {name: tensor.wanted for name, tensor in tensors.items()}
 
     def read(config: ConfigReader) -> Iterator[tuple[str, Wanted]]:
