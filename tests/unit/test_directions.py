@@ -34,7 +34,10 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "calibration/checkpoint/writer": ("calibration/checkpoint",),
     "calibration/families": ("calibration/checkpoint",),
     "calibration/families/wrapped": ("calibration/checkpoint", "calibration/families"),
-    "calibration/families/derived": ("calibration/checkpoint", "calibration/families", "calibration/families/wrapped"),
+    "calibration/families/hub_tensors": ("calibration/checkpoint", "calibration/families", "calibration/families/wrapped"),
+    "calibration/families/derived": (
+        "calibration/checkpoint", "calibration/families", "calibration/families/hub_tensors", "calibration/families/wrapped",
+    ),
     "calibration/families/cut": (),
     "calibration/families/registry": ("calibration/checkpoint", "calibration/families", "calibration/families/derived"),
     "calibration/plan": (*FAMILIES, "calibration/families/cut"),
@@ -88,6 +91,7 @@ PACKAGES = {
     "transformers": (
         "calibration/data",
         "calibration/model",
+        "calibration/families/hub_tensors",
         "calibration/families/derived",
         "calibration/families/cut",
         "calibration/families/wrapped",
