@@ -20,7 +20,7 @@ class Preset:
 _WEIGHTED = {"weight_observer": "nvfp4_weighted"}
 PRESETS = {
     "fast": Preset(arguments=_WEIGHTED, before=({"SmoothQuantModifier": {"smoothing_strength": 0.5}},)),
-    "best": Preset(arguments=_WEIGHTED, before=({"AWQModifier": {"n_grid": 8}},)),
+    "best": Preset("GPTQModifier", _WEIGHTED | {"quantized_inputs": True}, before=({"AWQModifier": {"n_grid": 8}},)),
 }
 
 

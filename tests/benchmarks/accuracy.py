@@ -93,6 +93,9 @@ METHODS: dict[str, dict[str, Any]] = {
     ),
     "AWQ": _smoothed(_AWQ),
     "AWQ, nvfp4_weighted": _smoothed(_AWQ, weight_observer="nvfp4_weighted"),
+    "AWQ, GPTQ of quantized inputs, nvfp4_weighted": _smoothed(
+        _AWQ, modifier="GPTQModifier", weight_observer="nvfp4_weighted", quantized_inputs=True
+    ),
 }
 
 
