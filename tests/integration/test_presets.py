@@ -46,10 +46,12 @@ def test_killed_in_the_middle_it_resumes_to_the_same_bytes(tmp_path: Path, prese
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_it_is_served_and_passes_every_check(tmp_path: Path, preset: str) -> None:
-    source = standard.write(tmp_path / "source", "qwen3_moe")
-    recipe = write_recipe(tmp_path, source, LINEAR, preset=preset, verify={"serving": SERVING})
+def test_it_is_served_and_passes_every_check(tmp_path: Path, preset: str, name: str) -> None:
+    source, _ = model(name, tmp_path)
+    targets = DEEPSEEK if name == "deepseek_v4" else LINEAR
+    recipe = write_recipe(tmp_path, source, targets, preset=preset, verify={"serving": SERVING})
     done = run(recipe, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verdicts"]["serving"] == "PASS"
