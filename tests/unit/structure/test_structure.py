@@ -19,7 +19,7 @@ from calibration.checkpoint.direct import Buffer, digest
 from calibration.checkpoint.files import file_digest
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
-from calibration.families import derived, registry
+from calibration.families import hub_tensors, registry
 from calibration.families.registry import FAMILIES, expected_tensors, family_of
 from calibration.plan.planner import make_plan
 from recipes.errors import SourceError
@@ -128,7 +128,7 @@ def test_values_are_found_wherever_the_tensor_lies(tmp_path: Path, monkeypatch: 
 def test_a_model_type_of_no_family_is_unchecked(good: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not measured by the tensors of another family."""
     monkeypatch.setattr(registry, "FAMILIES", FAMILIES[1:])
-    monkeypatch.setattr(derived, "CONFIG_MAPPING", {})
+    monkeypatch.setattr(hub_tensors, "CONFIG_MAPPING", {})
     tensors = by_id(verify_structure(good[0]))["tensors"]
     assert tensors.verdict == "UNCHECKED"
     assert "model_type 'deepseek_v4' is not known here" in tensors.figure
