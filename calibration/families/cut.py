@@ -16,12 +16,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from calibration.families.family import DRAFT_BLOCKS, draft_blocks
+
 #: Fields that count all blocks.
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 #: Fields that count first blocks which differ from the others.
 _FIRST = ("first_k_dense_replace", "num_hash_layers", "num_dense_layers", "moe_layer_start_index", "max_window_layers")
 #: Fields that count the blocks of a draft head, which a cut has not, and those that describe one.
-_DRAFT_BLOCKS = ("num_nextn_predict_layers", "n_mtp_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+_DRAFT_BLOCKS = (*DRAFT_BLOCKS, "n_mtp_layers")
 _DRAFT = re.compile(r"^(dspark|mtp)_")
 #: Fields that list block numbers, in a list or in a text.
 _NUMBERS = re.compile(
@@ -81,7 +83,7 @@ def _lists_numbers(key: str, value: list[Any], blocks: int) -> bool:
 
 def _cut(fields: dict[str, Any], kept: Sequence[int], blocks: int) -> None:
     position = {number: at for at, number in enumerate(kept)}
-    drafts = max((found for key in _DRAFT_BLOCKS if isinstance(found := fields.get(key), int)), default=0)
+    drafts = draft_blocks(fields, _DRAFT_BLOCKS)
     step = fields.get("decoder_sparse_step")
     if isinstance(step, int) and step > 1:
         dense = [number for number in range(blocks) if (number + 1) % step]

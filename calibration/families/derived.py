@@ -21,7 +21,7 @@ from calibration.checkpoint.formats import logical_name
 from calibration.checkpoint.source_config import TEXT_CONFIG, without
 from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
-from calibration.families.family import BESIDE, ROUTED, Family
+from calibration.families.family import BESIDE, ROUTED, Family, draft_blocks
 from calibration.families.hub_tensors import HubTensor, Underivable, empty_model, expert_modules, hub_tensors
 from calibration.families.promised import ConfigReader, Promise, Wanted
 from calibration.families.served import Served, rows
@@ -35,8 +35,6 @@ _FUSED = (
 )  # fmt: skip
 #: A number between the dots of a name: a block's, an expert's.
 _NUMBER = r"(?<=\.)\d+(?=\.|$)"
-#: Fields of a config that count the blocks of its draft head, which the hub numbers after the last block.
-_DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 #: A module that multiplies by the weight of a child.
 _MULTIPLIED = r"self\.(\w+)\.weight(?= @)"
 
@@ -254,8 +252,7 @@ def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, Hu
     ]
     last = int(model.config.get_text_config().num_hidden_layers)
     fields = {**config, **(config.get(TEXT_CONFIG) or {})}
-    count = max((value for key in _DRAFT_BLOCKS if isinstance(value := fields.get(key), int)), default=0)
-    if count > 0:
+    if (count := draft_blocks(fields)) > 0:
         numbers = "|".join(str(last + number) for number in range(min(count, 1_000)))
         ignored.insert(0, blocks.replace(r"(\d+)", f"({numbers})"))
     return "|".join(ignored) or r"(?!)()"

@@ -9,7 +9,7 @@ vllm/models (0.32) for fused projections and serving names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,9 @@ PARTS = (
 NOT_LINEAR = frozenset({
     "embedding", "router", "norm", "mHC", "sink", "compressor position", "Engram table", "Markov head", "confidence head",
 })  # fmt: skip
+
+#: Fields of a config that count the blocks of its draft head, which the hub numbers after the last block.
+DRAFT_BLOCKS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
 
 #: The projections of an expert as DeepSeek and Mixtral name them on the hub, and as transformers names them.
 EXPERT_LEAVES = (("w1", "gate_proj"), ("w2", "down_proj"), ("w3", "up_proj"))
@@ -186,3 +189,8 @@ class Family:
                 if len(group) > 1:
                     groups.append(group)
         return groups
+
+
+def draft_blocks(fields: Mapping[str, Any], names: Iterable[str] = DRAFT_BLOCKS) -> int:
+    """How many blocks the draft head of a config with these fields has, by the fields `names`."""
+    return max((count for name in names if isinstance(count := fields.get(name), int)), default=0)

@@ -38,7 +38,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "calibration/families/derived": (
         "calibration/checkpoint", "calibration/families", "calibration/families/hub_tensors", "calibration/families/wrapped",
     ),
-    "calibration/families/cut": (),
+    "calibration/families/cut": ("calibration/families",),
     "calibration/families/registry": ("calibration/checkpoint", "calibration/families", "calibration/families/derived"),
     "calibration/plan": (*FAMILIES, "calibration/families/cut"),
     "calibration/data": FAMILIES,
