@@ -28,7 +28,7 @@ from loguru import logger
 from pydantic import PrivateAttr
 from torch import nn
 
-from calibration.checkpoint.nvfp4 import RANGE, quantize_dequantize
+from calibration.checkpoint.nvfp4 import observed_global_scale, quantize_dequantize
 from calibration.runs.ranks import Ranks
 from recipes.errors import WorkflowError
 
@@ -221,8 +221,7 @@ def _as_served(module: Any, given: torch.Tensor) -> torch.Tensor:
     args = getattr(module.quantization_scheme, "input_activations", None)
     if args is None or args.strategy != QuantizationStrategy.TENSOR_GROUP:
         return given
-    largest = given.abs().amax().to(torch.float32).clamp_min(1e-30)
-    return quantize_dequantize(given, (RANGE / largest).reshape(1))
+    return quantize_dequantize(given, observed_global_scale(given.abs().amax().to(torch.float32).reshape(1)))
 
 
 def _factorize(hessian: torch.Tensor, damping: float) -> _Factor:

@@ -285,8 +285,8 @@ def _rounded_to_nearest(
             stored = emulated.sources.get(f"{name}.weight")
             if stored is None or not isinstance(module, nn.Linear) or output.of(stored).kind != "nvfp4":
                 continue
-            amax = module.weight.data.abs().amax().float().clamp_min(1e-30)
-            module.weight.data = nvfp4.quantize_dequantize(module.weight.data, (RANGE / amax).reshape(1))
+            scale = nvfp4.observed_global_scale(module.weight.data.abs().amax().float().reshape(1))
+            module.weight.data = nvfp4.quantize_dequantize(module.weight.data, scale)
             if seen := largest.get(module_of(stored)):
                 scale = torch.tensor([RANGE / seen], device=original.device)
                 stack.callback(module.register_forward_pre_hook(_NvFp4Input(scale)).remove)
