@@ -45,15 +45,9 @@ _BESIDE = {"mxfp4": {"export": {"kept": "plain"}}}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run came to: exit code, a verdict for each level, the checks that failed or warned, and its messages."""
+    """What one run came to, and all that it said."""
 
-    family: str
-    method: str
-    exit_code: int
-    verdicts: dict[str, str]
-    notes: dict[str, str]
-    cosine: str
-    seconds: float
+    row: family_table.Row
     messages: str
 
 
@@ -81,28 +75,28 @@ def run(family: str, method: str, directory: Path, serve: bool, form: str | None
     found = folder / "output.run" / "verify.json"
     judged = json.loads(found.read_text()) if found.is_file() else {"verdicts": {}, "checks": []}
     checks = {check["id"]: check for check in judged["checks"]}
-    return Outcome(
-        family, method, done.returncode, judged["verdicts"],
-        {id: f"{check['verdict']}: {check['figure']}" for id, check in checks.items()
-         if (check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales")
-         or (check["verdict"] == "UNCHECKED" and id == "serving.load")},
-        checks.get("fidelity.block_cosine", {}).get("figure", "").partition(" (")[0].removeprefix("worst "),
-        time.monotonic() - began, done.stderr,
+    notes = {
+        id: f"{check['verdict']}: {check['figure']}" for id, check in checks.items()
+        if (check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales")
+        or (check["verdict"] == "UNCHECKED" and id == "serving.load")
+    }  # fmt: skip
+    why = "" if judged["verdicts"] else done.stderr.strip().rpartition("error: ")[2].partition("\n")[0]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    row = family_table.Row(
+        family=family, form=form, method=method, exit_code=done.returncode,
+        verdicts={level: verdict for level, verdict in judged["verdicts"].items() if serve or level != "serving"},
+        notes=notes | ({"run": why} if why else {}),
+        cosine=checks.get("fidelity.block_cosine", {}).get("figure", "").partition(" (")[0].removeprefix("worst "),
+        seconds=round(time.monotonic() - began), key=key(family, form, method), date=datetime.date.today().isoformat(),
+        commit=commit.stdout.strip(),
     )  # fmt: skip
+    return Outcome(row, done.stderr)
 
 
 def run_and_keep(family: str, method: str, directory: Path, serve: bool, form: str | None = None) -> Outcome:
-    """`run`, and its row of docs/families.json and of the table."""
+    """`run`, whose row goes to docs/families.json and into the table."""
     done = run(family, method, directory, serve, form)
-    why = "" if done.verdicts else done.messages.strip().rpartition("error: ")[2].partition("\n")[0]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    row = family_table.Row(
-        family=family, form=form, method=method, exit_code=done.exit_code,
-        verdicts={level: verdict for level, verdict in done.verdicts.items() if serve or level != "serving"},
-        notes=done.notes | ({"run": why} if why else {}), cosine=done.cosine, seconds=round(done.seconds),
-        key=key(family, form, method), date=datetime.date.today().isoformat(), commit=commit.stdout.strip(),
-    )  # fmt: skip
-    family_table.keep(row)
+    family_table.keep(done.row)
     return done
 
 
@@ -137,9 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
             row = kept.get((family, form, method))
             if row is not None and row.key == key(family, form, method) and not options.again:
                 continue
-            done = run_and_keep(family, method, options.directory, form is None and not options.unserved, form)
-            print(f"{family} {form or 'bf16'} {method}: exit {done.exit_code}, {done.verdicts}, {done.notes}, "
-                  f"{done.seconds:.0f} s", file=sys.stderr, flush=True)  # fmt: skip
+            row = run_and_keep(family, method, options.directory, form is None and not options.unserved, form).row
+            print(f"{family} {form or 'bf16'} {method}: exit {row.exit_code}, {row.verdicts}, {row.notes}, "
+                  f"{row.seconds} s", file=sys.stderr, flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ KINDS = {"qwen2_moe": True, "gemma3_text": False, "deepseek_v3": False}
 
 
 def judged_good(done: families.Outcome, levels: tuple[str, ...]) -> None:
-    assert done.exit_code == 0, done.messages
-    assert {level: done.verdicts[level] for level in levels} == {
-        level: done.verdicts[level] for level in levels if done.verdicts[level] in ("PASS", "WARN")
-    }, done.notes
-    assert not [text for text in done.notes.values() if text.startswith("FAIL")]
+    row = done.row
+    assert row.exit_code == 0, done.messages
+    assert {level: row.verdicts[level] for level in levels} == {
+        level: row.verdicts[level] for level in levels if row.verdicts[level] in ("PASS", "WARN")
+    }, row.notes
+    assert not [text for text in row.notes.values() if text.startswith("FAIL")]
 
 
 @pytest.mark.parametrize(("family", "served"), KINDS.items())
@@ -39,4 +40,4 @@ def test_int4_experts_are_read_in_a_derived_family(tmp_path: Path) -> None:
 def test_every_case_of_the_matrix(family: str, form: str | None, method: str, tmp_path: Path) -> None:
     done = families.run_and_keep(family, method, tmp_path, form is None, form)
     judged_good(done, LEVELS[:2])
-    assert done.verdicts.get("serving") != "FAIL", done.notes
+    assert done.row.verdicts.get("serving") != "FAIL", done.row.notes

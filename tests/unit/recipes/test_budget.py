@@ -6,22 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from recipes.errors import RecipeError
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
-
-MODULES = {"targets": ["re:.*proj$"], "scheme": "NVFP4"}
-
-
-def write(directory: Path, modifier: dict[str, Any] = MODULES, **sections: Any) -> Path:
-    body = {
-        "source": {"checkpoint": "models/source"}, "output": "models/output", "calibration": {"dataset": "bundled"},
-        "modifiers": [{"QuantizationModifier": modifier}],
-    }  # fmt: skip
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(body | sections))
-    return path
+from tests.unit.recipes.minimal import MODULES, write
 
 
 def test_a_recipe_with_a_budget_is_written_and_read_and_without_one_is_as_before(tmp_path: Path) -> None:

@@ -11,18 +11,7 @@ import yaml
 from recipes.errors import RecipeError
 from recipes.loader import dump_recipe, load_recipe, recipe_digest
 from recipes.presets import PRESETS
-
-MODULES = {"targets": ["re:.*proj$"], "scheme": "NVFP4"}
-
-
-def write(directory: Path, modifier: dict[str, Any] = MODULES, **sections: Any) -> Path:
-    body = {
-        "source": {"checkpoint": "models/source"}, "output": "models/output", "calibration": {"dataset": "bundled"},
-        "modifiers": [{"QuantizationModifier": modifier}],
-    }  # fmt: skip
-    path = directory / "recipe.yaml"
-    path.write_text(yaml.safe_dump(body | sections))
-    return path
+from tests.unit.recipes.minimal import MODULES, write
 
 
 @pytest.mark.parametrize("name", PRESETS)
