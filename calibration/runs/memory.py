@@ -7,20 +7,20 @@ import resource
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 _STATUS = Path("/proc/self/status")
-_SECONDS = 0.02
 
 
-class PeakMemory:
-    """Samples this process's anonymous memory in a thread of its own while the context is open."""
+class Sampler:
+    """Calls `sample` every `seconds` in a thread of its own while the context is open."""
 
-    def __init__(self) -> None:
-        self._peak = 0
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=type(self).__name__, daemon=True)
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 
@@ -30,14 +30,30 @@ class PeakMemory:
         self._done.set()
         self._thread.join()
 
+    def sample(self) -> None:
+        """Looks once; a subclass says at what."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        while not self._done.wait(self._seconds):
+            self.sample()
+
+
+class PeakMemory(Sampler):
+    """Samples this process's anonymous memory."""
+
+    def __init__(self) -> None:
+        super().__init__(seconds=0.02)
+        self._peak = 0
+
+    def sample(self) -> None:
+        """Takes the memory of this moment into the peak."""
+        self._peak = max(self._peak, anonymous_memory())
+
     def take(self) -> int:
         """The highest sample since the last call, in bytes."""
         peak, self._peak = max(self._peak, anonymous_memory()), 0
         return peak
-
-    def _sample(self) -> None:
-        while not self._done.wait(_SECONDS):
-            self._peak = max(self._peak, anonymous_memory())
 
 
 def anonymous_memory() -> int:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import json
 import resource
 import sys
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from unittest.mock import patch
 
@@ -35,7 +33,7 @@ from calibration.engine.oneshot import quiet
 from calibration.families.registry import family_of
 from calibration.model.tracing import repaired_tracing
 from calibration.plan.planner import make_plan
-from calibration.runs.memory import PeakMemory, anonymous_memory
+from calibration.runs.memory import PeakMemory, Sampler, anonymous_memory
 from recipes.loader import load_recipe
 from recipes.schema import Recipe
 from workflows.progress import Reporter
@@ -43,33 +41,23 @@ from workflows.run.stages import calibrate, export, inspect
 from workflows.run.state import Run
 
 
-class PeakDisk:
+class PeakDisk(Sampler):
     """The most bytes and files below `directories` at any sample."""
 
     def __init__(self, *directories: Path) -> None:
+        super().__init__(seconds=0.1)
         self.bytes = self.files = 0
-        self._directories, self._done = directories, threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._directories = directories
 
-    def __enter__(self) -> PeakDisk:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.1):
-            sizes = []
-            for path in (path for directory in self._directories for path in directory.rglob("*")):
-                try:
-                    sizes.append(path.stat().st_size if path.is_file() else 0)
-                except OSError:  # renamed or removed meanwhile
-                    continue
-            self.bytes, self.files = max(self.bytes, sum(sizes)), max(self.files, len(sizes))
+    def sample(self) -> None:
+        """Takes the files of this moment into both peaks."""
+        sizes = []
+        for path in (path for directory in self._directories for path in directory.rglob("*")):
+            try:
+                sizes.append(path.stat().st_size if path.is_file() else 0)
+            except OSError:  # renamed or removed meanwhile
+                continue
+        self.bytes, self.files = max(self.bytes, sum(sizes)), max(self.files, len(sizes))
 
 
 def ours(recipe: Recipe) -> dict[str, Any]:

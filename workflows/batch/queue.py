@@ -122,11 +122,7 @@ class Queue:
         self._signature = self._journal_sizes()
 
     def _tick(self) -> None:
-        for child in list(self.running):
-            ended, code = child.poll()
-            if ended:
-                self.running.remove(child)
-                self._record_end(child, code)
+        self._collect_ended()
         if self.should_stop():
             self.stop("stop requested")
         elif self.rules.until is not None and time.time() >= self.rules.until:
@@ -228,6 +224,14 @@ class Queue:
                 found.append((0, 0))
         return tuple(found)
 
+    def _collect_ended(self) -> None:
+        """Records every attempt that has ended since the last look."""
+        for child in list(self.running):
+            ended, code = child.poll()
+            if ended:
+                self.running.remove(child)
+                self._record_end(child, code)
+
     def _stop_at_once(self) -> None:
         self.stopping = self.stopping or "stopped at once"
         deadline = time.monotonic() + self.patience
@@ -235,11 +239,7 @@ class Queue:
             for _ in range(1 if child.asked_to_stop else 2):
                 child.ask_to_stop()
         while self.running and time.monotonic() < deadline:
-            for child in list(self.running):
-                ended, code = child.poll()
-                if ended:
-                    self.running.remove(child)
-                    self._record_end(child, code)
+            self._collect_ended()
             time.sleep(_TICK_SECONDS)
         for child in self.running:
             child.kill()
