@@ -120,12 +120,15 @@ def test_the_spelling_of_the_source_changes_no_verdict_and_no_figure(tmp_path: P
 
 
 def test_a_low_cosine_is_a_warning_if_rounding_alone_costs_as_much(mixtral: tuple[Path, Path], tmp_path: Path) -> None:
-    """Random weights lose more than a trained model's: the threshold says nothing about those."""
+    """Random weights lose more than a trained model's: the thresholds say nothing about those."""
     source, output = mixtral
-    strict = Fidelity(tokens=64, min_block_cosine=0.9999)
+    strict = Fidelity(tokens=64, min_block_cosine=0.9999, min_propagated_cosine=0.99999)
     checks, blocks = verify_forward(output, Checkpoint.open(source), strict, TEXT)
     assert checks[0].verdict == "WARN" and "is what the source's block rounded to nearest has" in checks[0].figure
     assert all(block.rounded is not None and 0.9 < block.rounded < 0.9999 for block in blocks)
+    assert checks[1].verdict == "WARN" and "the source's blocks rounded to nearest have" in checks[1].figure
+    chain = blocks[-1].chain_rounded
+    assert chain is not None and chain == pytest.approx(blocks[-1].propagated, abs=0.02) and chain < 0.99999
     damaged = Path(shutil.copytree(output, tmp_path / "damaged"))
     for shard in damaged.glob("*.safetensors"):
         tensors = load_file(shard)
@@ -135,6 +138,7 @@ def test_a_low_cosine_is_a_warning_if_rounding_alone_costs_as_much(mixtral: tupl
         save_file(tensors, shard, metadata={"format": "pt"})
     checks, blocks = verify_forward(damaged, Checkpoint.open(source), strict, TEXT)
     assert checks[0].verdict == "FAIL" and blocks[1].cosine < (blocks[1].rounded or 0) - 0.02
+    assert checks[1].verdict == "FAIL" and blocks[-1].propagated < (blocks[-1].chain_rounded or 0) - 0.05
 
 
 def test_deepseek_v4_passes(tmp_path: Path) -> None:
