@@ -35,9 +35,9 @@ from calibration.engine.experts import ExpertCalibration
 from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.pipeline import PIPELINE, current
 from calibration.engine.results import CalibrationSummary, Callbacks
+from calibration.engine.run import CalibrationRun
 from calibration.engine.smoothing import Smoother
 from calibration.engine.topped_up import TopUp
-from calibration.engine.walk import CalibrationRun
 from calibration.model.heap import objects_frozen, reuse_freed_memory
 from calibration.model.source_model import SourceModel
 from calibration.plan.matching import resolved_targets

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.registry import CalibrationPipeline
@@ -21,8 +22,10 @@ from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier, link_fused
 from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.guards import require_mappings_inside_blocks, require_routing
+from calibration.engine.passes import Passes
+from calibration.engine.run import CalibrationRun
 from calibration.engine.smoothing import SAMPLE
-from calibration.engine.walk import CalibrationRun, Walk
+from calibration.engine.walk import Walk
 from calibration.model.parity import parity_samples
 from recipes.errors import RecipeError
 
@@ -90,7 +93,9 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         edits = not all(isinstance(modifier, QuantizationModifier) for modifier in modifiers)
         blockwise = [modifier for modifier in modifiers if isinstance(modifier, BlockQuantizationModifier)]
         dividing = [modifier for modifier in modifiers if isinstance(modifier, StreamingGPTQModifier)]
-        Walk(run, cache, subgraphs, samples, edits, blockwise, dividing).walk()
+        head = model.get_output_embeddings()
+        quantizes_head = is_module_quantized(head) or any(modifier.quantizes(head) for modifier in blockwise)
+        Walk(Passes(run, cache, subgraphs, samples, quantizes_head), edits, blockwise, dividing).walk()
         LifecycleCallbacks.calibration_end()
         run.ranks.all_gather(
             "end", None

@@ -290,7 +290,8 @@ def exponents(inputs: torch.Tensor, weights: torch.Tensor, strength: float) -> t
 
 
 def round_to_nvfp4(values: torch.Tensor, largest: float) -> torch.Tensor:
-    """float32 `[M, K]`, rounded to nearest under the global scale that admits `largest` in magnitude."""
+    """float32 `[M, K]`, rounded to nearest under the global scale that admits `largest` in magnitude. It judges a search and is
+    not written: where a group scale lies between two of E4M3, it may choose the other one than `nvfp4.quantize_dequantize`."""
     if not largest > 0:
         return values
     global_scale = RANGE / largest

@@ -9,134 +9,40 @@ every observer must have seen something, every scale must be finite and positive
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from compressed_tensors.quantization.utils import is_module_quantized
 from compressed_tensors.utils import patch_attr
-from llmcompressor.core import LifecycleCallbacks, active_session
+from llmcompressor.core import LifecycleCallbacks
 from llmcompressor.modeling.moe.context import get_calibrate_all_experts_flag
 from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
 from llmcompressor.modifiers.quantization.calibration import freeze_module_quantization, observe, update_qparams
 from llmcompressor.observers import ACTIVATION_OBS, Observer
-from llmcompressor.pipelines.sequential.helpers import Subgraph, trace_subgraphs
 from torch import nn
 
 from calibration.checkpoint.dequantize import is_finite
-from calibration.engine.activations import ActivationCache
 from calibration.engine.attachment import BlockQuantizationModifier
-from calibration.engine.experts import ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
+from calibration.engine.experts import Pass, fill_dead_experts, fill_from_peers
 from calibration.engine.gptq import StreamingGPTQModifier
-from calibration.engine.guards import (
-    first_non_finite,
-    require_scales,
-    require_statistics,
-)
-from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
-from calibration.engine.smoothing import Factors, Smoother
+from calibration.engine.guards import require_scales, require_statistics
+from calibration.engine.passes import Part, Passes
+from calibration.engine.results import BlockResult
+from calibration.engine.run import CalibrationRun
+from calibration.engine.smoothing import Factors
 from calibration.engine.weighted import all_reduce_importance
-from calibration.model import tracing
-from calibration.model.parity import BlockCall, hidden_of, own_block_calls, require_parity
-from calibration.model.source_model import SourceModel
-from calibration.model.tracing import called_modules
-from calibration.runs.memory import PeakMemory
-from calibration.runs.ranks import Ranks
 from calibration.runs.resume import Boundary, Resume
 from calibration.runs.sharing import all_reduce_extremes, sum_counts
-from recipes.errors import Interrupted, RecipeError, SourceError, WorkflowError
-
-
-@dataclass
-class CalibrationRun:
-    """The settings and state of one run of the pipeline.
-
-    `fused` are groups of transformers module names that must share a weight global scale; `scratch` holds activations
-    beyond `max_host_memory` bytes. With `resume`, the blocks it names are skipped and every boundary is saved. Each of
-    several `ranks` takes its own batches, and the weights of the modules (source names) that `owners` assigns to it.
-    """
-
-    source: SourceModel
-    callbacks: Callbacks
-    scratch: Path
-    fused: Sequence[tuple[str, ...]] = ()
-    min_tokens_per_expert: int = 1
-    max_host_memory: int | None = None
-    resume: Resume | None = None
-    ranks: Ranks = field(default_factory=Ranks)
-    owners: Mapping[str, int] = field(default_factory=dict)
-    #: Smooths each block before its layers are observed.
-    smoother: Smoother | None = None
-    #: Numbers of the batches that the smoother sees.
-    sample: range = range(0)
-    experts: ExpertCalibration = field(default_factory=ExpertCalibration)
-    summary: CalibrationSummary = field(default_factory=CalibrationSummary)
-    memory: PeakMemory = field(default_factory=PeakMemory)
-    #: Whether the modifiers were accepted and the forward passes have started.
-    calibrating: bool = False
-
-    def tell(self, event: str, **facts: Any) -> None:
-        """Reports an event of the calibration through `on_progress`."""
-        self.callbacks.on_progress({"event": event, **facts})
-
-    def trace(self, sample: dict[str, Any], ignore: list[str]) -> list[Subgraph]:
-        """Traces the model with llm-compressor on one batch. Raises WorkflowError unless each block becomes its own
-        subgraph."""
-        blocks = list(self.source.blocks.values())
-        try:
-            with tracing.repaired_tracing():
-                subgraphs = trace_subgraphs(self.source.model, sample, self.source.sequential_targets, ignore)
-        except Exception as error:
-            name = type(self.source.model).__name__
-            raise WorkflowError(f"{name}: llm-compressor cannot trace this model: {str(error)[-600:]}") from error
-        found = [self.blocks_in(subgraph) for subgraph in subgraphs]
-        if [block for group in found for block in group] != blocks or any(len(group) > 1 for group in found):
-            raise WorkflowError(
-                f"{type(self.source.model).__name__}: tracing gave {len(subgraphs)} parts, not one for each of the "
-                f"{len(blocks)} blocks, in order; this model type is not supported"
-            )
-        return list(subgraphs)
-
-    def blocks_in(self, subgraph: Subgraph) -> list[nn.Module]:
-        """The blocks that a subgraph calls: one, or none before the first block and after the last."""
-        blocks = set(self.source.blocks.values())
-        return [module for module in called_modules(subgraph, self.source.model) if module in blocks]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One subgraph of the traced model: its `index` and `roots`, the modules whose weights it needs. `block` and its
-    `number` are None before the first block (or after the last); `name` is the source's; `where` names the part in
-    messages."""
-
-    index: int
-    roots: list[nn.Module]
-    block: nn.Module | None
-    number: int | None
-    name: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What went through a block: the hidden states that entered, its other arguments, the hidden states that left."""
-
-    hidden: torch.Tensor
-    call: BlockCall
-    made: torch.Tensor
+from recipes.errors import Interrupted, RecipeError
 
 
 @dataclass
 class Walk:
     """Takes all batches through the subgraphs, one subgraph at a time."""
 
-    run: CalibrationRun
-    cache: ActivationCache
-    subgraphs: list[Subgraph]
-    samples: dict[int, dict[str, Any]]
+    passes: Passes
+    #: Whether the modifiers edit weights: outputs are then computed in a second pass.
     edits: bool
     #: The modifiers that attach and detach the modules of each subgraph; the others initialize all at the start.
     blockwise: Sequence[BlockQuantizationModifier] = ()
@@ -144,14 +50,17 @@ class Walk:
     dividing: Sequence[StreamingGPTQModifier] = ()
     #: Block number by subgraph; None for the subgraph before the first block (or after the last).
     numbers: list[int | None] = field(default_factory=list)
-    entering: dict[int, torch.Tensor] = field(default_factory=dict)
-    calls: dict[int, list[BlockCall]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> CalibrationRun:
+        """The settings and state of the run."""
+        return self.passes.run
 
     def walk(self) -> None:
         """Takes every batch through every unfinished block, starting at the nearest saved activations."""
         run, resume = self.run, self.run.resume or Resume(self.run.scratch)
         numbers = iter(range(len(run.source.blocks)))
-        self.numbers = [next(numbers) if run.blocks_in(subgraph) else None for subgraph in self.subgraphs]
+        self.numbers = [next(numbers) if run.blocks_in(subgraph) else None for subgraph in self.passes.subgraphs]
         for number, facts in sorted(resume.finished.items()):
             run.summary.take(number, facts)
         where = {number: index for index, number in enumerate(self.numbers) if number is not None}
@@ -161,7 +70,7 @@ class Walk:
                 if index == route[0][0]:
                     self._look_before_the_blocks()
                 run.tell("resume", block=self.numbers[index], directory=str(saved.directory))
-                self.cache.restore(saved)
+                self.passes.cache.restore(saved)
             self.step(index, following)
 
     def _route(self, where: dict[int, int], resume: Resume) -> list[tuple[int, Boundary | None]]:
@@ -175,29 +84,21 @@ class Walk:
             route += [(start, None if saved is None else resume.boundaries[saved])]
             route += [(index, None) for index in range(start + 1, pending + 1)]
             begin = pending + 1
-        return route + [(index, None) for index in range(begin, len(self.subgraphs)) if begin > max(where.values())]
+        rest = range(begin, len(self.passes.subgraphs)) if begin > max(where.values()) else ()
+        return route + [(index, None) for index in rest]
 
     def _look_before_the_blocks(self) -> None:
         """Records the model's own calls of its blocks, for parity, if the walk does not start at the text."""
-        roots = self.roots(0)
+        roots = self.passes.roots(0)
         self.run.source.load(roots)
-        self.record_own_calls()
+        self.passes.record_own_calls()
         self.run.source.unload(roots)
-
-    def part(self, index: int, number: int | None) -> Part:
-        """The part of subgraph `index`, which contains block `number` unless it contains none."""
-        source = self.run.source
-        block = next(iter(self.run.blocks_in(self.subgraphs[index])), None)
-        name = "before the blocks" if block is None else source.source_block(source.module_name(block))
-        number = None if block is None else number
-        where = name if number is None else f"block {number} ({name})"
-        return Part(index, self.roots(index), block, number, name, where)
 
     def step(self, index: int, following: int | None) -> None:
         """Loads, calibrates, checks, reports and unloads one subgraph while the `following` one's weights are
         prefetched; then makes its outputs durable."""
-        run, source, started = self.run, self.run.source, time.monotonic()
-        part = self.part(index, self.numbers[index])
+        run, source, cache, started = self.run, self.run.source, self.passes.cache, time.monotonic()
+        part = self.passes.part(index, self.numbers[index])
         number, roots = part.number, part.roots
         known = run.resume is not None and number in run.resume.finished and not self.edits
         for modifier in self.blockwise if not known else ():
@@ -205,30 +106,29 @@ class Walk:
         run.tell("load", block=number, name=part.name)
         source.load(roots)
         if following is not None and source.prefetches:
-            source.prefetch(self.roots(following))
-        self.cache.aim(index + 1, save=part.block is not None and index + 1 < len(self.subgraphs))
+            source.prefetch(self.passes.roots(following))
+        cache.aim(index + 1, save=part.block is not None and index + 1 < len(self.passes.subgraphs))
         if index == 0:
-            self.record_own_calls()
+            self.passes.record_own_calls()
         result = None if known else self._work(part, started)
         if result is not None:
             self._hand_over(result)
         else:
-            self._repeat(part)
+            self.passes.compute(part, Pass.REPEAT)
         for modifier in self.blockwise:
             modifier.detach()
         for module in [module for root in roots for module in root.modules()]:
             run.experts.forget(module)
-            freeze_module_quantization(
-                module
-            )  # calibration_end does it too late: a thousand observers per block until then
+            # calibration_end does it too late: a thousand observers per block until then.
+            freeze_module_quantization(module)
         source.unload(roots)
         if number is not None:
             facts = None if result is None else result.facts()
-            boundary = Boundary.whole(run.ranks.all_gather(f"activations after {part.where}", self.cache.commit()))
+            boundary = Boundary.whole(run.ranks.all_gather(f"activations after {part.where}", cache.commit()))
             run.callbacks.on_finished(number, facts, boundary)
         # After this barrier the block is finished for all ranks.
         stop = number is not None and run.ranks.any(f"end of {part.where}", run.callbacks.should_stop())
-        self.cache.forget(before=index + 1)
+        cache.forget(before=index + 1)
         if number is not None and stop:
             total = len(source.blocks)
             rest = "writes the index" if number + 1 == total else f"resumes with block {number + 2}"
@@ -258,12 +158,12 @@ class Walk:
         own = {name: m for name, m in quantized.items() if run.owners.get(name, 0) == run.ranks.rank}
         others = set() if self.dividing else set(quantized.values()) - set(own.values())
         with patch_attr(run.experts, "kind", Pass.PROPAGATE):
-            modules = self.subgraphs[part.index].submodules(source.model)
+            modules = self.passes.subgraphs[part.index].submodules(source.model)
             LifecycleCallbacks.sequential_epoch_end([module for module in modules if module not in others])
         update_qparams(others, ACTIVATION_OBS)
         nearest = self._round_to_nearest(own)
         if self.edits:
-            self._propagate(part)
+            self.passes.compute(part, Pass.PROPAGATE)
         require_scales(own, where)
         figures = run.ranks.all_gather(f"scales of {where}", (parity, run.memory.take()))
         return BlockResult(
@@ -317,116 +217,27 @@ class Walk:
             tokens_per_expert=result.tokens_per_expert, topped_up=result.topped_up, filled_experts=result.filled_experts,
         )  # fmt: skip
 
-    def _repeat(self, part: Part) -> None:
-        """Computes the outputs of a finished block again, with the same bits, without observing."""
-        with self.run.experts.running(Pass.REPEAT):
-            for batch, outputs, passed in self.forward(part, "repeat"):
-                if passed is not None:
-                    self.require_finite(part, passed.made, batch)
-                self.keep(part.index, batch, outputs)
-
-    def roots(self, index: int) -> list[nn.Module]:
-        """The modules whose weights a subgraph needs."""
-        model = self.run.source.model
-        roots = called_modules(self.subgraphs[index], model)
-        if index == 0:
-            # The embedding is called inside wrapped code, where the graph does not show it.
-            later = {module for subgraph in self.subgraphs[1:] for module in called_modules(subgraph, model)}
-            roots += [module for module in self.run.source.outside_blocks() if module not in {*later, *roots}]
-        # calibration_forward_context gives the head a forward that needs no weights.
-        head = model.get_output_embeddings()
-        wanted = is_module_quantized(head) or any(modifier.quantizes(head) for modifier in self.blockwise)
-        return [module for module in roots if module is not head or wanted]
-
-    def record_own_calls(self) -> None:
-        """Runs the model's own forward with identity blocks, to record how it calls them (for parity)."""
-        source = self.run.source
-        for batch, sample in self.samples.items():
-            with self.run.experts.running(Pass.REPEAT):
-                calls = own_block_calls(source.model, list(source.blocks.values()), sample)
-            self.entering[batch], self.calls[batch] = calls
-
     def _calibrate(self, part: Part) -> float:
         """Runs the pass that observes. Returns the largest difference to the model's own forward."""
         worst, rounds = 0.0, 0
         if self.dividing:
-            rounds = max(self.run.ranks.all_gather(f"batches of {part.where}", len(self.cache)))
+            rounds = max(self.run.ranks.all_gather(f"batches of {part.where}", len(self.passes.cache)))
         with self.run.experts.running(Pass.CALIBRATE):
-            for batch, outputs, passed in self.forward(part, "calibrate"):
+            for batch, outputs, passed in self.passes.forward(part, "calibrate"):
                 if passed is not None:
-                    self.require_finite(part, passed.made, batch)
-                    if batch in self.calls and part.number is not None:
-                        worst = max(worst, self.check_parity(part, batch, passed))
+                    self.passes.require_finite(part, passed.made, batch)
+                    if batch in self.passes.calls and part.number is not None:
+                        worst = max(worst, self.passes.check_parity(part, batch, passed))
                 if not self.edits:
-                    self.keep(part.index, batch, outputs)
+                    self.passes.keep(part.index, batch, outputs)
                 self._add_inputs(part)
-        for _ in range(len(self.cache), rounds):
+        for _ in range(len(self.passes.cache), rounds):
             self._add_inputs(part)
         return worst
 
     def _add_inputs(self, part: Part) -> None:
         for modifier in self.dividing:
             modifier.add_inputs(part.where)
-
-    def _propagate(self, part: Part) -> None:
-        """Runs the pass that computes the outputs with the edited weights."""
-        with self.run.experts.running(Pass.PROPAGATE):
-            for batch, outputs, passed in self.forward(part, "propagate"):
-                if passed is not None:
-                    self.require_finite(part, passed.made, batch)
-                self.keep(part.index, batch, outputs)
-
-    def forward(self, part: Part, kind: str) -> Iterator[tuple[int, dict[str, Any], Passed | None]]:
-        """Yields for each batch its index, outputs, and what went through the block."""
-        subgraph, passed = self.subgraphs[part.index], list[Passed]()
-
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            passed.append(Passed(*BlockCall.of(args, kwargs), hidden_of(output)))
-
-        for batch in range(len(self.cache)):
-            active_session().state.current_batch_idx = batch
-            if self.run.experts.top_up is not None:
-                self.run.experts.top_up.enter_batch(batch)
-            inputs = self.cache.fetch(batch, subgraph.input_names)
-            handle = None if part.block is None else part.block.register_forward_hook(watch, with_kwargs=True)
-            outputs = subgraph.forward(self.run.source.model, **inputs)
-            if handle is not None:
-                handle.remove()
-            self.run.tell("batch", block=part.number, batch=batch, batches=len(self.cache), kind=kind)
-            yield batch, outputs, passed.pop() if passed else None
-
-    def keep(self, index: int, batch: int, outputs: dict[str, Any]) -> None:
-        """Keeps a subgraph's outputs for the next one."""
-        if index + 1 < len(self.subgraphs):
-            self.cache.replace(batch, outputs, self.subgraphs[index].consumed_names)
-
-    def check_parity(self, part: Part, batch: int, passed: Passed) -> float:
-        """The largest difference between what left the block and the result of the model's own call of it on what entered.
-        Raises ParityError."""
-        block, number = part.block, part.number
-        assert block is not None and number is not None
-        worst = 0.0
-        if number == 0:
-            worst = require_parity("before block 0", passed.hidden, self.entering[batch])
-        self.calls[batch][number].complete(passed.call)
-        with self.run.experts.running(Pass.REPEAT):
-            own = self.calls[batch][number](block, passed.hidden)
-        return max(worst, require_parity(f"block {number}", passed.made, own))
-
-    def require_finite(self, part: Part, made: torch.Tensor, batch: int) -> None:
-        """Raises SourceError that names the first module with NaN or Inf if the block's output is not finite."""
-        if part.block is None or is_finite(made):
-            return
-        source, subgraph = self.run.source, self.subgraphs[part.index]
-        name = source.module_name(part.block)
-        with self.run.experts.running(Pass.PROPAGATE):
-            inputs = self.cache.fetch(batch, subgraph.input_names)
-            forward = partial(subgraph.forward, source.model, **inputs)
-            first = first_non_finite(part.block.named_modules(prefix=name), forward)
-        raise SourceError(
-            f"{part.where}, batch {self.cache.numbers[batch]}: the hidden states are not finite; the first module with NaN "
-            f"or Inf is {first or name}; the source overflows in BF16 on this text, or is damaged"
-        )
 
     def _fill(self, experts: list[LinearExperts2D], added: list[dict[int, int]]) -> list[int]:
         for module in experts:
@@ -458,8 +269,8 @@ class Walk:
         def outputs(which: str) -> list[torch.Tensor]:
             made = []
             with self.run.experts.running(Pass.PROPAGATE):
-                for batch, _, passed in self.forward(part, "smooth"):
-                    if which == "sample" and self.cache.numbers[batch] not in self.run.sample:
+                for batch, _, passed in self.passes.forward(part, "smooth"):
+                    if which == "sample" and self.passes.cache.numbers[batch] not in self.run.sample:
                         break
                     assert passed is not None
                     made.append(passed.made)

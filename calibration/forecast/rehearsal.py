@@ -22,8 +22,9 @@ from llmcompressor.utils.helpers import calibration_forward_context
 from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
 from calibration.engine.experts import Pass
+from calibration.engine.passes import Part, Passes
 from calibration.engine.results import Callbacks
-from calibration.engine.walk import CalibrationRun, Part, Walk
+from calibration.engine.run import CalibrationRun
 from calibration.forecast.speed import Spent, Watch
 from calibration.model.source_model import SourceModel
 from calibration.runs.memory import PeakMemory
@@ -127,14 +128,14 @@ def _walk(
         cache = stack.enter_context(ActivationCache(source.device, scratch))
         cache.add(sample)
         samples = {0: cache.fetch(0)}
-        walk = Walk(run, cache, run.trace(samples[0], DatasetArguments().tracing_ignore), samples, edits=False)
+        passes = Passes(run, cache, run.trace(samples[0], DatasetArguments().tracing_ignore), samples)
         stack.enter_context(run.experts.installed())
         stack.enter_context(calibration_forward_context(source.model))
         if all_experts:
             stack.enter_context(moe_calibration_context())
         number = 0
-        for index in range(len(walk.subgraphs)):
-            part = walk.part(index, number)
+        for index in range(len(passes.subgraphs)):
+            part = passes.part(index, number)
             if part.block is None and index:
                 break
             last = into.blocks[-1] if into.blocks else None
@@ -142,7 +143,7 @@ def _walk(
             if number in chosen and last and taken > seconds:
                 into.left_out += [first for first in chosen if first >= number]
                 break
-            facts = _step(walk, part, part.block is not None and number not in chosen)
+            facts = _step(passes, part, part.block is not None and number not in chosen)
             if part.block is None:
                 continue
             if facts is not None:
@@ -153,28 +154,28 @@ def _walk(
                 break
 
 
-def _step(walk: Walk, part: Part, skipped: bool) -> tuple[Spent, Spent, float] | None:
+def _step(passes: Passes, part: Part, skipped: bool) -> tuple[Spent, Spent, float] | None:
     """Runs one subgraph. Returns the cost of loading and of the forward pass, and the difference to the model's own
     forward. A `skipped` block is not loaded and passes its input on."""
-    source, worst, watch = walk.run.source, 0.0, Watch()
+    source, worst, watch = passes.run.source, 0.0, Watch()
     roots = [root for root in part.roots if not skipped or root is not part.block]
     source.load(roots)
     loaded = watch.lap()
     if part.index == 0:
-        walk.record_own_calls()
+        passes.record_own_calls()
     with ExitStack() as stack:
-        stack.enter_context(walk.run.experts.running(Pass.REPEAT))
+        stack.enter_context(passes.run.experts.running(Pass.REPEAT))
         if skipped and part.number is not None:
-            stack.enter_context(patch_attr(part.block, "forward", walk.calls[0][part.number].skip))
+            stack.enter_context(patch_attr(part.block, "forward", passes.calls[0][part.number].skip))
             part = replace(part, block=None)
         watch.lap()
-        for batch, outputs, passed in walk.forward(part, "rehearse"):
+        for batch, outputs, passed in passes.forward(part, "rehearse"):
             forward = watch.lap()
             if passed is not None:
-                walk.require_finite(replace(part, where=f"rehearsal of {part.where}"), passed.made, batch)
+                passes.require_finite(replace(part, where=f"rehearsal of {part.where}"), passed.made, batch)
                 watch.lap()
-                worst = walk.check_parity(part, batch, passed)
+                worst = passes.check_parity(part, batch, passed)
                 forward = min(forward, watch.lap(), key=lambda spent: spent.clock)
-            walk.keep(part.index, batch, outputs)
+            passes.keep(part.index, batch, outputs)
     source.unload(roots)
     return None if part.block is None else (loaded, forward, worst)

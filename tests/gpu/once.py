@@ -22,6 +22,7 @@ import torch
 
 from calibration.engine.experts import ExpertCalibration
 from calibration.engine.export import Exporter
+from calibration.engine.passes import Passes
 from calibration.engine.walk import Walk
 from calibration.model.source_model import SourceModel
 from calibration.runs.memory import PeakMemory, anonymous_memory
@@ -76,7 +77,7 @@ def measured(method: str, recipe: Path, one_by_one: bool = False) -> dict[str, A
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
         for owner, name, spans in (
-            (SourceModel, "_read", read), (Walk, "_calibrate", compute), (Walk, "_propagate", compute),
+            (SourceModel, "_read", read), (Walk, "_calibrate", compute), (Passes, "compute", compute),
             (Exporter, "block", write),
         ):  # fmt: skip
             stack.enter_context(patch.object(owner, name, clocked(getattr(owner, name), spans)))

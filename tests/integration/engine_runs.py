@@ -25,7 +25,7 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTr
 
 from calibration.data.padding import without_padding
 from calibration.engine.oneshot import calibrate, quiet
-from calibration.engine.walk import BlockResult, CalibrationSummary, Callbacks
+from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
 from calibration.families.registry import open_source
 from calibration.model.skeleton import build_skeleton
 from calibration.model.source_model import SourceModel

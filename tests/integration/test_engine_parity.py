@@ -12,7 +12,7 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 from llmcompressor.utils.helpers import calibration_forward_context
 
 from calibration.data.padding import without_padding
-from calibration.engine.walk import BlockResult
+from calibration.engine.results import BlockResult
 from calibration.model import tracing
 from calibration.model.parity import BF16_STEP, ParityError, require_parity
 from tests.integration.engine_runs import STANDARD, Run, batches, even_products, ours, recipe, skeleton, stock_model
@@ -86,7 +86,7 @@ def test_parity_covers_odd_batches() -> None:
     require = require_parity
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "calibration.engine.walk.require_parity",
+            "calibration.engine.passes.require_parity",
             lambda what, traced, own: compared.append(traced.shape) or require(what, traced, own),
         )
         ours(recipe("llama"), source)

@@ -14,7 +14,7 @@ from llmcompressor.modifiers.utils.hooks import HooksMixin
 
 from calibration.engine import walk as sequential
 from calibration.engine.activations import ActivationCache
-from calibration.engine.walk import BlockResult
+from calibration.engine.results import BlockResult
 from calibration.plan.matching import resolved_targets
 from recipes.errors import RecipeError, SourceError, WorkflowError
 from tests.integration.engine_runs import (

@@ -17,7 +17,7 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.data.batches import load_batches, load_tokenizer
 from calibration.engine.oneshot import quiet
-from calibration.engine.walk import Walk
+from calibration.engine.passes import Passes
 from calibration.families.registry import family_of
 from calibration.forecast.cost import BlockCost, attention, boundary_bytes, hidden_width, products
 from calibration.forecast.rehearsal import kinds, rehearse_blocks
@@ -210,13 +210,13 @@ def test_operations_and_activations_are_what_the_cost_model_says(
     """torch counts the operations of a block's forward pass and of the model's own (parity); routers are not in the
     formula, nor rotary tables in the bytes."""
     source = standard.write(tmp_path / "source", family)
-    counter, forward = FlopCounterMode(display=False), Walk.forward
+    counter, forward = FlopCounterMode(display=False), Passes.forward
 
     def counted(*args: Any) -> Any:
         with counter:
             yield from forward(*args)
 
-    monkeypatch.setattr(Walk, "forward", counted)
+    monkeypatch.setattr(Passes, "forward", counted)
     model, done = rehearse(tmp_path, source)
     checkpoint = Checkpoint.open(source)
     formats, config = Formats(checkpoint), checkpoint.config
