@@ -89,7 +89,8 @@ def test_routed_tokens_only(root: Path, case: Case, experts: str) -> None:
 
 @pytest.mark.parametrize("experts", ["all", "routed"])
 def test_gptq_of_quantized_inputs(root: Path, case: Case, experts: str) -> None:
-    """Three batches for two ranks, or for three; q, k and v share a Hessian, and with all experts so do all gates."""
+    """Three batches for two ranks, or for three; q, k and v share a Hessian, and with all experts so do all gates. What two
+    ranks have begun, three finish."""
     calibration = case.body["calibration"] | {"experts": experts, "max_seq_length": 12}
     arguments = {"quantized_inputs": True, "weight_observer": "nvfp4_weighted"}
     one = Case(root / f"gptq-{experts}", root / "qwen3_moe", "GPTQModifier", TARGETS, calibration, **arguments)
@@ -97,6 +98,11 @@ def test_gptq_of_quantized_inputs(root: Path, case: Case, experts: str) -> None:
         attempt = Attempt(one, f"ranks-{size}", run=False)
         assert go(attempt, size) == [0] * size, attempt.text
         same(attempt, one)
+    killed = Attempt(one, "killed", run=False)
+    assert go(killed, 2, {0: partial(kill_behind, 0)})[0] == KILLED
+    assert go(killed, 3) == [0] * 3, killed.text
+    assert [block for block in killed.loaded() if block is not None] == [1, 2]
+    same(killed, one)
     in_parts, parts_of_one = (Attempt(one, f"parts-{size}", run=False) for size in (2, 1))
     assert go(in_parts, 2, dict.fromkeys((0, 1), small_parts)) == [0, 0], in_parts.text
     assert parts_of_one.go(small_parts) == 0, parts_of_one.text
@@ -157,6 +163,15 @@ def test_one_rank_killed_at_random_moments(case: Case, part: int, kills: int) ->
     moments = random.Random(part)
     for number in range(kills):
         kill_once(case, f"random-{part}-{number}", moments)
+
+
+@pytest.mark.slow
+def test_one_rank_of_gptq_killed_at_random_moments(root: Path, case: Case) -> None:
+    arguments = {"quantized_inputs": True, "weight_observer": "nvfp4_weighted"}
+    one = Case(root / "gptq", root / "qwen3_moe", "GPTQModifier", TARGETS, case.body["calibration"], **arguments)
+    moments = random.Random("gptq")
+    for number in range(6):
+        kill_once(one, f"random-{number}", moments)
 
 
 @pytest.mark.parametrize(("victim", "size"), [(0, 3), (1, 1)])
