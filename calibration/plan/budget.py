@@ -21,7 +21,7 @@ from calibration.plan.knapsack import Choice, choose
 from calibration.plan.matching import resolved_targets
 from calibration.plan.plan import Plan, Step
 from calibration.plan.planner import make_plan
-from calibration.plan.schemes import FP8_BLOCK, SCHEMES
+from calibration.plan.schemes import SCHEMES
 from calibration.plan.task import Task
 from recipes.budget import UNQUANTIZED, Budget
 from recipes.errors import RecipeError, WorkflowError, collapsed
@@ -29,7 +29,6 @@ from recipes.modifiers import ModifierEntry
 from recipes.schema import Recipe
 
 _PLAIN_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-_TILE = 128
 
 
 @dataclass(frozen=True)
@@ -254,13 +253,9 @@ def _unquantized(step: Step, stored: StoredFormat, formats: Formats, recipe: Rec
     return math.prod(stored.shape) * _PLAIN_BYTES[recipe.export.plain_dtype]
 
 
-def _as_scheme(candidate: str, step: Step, stored: StoredFormat, divided: bool) -> int | None:
-    """Bytes of one weight as a scheme. `divided`: whether vLLM puts another weight below it in the same matrix, whose tiles must
-    begin a row of tiles."""
+def _as_scheme(candidate: str, step: Step, stored: StoredFormat, followed: bool) -> int | None:
+    """Bytes of one weight as a scheme, if vLLM serves it so. `followed` as in `tiled_rows_problem`."""
     scheme = SCHEMES[candidate]
-    if scheme.problem(stored.shape) is not None:
-        return None
-    # vLLM 0.32 quantizes inputs in whole groups of 128 (fp8_utils.per_token_group_quant_fp8).
-    if scheme is FP8_BLOCK and (stored.shape[1] % _TILE or (divided and stored.shape[0] % _TILE)):
+    if scheme.problem(stored.shape, followed) is not None:
         return None
     return sum(OutputTensor(*output).nbytes for output in scheme.outputs(step.module, stored.shape))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from calibration.checkpoint.dequantize import StoredFormat
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
@@ -18,7 +19,7 @@ from calibration.plan.matching import PART, Matcher
 from calibration.plan.nvidia_config import nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.respelling import draft_head_warnings, respelled_steps, tile_scale_step
-from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
+from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme, tiled_input_problem, tiled_rows_problem
 from calibration.plan.smoothing import rescaled_steps, smoothed_sites
 from calibration.plan.source_check import contradictions, is_carried, is_left_out
 from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
@@ -60,6 +61,11 @@ class _Planner:
             if name.endswith((".weight", ".weight_packed")) and name not in formats.companions
         }
         self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
+        #: Projections that the engine serves as one matrix, in its order.
+        self.fused = tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp))
+        routed = [module for module, place in self.places.items() if place.part == ROUTED]
+        #: Modules below which the engine puts another one in the same matrix.
+        self.followed = {module for group in self.fused for module in group[:-1]} | set(routed)
 
     def plan(self) -> Plan:
         misnamed, differing = contradictions(self.formats, self.family)
@@ -79,7 +85,7 @@ class _Planner:
         assigned = {} if plain else self._assign(groups)
         self._check_whole_groups(assigned)
         steps = self._steps(assigned, groups)
-        self._check_fused_tiles(steps, groups)
+        self._check_kept_tiles(steps, groups)
         if self.problems:
             raise RecipeError(collapsed([*self.problems, *differing]))
         if differing:
@@ -92,7 +98,7 @@ class _Planner:
             steps=steps,
             shards=tuple(self._shards(steps)),
             groups=groups,
-            fused=tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp)),
+            fused=self.fused,
             warnings=(),
             parameters=self.formats.parameters,
             input_global_scale=self.recipe.export.input_global_scale,
@@ -136,13 +142,13 @@ class _Planner:
                         f"quantized, for example {hits[0]} ({why})"
                     )
                 for module in wanted:
-                    shape_problem = scheme.problem(self.formats.of(self.weights[module]).shape)
+                    shape_problem = self._shape_problem(module, scheme)
                     if shape_problem:
                         self.problems.append(
                             f"config_groups.{name}: {self.weights[module]}: {scheme.name} {shape_problem}; "
                             "add the module to ignore"
                         )
-                    elif assigned.setdefault(module, name) != name:
+                    if assigned.setdefault(module, name) != name:
                         self.problems.append(
                             f"config_groups: {module} is a target of both {assigned[module]} and {name}; "
                             "narrow one of the regexes"
@@ -167,7 +173,19 @@ class _Planner:
         if re.search(self.family.not_observed, module) and not self._keeps_tiles(scheme, stored):
             return "transformers does not run it as one matrix product, no observer would see its input"
         # A name or a regex asks for exactly these modules; `Linear` and a part ask for all that can be quantized.
-        return scheme.problem(stored.shape) if target == "Linear" or target.startswith(PART) else None
+        return self._whole_problem(module, scheme) if target == "Linear" or target.startswith(PART) else None
+
+    def _shape_problem(self, module: str, scheme: Scheme) -> str | None:
+        """Why a module's shape cannot have a scheme; tiles that the source stores already are judged where they are kept."""
+        stored = self.formats.of(self.weights[module])
+        return None if self._keeps_tiles(scheme, stored) else scheme.problem(stored.shape, module in self.followed)
+
+    def _whole_problem(self, module: str, scheme: Scheme) -> str | None:
+        """The same for a module and those that must be quantized with it."""
+        for member in (module, *self._together.get(module, ())):
+            if problem := self._shape_problem(member, scheme):
+                return problem if member == module else f"{member.rpartition('.')[2]}, served with it, {problem}"
+        return None
 
     def _note_left_out(self, target: str, left: dict[str, str]) -> None:
         """Adds one warning per pattern of names; for `Linear` only one."""
@@ -186,16 +204,29 @@ class _Planner:
             ]
         self.warnings += [warning for warning in warnings if warning not in self.warnings]
 
-    def _check_whole_groups(self, assigned: dict[str, str]) -> None:
+    @cached_property
+    def _routed(self) -> dict[int, list[str]]:
+        """Block -> its routed experts' modules."""
         experts: dict[int, list[str]] = defaultdict(list)
         for module, place in self.places.items():
             if place.part == ROUTED and place.block is not None:
                 experts[place.block].append(module)
+        return experts
+
+    @cached_property
+    def _together(self) -> dict[str, Sequence[str]]:
+        """Module -> those that must be quantized alike; of a block's routed experts one of each shape stands for all."""
+        found: dict[str, Sequence[str]] = {module: group for group in self.fused for module in group}
+        for modules in self._routed.values():
+            shapes = {self.formats.of(self.weights[module]).shape: module for module in modules}
+            found |= dict.fromkeys(modules, tuple(shapes.values()))
+        return found
+
+    def _check_whole_groups(self, assigned: dict[str, str]) -> None:
         wholes: Iterable[tuple[str, Iterable[str]]] = [
-            *(("projections that are served as one matrix", group) for group in self.family.fused(
-                m for m in self.weights if not self.places[m].mtp)),
-            *((f"routed experts of block {block}", modules) for block, modules in experts.items()),
-        ]  # fmt: skip
+            *(("projections that are served as one matrix", group) for group in self.fused),
+            *((f"routed experts of block {block}", modules) for block, modules in self._routed.items()),
+        ]
         for what, whole in wholes:
             by_group = defaultdict(list)
             kinds = set()
@@ -217,22 +248,29 @@ class _Planner:
                     f"config_groups: {what} must be quantized alike or not at all: {shares}; widen or narrow the targets"
                 )
 
-    def _check_fused_tiles(self, steps: dict[str, Step], groups: dict[str, Scheme]) -> None:
-        """Adds a problem for FP8 tiles that vLLM refuses to load: all but the last of the projections that it fuses (of
-        routed experts, all) must be whole tiles high (vllm 0.32, quantization/utils/fp8_utils.py,
-        validate_fp8_block_shape and its MoE twin)."""
-        tiled = {step.module for step in steps.values() if step.group and groups[step.group] is FP8_BLOCK}
-        side = self.tile[0]
-        for fused in self.family.fused(module for module in self.weights if module in tiled):
-            whole = fused if self.places[fused[0]].part == ROUTED else fused[:-1]
-            for module in whole:
-                rows = self.formats.of(self.weights[module]).shape[0]
-                if rows % side:
-                    self.problems.append(
-                        f"{self.weights[module]}: stays in FP8 tiles and is served as one matrix with "
-                        f"{', '.join(other for other in fused if other != module)}: vLLM refuses it, output_partition_size = "
-                        f"{rows} is not divisible by block_n = {side}; set export.kept: plain, or quantize them otherwise"
-                    )
+    def _check_kept_tiles(self, steps: dict[str, Step], groups: dict[str, Scheme]) -> None:
+        """Adds a problem for FP8 tiles of the source that are kept and that vLLM does not load in compressed-tensors' form, and a
+        warning for those that its GPU kernels do not run, in the source neither."""
+        narrow: list[str] = []
+        for step in steps.values():
+            if (
+                not step.group
+                or groups[step.group] is not FP8_BLOCK
+                or step.action != "copy"
+                or step.module not in self.weights
+            ):
+                continue
+            rows, columns = self.formats.of(step.source).shape
+            if problem := tiled_rows_problem(rows, step.module in self.followed, self.tile[0]):
+                self.problems.append(
+                    f"{step.source}: keeps its FP8 tiles, and FP8_BLOCK {problem}; set export.kept: plain, or quantize it "
+                    "otherwise"
+                )
+            if problem := tiled_input_problem(columns, self.tile[1]):
+                narrow.append(f"{step.source} keeps its FP8 tiles, and FP8_BLOCK {problem}")
+        if narrow:
+            more = f" (and {len(narrow) - 1} more)" if narrow[1:] else ""
+            self.warnings.append(f"{narrow[0]}, on a GPU, in the source too{more}; export.kept: plain undoes them")
 
     def _steps(self, assigned: dict[str, str], groups: dict[str, Scheme]) -> dict[str, Step]:
         scheme_names: dict[str, list[str]] = defaultdict(list)

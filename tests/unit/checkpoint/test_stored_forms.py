@@ -169,11 +169,10 @@ def test_kept_tiles_that_vllm_refuses_in_a_fused_matrix_are_told_by_the_plan(tmp
     with pytest.raises(RecipeError) as caught:
         plan_of(source, recipe(source, Path("/nowhere/out"), targets))
     assert caught.value.problems == [
-        "model.layers.0.self_attn.k_proj.weight: stays in FP8 tiles and is served as one matrix with "
-        "model.layers.0.self_attn.q_proj, model.layers.0.self_attn.v_proj: vLLM refuses it, output_partition_size = 64 is "
-        "not divisible by block_n = 128; set export.kept: plain, or quantize them otherwise (and 1 more like this)"
+        "model.layers.0.self_attn.k_proj.weight: keeps its FP8 tiles, and FP8_BLOCK needs M to be a multiple of 128, M is 64: "
+        "vLLM stacks another weight below it; set export.kept: plain, or quantize it otherwise (and 1 more like this)"
     ], "q has 128 rows, v comes last"
-    with pytest.raises(RecipeError, match=r"k_proj\.weight: stays in FP8 tiles"):
+    with pytest.raises(RecipeError, match=r"k_proj\.weight: keeps its FP8 tiles"):
         plan_of(source, recipe(source, Path("/nowhere/out"), [r"re:.*self_attn\.[qkv]_proj$"], "FP8_BLOCK"))
     made = recipe(source, Path("/nowhere/out"), targets, export={"kept": "plain"})
     assert len(plan_of(source, made)[0].quantized) == 6

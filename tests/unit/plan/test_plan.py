@@ -190,6 +190,34 @@ def test_linear_leaves_out_a_weight_whose_shape_does_not_fit(sources: dict[str, 
         make(source, ["re:.*down_proj$"])
 
 
+def test_fp8_block_is_planned_only_for_shapes_that_vllm_loads_and_runs(sources: dict[str, Path]) -> None:
+    """Qwen3-MoE: 64 inputs, 96 in the experts; Llama: 128 inputs, k and v with 64 rows; Mixtral: experts of 224 rows."""
+    for name, kept, left in (
+        ("qwen3_moe", {"o_proj"}, "experts.N.gate_proj and 3 more (needs K to be a multiple of 128, K is 64: vLLM quantizes"),
+        ("llama", {"o_proj", "gate_proj", "up_proj", "down_proj"},
+         "self_attn.q_proj, model.layers.N.self_attn.v_proj (k_proj, served with it, needs M to be a multiple of 128, M is 64"),
+        ("mixtral", {"o_proj"}, "experts.N.w1 (needs M to be a multiple of 128, M is 224: vLLM stacks another weight below it)"),
+    ):  # fmt: skip
+        plan = make(sources[name], "Linear", "FP8_BLOCK", ignore=["part:head"])
+        assert {module.rpartition(".")[2] for module in plan.quantized} == kept
+        assert any(left in warning for warning in plan.warnings), plan.warnings
+    with pytest.raises(RecipeError) as caught:
+        make(sources["llama"], [r"re:.*self_attn\.[qkv]_proj$"], "FP8_BLOCK")
+    assert caught.value.problems == [
+        "config_groups.experts: model.layers.0.self_attn.k_proj.weight: FP8_BLOCK needs M to be a multiple of 128, M is 64: "
+        "vLLM stacks another weight below it; add the module to ignore (and 1 more like this)"
+    ], "q has 128 rows, v comes last"
+    with pytest.raises(RecipeError, match=r"down_proj\.weight: FP8_BLOCK needs K to be a multiple of 128, K is 96"):
+        make(sources["qwen3_moe"], [r"re:.*mlp\.experts\..*proj$"], "FP8_BLOCK")
+
+
+def test_kept_tiles_that_no_gpu_runs_are_a_warning_because_the_source_has_them_too(sources: dict[str, Path]) -> None:
+    plan = make(sources["fp8"])
+    (warning,) = [warning for warning in plan.warnings if "keeps its FP8 tiles" in warning]
+    assert "K is 64: vLLM quantizes inputs in such groups, on a GPU, in the source too (and " in warning
+    assert not make(sources["fp8"], export={"kept": "plain"}).warnings
+
+
 def test_the_table_of_a_plan_shows_formats_and_leaves_as_they_are_spelled(sources: dict[str, Path]) -> None:
     plan, formats = plan_of(
         sources["fp8_mxfp4"], recipe(sources["fp8_mxfp4"], Path("/nowhere/out"), export={"kept": "plain"})
