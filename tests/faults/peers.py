@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import sys
 import time
 import traceback
@@ -59,6 +60,8 @@ def transformers(directory: str) -> str:
 def preload(peer: str) -> None:
     """Imports what every child needs."""
     if peer == "vllm":
+        torchvision = Path(__file__).parents[2] / "verify" / "inside_vllm" / "torchvision_operators.py"
+        runpy.run_path(str(torchvision))["declare"]()
         import vllm.entrypoints.llm
         import vllm.model_executor.models.registry  # noqa: F401
     else:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from calibration.families.serving import SERVING, serve_arguments
 from tests.reference.engine import VLLM_PYTHON
-from verify.serving.engine import environment
+from verify.serving.engine import WORKER, environment
 
 ROOT = Path(__file__).parents[2]
 PARSE = """
-import json, sys
+import json, runpy, sys
+runpy.run_path(sys.argv[2])["declare"]()
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.reasoning import ReasoningParserManager
 from vllm.tool_parsers import ToolParserManager
@@ -35,6 +36,10 @@ def test_vllm_takes_every_serve_command_that_the_documents_name() -> None:
         commands.append(["OWNER/NAME", *serve_arguments(config, 10**11, chats=True, experts=True)])
     assert len(commands) >= 12
     done = subprocess.run(
-        [VLLM_PYTHON, "-c", PARSE, json.dumps(commands)], capture_output=True, text=True, env=environment(), check=False
+        [VLLM_PYTHON, "-c", PARSE, json.dumps(commands), str(WORKER.with_name("torchvision_operators.py"))],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -51,6 +51,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "image_token_index": 1002, "spatial_merge_size": 2, "vision_feature_layer": -1,
     },
     "qwen3_vl_moe": {
+        **_QWEN,
         "text_config": {
             "model_type": "qwen3_vl_moe_text", "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
             "mlp_only_layers": [], "moe_intermediate_size": 64,
@@ -60,7 +61,6 @@ WRAPPERS: dict[str, dict[str, Any]] = {
             "hidden_size": 64, "intermediate_size": 64, "depth": 2, "num_heads": 2, "out_hidden_size": 256, "patch_size": 14,
             "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
         },
-        "image_token_id": 1000, "video_token_id": 1001, "vision_start_token_id": 1002, "vision_end_token_id": 1003,
     },
     "llama4": {
         "text_config": {
@@ -147,7 +147,15 @@ _TOKENS: dict[str, dict[str, str]] = {
         "image_token": "<image_soft_token>",
         **{f"lines_{count}_token": "\n" * count for count in (1, 2, 3, 4)},
     },
-    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe"), _QWEN_TOKENS),
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN_TOKENS),
+    "llama4": {
+        "boi_token": "<|image_start|>",
+        "eoi_token": "<|image_end|>",
+        "patch_token": "<|patch|>",
+        "image_token": "<|image|>",
+        "tile_x_separator_token": "<|tile_x_separator|>",
+        "tile_y_separator_token": "<|tile_y_separator|>",
+    },
     "kimi_k25": {
         "media_begin_token": "<|media_begin|>",
         "media_end_token": "<|media_end|>",
@@ -180,7 +188,12 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"processor_class": "PixtralProcessor", "patch_size": 14, "spatial_merge_size": 2, **_TOKENS["mistral3"]},
     ),
+    "llama4": (
+        _PIXELS | {"image_processor_type": "Llama4ImageProcessor", "size": {"height": 56, "width": 56}, "max_patches": 2},
+        {"processor_class": "Llama4Processor", "patch_size": 14},
+    ),
     "qwen2_5_vl": (_PATCHES | {"patch_size": 14}, {"processor_class": "Qwen2_5_VLProcessor"}),
+    "qwen3_vl_moe": (_PATCHES | {"patch_size": 14}, {"processor_class": "Qwen3VLProcessor"}),
     **dict.fromkeys(("qwen3_vl", "qwen3_5", "qwen3_5_moe"), (_PATCHES, {"processor_class": "Qwen3VLProcessor"})),
     "kimi_k25": (
         _PIXELS | {"image_processor_type": "Kimi_K25ImageProcessor", "patch_size": 14},
@@ -198,7 +211,6 @@ def write_processor(directory: Path, family: str) -> None:
     write_json(directory / "preprocessor_config.json", images | {"processor_class": processor["processor_class"]})
     write_json(directory / "processor_config.json", processor)
     if "video_token" in _TOKENS[family] and images["image_processor_type"].startswith("Qwen"):
-        video = images | {
-            "video_processor_type": processor["processor_class"].removesuffix("Processor") + "VideoProcessor"
-        }
+        model = "Qwen3VL" if "Qwen3" in processor["processor_class"] else "Qwen2VL"
+        video = images | {"video_processor_type": f"{model}VideoProcessor"}
         write_json(directory / "video_preprocessor_config.json", video)

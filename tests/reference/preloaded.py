@@ -24,6 +24,7 @@ def main(path: str) -> None:
     worker = load(path)
     # pyarrow, which vLLM imports if lm-eval is installed beside it, brings an allocator with a thread of its own.
     os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+    worker.sibling("torchvision_operators").declare()
     from vllm import LLM, SamplingParams  # noqa: F401
 
     for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4", "cpu_repairs"):

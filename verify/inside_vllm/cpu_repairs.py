@@ -6,11 +6,13 @@ Runs inside vLLM's interpreter: imports vLLM only. On every other platform `regi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 
 
@@ -21,10 +23,17 @@ def register() -> list[str]:
         return []
     _register_biased_routing()
     _register_rotary_heads()
+    registry._run_in_subprocess = _run
     return [
         "experts chosen with a correction bias outside groups: by score + bias, as vLLM's GPU routers do",
         "rotary embeddings of queries [tokens, heads, width]: by vLLM's own torch code, as on GPUs",
     ]
+
+
+def _run(function: Callable[[], Any]) -> Any:
+    """vLLM inspects the model's class in a process of its own, which would import torchvision without what
+    `torchvision_operators` declares, to keep CUDA out of this one."""
+    return function()
 
 
 def _register_biased_routing() -> None:

@@ -306,10 +306,11 @@ def import_engine(request: dict[str, Any]) -> tuple[list[str], Any]:
     vLLM."""
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) != here]
+    left_out = sibling("torchvision_operators").declare()
     import vllm
 
     emulations: list[str] = (
-        sibling("cpu_nvfp4").register(request["moe_input_scales"]) + sibling("cpu_repairs").register()
+        sibling("cpu_nvfp4").register(request["moe_input_scales"]) + sibling("cpu_repairs").register() + left_out
     )
     config = json.loads((Path(request["checkpoint"]) / "config.json").read_text())
     if config.get("model_type") == "deepseek_v4":
