@@ -75,10 +75,12 @@ def run(family: str, method: str, directory: Path, serve: bool, form: str | None
     found = folder / "output.run" / "verify.json"
     judged = json.loads(found.read_text()) if found.is_file() else {"verdicts": {}, "checks": []}
     checks = {check["id"]: check for check in judged["checks"]}
+    served = (id for id, check in checks.items() if id.startswith("serving.") and check["verdict"] == "UNCHECKED")
+    unchecked = next(served, None)  # those after it are for its reason
     notes = {
         id: f"{check['verdict']}: {check['figure']}" for id, check in checks.items()
         if (check["verdict"] in ("FAIL", "WARN") and id != "fidelity.input_scales")
-        or (check["verdict"] == "UNCHECKED" and id == "serving.load")
+        or (serve and id == unchecked)
     }  # fmt: skip
     why = "" if judged["verdicts"] else done.stderr.strip().rpartition("error: ")[2].partition("\n")[0]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

@@ -41,7 +41,9 @@ def describe_layer(module: Any) -> dict[str, Any] | None:
         # the attention of vision towers names its backend by a member of an enumeration
         named = getattr(backend, "get_name", None)
         kind, kernel_name = "attention", named() if named is not None else str(getattr(backend, "name", backend))
-    elif type(module).__name__ == "RoutedExperts":
+    elif any(
+        cls.__name__ == "RoutedExperts" for cls in type(module).__mro__
+    ):  # the transformers backend has a subclass
         kind = "experts"
         gpu_backend = getattr(method, "nvfp4_backend", None) or getattr(method, "unquantized_backend", None)
         experts = getattr(method, "experts_cls", None)

@@ -622,6 +622,19 @@ def test_attention_of_a_tower_is_described_by_the_name_of_its_backend() -> None:
     assert (entry["kind"], entry["kernel"]) == ("attention", "TORCH_SDPA")
 
 
+def test_experts_of_vllms_transformers_backend_are_experts() -> None:
+    """Its TransformersRoutedExperts is a RoutedExperts: their method, not a kernel of a linear layer, says what runs."""
+
+    class RoutedExperts(torch.nn.Module):
+        quant_method = types.SimpleNamespace(backend_name="CPU emulation")
+
+    class TransformersRoutedExperts(RoutedExperts):
+        pass
+
+    (entry,) = vllm_watch.describe_layers(torch.nn.Sequential(TransformersRoutedExperts()))
+    assert (entry["kind"], entry["kernel"]) == ("experts", "CPU emulation")
+
+
 @pytest.mark.parametrize(
     ("imported", "why"), [("torchvision_of_nobody", "no package 'torchvision_of_nobody'"), ("json", None)]
 )
