@@ -24,7 +24,7 @@ from calibration.checkpoint.index import INDEX_NAME
 from tests.models.storage import new_directory, normal, to_fp8, to_mxfp4, to_tiles
 from tests.models.stored_forms import store
 from tests.models.tokenizer import write_json, write_sidecars, write_tokenizer
-from tests.models.wrappers import SPECIAL, SPELLED, WRAPPERS, write_processor
+from tests.models.wrappers import SPECIAL, SPELLED, TURNED, WRAPPERS, write_processor
 
 VOCAB = 1024
 #: What most families take; each config class keeps what it knows.
@@ -208,6 +208,8 @@ def write(
     if family in WRAPPERS:
         write_processor(directory, family)
         _respell(directory, SPELLED.get(family, ()))
+    if family in TURNED:
+        _turn(directory)
     write_sidecars(directory)
     if mxfp4:
         _stack_in_mxfp4(directory)
@@ -232,6 +234,16 @@ def _respell(directory: Path, patterns: Iterable[tuple[str, str]]) -> None:
             renamed = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
             save_file(renamed, directory / shard, {"format": "pt"})
     write_json(directory / INDEX_NAME, index)
+
+
+def _turn(directory: Path) -> None:
+    """Stores each stack of experts transposed."""
+    for shard in directory.glob("*.safetensors"):
+        turned = {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+            for name, tensor in load_file(shard).items()
+        }
+        save_file(turned, shard, {"format": "pt"})
 
 
 def _replace(directory: Path, made: dict[str, torch.Tensor], gone: Iterable[str]) -> None:

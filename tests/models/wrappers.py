@@ -54,7 +54,7 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         **_QWEN,
         "text_config": {
             "model_type": "qwen3_vl_moe_text", "num_experts": 8, "num_experts_per_tok": 2, "decoder_sparse_step": 1,
-            "mlp_only_layers": [], "moe_intermediate_size": 64,
+            "mlp_only_layers": [], "moe_intermediate_size": 64, "norm_topk_prob": True,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [16, 8, 8]},
         },
         "vision_config": {
@@ -135,6 +135,8 @@ SPELLED: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^language_model\.model\.blocks\.", "language_model.model.layers."), (r"^model\.mm_projector\.", "mm_projector."),
     ),
 }  # fmt: skip
+#: Families whose stacks of experts the hub has as `[E, D, 2 I]`, which alone vLLM reads, and which transformers saves transposed.
+TURNED = ("qwen3_vl_moe",)
 _QWEN_TOKENS = {
     "vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>", "image_token": "<|image_pad|>",
     "video_token": "<|video_pad|>",
@@ -196,7 +198,13 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl_moe": (_PATCHES | {"patch_size": 14}, {"processor_class": "Qwen3VLProcessor"}),
     **dict.fromkeys(("qwen3_vl", "qwen3_5", "qwen3_5_moe"), (_PATCHES, {"processor_class": "Qwen3VLProcessor"})),
     "kimi_k25": (
-        _PIXELS | {"image_processor_type": "Kimi_K25ImageProcessor", "patch_size": 14},
+        {
+            "media_proc_cfg": {  # as the release names them; vLLM reads no other
+                "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "patch_size": 14, "merge_kernel_size": 2,
+                "temporal_merge_kernel_size": 4, "in_patch_limit": 16, "in_patch_limit_each_frame": 16,
+                "in_patch_limit_video": 64, "patch_limit_on_one_side": 4, "fixed_output_tokens": None,
+            },
+        },
         {"processor_class": "Kimi_K25Processor"},
     ),
 }  # fmt: skip
@@ -210,7 +218,7 @@ def write_processor(directory: Path, family: str) -> None:
     images, processor = _PROCESSORS[family]
     write_json(directory / "preprocessor_config.json", images | {"processor_class": processor["processor_class"]})
     write_json(directory / "processor_config.json", processor)
-    if "video_token" in _TOKENS[family] and images["image_processor_type"].startswith("Qwen"):
+    if images.get("image_processor_type", "").startswith("Qwen2VL"):
         model = "Qwen3VL" if "Qwen3" in processor["processor_class"] else "Qwen2VL"
         video = images | {"video_processor_type": f"{model}VideoProcessor"}
         write_json(directory / "video_preprocessor_config.json", video)

@@ -1,5 +1,5 @@
-"""What vLLM 0.32 computes otherwise on a CPU than on GPUs, done as there: the choice of experts with a correction bias, and
-rotary embeddings of queries that have an axis of heads.
+"""What vLLM 0.32 computes otherwise on a CPU than on GPUs, done as there: the choice of experts with a correction bias, rotary
+embeddings of queries that have an axis of heads, and gated delta nets on prompts of one token.
 
 Runs inside vLLM's interpreter: imports vLLM only. On every other platform `register` does nothing.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
@@ -23,10 +24,12 @@ def register() -> list[str]:
         return []
     _register_biased_routing()
     _register_rotary_heads()
+    _register_one_token_convolution()
     registry._run_in_subprocess = _run
     return [
         "experts chosen with a correction bias outside groups: by score + bias, as vLLM's GPU routers do",
         "rotary embeddings of queries [tokens, heads, width]: by vLLM's own torch code, as on GPUs",
+        "convolutions of one token: with the stride that vLLM's CPU kernel asks for",
     ]
 
 
@@ -83,3 +86,19 @@ def _register_rotary_heads() -> None:
         return rotated
 
     RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def _register_one_token_convolution() -> None:
+    """A prompt of one token has the strides that the kernel asks for.
+
+    `x [D, 1]` is a part of a wider row `[1, D + ...]` in Qwen3.5. torch calls it contiguous as it is and keeps the row's width as
+    the stride of the one token, which the kernel refuses ("expect x to be transposed") though it never takes that step.
+    """
+    convolve = gdn_attention._causal_conv1d_fwd_cpu
+
+    def convolve_with_stride(*, x: torch.Tensor, **rest: Any) -> torch.Tensor:
+        one = x.shape[1] == 1 and x.stride(0) == 1
+        convolved: torch.Tensor = convolve(x=x.as_strided(x.shape, (1, len(x))) if one else x, **rest)
+        return convolved
+
+    gdn_attention._causal_conv1d_fwd_cpu = convolve_with_stride

@@ -48,6 +48,16 @@ CPU_REFUSALS = (
 )
 """What vLLM 0.32 raises on a CPU for a part of a model that it has for GPUs only, whatever the checkpoint holds: a text of the
 error's message, or of the line of vLLM that raised it."""
+PACKAGE_REFUSALS = (
+    "AmbiguousGlobalPerLayerAttributeError",  # transformers 5.19, blocks with different numbers of heads (Step-3.7)
+    "has no attribute 'media_tokens_calculator'",  # models/kimi_k25.py: without numba, transformers' own image processor
+)
+"""What vLLM 0.32 raises on every platform beside these versions of other packages, or without one, whatever the checkpoint
+holds; as CPU_REFUSALS."""
+_REFUSED = (
+    (CPU_REFUSALS, "vLLM runs this model on other hardware only; on a CPU it raises"),
+    (PACKAGE_REFUSALS, "vLLM does not start this model with the packages that are installed beside it; it raises"),
+)
 RAISED = 4
 """Lines at the end of a traceback that show the one that raised."""
 
@@ -177,13 +187,13 @@ def run_process(command: list[str], log: Path, timeout: float) -> tuple[int, boo
 
 def platform_refusal(result: dict[str, Any]) -> str | None:
     """Why the engine has no code for the model on this machine, which says nothing about the checkpoint; None if that
-    is not why the run ended. Only errors of CPU_REFUSALS count, with the text that was found."""
+    is not why the run ended. Only errors of CPU_REFUSALS and PACKAGE_REFUSALS count, with the text that was found."""
     error = result.get("error") or {}
     if error.get("type") == "NoVariant":
         return str(error["message"])
     lines = [f"{error.get('type')}: {error.get('message')}", *_raising(list(map(str, error.get("traceback", ()))))]
-    found = next((text for text in CPU_REFUSALS if any(text in line for line in lines)), None)
-    return found and f"vLLM runs this model on other hardware only; on a CPU it raises: {found}"
+    found = ((why, text) for texts, why in _REFUSED for text in texts if any(text in line for line in lines))
+    return next((f"{why}: {text}" for why, text in found), None)
 
 
 def _raising(traceback: list[str]) -> list[str]:

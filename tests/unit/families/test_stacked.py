@@ -156,9 +156,9 @@ def test_a_stack_of_another_shape_is_refused_by_tensor(sources: dict[str, Path],
 
 def test_a_stack_that_transformers_transposes_at_loading_is_read_in_both_forms(tmp_path: Path) -> None:
     """Qwen3-VL-MoE: `[E, D, 2 I]` on the hub, `[E, 2 I, D]` as transformers saves it."""
-    saved = any_family.write(tmp_path / "saved", "qwen3_vl_moe")
-    hub = shutil.copytree(saved, tmp_path / "hub")
-    for path in hub.glob("*.safetensors"):
+    hub = any_family.write(tmp_path / "hub", "qwen3_vl_moe")
+    saved = shutil.copytree(hub, tmp_path / "saved")
+    for path in saved.glob("*.safetensors"):
         turned = {
             name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
             for name, tensor in load_file(path).items()

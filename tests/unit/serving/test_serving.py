@@ -201,6 +201,19 @@ def test_what_vllm_has_for_gpus_only_is_unchecked_with_its_own_words(error: tupl
 @pytest.mark.parametrize(
     "error",
     [
+        ("AmbiguousGlobalPerLayerAttributeError", "'num_attention_heads' is a per-layer attribute and may vary"),
+        ("AttributeError", "'Kimi_K25ImageProcessor' object has no attribute 'media_tokens_calculator'"),
+    ],
+)
+def test_what_vllm_does_not_start_with_the_packages_there_is_unchecked(error: tuple[str, str]) -> None:
+    checks = judged(refused(*error, []))
+    assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
+    assert all("with the packages that are installed beside it" in check.figure for check in checks.values())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         ("NotImplementedError", "Sparse weights are not supported", []),
         ("AssertionError", "", ['    assert self.scoring_func == "sigmoid"', "AssertionError"]),
         (
