@@ -56,6 +56,12 @@ def row(task: Task, wants: Wants) -> dict[str, Any]:
     for module, step in task.plan.quantized.items():
         if (block := re.search(family.block, module)) and not all(wants.written.get(o.name) for o in step.outputs):
             unquantized.add(without_numbers(module[block.end() :]))
+    # One layer under a name of its own, of which its class does not say what it is made of: no target names it.
+    for module in {module for group in fused for module in group if task.family.place(module).part != ROUTED}:
+        block, step = re.search(family.block, module), task.plan.quantized[module]
+        layers = {layer.looked_up.rpartition(".")[2] for o in step.outputs for layer in wants.layers_of(o.name)}
+        if block and not layers & {module.rpartition(".")[2], *wants.packed}:
+            unquantized.add(without_numbers(module[block.end() :]))
     for tensor, output in task.plan.outputs.items():
         module, place = tensor.rpartition(".")[0], family.place(tensor)
         block = re.search(family.block, module)

@@ -31,6 +31,7 @@ from calibration.engine.observers import Collected, collects, fast_extremes, row
 from calibration.engine.stacked_experts import Routing, Stack, is_plain
 from calibration.engine.topped_up import TopUp
 from calibration.engine.weighted import Importance, is_importance_hook, weighted_observer
+from calibration.model.linear_experts import ExpertsWithIdentity
 
 #: Observers whose entire state is min_vals and max_vals, so that equal inputs give equal states.
 MIN_MAX = (StaticMinMaxObserver, MinMaxObserver, MemorylessMinMaxObserver)
@@ -145,6 +146,7 @@ class ExpertCalibration:
 
         with (
             patch_attr(LinearExperts2D, "forward", forward),
+            patch_attr(ExpertsWithIdentity, "forward", forward),
             patch_attr(Llama4LinearExperts, "forward", forward_sorted),
             fast_extremes(),
         ):
@@ -235,6 +237,8 @@ class ExpertCalibration:
                 # Other modifiers' hooks may count rows, so none are added if such hooks run.
                 out = expert(hidden.index_select(0, _padded(tokens) if self.kind is Pass.PROPAGATE else tokens))[:count]
             output.index_add_(0, tokens, (out * routing.weights[part]).to(output.dtype))
+        tokens, weights = routing.rows[begin:], routing.weights[begin:]  # of experts that return their input
+        output.index_add_(0, tokens, (hidden[tokens] * weights).to(output.dtype))
         if observers is not None and observers.down is not None and extremes:
             observers.down.add(*_listed(extremes, experts.num_experts))
         return output
@@ -392,7 +396,7 @@ def _by_expert(hidden: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, to
     found = []
     for value, reduce, start in zip(row_extremes(hidden), ("amin", "amax"), (torch.inf, -torch.inf), strict=True):
         empty = value.new_full((len(counts),), start)
-        found.append(empty.scatter_reduce_(0, numbers, value[routing.rows], reduce))
+        found.append(empty.scatter_reduce_(0, numbers, value[routing.rows[: len(numbers)]], reduce))
     return found[0], found[1]
 
 

@@ -29,8 +29,9 @@ ALIGNMENT = 16
 class Routing:
     """The tokens of each expert, sorted by expert: R = T * k rows.
 
-    `rows` [R] token numbers, `weights` [R, 1], `counts` the rows of each expert (on the host), `order` [R] the position
-    of each row in `top_k_index.t().reshape(-1)`.
+    `rows` [R] token numbers, `weights` [R, 1], `counts` the rows of each expert with weights (on the host), `order` [R] the
+    position of each row in `top_k_index.t().reshape(-1)`. Rows after those that are counted are of experts that return
+    their input.
     """
 
     rows: torch.Tensor
@@ -45,19 +46,22 @@ class Routing:
         synchronization instead of one per expert."""
         flat = top_k_index.t().reshape(-1)
         order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=experts).tolist()
+        counts = torch.bincount(flat, minlength=experts).tolist()[:experts]
         return cls(order % tokens, top_k_weights.t().reshape(-1)[order, None], counts, order)
 
-    def summed(self, made: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """Adds up the k rows of each token: made [R, D] -> [T, D], of the dtype of `like` [T, D].
+    def summed(self, made: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Adds up the k rows of each token: `made` by experts with weights, [sum(counts), D], from `hidden` [T, D] -> [T, D],
+        of the dtype of `hidden`.
 
         The order is that of index_add_ expert by expert, and the same in every run: index_add_ of all rows at once uses
         atomic additions in arbitrary order.
         """
+        if len(returned := self.rows[len(made) :]):
+            made = torch.cat([made, hidden[returned]])
         place = torch.empty_like(self.order)
         place[self.order] = torch.arange(len(self.order), device=self.order.device)
-        output, weighted = torch.zeros_like(like), (made * self.weights).to(like.dtype)
-        for rows in place.view(-1, like.shape[0]).sort(dim=0).values:
+        output, weighted = torch.zeros_like(hidden), (made * self.weights).to(hidden.dtype)
+        for rows in place.view(-1, hidden.shape[0]).sort(dim=0).values:
             output += weighted[rows]
         return output
 
@@ -100,11 +104,11 @@ class Stack:
 
     def all_tokens(self, hidden: torch.Tensor, routing: Routing, observe: Observe) -> torch.Tensor:
         """hidden [T, D] -> [T, D]. Calls `observe(expert, input of its down projection [T, I])` for every expert."""
-        made = hidden.new_empty(len(routing.rows), hidden.shape[1])
+        made = hidden.new_empty(sum(routing.counts), hidden.shape[1])
         number_of_row = torch.repeat_interleave(
             torch.arange(len(routing.counts), device=hidden.device),
             torch.tensor(routing.counts, device=hidden.device),
-            output_size=len(routing.rows),
+            output_size=len(made),
         )
         step = max(1, CHUNK // (hidden.shape[0] * self.gate_up.shape[1] * hidden.element_size()))
         begin = 0
@@ -121,7 +125,7 @@ class Stack:
     def routed_tokens(self, hidden: torch.Tensor, routing: Routing, inputs: Observe, observe: Observe) -> torch.Tensor:
         """hidden [T, D] -> [T, D], every expert on its own tokens alone. Calls `inputs` and `observe` with each expert
         that has tokens and the inputs of its gate and up [n, D], and of its down projection [n, I]."""
-        chosen = hidden[routing.rows]
+        chosen = hidden[routing.rows[: sum(routing.counts)]]
         activated = self.apply_gate(_grouped(chosen, self.gate_up, routing.counts))
         for call, rows in ((inputs, chosen), (observe, activated)):
             for number, value in enumerate(torch.split(rows, routing.counts)):

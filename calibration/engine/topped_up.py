@@ -158,11 +158,12 @@ class TopUp:
         self._unranked.discard(experts)
 
     def _scores(self, chosen: torch.Tensor, experts: int) -> torch.Tensor | None:
-        """The scores [T, E] from which the router chose `chosen` [T, k]; None if no ranking did."""
+        """The scores [T, E], or more than E, from which the router chose `chosen` [T, k]; None if no ranking did."""
         for scores, indices in reversed(self._choices):
-            if scores.shape[:-1] != indices.shape[:-1] or scores.shape[-1] != experts:
+            # Scores of experts that return their input follow (LongCat-Flash).
+            if scores.shape[:-1] != indices.shape[:-1] or scores.shape[-1] < experts:
                 continue
             indices = indices.reshape(-1, indices.shape[-1])
             if indices.shape == chosen.shape and torch.equal(indices, chosen.to(indices.dtype)):
-                return scores.reshape(-1, experts)
+                return scores.reshape(-1, scores.shape[-1])
         return None

@@ -22,7 +22,14 @@ from calibration.checkpoint.source_config import TEXT_CONFIG, without
 from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
 from calibration.families.family import BESIDE, ROUTED, Family, draft_blocks
-from calibration.families.hub_tensors import HubTensor, Underivable, empty_model, expert_modules, hub_tensors
+from calibration.families.hub_tensors import (
+    HubTensor,
+    Underivable,
+    block_count,
+    empty_model,
+    expert_modules,
+    hub_tensors,
+)
 from calibration.families.promised import ConfigReader, Promise, Wanted
 from calibration.families.served import Served, rows
 from calibration.families.stacked import experts_name, mxfp4_stacks
@@ -213,7 +220,7 @@ def _renames(tensors: dict[str, HubTensor]) -> tuple[tuple[str, str], ...]:
 
 def _block_pattern(model: PreTrainedModel, tensors: dict[str, HubTensor], wrapper: wrapped.Wrapper | None) -> str:
     """The pattern of a block's tensors on the hub."""
-    number = model.config.get_text_config().num_hidden_layers
+    number = block_count(model.config.get_text_config())
     inner = "" if wrapper is None else f"{wrapper.language}."
     stacks = [
         name for name, module in model.named_modules()
@@ -250,7 +257,7 @@ def _draft(model: PreTrainedModel, config: dict[str, Any], tensors: dict[str, Hu
         for pattern in model._keys_to_ignore_on_load_unexpected or ()
         if not any(re.search(pattern, name) for name in tensors)
     ]
-    last = int(model.config.get_text_config().num_hidden_layers)
+    last = block_count(model.config.get_text_config())
     fields = {**config, **(config.get(TEXT_CONFIG) or {})}
     if (count := draft_blocks(fields)) > 0:
         numbers = "|".join(str(last + number) for number in range(min(count, 1_000)))

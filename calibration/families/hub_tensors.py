@@ -24,7 +24,7 @@ from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
 from calibration.families.family import ROUTED, ROUTER, SHARED
 from calibration.families.promised import Kind, Wanted
-from calibration.families.stacked import UnknownLayout, projections, stack_of
+from calibration.families.stacked import UNDECLARED, UnknownLayout, projections, stack_of
 
 #: Parts by the class of a module: the first that its name contains after the model's own (KimiLinear), of the module itself or
 #: the nearest one above it.
@@ -33,8 +33,11 @@ _CLASSES = (
     ("linear attention", ("deltanet", "deltaattention", "linearattention", "lightningattention")),
     ("mamba", ("mamba", "mixer2")),
     ("convolution", ("shortconv",)),
-    ("attention", ("attention",)),
+    ("attention", ("attention", "mla")),
 )
+
+#: The field that counts blocks if `num_hidden_layers` counts something else: LongCat-Flash has two attentions a block.
+_BLOCKS = {"longcat_flash": "num_layers"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,8 @@ def hub_tensors(
             continue
         if owner in experts:
             expert, projection = _slice(name, tensor, parameter, state[parameter])
+            if expert >= _stored_experts(modules[owner]):
+                continue
             fills = f"{owner}.{expert}.{projection}.weight"
             found[name] = HubTensor(Wanted(tuple(tensor.shape)), ROUTED, fills)
             continue
@@ -196,10 +201,25 @@ def expert_modules(model: PreTrainedModel) -> set[str]:
     """Modules that hold the weights of all routed experts of a block in tensors of three dimensions."""
     found = set()
     for name, module in model.named_modules():
-        stacked = [tensor for tensor in module._parameters.values() if tensor is not None and tensor.dim() == 3]
-        if len(stacked) > 1 and len({len(tensor) for tensor in stacked}) == 1:
+        stacked = _stacked(module)
+        if len(stacked) > 1 and (len({len(tensor) for tensor in stacked}) == 1 or type(module).__name__ in UNDECLARED):
             found.add(name)
     return found
+
+
+def _stacked(module: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in module._parameters.values() if tensor is not None and tensor.dim() == 3]
+
+
+def _stored_experts(module: nn.Module) -> int:
+    """The number of experts with weights. LongCat-Flash's experts after them return their input: the hub has no tensor of
+    them, and transformers makes rows of gate and up that nothing reads."""
+    return min(map(len, _stacked(module)))
+
+
+def block_count(config: PreTrainedConfig) -> int:
+    """The number of decoder blocks of a language model's config."""
+    return int(getattr(config, _BLOCKS.get(config.model_type, "num_hidden_layers")))
 
 
 def _slice(name: str, tensor: torch.Tensor, parameter: str, stacked: torch.Tensor) -> tuple[int, str]:
@@ -228,10 +248,9 @@ def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[st
     elif moe is not None:
         child = f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"
         return SHARED if _is_mlp(modules[child]) else ROUTER
-    blocks, called = model.config.get_text_config().num_hidden_layers, type(model).__name__.partition("For")[0]
+    blocks, called = block_count(model.config.get_text_config()), type(model).__name__.partition("For")[0]
     while owner:
-        above = modules[owner.rpartition(".")[0]]
-        if isinstance(above, nn.ModuleList) and len(above) == blocks:
+        if _is_block(modules, owner, blocks):
             break  # a block's class is called after its attention (JambaMambaDecoderLayer), its MLP is not a part of that
         kind = type(modules[owner]).__name__.removeprefix(called).lower()
         for part, classes in _CLASSES:
@@ -239,6 +258,15 @@ def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[st
                 return part
         owner = owner.rpartition(".")[0]
     return "mlp"
+
+
+def _is_block(modules: dict[str, nn.Module], name: str, blocks: int) -> bool:
+    """Whether a module is one of the decoder blocks, not of a list of as many inside one (LongCat-Flash's two attentions)."""
+    above = name.rpartition(".")[0]
+    parts = above.split(".")
+    outer = (modules[".".join(parts[:length])] for length in range(1, len(parts)))
+    listed = isinstance(found := modules[above], nn.ModuleList) and len(found) == blocks
+    return listed and not any(isinstance(module, nn.ModuleList) for module in outer)
 
 
 def _is_mlp(module: nn.Module) -> bool:

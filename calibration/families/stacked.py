@@ -19,8 +19,8 @@ from calibration.checkpoint.index import Undone
 from calibration.checkpoint.stacks import Slice, Stack
 
 #: Experts that transformers does not decorate, by class: whether they are transposed, and whether gate and up are the
-#: halves of one parameter (`forward` in models/llama4/modeling_llama4.py and models/step3p7/modeling_step3p7.py, 5.17).
-UNDECLARED = {"Llama4TextExperts": (True, True), "Step3p7Experts": (False, True)}
+#: halves of one parameter (`forward` in models/llama4, models/step3p7 and models/longcat_flash, 5.17).
+UNDECLARED = {"Llama4TextExperts": (True, True), "Step3p7Experts": (False, True), "LongcatFlashExperts": (False, True)}
 #: Values of a group with one scale in MXFP4 (transformers/integrations/mxfp4.py, 5.17).
 _MXFP4_GROUP = 32
 

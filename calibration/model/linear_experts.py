@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 
+import torch
 from compressed_tensors.utils import patch_attr
 from llmcompressor.modeling.moe import helpers
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
@@ -11,8 +13,25 @@ from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.moe import _default_apply_gate
 
 from calibration.families.stacked import UNDECLARED
+
+
+class ExpertsWithIdentity(LinearExperts2D):  # type: ignore[misc]
+    """Experts after whose `num_experts` others follow that return their input and have no weights (LongCat-Flash)."""
+
+    def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """hidden [T, D], top_k_index and top_k_weights [T, k] -> [T, D]; each expert is called with its own tokens alone."""
+        weighted = top_k_index < self.num_experts
+        token, slot = torch.where(weighted)
+        output = hidden * top_k_weights.masked_fill(weighted, 0).sum(-1, keepdim=True)
+        made = super().forward(hidden[token], top_k_index[token, slot, None], top_k_weights[token, slot, None])
+        return output.to(hidden.dtype).index_add(0, token, made)
+
+
+#: Undeclared experts that compute more than their linear layers.
+_BASES: dict[str, type[LinearExperts2D]] = {"LongcatFlashExperts": ExpertsWithIdentity}
 
 
 def linearize_experts(model: PreTrainedModel) -> None:
@@ -33,9 +52,9 @@ def _register(kind: type[nn.Module]) -> None:
     if kind.__name__ not in UNDECLARED or LinearExperts2D.get_registration(kind) is not None:
         return
     transposed, halves = UNDECLARED[kind.__name__]
-    LinearExperts2D._registry[kind] = type("LinearExperts2D", (LinearExperts2D,), {
+    LinearExperts2D._registry[kind] = type("LinearExperts2D", (_BASES.get(kind.__name__, LinearExperts2D),), {
         "is_transposed": transposed, "is_concatenated": halves, "has_bias": False, "has_gate": True,
-        "_apply_gate": vars(kind)["_apply_gate"],
+        "_apply_gate": vars(kind).get("_apply_gate", _default_apply_gate),
     })  # fmt: skip
 
 
@@ -44,7 +63,11 @@ def _linearized(experts: nn.Module, config: PreTrainedConfig) -> LinearExperts2D
     linear = LinearExperts2D.get_linear_experts_cls(type(experts))
     if linear is Llama4LinearExperts:  # takes sizes where the others take a config
         return linear(experts.num_experts, experts.hidden_size, experts.expert_dim, config.get_text_config())
-    made = linear(getattr(experts, "config", config).get_text_config())
+    config = getattr(experts, "config", config).get_text_config()
+    if issubclass(linear, ExpertsWithIdentity):  # its width is in a field that llm-compressor does not know
+        config = copy(config)
+        config.moe_intermediate_size = experts.intermediate_size
+    made = linear(config)
     for key, value in vars(experts).items():  # what its own activation reads: limits, factors
         # A number of its own is the block's: llm-compressor reads limits from fields of the config that not all have.
         if not key.startswith("_") and (isinstance(value, float) or not hasattr(made, key)):

@@ -137,6 +137,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 4, "linear_num_value_heads": 4,
         "linear_key_head_dim": 64, "linear_value_head_dim": 64,
     },
+    # Tokens that are routed to the last four experts are returned as they are.
+    "longcat_flash": {
+        **_MLA, "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128, "moe_topk": 3,
+        "n_routed_experts": 8, "zero_expert_num": 4,
+    },
     **WRAPPERS,
 }  # fmt: skip
 #: The weights that releases in a form have in it: DeepSeek, Kimi-K2 and GLM all but routers, Kimi-K2-Thinking and K2.5 the
@@ -177,16 +182,22 @@ _HUB: dict[str, dict[str, Any]] = {
         "add_full_attention_sink_bias": False,
     },
     "afmoe": {"score_func": "sigmoid", "route_scale": 1.0, "route_norm": True, "n_group": 1, "topk_group": 1},
+    "longcat_flash": {"zero_expert_type": "identity", "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
     "lfm2": {"block_dim": 256, "conv_dim": 256, "conv_use_xavier_init": True},
 }
 
 #: Fields that transformers' save writes and the hub's config.json has not.
-_NOT_IN_HUB = {"mimo_v2_flash": ("rope_parameters", "layer_types", "mlp_layer_types")}
+_NOT_IN_HUB = {
+    "mimo_v2_flash": ("rope_parameters", "layer_types", "mlp_layer_types"), "longcat_flash": ("num_hidden_layers",),
+}  # fmt: skip
+#: Tensors that transformers' save writes and the hub has not: rows that it makes for experts without weights.
+_NO_TENSORS = {"longcat_flash": r"\.experts\.(?:[89]|1[01])\."}
 
 
 def definition(family: str) -> list[Any]:
     """What makes the checkpoint of a family, as JSON."""
-    return [_SHAPE, FAMILIES[family], _HUB.get(family), SPELLED.get(family), *_NOT_IN_HUB.get(family, ())]
+    left_out = (*_NOT_IN_HUB.get(family, ()), *([_NO_TENSORS[family]] if family in _NO_TENSORS else ()))
+    return [_SHAPE, FAMILIES[family], _HUB.get(family), SPELLED.get(family), *left_out]
 
 
 def write(
@@ -204,6 +215,8 @@ def write(
     made = json.loads((directory / "config.json").read_text())
     made = {key: value for key, value in made.items() if key not in _NOT_IN_HUB.get(family, ())}
     write_json(directory / "config.json", made | {"model_type": family} | _HUB.get(family, {}))
+    if family in _NO_TENSORS:
+        _leave_out(directory, re.compile(_NO_TENSORS[family]))
     write_tokenizer(directory, VOCAB - (SPECIAL if family in WRAPPERS else 0), chat_template=True)
     if family in WRAPPERS:
         write_processor(directory, family)
@@ -244,6 +257,19 @@ def _turn(directory: Path) -> None:
             for name, tensor in load_file(shard).items()
         }
         save_file(turned, shard, {"format": "pt"})
+
+
+def _leave_out(directory: Path, pattern: re.Pattern[str]) -> None:
+    """Drops the tensors whose names the pattern finds."""
+    index = json.loads((directory / INDEX_NAME).read_text())
+    for shard in set(index["weight_map"].values()):
+        tensors = {name: t for name, t in load_file(directory / shard).items() if not pattern.search(name)}
+        (directory / shard).unlink()
+        if tensors:
+            save_file(tensors, directory / shard, {"format": "pt"})
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if not pattern.search(name)}
+    sizes = (t.nbytes for shard in set(index["weight_map"].values()) for t in load_file(directory / shard).values())
+    write_json(directory / INDEX_NAME, index | {"metadata": {"total_size": sum(sizes)}})
 
 
 def _replace(directory: Path, made: dict[str, torch.Tensor], gone: Iterable[str]) -> None:

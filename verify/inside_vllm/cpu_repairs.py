@@ -1,5 +1,6 @@
-"""What vLLM 0.32 computes otherwise on a CPU than on GPUs, done as there: the choice of experts with a correction bias, rotary
-embeddings of queries that have an axis of heads, and gated delta nets on prompts of one token.
+"""What vLLM 0.32 computes otherwise on a CPU than on GPUs, or not at all, done as there: the choice of experts with a
+correction bias, experts that return their input, rotary embeddings of queries that have an axis of heads, and gated delta nets
+on prompts of one token.
 
 Runs inside vLLM's interpreter: imports vLLM only. On every other platform `register` does nothing.
 """
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.model_executor.layers.fused_moe.router import cpu_router
+from vllm.model_executor.layers.fused_moe.router import cpu_router, zero_expert_router
 from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models import registry
@@ -23,11 +24,13 @@ def register() -> list[str]:
     if not current_platform.is_cpu():
         return []
     _register_biased_routing()
+    _register_identity_experts()
     _register_rotary_heads()
     _register_one_token_convolution()
     registry._run_in_subprocess = _run
     return [
         "experts chosen with a correction bias outside groups: by score + bias, as vLLM's GPU routers do",
+        "experts that return their input: in torch, which vLLM does in Triton alone",
         "rotary embeddings of queries [tokens, heads, width]: by vLLM's own torch code, as on GPUs",
         "convolutions of one token: with the stride that vLLM's CPU kernel asks for",
     ]
@@ -66,6 +69,30 @@ def _register_biased_routing() -> None:
         )
 
     cpu_router.CPURouter._compute_routing = compute_routing
+
+
+def _register_identity_experts() -> None:
+    """The part of the experts that return their input (LongCat-Flash): `x [T, D]` times the sum of their weights.
+
+    vLLM 0.32 has Triton kernels alone, for this part and for the choice of experts (`fused_topk_bias` with softmax).
+    """
+
+    def compute_routing(
+        self: Any, hidden_states: torch.Tensor, router_logits: torch.Tensor, *rest: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = router_logits.float().softmax(dim=-1)
+        chosen = (scores + self.e_score_correction_bias.data).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(1, chosen)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        weights = weights * self.routed_scaling_factor
+        returned = chosen >= self.num_logical_experts
+        self._zero_expert_output = (hidden_states * weights.masked_fill(~returned, 0.0).sum(dim=-1, keepdim=True)).to(
+            hidden_states.dtype
+        )
+        return weights.masked_fill(returned, 0.0), chosen.masked_fill(returned, 0).to(torch.int32)
+
+    zero_expert_router.ZeroExpertRouter._compute_routing = compute_routing
 
 
 def _register_rotary_heads() -> None:

@@ -16,6 +16,7 @@ RESULT.json (keys always there)
     format 1; ok: no exception. stage: import | build | load | done; error: null | {type, message, traceback}
     version             vLLM's, or null
     architecture        the class of the model
+    packed              names of layers that the class says are several of the hub's: a target names those, not the layer
     layers              {name in vLLM's tree: {looked_up: the name under which it looked up its quantization,
                         scheme: class of its scheme or method, format: nvfp4 | fp8 | "", kind: linear | experts |
                         embedding | attention | ""}} of every layer that a tensor of the request was written to
@@ -42,8 +43,8 @@ MOST_REFUSED = 100
 def main(request_path: str, result_path: str) -> int:
     """Run the stages and write RESULT; 0 if all ran, 1 if one raised."""
     result: dict[str, Any] = {
-        "format": 1, "ok": False, "stage": "import", "error": None, "version": None, "architecture": "", "layers": {},
-        "written": {}, "refused": [], "unwritten": [],
+        "format": 1, "ok": False, "stage": "import", "error": None, "version": None, "architecture": "", "packed": [],
+        "layers": {}, "written": {}, "refused": [], "unwritten": [],
     }  # fmt: skip
     try:
         run(json.loads(Path(request_path).read_text()), result)
@@ -68,6 +69,7 @@ def run(request: dict[str, Any], result: dict[str, Any]) -> None:
         raise WORKER.NoVariant(f"vLLM {vllm.__version__} {why}")
     model, looked_up = build(request)
     result["architecture"] = type(model).__name__
+    result["packed"] = sorted(getattr(model, "packed_modules_mapping", None) or {})
     result["stage"] = "load"
     describe(model, looked_up, load(model, request["tensors"], result), result)
     result["stage"] = "done"

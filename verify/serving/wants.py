@@ -57,6 +57,8 @@ class Wants:
     refused: dict[str, str] = field(default_factory=dict)
     #: Parameters that no tensor wrote, or not whole.
     unwritten: tuple[str, ...] = ()
+    #: Names of layers that the class says are several of the hub's.
+    packed: tuple[str, ...] = ()
     #: Why the class could not be built, else empty; `at_fault`: it can be built without quantization_config.
     unproven: str = ""
     at_fault: bool = False
@@ -129,6 +131,7 @@ def read_wants(result: dict[str, Any]) -> Wants:
         {name: Layer(**layer) for name, layer in result["layers"].items()},
         {refused["tensor"]: refused["message"] for refused in result["refused"]},
         tuple(result["unwritten"]),
+        tuple(result["packed"]),
     )
 
 

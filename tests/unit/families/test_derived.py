@@ -56,6 +56,21 @@ def test_what_is_written_by_hand_is_derived_too(name: standard.Family, tmp_path:
     assert shapes == {tensor: (want.shape, want.optional) for tensor, want in kept.items()}
 
 
+def test_experts_that_return_their_input_have_no_tensors() -> None:
+    """LongCat-Flash: 8 experts with weights of 12; two attentions, dense MLPs and pairs of norms in each of two blocks."""
+    config = any_family.empty_model("longcat_flash").config.to_dict()
+    family = derive(json.loads(json.dumps(config, default=str)), "config.json")
+    experts = {family.place(name).expert for name in promised(family) if family.place(name).part == "routed expert"}
+    assert experts == set(range(8))
+    parts = {
+        "self_attn.1.o_proj": "attention",
+        "mlps.1.up_proj": "mlp",
+        "input_layernorm.1": "norm",
+        "mlp.router.classifier": "router",
+    }
+    assert {name: family.place(f"model.layers.1.{name}.weight").part for name in parts} == parts
+
+
 def test_deepseek_v4_is_derived_too(tmp_path: Path) -> None:
     source = Checkpoint.open(deepseek_v4.write(tmp_path / "source", stored="fp8_mxfp4"))
     table, read = family_of(source.config), derive(source.config, "config.json", source.tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from llmcompressor.modeling.moe import helpers
@@ -10,6 +12,8 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from calibration.engine.experts import ExpertCalibration, Pass
+from calibration.engine.stacked_experts import Routing
 from calibration.families.stacked import projections
 from calibration.model.linear_experts import linearize_experts
 from tests.models import any_family
@@ -40,6 +44,45 @@ def test_single_experts_compute_what_the_stack_does(family: str) -> None:
     weights = torch.tensor([[0.25, 0.75]]).expand(6, 2)
     made, expected = single(hidden, routed, weights), stack(hidden, routed, weights)
     assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", [*Pass, None])
+def test_experts_without_weights_return_their_input(kind: Pass | None) -> None:
+    """LongCat-Flash has 8 experts with weights and 4 without: outside a calibration (None) and in each of its passes."""
+    model = any_family.empty_model("longcat_flash")
+    stack = filled(model.model.layers[0].mlp.experts)
+    for parameter in stack.parameters():
+        parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    linearize_experts(model)
+    single = filled(model.model.layers[0].mlp.experts)
+    assert isinstance(single, LinearExperts2D) and single.num_experts == 8
+    for number in range(single.num_experts):
+        gate, up = stack.gate_up_proj[number].chunk(2)
+        for leaf, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", stack.down_proj[number])):
+            single[number].get_submodule(leaf).weight.data.copy_(weight)
+    hidden = torch.randn(6, 256, generator=torch.Generator().manual_seed(1))
+    routed = torch.tensor([[0, 3, 8], [8, 9, 11], [7, 6, 5], [11, 2, 10], [0, 1, 2], [9, 4, 8]])
+    weights = torch.rand(6, 3, generator=torch.Generator().manual_seed(2))
+    calibration = ExpertCalibration()
+    with ExitStack() as stacked:
+        if kind is not None:
+            stacked.enter_context(calibration.installed())
+            stacked.enter_context(calibration.running(kind))
+        made = single(hidden, routed, weights)
+    expected = stack(hidden, routed, weights)
+    assert (made - expected).abs().max() <= 1e-5 * expected.abs().max()
+    if kind is Pass.CALIBRATE:
+        assert calibration.tokens(single) == {0: 2, 1: 1, 2: 2, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1}
+
+
+def test_the_sum_over_rows_takes_the_input_for_experts_without_weights() -> None:
+    """As accelerators compute it: one product over the rows of the experts with weights, here zero."""
+    hidden = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
+    weights = torch.tensor([[0.5, 0.25, 0.125], [0.5, 0.25, 0.125]])
+    routing = Routing.of(2, 8, torch.tensor([[0, 8, 11], [9, 3, 7]]), weights)
+    assert routing.counts == [1, 0, 0, 1, 0, 0, 0, 1]
+    made = routing.summed(torch.zeros(sum(routing.counts), 4), hidden)
+    assert torch.equal(made, hidden * torch.tensor([[0.375], [0.5]]))
 
 
 def filled(module: nn.Module) -> nn.Module:

@@ -146,6 +146,7 @@ def test_the_class_is_built_without_quantization_only_to_find_what_is_at_fault(
             "ok": True,
             "version": "0",
             "architecture": "A",
+            "packed": [],
             "written": {},
             "layers": {},
             "refused": [],
