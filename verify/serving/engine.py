@@ -58,6 +58,8 @@ _REFUSED = (
     (CPU_REFUSALS, "vLLM runs this model on other hardware only; on a CPU it raises"),
     (PACKAGE_REFUSALS, "vLLM does not start this model with the packages that are installed beside it; it raises"),
 )
+_NOT_IMPORTED = ("ImportError", "ModuleNotFoundError", "RuntimeError", "OSError")
+"""What an import raises; torch's libraries raise the last two if they do not fit each other."""
 RAISED = 4
 """Lines at the end of a traceback that show the one that raised."""
 
@@ -156,7 +158,7 @@ def run_engine(
         raise EnvironmentProblem(f"{options.python}: no such interpreter (verify.serving.python); {REMEDY}") from None
     result = read_json_or_none(result_path) or {"ok": False, "stage": "request", "error": None}
     error = result.get("error") or {}
-    if result.get("stage") == "import" and error.get("type") in ("ImportError", "ModuleNotFoundError"):
+    if result.get("stage") == "import" and error.get("type") in _NOT_IMPORTED:
         raise EnvironmentProblem(
             f"{options.python}: vLLM cannot be imported there (verify.serving.python): {error['message']}; {REMEDY}"
         )

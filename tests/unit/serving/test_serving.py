@@ -253,6 +253,16 @@ def test_a_missing_interpreter_or_one_without_vllm_names_the_remedy(tmp_path: Pa
         serving.verify_serving(tmp_path, Serving(python=sys.executable), tmp_path / "logs")
 
 
+def test_packages_that_do_not_fit_each_other_are_no_fault_of_the_checkpoint(tmp_path: Path) -> None:
+    def failing(command: list[str], log: Path, timeout: float) -> tuple[int, bool]:
+        error = {"type": "RuntimeError", "message": "operator torchvision::nms does not exist"}
+        Path(command[3]).write_text(json.dumps({"ok": False, "stage": "import", "error": error}))
+        return 1, False
+
+    with pytest.raises(EnvironmentProblem, match=r"cannot be imported there.*torchvision::nms"):
+        engine.run_engine({}, Serving(python=sys.executable), tmp_path, "serving", failing)
+
+
 def test_time_out_kills_the_whole_process_group(tmp_path: Path) -> None:
     child = "import os, subprocess, sys; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
     log = tmp_path / "log"
