@@ -125,7 +125,8 @@ def measure(
         exact, largest = tried.exact(state.hidden, own)
         if not all(bool(made.isfinite().all()) for made in exact):
             raise SourceError(f"block {number}: the hidden states are not finite: the source overflows or is damaged")
-        state.carried = {name: tried.run(values) for name, values in state.carried.items()}
+        for name, values in state.carried.items():  # one at a time: those of a large model have gigabytes
+            state.carried[name] = tried.run(values)
         for unit in own:
             errors, smallest = dict.fromkeys(unit.unit.sizes, 0.0), unit.unit.smallest
             for name in unit.unit.sizes:
@@ -241,7 +242,7 @@ def _emulated(module: nn.Module, scheme: Scheme, largest: float) -> Iterator[Non
     exact: torch.Tensor = module.weight.data  # type: ignore[assignment]
 
     def before(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        module.weight.data = _rounded_weight(exact, scheme)
+        module.weight.data = rounded_weight(exact, scheme)
         return _rounded_input(arguments[0], scheme, largest), *arguments[1:]
 
     def after(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
@@ -254,7 +255,8 @@ def _emulated(module: nn.Module, scheme: Scheme, largest: float) -> Iterator[Non
     module.weight.data = exact
 
 
-def _rounded_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def rounded_weight(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """A weight `[M, K]` rounded to nearest in the scheme and back, in its dtype."""
     if scheme is FP8_BLOCK:
         return tiles.dequantize_tiles(*tiles.quantize_tiles(weight)).to(weight.dtype)
     return nvfp4.quantize_dequantize(weight, _global_scale(float(weight.abs().amax()), weight.device))

@@ -81,7 +81,7 @@ def predict(
     stages = {"calibrate": work}
     if task.recipe.verify.structure or task.recipe.verify.fidelity:
         passes = task.plan.output_bytes * 2 + (task.source.total_bytes if task.recipe.verify.fidelity else 0)
-        stages["verify"] = _figures({"read": machine.read * passes}, passes, 0, None) | {"at_least": True}
+        stages["verify"] = figures({"read": machine.read * passes}, passes, 0, None) | {"at_least": True}
         notes.append("verify: reading only; serving is not predicted")
     return {"from": "rehearsal" if seen.rehearsal else "micro-benchmark", "stages": stages, "notes": notes,
             "blocks": sum(cost.number is not None for cost in costs), "output_bytes": written}  # fmt: skip
@@ -108,7 +108,7 @@ class _Calibration:
         squares = passes * sum(n * t * t for n, t in shapes) / (largest[0] * largest[1] ** 2)
         again = min(_PARITY, len(set(shapes)))
         rehearsed = {} if rehearsal is None else {n: block for block in rehearsal.blocks for n in block.blocks}
-        write = _writing(machine) + machine.digest
+        write = writing(machine) + machine.digest
         terms = dict.fromkeys(("start", "load", "forward", "observe", "quantize", "write", "activations"), Spent())
         terms["start"] = Spent(_START, _START) * sum(cost.modules for cost in costs)
         if self.ranks > 1:
@@ -131,7 +131,7 @@ class _Calibration:
             if known:
                 terms["forward"] += known.forward * times
             elif cost.number is not None:
-                terms["forward"] += _forward(machine, cost, count, width) * times
+                terms["forward"] += forward(machine, cost, count, width) * times
                 terms["forward"] += machine.attention(*cost.attention, largest[1]) * largest[0] * (squares + again)
             terms["quantize"] += machine.pack * (cost.quantized / self.ranks)
             terms["write"] += write * cost.written
@@ -149,13 +149,13 @@ class _Calibration:
                 f"the Hessians of a block take {hessians / 1e9:,.2f} GB beside it{' on each rank' if self.ranks > 1 else ''}"
             )
         peak = _peak(costs, block, largest, rehearsal) + held + hessians
-        return _figures(
+        return figures(
             terms, sum(cost.source_bytes for cost in costs), sum(cost.written for cost in costs) + kept, peak
         )
 
 
-def _forward(machine: Machine, cost: BlockCost, tokens: int, width: int) -> Spent:
-    """One batch through a block, without the attention scores."""
+def forward(machine: Machine, cost: BlockCost, tokens: int, width: int) -> Spent:
+    """The time of one batch through a block, without the attention scores."""
     spent = machine.norm(tokens, width) * _NORMS
     for product, times in cost.products.items():
         spent += machine.product(product, tokens) * times
@@ -169,19 +169,20 @@ def _conversion(task: Task, machine: Machine, costs: list[BlockCost]) -> dict[st
     workers = min(task.recipe.convert.workers or os.cpu_count() or 1, os.cpu_count() or 1)
     compute = machine.conversion * written
     parts = {"read": machine.read * read, "compute": Spent(compute.clock / workers, compute.cpu),
-             "write": _writing(machine) * written}  # fmt: skip
+             "write": writing(machine) * written}  # fmt: skip
     # Reading, computing and writing overlap, as far as there are enough processors.
     clocks = max(max(part.clock for part in parts.values()), sum(p.cpu for p in parts.values()) / (os.cpu_count() or 1))
     # One input buffer per worker, and two more output buffers than workers (calibration.convert.pipeline).
     peak = anonymous_memory() + (2 * workers + 2) * min(JOB, task.plan.output_bytes)
-    return _figures(parts, read, written, peak) | {"seconds": round(clocks, 3)}
+    return figures(parts, read, written, peak) | {"seconds": round(clocks, 3)}
 
 
 def _one_pass(task: Task) -> bool:
     return task.recipe.quantization_modifier.name == "QuantizationModifier"
 
 
-def _writing(machine: Machine) -> Spent:
+def writing(machine: Machine) -> Spent:
+    """The time per written byte; assumed if it cannot be measured."""
     return machine.write or Spent(1 / ASSUMED_WRITE, 0.0)
 
 
@@ -193,10 +194,16 @@ def _peak(costs: list[BlockCost], block: int, largest: tuple[int, int], rehearsa
         return rehearsal.peak_memory + block + made
     heads = max((cost.attention[0] for cost in costs), default=0)
     scores = heads * largest[0] * largest[1] ** 2 * (4 + 4 + 2)
-    return max(anonymous_memory(), _IMPORTED) + 2 * block + made + scores
+    return held_memory() + 2 * block + made + scores
 
 
-def _figures(terms: dict[str, Spent], read: int, written: int, peak: int | None) -> dict[str, Any]:
+def held_memory() -> int:
+    """Anonymous memory in bytes of a run without a model: what this process has, at least that of the libraries."""
+    return max(anonymous_memory(), _IMPORTED)
+
+
+def figures(terms: dict[str, Spent], read: int, written: int, peak: int | None) -> dict[str, Any]:
+    """A stage as JSON: its seconds are the sum of the `terms`; bytes read and written, and at the peak in memory."""
     return {
         "seconds": round(math.fsum(spent.clock for spent in terms.values()), 3),
         "cpu_seconds": round(math.fsum(spent.cpu for spent in terms.values()), 3),

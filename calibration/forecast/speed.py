@@ -20,6 +20,7 @@ from calibration.checkpoint.direct import Buffer, DirectReader, Extent
 from calibration.convert.layout import ShardLayout
 from calibration.convert.work import Work
 from calibration.forecast.cost import Product
+from calibration.plan.schemes import SCHEMES
 from calibration.plan.task import Task
 from calibration.runs.disk import existing
 
@@ -85,6 +86,7 @@ class Machine:
         self.norm = cache(self._norm)
         self.expert, self.observe = cache(self._expert), cache(self._observe)
         self.load = cache(self._load)
+        self.rounding, self.predictions = cache(self._rounding), cache(self._predictions)
 
     def _time(self, call: Callable[[], object]) -> Spent:
         def synchronised() -> None:
@@ -200,14 +202,9 @@ class Machine:
     @cached_property
     def pack(self) -> Spent:
         """The time per value of group maxima, scales and packing of a quantized weight of common size."""
-        sizes = sorted(
-            (self.task.formats.of(step.source).shape for step in self.task.plan.quantized.values()),
-            key=lambda s: s[0] * s[1],
-        )
-        if not sizes:
+        if not self.task.plan.quantized:
             return Spent()
-        rows, columns = sizes[len(sizes) // 2]
-        rows = max(1, min(rows, (1 << 24) // columns))
+        rows, columns = self._common_shape()
         weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=self.device)
 
         def work() -> None:
@@ -218,6 +215,33 @@ class Machine:
             nvfp4.pack(weight, scale, glob.reshape(1))
 
         return self._time(work) * (1 / (rows * columns))
+
+    def _common_shape(self) -> tuple[int, int]:
+        """The median shape `[M, K]` of the quantized weights, of at most 16 M values."""
+        shapes = [self.task.formats.of(step.source).shape for step in self.task.plan.quantized.values()]
+        rows, columns = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
+        return max(1, min(rows, (1 << 24) // columns)), columns
+
+    def _rounding(self, scheme: str) -> Spent:
+        """The time per value in which a weight of common size is rounded to a scheme and back, as a size budget tries it."""
+        from calibration.engine.sensitivity import rounded_weight  # imported late: needs transformers
+
+        rows, columns = self._common_shape()
+        weight = torch.randn(rows, columns, dtype=torch.bfloat16, device=self.device)
+        return self._time(lambda: rounded_weight(weight, SCHEMES[scheme])) * (1 / (rows * columns))
+
+    def _predictions(self, vocabulary: int, width: int, tokens: int) -> Spent:
+        """The time of the head on `tokens` and of the divergence of its predictions from others."""
+        tried = max(1, min(vocabulary, (1 << 23) // max(width, 1)))
+        hidden = torch.randn(tokens, width, dtype=torch.bfloat16, device=self.device)
+        head = torch.randn(tried, width, dtype=torch.bfloat16, device=self.device)
+        exact = torch.randn(tokens, tried, device=self.device).log_softmax(-1)
+
+        def compare() -> torch.Tensor:
+            made = functional.linear(hidden, head).float().log_softmax(-1)
+            return functional.kl_div(made, exact, reduction="sum", log_target=True)
+
+        return self._time(compare) * (vocabulary / tried)
 
     @cached_property
     def digest(self) -> Spent:

@@ -28,6 +28,8 @@ from recipes.errors import RecipeError, WorkflowError, collapsed
 from recipes.modifiers import ModifierEntry
 from recipes.schema import Recipe
 
+#: Tokens of a sample: several short texts say more about a module than one long one.
+_SAMPLE = 128
 _PLAIN_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -77,6 +79,14 @@ class BudgetTask:
     def limit(self) -> int:
         """The largest output in bytes."""
         return int(self.budget.bits_per_parameter * self.plan.parameters / 8)
+
+    @property
+    def text(self) -> tuple[int, int]:
+        """Samples of calibration text on which the units are measured, and the most tokens of each."""
+        calibration = self.recipe.calibration
+        assert calibration is not None, "a budget needs method calibrate"
+        length = min(_SAMPLE, calibration.max_seq_length, self.budget.tokens)
+        return min(-(-self.budget.tokens // length), calibration.num_samples), length
 
     @cached_property
     def fixed_bytes(self) -> int:

@@ -64,12 +64,14 @@ def outer(source: Path, pairs: int) -> list[str]:
 def bits(source: Path, sections: dict[str, Any]) -> tuple[float, float]:
     """Bits per parameter of the output of a recipe, and per weight of the layers that the recipes quantize."""
     made = Recipe.model_validate(recipe(source, source.parent / "unused", 1, **sections))
-    plan = Task.open(made, source).plan
-    layers = [step for step in plan.steps.values() if step.source.endswith(".weight") and ".layers." in step.source]
+    task = Task.open(made, source)
+    layers = [
+        step for step in task.plan.steps.values() if step.source.endswith(".weight") and ".layers." in step.source
+    ]
     layers = [step for step in layers if "norm" not in step.source and not step.source.endswith("gate.weight")]
     nbytes = sum(output.nbytes for step in layers for output in step.outputs)
-    elements = sum(torch.Size(Task.open(made, source).source.header(step.source).shape).numel() for step in layers)
-    return plan.bits_per_parameter, 8 * nbytes / elements
+    elements = sum(torch.Size(task.source.header(step.source).shape).numel() for step in layers)
+    return task.plan.bits_per_parameter, 8 * nbytes / elements
 
 
 def chosen(directory: Path, source: Path, samples: int, size: float, tokens: int) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def evaluate(bench: Bench, nearest: Path, chosen: dict[str, str]) -> Result:
         for name, scheme in chosen.items():
             if scheme == "FP8_BLOCK":
                 module = scales[name][0]
-                module.weight.data = sensitivity._rounded_weight(module.weight.data, FP8_BLOCK)
+                module.weight.data = sensitivity.rounded_weight(module.weight.data, FP8_BLOCK)
                 hooks[module] = forward.fp8_input
         head = original.model.get_output_embeddings()
         with hooked(hooks):

@@ -1,9 +1,10 @@
 """Prediction against fact: what `--dry-run` and the rehearsal say of a run, and what the run took.
 
     python -m tests.benchmarks.estimate_benchmark [--directory DIR] [--cases v4-bf16 v4-fp8 v4-fp8_mxfp4 qwen3_moe llama convert]
+    python -m tests.benchmarks.estimate_benchmark --cases budget-smollm2 budget-qwen3_moe
 
 One thread, every command in a process of its own, the source dropped from the page cache before each. Prints a row per
-case: processor seconds, seconds of the clock, bytes written, peak memory of the stage calibrate.
+case: processor seconds, seconds of the clock, bytes written, peak memory of the stage calibrate, or of the stage `budget` alone.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ import yaml
 
 from tests.benchmarks.convert_benchmark import forget
 from tests.benchmarks.engine_benchmark import FLAT, TARGETS
-from tests.models import deepseek_v4, standard
+from tests.models import deepseek_v4, smollm2, standard
 
 CASES = ("v4-bf16", "v4-fp8", "v4-fp8_mxfp4", "qwen3_moe", "llama", "convert")
+MEASURED = ("budget-smollm2", "budget-qwen3_moe")
 MOE = {"moe_intermediate_size": 256, "num_experts": 32, "num_experts_per_tok": 8}
 #: Samples, tokens each, batch size.
 DATA = {"qwen3_moe": (12, 512, 2), "llama": (16, 512, 2)}
@@ -35,6 +37,8 @@ def write_source(directory: Path, case: str) -> Path:
     if case.startswith(("v4", "convert")):
         stored: Any = "fp8_mxfp4" if case == "convert" else case.removeprefix("v4-")
         return deepseek_v4.write(directory, stored, **(FLAT["small"] | {"layers": 3}))
+    if case == "smollm2":
+        return smollm2.write(directory)
     form = standard.FORMS[case]
     larger: dict[str, Any] = {"blocks": 4, "hidden": 768, "intermediate": 2048}
     if case == "qwen3_moe":
@@ -46,7 +50,8 @@ def write_source(directory: Path, case: str) -> Path:
 
 def write_recipe(base: Path, case: str) -> Path:
     """A recipe with one thread for the methods that have threads of their own."""
-    source = base / "source"
+    source, measures = base / "source", case.startswith("budget-")
+    case = case.removeprefix("budget-")
     if not source.exists():
         write_source(source, case)
     samples, tokens, batch = DATA.get(case, (8, 512, 1))
@@ -68,6 +73,8 @@ def write_recipe(base: Path, case: str) -> Path:
             "max_seq_length": tokens,
             "batch_size": batch,
         }
+    if measures:
+        body["budget"] = {"bits_per_parameter": 10.0}
     path = base / "recipe.yaml"
     path.write_text(yaml.safe_dump(body))
     return path
@@ -101,15 +108,16 @@ def main() -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("estimate-benchmark"))
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="*", choices=(*CASES, *MEASURED), default=CASES)
     given = parser.parse_args()
     for case in given.cases:
         base = given.directory / case
         base.mkdir(parents=True, exist_ok=True)
         recipe = write_recipe(base, case)
-        dry = json.loads(run(recipe, "--dry-run", "--json"))["estimate"]["stages"]["calibrate"]
-        run(recipe, "--overwrite", "--restart")
-        both = json.loads((base / "output.run" / "estimate.json").read_text())["stages"]["calibrate"]
+        stage = "budget" if case in MEASURED else "calibrate"
+        dry = json.loads(run(recipe, "--dry-run", "--json"))["estimate"]["stages"][stage]
+        run(recipe, *(["--stages", "inspect"] if case in MEASURED else ["--overwrite", "--restart"]))
+        both = json.loads((base / "output.run" / "estimate.json").read_text())["stages"][stage]
         print(row(case, dry, both), flush=True)
 
 

@@ -22,6 +22,7 @@ from calibration.model.source_model import SourceModel
 from calibration.plan.budget import BudgetTask, Unit
 from recipes.schema import Calibration
 from tests.exported import EXPERTS, recipe
+from tests.integration import batch_runs
 from tests.integration.attempts import TARGETS, Attempt, Case, same
 from tests.integration.interrupted_runs import KillAt, finish
 from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
@@ -201,6 +202,9 @@ def test_a_dry_run_measures_nothing_and_says_what_can_be_had(tmp_path: Path) -> 
     facts = json.loads(done.stdout)
     assert facts["budget"]["units"] == 9 and facts["budget"]["least"]["bits_per_parameter"] == 6.868
     assert facts["plan"]["output_bytes"] == facts["budget"]["least"]["bytes"]
+    assert (
+        next(iter(facts["estimate"]["stages"])) == "budget" and facts["estimate"]["stages"]["budget"]["cpu_seconds"] > 0
+    )
     assert not (tmp_path / "output.run").exists()
     made = write_recipe(tmp_path, source, LINEAR, budget={"bits_per_parameter": 5}, verify={})
     refused = run(made)
@@ -218,5 +222,35 @@ def test_the_mixture_is_served_and_passes_every_check(tmp_path: Path) -> None:
     assert set(json.loads(done.stdout)["verdicts"].values()) == {"PASS"}
     choice = json.loads((tmp_path / "output.run" / "budget.json").read_text())["choice"]
     assert {"NVFP4", "FP8_BLOCK", "bfloat16"} == set(choice.values())
+    measuring = json.loads((tmp_path / "output.run" / "estimate.json").read_text())["stages"]["budget"]
+    assert measuring["predicted"]["peak_memory"] == pytest.approx(measuring["fact"]["peak_memory"], rel=0.3)
+    assert min(measuring[which]["cpu_seconds"] for which in ("predicted", "fact")) > 0
     size = sum(path.stat().st_size for path in (tmp_path / "output").glob("*.safetensors"))
     assert size * 8 / Formats(open_source(source)).parameters < 7.3 + 0.5  # headers of the files
+
+
+def test_a_batch_measures_and_its_second_call_finds_what_was_chosen(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "qwen3_moe")
+    folder, arguments = tmp_path / "batch", ["--directory", str(tmp_path / "state")]
+    made = batch_runs.write_recipe(folder, "mixed", source, LINEAR, budget=BUDGET)
+    code, text = batch_runs.finish_batch([str(made), *arguments], tmp_path / "log")
+    assert code == 0, text
+    chosen = json.loads((folder / "mixed" / "output.run" / "budget.json").read_text())
+    assert batch_runs.files(folder, "mixed") == batch_runs.single_run(made, tmp_path / "alone")
+    (attempt, *_) = json.loads((tmp_path / "state" / "summary.json").read_text())["runs"]
+    code, text = batch_runs.finish_batch([str(made), *arguments], tmp_path / "log2")
+    assert code == 0 and "mixed" in text, text
+    again = json.loads((tmp_path / "state" / "summary.json").read_text())["runs"][0]
+    assert again["attempts"] == attempt["attempts"] == 1
+    assert again["bits_per_parameter"] == pytest.approx(chosen["chosen"]["bits_per_parameter"], abs=1e-3)
+    # Other checks verify again; another size is another checkpoint.
+    body = yaml.safe_load(made.read_text())
+    made.write_text(yaml.safe_dump(body | {"verify": {"fidelity": True}}))
+    code, text = batch_runs.finish_batch([str(made), *arguments], tmp_path / "log3")
+    assert (
+        code == 0
+        and json.loads((folder / "mixed" / "output.run" / "verify.json").read_text())["verdicts"]["fidelity"] == "PASS"
+    )
+    made.write_text(yaml.safe_dump(body | {"budget": BUDGET | {"bits_per_parameter": 9.0}}))
+    code, text = batch_runs.finish_batch([str(made), *arguments], tmp_path / "log4")
+    assert code == 4 and "the checkpoint of another recipe is there" in text, text

@@ -137,8 +137,9 @@ class Child:
 
 
 def has_work_for_ranks(entry: Entry) -> bool:
-    """Whether several processes can share the next attempt: only calibration can be shared."""
-    return entry.method == "calibrate" and entry.output_state().kind not in ("verify", "done")
+    """Whether several processes can share the next attempt: only calibration can be shared. A run with a budget has one: nodes
+    would have to agree on whether it was measured already."""
+    return not entry.budget and entry.method == "calibrate" and entry.output_state().kind not in ("verify", "done")
 
 
 def child_path() -> str:

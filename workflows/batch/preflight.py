@@ -13,8 +13,10 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.side_files import side_files
 from calibration.families.registry import open_source
 from calibration.forecast.cost import boundary_bytes, hidden_width, nominal_shapes, scratch_bytes
+from calibration.plan.budget import BudgetTask
 from calibration.plan.task import Task
 from calibration.runs.disk import Need, space_problems
+from calibration.runs.journal import RunDirectory
 from calibration.runs.output import overwrite_problems
 from calibration.runs.resume import activations_directory, finished_blocks
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, WorkflowError, collapsed
@@ -25,6 +27,7 @@ from recipes.schema import Recipe
 from verify.accuracy.tasks import request
 from verify.serving.engine import check_environment, check_tasks
 from workflows.batch.state import BatchDirectory, Entry, orphan
+from workflows.run.budget import asked, known_choice
 from workflows.run.rehearse import FILES_PER_BATCH, OWN_FILES, RUN_FILES
 from workflows.source import require_apart, resolve_source
 
@@ -116,17 +119,16 @@ def preflight(
     for run in wanted:
         try:
             loaded[run.name] = load_recipe(run.recipe, run.overrides, run.output)
+            write_text(batch.frozen(run.name), dump_recipe(loaded[run.name]))
         except WorkflowError as error:
             problems[run.name] += [(error.exit_code, text) for text in error.problems]
-    planned = _plan_runs(loaded, problems, say)
+    planned = _plan_runs(loaded, batch, problems, say)
     _require_separate_outputs(loaded, problems)
     _check_serving_engines(loaded, problems)
     for run in wanted:
         recipe = loaded.get(run.name)
         frozen = batch.frozen(run.name)
         entry = planned.get(run.name) or Entry(run.name, "", "", "" if recipe is None else recipe.output)
-        if recipe is not None:
-            write_text(frozen, dump_recipe(recipe))
         entry = replace(entry, given=run.given, recipe=str(frozen.absolute()))
         if run.name in planned and run.name not in under_way:
             problems[run.name] += [
@@ -171,7 +173,10 @@ def space_needs(entry: Entry) -> tuple[Need, Need]:
 
 
 def _plan_runs(
-    loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]], say: Callable[[str], None]
+    loaded: dict[str, Recipe],
+    batch: BatchDirectory,
+    problems: dict[str, list[tuple[int, str]]],
+    say: Callable[[str], None],
 ) -> dict[str, Entry]:
     by_source: dict[tuple[str, str | None], list[str]] = defaultdict(list)
     for name, recipe in loaded.items():
@@ -187,35 +192,42 @@ def _plan_runs(
             continue
         for name in names:
             try:
-                entries[name] = _make_entry(name, loaded[name], formats)
+                entries[name] = _make_entry(name, batch.frozen(name), loaded[name], formats)
             except WorkflowError as error:
                 problems[name] += [(error.exit_code, f"{name}: {text}") for text in error.problems]
     return entries
 
 
-def _make_entry(name: str, recipe: Recipe, formats: Formats) -> Entry:
+def _make_entry(name: str, frozen: Path, recipe: Recipe, formats: Formats) -> Entry:
     source = formats.checkpoint
     require_apart(recipe, source.directory)
-    beside, task = side_files(source.directory), Task.of(recipe, formats)
+    beside, budget = side_files(source.directory), None if recipe.budget is None else BudgetTask.of(recipe, formats)
+    choice = None if budget is None else known_choice(RunDirectory(Path(recipe.output)).path, budget)
+    task = Task.of(recipe, formats) if budget is None else budget.task_of(choice or budget.smallest)
     activation_bytes, activation_files = _activations(task)
     entry = Entry(
         name,
         given="",
-        recipe="",
+        recipe=str(frozen.absolute()),
         output=recipe.output,
         method=recipe.method,
         recipe_digest=recipe_digest(recipe),
         plan_digest=task.plan.digest,
-        output_bytes=task.plan.output_bytes,
+        output_bytes=task.plan.output_bytes if budget is None or choice else budget.limit,
         source_bytes=source.total_bytes,
         activation_bytes=activation_bytes,
         files=len(task.plan.shards) + len(beside.copied) + OWN_FILES + RUN_FILES,
         activation_files=activation_files,
         scratch=recipe.offload.directory,
         parameters=task.plan.parameters,
-        bits_per_parameter=task.plan.bits_per_parameter,
+        bits_per_parameter=task.plan.bits_per_parameter
+        if budget is None or choice
+        else budget.budget.bits_per_parameter,
+        budget="" if budget is None else asked(budget),
     )
-    return entry if entry.output_state().kind == "done" else replace(entry, seconds=_predict_seconds(task, entry))
+    if entry.output_state().kind == "done":
+        return entry
+    return replace(entry, seconds=_predict_seconds(task, entry, None if choice else budget))
 
 
 def _activations(task: Task) -> tuple[int, int]:
@@ -228,14 +240,19 @@ def _activations(task: Task) -> tuple[int, int]:
     return most, FILES_PER_BATCH * len(shapes)
 
 
-def _predict_seconds(task: Task, entry: Entry) -> float:
-    """Seconds that calibration or conversion and the reading of verification take on this machine if nothing else runs.
-    Serving is not included; finished blocks cost nothing."""
+def _predict_seconds(task: Task, entry: Entry, budget: BudgetTask | None) -> float:
+    """Seconds that calibration or conversion, the reading of verification and the measurement for a `budget` take on this machine
+    if nothing else runs. Serving is not included; finished blocks cost nothing."""
     from calibration.forecast.predict import predict  # torch's products and the conversion's kernels
     from calibration.forecast.speed import Machine
 
-    predicted = predict(task, Machine(task), finished=finished_blocks(entry.run, task.plan))
-    return float(sum(stage["seconds"] for stage in predicted["stages"].values()))
+    machine = Machine(task)
+    stages = list(predict(task, machine, finished=finished_blocks(entry.run, task.plan))["stages"].values())
+    if budget is not None:
+        from calibration.forecast.measuring import predict_measuring  # imported late: needs transformers
+
+        stages.append(predict_measuring(budget, machine))
+    return float(sum(stage["seconds"] for stage in stages))
 
 
 def _require_separate_outputs(loaded: dict[str, Recipe], problems: dict[str, list[tuple[int, str]]]) -> None:

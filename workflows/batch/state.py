@@ -29,7 +29,9 @@ from calibration.checkpoint.files import no_link, read_json_object, write_json
 from calibration.runs.journal import RunDirectory, append_line, process_began
 from calibration.runs.lines import read_attempts
 from recipes.errors import EnvironmentProblem, SourceError
-from recipes.loader import load_recipe
+from recipes.loader import load_recipe, recipe_digest
+from recipes.schema import Recipe
+from workflows.run.budget import settled
 from workflows.run.output_state import OutputState, read_output_state
 
 #: Facts of a run's journal that mean progress. Not `verified`: an engine that is killed leaves one each time.
@@ -58,6 +60,8 @@ class Entry:
     parameters: int = 0
     bits_per_parameter: float | None = None
     seconds: float | None = None
+    #: What a size budget asks for (`workflows.run.budget.asked`): the run finds its plan itself. Empty without one.
+    budget: str = ""
 
     @property
     def run(self) -> RunDirectory:
@@ -65,15 +69,32 @@ class Entry:
         return RunDirectory(Path(self.output))
 
     def output_state(self) -> OutputState:
-        """What the output holds, seen from the frozen recipe."""
-        return read_output_state(
-            Path(self.output), self.run, self.plan_digest, self.recipe_digest, lambda: load_recipe(Path(self.recipe))
-        )
+        """What the output holds, seen from the frozen recipe; with a budget, from what the run chose."""
+        if not self.budget:
+            return read_output_state(
+                Path(self.output),
+                self.run,
+                self.plan_digest,
+                self.recipe_digest,
+                lambda: load_recipe(Path(self.recipe)),
+            )
+        chosen = self.chosen()
+        if chosen is None:
+            return read_output_state(Path(self.output), self.run, "", "", lambda: load_recipe(Path(self.recipe)))
+        plan, recipe = chosen
+        return read_output_state(Path(self.output), self.run, plan, recipe_digest(recipe), lambda: recipe)
+
+    def chosen(self) -> tuple[str, Recipe] | None:
+        """The plan's digest and the recipe that the run chose for its budget; None before that, or without a budget."""
+        return settled(self.run, self.budget, load_recipe(Path(self.recipe))) if self.budget else None
 
     def progress(self) -> int:
         """A count that grows whenever the run finishes something for the first time."""
         facts = [fact for fact in self.run.facts() if fact.get("fact") in _PROGRESS]
-        return len({(fact["fact"], fact.get("block"), str(fact.get("shards"))) for fact in facts})
+        measured = (
+            {event.get("block") for event in self.run.events() if event["event"] == "measured"} if self.budget else ()
+        )
+        return len({(fact["fact"], fact.get("block"), str(fact.get("shards"))) for fact in facts}) + len(measured)
 
 
 class BatchDirectory:

@@ -146,7 +146,12 @@ def _dry_run(run: Run, as_json: bool) -> None:
     unsettled = run.budget if run.recipe.budget is not None else None
     if unsettled is not None:
         facts["budget"] = describe_budget(unsettled)
-    facts["estimate"] = predict(run.task, Machine(run.task, run.ranks.device), ranks=run.ranks.size)
+    machine = Machine(run.task, run.ranks.device)
+    facts["estimate"] = predict(run.task, machine, ranks=run.ranks.size)
+    if unsettled is not None:
+        from calibration.forecast.measuring import predict_measuring  # imported late: needs transformers
+
+        facts["estimate"]["stages"] = {"budget": predict_measuring(unsettled, machine)} | facts["estimate"]["stages"]
     if as_json:
         print(json.dumps(facts, indent=2))
         return

@@ -20,16 +20,18 @@ from calibration.checkpoint.files import read_json_or_none, write_json
 from calibration.plan.budget import BudgetTask
 from calibration.plan.versions import versions
 from calibration.runs.fingerprint import source_digest
-from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, SourceError
+from calibration.runs.journal import RunDirectory
+from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, SourceError, WorkflowError
+from recipes.loader import load_recipe
+from recipes.schema import Recipe
 from workflows.inspect_checkpoint import describe_budget
+from workflows.run import prediction as estimate
 from workflows.run import rehearse as rehearsal
 from workflows.run.state import Run
 
 FILE, STATE = "budget.json", "budget.safetensors"
 #: Unit -> candidate -> KL divergence that it causes alone, in nats a token.
 Errors = dict[str, dict[str, float]]
-#: Tokens of a sample: several short texts say more about a module than one long one.
-_SAMPLE = 128
 
 
 def choose_schemes(run: Run, stages: Sequence[str], dry_run: bool = False) -> None:
@@ -57,15 +59,53 @@ def choose_schemes(run: Run, stages: Sequence[str], dry_run: bool = False) -> No
         run.directory.open()
         run.reporter.directory = run.directory
         with run.reporter.stage("budget"):
-            choice = _write_choice(run, budget, _measure(run, budget))
+            _predict(run, budget)
+            with estimate.measured(run.took, "budget"):
+                choice = _write_choice(run, budget, _measure(run, budget))
     run.settle(choice)
+
+
+def known_choice(directory: Path, budget: BudgetTask) -> dict[str, str] | None:
+    """The choice for this size that is in a run directory; None if the run has to measure or to choose first."""
+    return _known(directory, budget)[1]
+
+
+def asked(budget: BudgetTask) -> str:
+    """What a choice is for, in a few letters: what was measured, and the size."""
+    return f"{measurement_key(budget)}:{budget.budget.bits_per_parameter:g}"
+
+
+def settled(run: RunDirectory, wanted: str, recipe: Recipe) -> tuple[str, Recipe] | None:
+    """The digest of the plan that a run chose for `wanted` (see `asked`), and `recipe` with that choice written out; None before
+    it chose. Reads the run directory alone."""
+    found = read_json_or_none(run.path / FILE) or {}
+    try:
+        modifiers = load_recipe(run.path / "recipe.yaml").modifiers
+    except WorkflowError:
+        return None
+    if found.get("asked") != wanted or not isinstance(found.get("plan"), str):
+        return None
+    return found["plan"], recipe.model_copy(update={"modifiers": modifiers, "budget": None})
+
+
+def _predict(run: Run, budget: BudgetTask) -> None:
+    """Predicts the measurement; the prediction is saved for --status until the rehearsal's joins it."""
+    from calibration.forecast.measuring import predict_measuring  # imported late: needs torch
+    from calibration.forecast.speed import Machine
+
+    measuring = predict_measuring(budget, Machine(run.task, run.ranks.device))
+    run.prediction = {"from": "micro-benchmark", "stages": {"budget": measuring}, "notes": []}
+    write_json(run.directory.path / estimate.FILE, run.prediction)
+    run.reporter.event("predicted", **run.prediction)
+    for line in estimate.render(run.prediction):
+        run.reporter.say(line)
 
 
 def _known(directory: Path, budget: BudgetTask) -> tuple[Errors | None, dict[str, str] | None]:
     """What was measured with these settings and is in the run directory, and what was chosen for this size; None for what is
     not there."""
     found = read_json_or_none(directory / FILE)
-    if found is None or found.get("key") != _key(budget):
+    if found is None or found.get("key") != measurement_key(budget):
         return None, None
     try:
         errors = TypeAdapter(Errors).validate_python(found.get("errors"))
@@ -79,7 +119,7 @@ def _known(directory: Path, budget: BudgetTask) -> tuple[Errors | None, dict[str
     return errors, chosen if same and fits else None
 
 
-def _key(budget: BudgetTask) -> str:
+def measurement_key(budget: BudgetTask) -> str:
     """What the measurement depends on."""
     calibration = budget.recipe.calibration
     assert calibration is not None, "a budget needs method calibrate"
@@ -107,9 +147,7 @@ def _measure(run: Run, budget: BudgetTask) -> Errors:
 
     recipe, source, reporter = budget.recipe, budget.formats.checkpoint, run.reporter
     assert recipe.calibration is not None, "a budget needs method calibrate"
-    trusted, tokens = recipe.source.trust_remote_code, budget.budget.tokens
-    length = min(_SAMPLE, recipe.calibration.max_seq_length, tokens)
-    samples = min(-(-tokens // length), recipe.calibration.num_samples)
+    trusted, (samples, length) = recipe.source.trust_remote_code, budget.text
     shown = {"num_samples": samples, "max_seq_length": length, "batch_size": samples, "exact": False}
     data = load_batches(
         recipe.calibration.model_copy(update=shown),
@@ -118,7 +156,9 @@ def _measure(run: Run, budget: BudgetTask) -> Errors:
         embedding=embedding_rows(source),
     )
     reporter.say(f"measuring {len(budget.units):,} units on {data.num_tokens:,} tokens: {data.description}")
-    key = hashlib.sha256(json.dumps([_key(budget), data.digest, versions()], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([measurement_key(budget), data.digest, versions()], sort_keys=True).encode()
+    ).hexdigest()
     state = run.directory.path / STATE
     with TemporaryDirectory() as work, run.interrupts.deferring():
         with quiet(lambda event: None):
@@ -140,7 +180,9 @@ def _write_choice(run: Run, budget: BudgetTask, errors: Errors) -> dict[str, str
     nbytes = budget.nbytes(choice)
     smallest = sum(errors[unit.name][unit.smallest] for unit in budget.units)
     facts = {
-        "key": _key(budget),
+        "key": measurement_key(budget),
+        "asked": asked(budget),
+        "plan": budget.task_of(choice).plan.digest,
         **describe_budget(budget),
         "chosen": {"bytes": nbytes, "bits_per_parameter": round(budget.bits(nbytes), 3)},
         "kl_smallest": smallest,

@@ -234,7 +234,9 @@ def _estimate(run: Run, boundary: int | None) -> None:
 
     machine, prepared = Machine(run.task, run.ranks.device), run.prepared
     seen = Seen(prepared.shapes, boundary, prepared.rehearsal)
+    measured = (run.prediction or {}).get("stages", {})  # a size budget's candidates, by this process
     run.prediction = predict(run.task, machine, seen, _finished(run), run.ranks.size)
+    run.prediction["stages"] = measured | run.prediction["stages"]
     write_json(run.directory.path / FILE, run.prediction)
     run.reporter.event("predicted", **run.prediction)
     for line in render(run.prediction):

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from calibration.checkpoint.formats import Formats
+from calibration.families.registry import open_source
 from calibration.forecast.cost import Product, block_costs, boundary_bytes, hessian_bytes
+from calibration.forecast.measuring import predict_measuring
 from calibration.forecast.predict import predict
 from calibration.forecast.speed import Machine, Spent
+from calibration.plan.budget import BudgetTask
 from recipes.errors import SourceError
 from tests.exported import recipe, task_of
-from tests.models import deepseek_v4
+from tests.models import deepseek_v4, standard
 from workflows.progress import Reporter
 from workflows.run import prediction as estimate
 from workflows.run.state import Run
@@ -26,6 +29,7 @@ from workflows.run.state import Run
 class Unit:
     """A machine where each term costs one second a unit, told apart by processor seconds."""
 
+    device = torch.device("cpu")
     write, read, digest, pack, conversion = Spent(1, 0), Spent(1, 0), Spent(0, 1), Spent(1, 1), Spent(2, 2)
 
     def load(self, kind: str) -> Spent:
@@ -45,6 +49,12 @@ class Unit:
 
     def observe(self, tokens: int, width: int) -> Spent:
         return Spent(1, 1)
+
+    def rounding(self, scheme: str) -> Spent:
+        return Spent(1, 0) if scheme == "NVFP4" else Spent(0, 1)
+
+    def predictions(self, vocabulary: int, width: int, tokens: int) -> Spent:
+        return Spent(vocabulary * width * tokens, 0)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,40 @@ def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
     assert any("max_seq_length" in note for note in told["notes"])
 
 
+def test_terms_of_measuring_a_budget(tmp_path: Path) -> None:
+    source, targets = standard.write(tmp_path / "source", "qwen3_moe"), [r"re:^model\.layers\.\d+\..*proj$"]
+    asked = {"bits_per_parameter": 11, "tokens": 300}
+    made = recipe(source, tmp_path / "output", targets, budget=asked)
+    budget = BudgetTask.of(made, Formats(open_source(source)))
+    work = predict_measuring(budget, Unit())  # type: ignore[arg-type]
+    # Three samples of 128 tokens. Three blocks of three units; o_proj may be FP8 too: 4 trials, and 0, 3 and 6 units before them.
+    costs = block_costs(budget.plan, budget.formats, 0.0)
+    blocks = [cost for cost in costs if cost.number is not None]
+    runs = [5, 8, 11]
+    heads = blocks[0].attention
+    scores = 3 * 4 * heads[0] * heads[1] * 128**2
+    forward = [3 * 128 * sum(p.operations * n for p, n in c.products.items()) + scores for c in blocks]
+    assert budget.text == (3, 128)
+    assert work["terms"]["forward"][0] == pytest.approx(
+        sum(f * n for f, n in zip(forward, runs, strict=True)), rel=1e-3
+    )
+    config = budget.formats.checkpoint.config
+    assert work["terms"]["predictions"][0] == 3 * 10 * config["vocab_size"] * 64 * 128
+    shapes = [
+        budget.formats.of(step.source).shape
+        for step in budget.plan.quantized.values()
+        if ".experts." not in step.source
+    ]
+    routed = [
+        budget.formats.of(step.source).shape for step in budget.plan.quantized.values() if ".experts." in step.source
+    ]
+    rounded = sum(m * k + 384 * k for m, k in shapes) + sum(m * k + 384 * k * 2 / 8 for m, k in routed)
+    assert work["terms"]["round"] == [rounded, sum(m * k + 384 * k for m, k in shapes if k == 128)]
+    outside = next(cost.source_bytes for cost in costs if cost.number is None)
+    assert work["bytes_read"] == budget.formats.checkpoint.total_bytes + outside
+    assert work["state_bytes"] == 10 * 384 * 64 * 2
+
+
 def test_a_conversion_takes_as_long_as_its_slowest_part(source: Path, tmp_path: Path) -> None:
     run = run_of(source, tmp_path / "output", method="convert", scheme="NVFP4A16", calibration=None,
                  convert={"workers": 1})  # fmt: skip
@@ -116,7 +160,7 @@ def test_every_measurement_is_of_something_and_leaves_nothing(machine: Machine) 
         machine.product(Product(64, 128), 256), machine.attention(4, 64, 128), machine.norm(128, 256), machine.read,
         machine.expert(Product(64, 32, 0.1, "expert down"), 128), machine.observe(64, 64),
         machine.load("mxfp4"), machine.load("fp8_tiles"), machine.load("plain"), machine.pack, machine.digest,
-        machine.conversion,
+        machine.conversion, machine.rounding("NVFP4"), machine.rounding("FP8_BLOCK"), machine.predictions(256, 64, 32),
     ):  # fmt: skip
         assert spent.clock > 0
     assert machine.write is not None and machine.write.clock > 0
