@@ -21,7 +21,7 @@ test: venv venv-vllm lint
 
 # Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. About two hours on 2 cores.
 test-families: venv venv-vllm
-	$(RUN) -m pytest -n auto -m "slow or not slow" tests/integration/test_families.py
+	$(RUN) -m pytest -n 2 --dist load -m "slow or not slow" tests/integration/test_families.py
 
 test-slow: venv venv-vllm
 	$(RUN) -m pytest -n auto -m "slow and not gpu and not slurm"
