@@ -25,6 +25,7 @@ from calibration.families.family import BESIDE, Family
 from calibration.families.registry import family_of, language_config
 from calibration.model.joined import divide
 from calibration.model.linear_experts import linearize_experts
+from calibration.model.scaled_latents import scale_latents
 from calibration.model.source_model import SourceModel, own_tensors, place
 from calibration.model.text_model import build_language_model, language_model_config
 from calibration.plan.source_check import is_carried, is_left_out
@@ -92,6 +93,7 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = _built(directory, trust_remote_code)
         linearize_experts(model)
+        scale_latents(model)
     for module in model.modules():
         for leaf, tensor in list(own_tensors(module)):
             place(module, leaf, tensor.detach().to("meta"))

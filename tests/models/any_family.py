@@ -140,7 +140,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Tokens that are routed to the last four experts are returned as they are.
     "longcat_flash": {
         **_MLA, "num_layers": 2, "num_hidden_layers": 4, "ffn_hidden_size": 256, "expert_ffn_hidden_size": 128, "moe_topk": 3,
-        "n_routed_experts": 8, "zero_expert_num": 4,
+        "n_routed_experts": 8, "zero_expert_num": 4, "rms_norm_eps": 1e-6,
     },
     **WRAPPERS,
 }  # fmt: skip

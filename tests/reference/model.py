@@ -188,6 +188,10 @@ def reference_model(checkpoint: Path, *, quantize_inputs: bool = True) -> nn.Mod
     assert not left, f"no tensor in the checkpoint for {sorted(left)}"
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
+    if config.model_type == "longcat_flash":  # vLLM scales queries before q_b_proj, transformers behind it
+        for attention in (module for module in model.modules() if hasattr(module, "mla_scale_q_lora")):
+            attention.q_a_layernorm.weight.data *= attention.mla_scale_q_lora
+            attention.mla_scale_q_lora = 1.0
     return model
 
 
