@@ -609,6 +609,13 @@ FAULTS = [
         "qwen3_moe",
     ),
     Fault(
+        "input scales of one layer eightfold: half of what it is given saturates",
+        e.values(r"layers\.0\.self_attn\.[qkv]_proj\.input_global_scale$", lambda t: t * 8),
+        "serving",
+        "serving.saturated_inputs",
+        "qwen3_moe",
+    ),
+    Fault(
         "input scales 30,000 times too small: activations flush to zero",
         e.values(r"input_global_scale$", lambda t: t / 30_000),
         "serving",

@@ -34,11 +34,15 @@ def test_both_dialects_are_served_to_the_same_logits(base: str, tmp_path: Path) 
     options = {"convert": {"input_amax": 2688.0 / 256}}
     run(converting(source, ours, ROUTED if family == "deepseek_v4" else LINEAR, CASES[base], **options))
     assert convert_dialect.main([str(ours), str(theirs), "--to", "nvidia"]) == 0
-    logits = []
+    logits, given = [], []
     for output in (ours, theirs):
         checks, result, _, found = serve(output, tmp_path / f"logs of {output.name}", random_prompts(1024))
         assert {check.id for check in checks.values() if check.verdict == "FAIL"} == set(), checks
         assert result["w4a4"] is (CASES[base] == "NVFP4")
         logits.append(found)
+        given.append(result["given_inputs"])
     assert len(logits[0]) == len(logits[1]) == 4
     assert all(torch.equal(one, other) for one, other in zip(*logits, strict=True))
+    # One meaning of the scale: a divisor in one dialect, a factor in the other.
+    assert given[0] == given[1] and (given[0] is None) == (CASES[base] == "NVFP4A16"), given
+    assert given[0] is None or (given[0]["saturated"], given[0]["not_looked_at"]) == (0, {}), given

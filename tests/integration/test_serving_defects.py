@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from verify.serving.engine import Run, run_process
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
 SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"
+GATE_UP = r"model\.layers\.1\.mlp\.experts\.\d+\.(gate|up)_proj\.input_global_scale"
 NORM = "model.layers.2.input_layernorm.weight"
 
 
@@ -79,6 +81,29 @@ def test_infinity_is_traced_to_its_module(checkpoint: Path, tmp_path: Path) -> N
     assert checks["serving.finite"].verdict == "FAIL"
     assert result["nonfinite"]["module"] == "model.layers.0.self_attn.o_proj"
     assert checks["serving.logprobs"].verdict == "FAIL"
+
+
+def test_inputs_beyond_what_their_scale_admits_are_traced_to_their_layer(checkpoint: Path, tmp_path: Path) -> None:
+    """The scales of one linear layer and of one block's experts admit an eighth of what they did: 1, where 8 was."""
+    prompts = random_prompts(1024, (40,))
+    good, result, _, _ = serve(checkpoint, tmp_path, prompts)
+    watched = result["given_inputs"]
+    assert good["serving.saturated_inputs"].verdict == "PASS" and watched["not_looked_at"] == {}, watched
+    nvfp4 = [entry for entry in result["layers"] if entry["format"] == "nvfp4"]
+    assert {entry["kind"] for entry in nvfp4} == {"linear", "experts"}
+    assert watched["layers"] == sum(entry["count"] for entry in nvfp4)
+
+    tensors = load(checkpoint)
+    tensors |= {name: scale * 8 for name, scale in tensors.items() if re.fullmatch(f"{SCALE}|{GATE_UP}", name)}
+    checks, result, _, _ = serve(variant(checkpoint, tmp_path / "damaged", tensors), tmp_path, prompts)
+    found, (experts, linear, *others) = checks["serving.saturated_inputs"], result["given_inputs"]["worst"]
+    assert found.verdict == "FAIL" and found.figure.startswith("2 of 9 layers"), found
+    assert experts["module"] == "model.layers.1.mlp.experts.routed_experts" and experts["module"] in found.figure
+    assert linear["module"] == "model.layers.0.self_attn.o_proj" and linear["module"] in found.figure
+    # The norm's weights are about 1, so that its outputs are normal: a third of those lies beyond 1.
+    assert experts["share"] == pytest.approx(0.317, abs=0.03) and 1e-3 < linear["share"] < 0.1, (experts, linear)
+    assert [entry["admitted"] for entry in (experts, linear, *others)] == pytest.approx([1, 1, 8, 8, 8])
+    assert {c.id for c in checks.values() if c.verdict not in ("PASS", "UNCHECKED")} == {found.id}, checks
 
 
 def test_a_checkpoint_that_does_not_load_fails_with_the_reason(checkpoint: Path, tmp_path: Path) -> None:

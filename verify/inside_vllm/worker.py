@@ -37,6 +37,12 @@ RESULT.json (written .partial and renamed at every stage and at the end, also af
     input_scales        null (no W4A4 experts) | {layers, experts, shared, mode, other: null | {mode, perplexity,
                         nll_difference, tokens, kl, top1}}; shared: layers whose experts hold equal ones; other: against
                         this run's mode as the reference
+    given_inputs        null (not reached, or no W4A4 layer) | {layers, saturated, not_looked_at: {why: layers}, worst:
+                        [{module, admitted, seen, share}]}: the inputs of the W4A4 NVFP4 layers (experts: of gate/up) over
+                        windows, prompts and samples. layers: looked at; saturated: those given a value beyond what
+                        their input scale admits (2688 / scale); worst: the five with the largest share of such values;
+                        seen: the largest magnitude, admitted: its limit. Not looked at: the scale is in no attribute
+                        that watch knows, or nothing reached the kernel
     prompts, windows    [{kind, tokens, nll, perplexity, text, token_ids, sample_ids, sample, skipped}]; nll is the mean
                         natural-log loss per predicted token, null for one token; not finite values are written as strings
     perplexity          over all predicted tokens of the windows, or of the prompts if there are no windows
@@ -68,8 +74,8 @@ def main(request_path: str, result_path: str) -> int:
     """Run the stages and write RESULT; 0 when all ran, 1 when one raised."""
     result: dict[str, Any] = {
         "format": 2, "ok": False, "stage": STAGES[0], "error": None, "engine": {}, "load": {}, "layers": [],
-        "w4a4": None, "input_scales": None, "prompts": [], "windows": [], "perplexity": None, "agreement": None,
-        "accuracy": None, "nonfinite": None, "seconds": {}, "peak_rss_bytes": 0,
+        "w4a4": None, "input_scales": None, "given_inputs": None, "prompts": [], "windows": [], "perplexity": None,
+        "agreement": None, "accuracy": None, "nonfinite": None, "seconds": {}, "peak_rss_bytes": 0,
     }  # fmt: skip
     try:
         run(json.loads(Path(request_path).read_text()), result, Path(result_path))
@@ -186,11 +192,12 @@ def run(request: dict[str, Any], result: dict[str, Any], result_path: Path) -> N
     for entry, output in zip(runnable, llm.generate(inputs, sampling, use_tqdm=False), strict=True):
         entry["sample_ids"] = list(output.outputs[0].token_ids)
         entry["sample"] = output.outputs[0].text
+    result["given_inputs"] = hooks.inputs.summary()
     result["seconds"]["generate"] = time.monotonic() - began
 
     if request.get("accuracy"):
         began = stage("accuracy")
-        hooks.begin("accuracy", 0, capture=False)
+        hooks.begin("accuracy", 0, capture=False, inputs=False)
         engine = {key: request[key] for key in ("checkpoint", "dtype", "max_model_len", "trust_remote_code", "seed")}
         try:
             result["accuracy"] = sibling("accuracy").run_tasks(llm, request["accuracy"], engine)
@@ -212,7 +219,8 @@ def measure(llm: Any, vllm: Any, request: dict[str, Any], result: dict[str, Any]
     agreement, modes, in_other_mode = prompts.Agreement(), prompts.Agreement(), []
 
     def scored(entry: dict[str, Any], note: str = "") -> Any:
-        hooks.begin(entry["kind"] + note, entry["tokens"], capture=bool(to or against or differ))
+        # The other mode has other input scales than those that the watch compares with.
+        hooks.begin(entry["kind"] + note, entry["tokens"], capture=bool(to or against or differ), inputs=not note)
         prompts.score(llm, vllm, entry)
         return hooks.logits
 

@@ -38,6 +38,10 @@ CHECKS = {
         "equal inside every layer, or within max_perplexity in both modes",
         "input global scales as the engine loaded them; where they differ the text is scored in both modes",
     ),
+    "saturated_inputs": (
+        "no NVFP4 layer is given values beyond what its input scale admits", "",
+        "inputs in front of the engine's kernels (experts: of gate/up), all prompts, windows of text and generated tokens",
+    ),
     "generate": (
         "the engine generates greedily for every kind of prompt", "a sample for each",
         "one batch of all prompts, temperature 0",
@@ -59,6 +63,12 @@ CHECKS = {
         "lm-eval on both in vLLM, same samples; share of the source's score, standard error paired by sample",
     ),
 }  # fmt: skip
+SATURATED = 1e-3
+"""Share of a layer's input values beyond what its scale admits, above which a doubt is told (as fidelity.saturated_inputs)."""
+FOREIGN = 0.1
+"""Share above which the scale does not belong to what the layer is given: calibrated ones leave out a few outliers."""
+NAMED = 3
+"""Layers that the figure of saturated inputs names."""
 Outcome = tuple[Verdict, str]
 MAY_LOOP = ("repeated token", "single token")
 """Kinds of prompts with too little content to continue: an unquantized model loops there too."""
@@ -75,14 +85,17 @@ def judge(
     found |= {
         "coherent": _coherent(result, options, int(config.get("vocab_size") or 0)),
         "input_scales": _input_scales(result, options),
+        "saturated_inputs": _saturated_inputs(result),
     }
     thresholds = {
         "coherent": f"loop <= {options.require.max_loop:.0%}, unprintable <= {options.require.max_unprintable:.0%}, "
-        "perplexity < vocabulary"
+        "perplexity < vocabulary",
+        "saturated_inputs": f"<= {SATURATED:.1%} in each layer, FAIL > {FOREIGN:.0%}",
     }
-    wanted = [name for name in CHECKS if name not in ("w4a4", "input_scales", "perplexity", "source", "accuracy")]
+    if_asked = ("w4a4", "input_scales", "saturated_inputs", "perplexity", "source", "accuracy")
+    wanted = [name for name in CHECKS if name not in if_asked]
     if _asks_for_w4a4(config):
-        wanted.append("w4a4")
+        wanted += ["w4a4", "saturated_inputs"]
         if result.get("input_scales") or (not result.get("layers") and routed_experts(config)):
             wanted.append("input_scales")
     if options.require.max_perplexity is not None:
@@ -230,6 +243,26 @@ def _input_scales(result: dict[str, Any], options: Serving) -> Outcome | None:
     limit = options.require.max_perplexity
     broken = not _finite(there) or (limit is not None and there > limit)
     return ("FAIL" if broken else "WARN"), figure
+
+
+def _saturated_inputs(result: dict[str, Any]) -> Outcome | None:
+    found = result.get("given_inputs")
+    if found is None:
+        return ("UNCHECKED", "the engine runs no W4A4 layer") if result.get("ok") else None
+    missed = ", ".join(f"{count} {why}" for why, count in found["not_looked_at"].items())
+    if not found["layers"]:
+        return "UNCHECKED", f"no layer could be looked at: {missed}"
+    worst = [layer for layer in found["worst"] if layer["share"] > 0]
+    share = worst[0]["share"] if worst else 0.0
+    named = [layer for layer in worst[:NAMED] if layer["share"] > SATURATED] or worst[:1]
+    figure = [f"{found['saturated']} of {found['layers']} layers are given such values"]
+    figure += [
+        f"{layer['module']}: {100 * layer['share']:.2g}% of its values, up to {_number(layer['seen'])} where "
+        f"{_number(layer['admitted'])} is admitted"
+        for layer in named
+    ]
+    figure += [f"not looked at: {missed}"] if missed else []
+    return ("FAIL" if share > FOREIGN else "WARN" if share > SATURATED else "PASS"), "; ".join(figure)
 
 
 def _perplexity(result: dict[str, Any], options: Serving, limit: float) -> Outcome | None:

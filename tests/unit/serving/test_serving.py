@@ -21,59 +21,19 @@ from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.convert import pipeline as convert
 from calibration.plan.task import Task
-from recipes.checks import Require, Serving, Verify
+from recipes.checks import Serving, Verify
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard
+from tests.unit.serving.results import NVFP4_CONFIG, finished, judged, verdicts
 from verify.__main__ import main
-from verify.checks import Check
 from verify.inside_vllm import prompts as vllm_prompts
 from verify.inside_vllm import sentinel as vllm_sentinel
 from verify.inside_vllm import watch as vllm_watch
 from verify.inside_vllm import worker as vllm_worker
 from verify.serving import engine, serving
-from verify.serving import verdicts as serving_verdicts
 from verify.serving.samples import complaint, repeated_tail
 from workflows.run.plain_copy import source_to_serve
-
-NVFP4_CONFIG = {
-    "quantization_config": {
-        "config_groups": {
-            "experts": {
-                "weights": {"num_bits": 4, "type": "float"},
-                "input_activations": {"num_bits": 4, "type": "float"},
-            }
-        }
-    }
-}
-
-
-def finished(**changes: Any) -> dict[str, Any]:
-    """A worker's result in which everything went well."""
-    layer = {
-        "kind": "experts", "cls": "RoutedExperts", "method": "M", "scheme": "", "kernel": "MARLIN", "format": "nvfp4",
-        "activations_quantized": True, "count": 2, "example": "e",
-    }  # fmt: skip
-    prompt = {
-        "kind": "short", "tokens": 5, "nll": 2.0, "perplexity": 7.39, "text": "x", "sample_ids": [1], "sample": "y",
-        "skipped": None, "token_ids": [1, 2, 3, 4, 5],
-    }  # fmt: skip
-    return {
-        "ok": True, "stage": "done", "error": None, "exit_code": 0, "timed_out": False, "log": "L",
-        "engine": {"version": "0.32.0", "platform": "cpu", "dtype": "bfloat16"},
-        "load": {"seconds": 1.0, "tensors": 9, "missing": [], "missing_total": 0},
-        "layers": [layer], "w4a4": True, "prompts": [prompt], "windows": [{**prompt, "kind": "window 1"}], "perplexity": 7.39,
-        "input_scales": None, "agreement": None, "nonfinite": None, "source": None,
-    } | changes  # fmt: skip
-
-
-def judged(result: dict[str, Any], config: dict[str, Any] = NVFP4_CONFIG, **require: Any) -> dict[str, Check]:
-    options = Serving(require=Require(**require))
-    return {check.id.split(".")[1]: check for check in serving_verdicts.judge(result, options, config)}
-
-
-def verdicts(result: dict[str, Any], config: dict[str, Any] = NVFP4_CONFIG, **require: Any) -> dict[str, str]:
-    return {name: check.verdict for name, check in judged(result, config, **require).items()}
 
 
 def test_a_good_run_passes_everything() -> None:
@@ -116,7 +76,7 @@ def test_perplexity_is_judged_only_when_asked() -> None:
 def test_what_was_not_reached_is_unchecked(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("first line\n" * engine.TAIL + "last line\n")
-    crashed = finished(ok=False, stage="load", exit_code=-9, layers=[], w4a4=None, prompts=[], windows=[],
+    crashed = finished(ok=False, stage="load", exit_code=-9, layers=[], given_inputs=None, w4a4=None, prompts=[], windows=[],
                        perplexity=None, log=str(log), source={"ok": False, "why": "not served"})  # fmt: skip
     found = judged(crashed, NVFP4_CONFIG | {"num_experts": 8}, max_perplexity=8)
     text = found["load"].figure
@@ -137,7 +97,15 @@ def test_a_model_that_vllm_does_not_have_for_this_machine_is_unchecked_not_faile
     )
     error = {"type": "NoVariant", "message": message, "traceback": []}
     result = finished(
-        ok=False, stage="load", error=error, layers=[], w4a4=None, prompts=[], windows=[], perplexity=None
+        ok=False,
+        stage="load",
+        error=error,
+        layers=[],
+        given_inputs=None,
+        w4a4=None,
+        prompts=[],
+        windows=[],
+        perplexity=None,
     )
     checks = judged(result)
     assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
@@ -167,7 +135,16 @@ def refused(type: str, message: str, traceback: list[str], **load: Any) -> dict[
     error = {"type": type, "message": message, "traceback": traceback}
     load = {"seconds": None, "tensors": 9, "missing": [], "missing_total": 0} | load
     return finished(
-        ok=False, stage="load", error=error, load=load, layers=[], w4a4=None, prompts=[], windows=[], perplexity=None
+        ok=False,
+        stage="load",
+        error=error,
+        load=load,
+        layers=[],
+        given_inputs=None,
+        w4a4=None,
+        prompts=[],
+        windows=[],
+        perplexity=None,
     )
 
 
