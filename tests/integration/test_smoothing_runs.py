@@ -80,7 +80,7 @@ def test_a_smoothed_checkpoint_passes_and_is_served(model: Any, modifier: str, t
     verdicts = {check["id"]: check["verdict"] for check in checks}
     assert verdicts["fidelity.smoothing"] == verdicts["fidelity.rounding"] == verdicts["serving.w4a4"] == "PASS"
     assert {name for name, verdict in verdicts.items() if verdict != "PASS"} <= {
-        "serving.coherent", "fidelity.saturated_inputs", "fidelity.block_cosine"}  # fmt: skip
+        "serving.coherent", "serving.saturated_inputs", "fidelity.saturated_inputs", "fidelity.block_cosine"}  # fmt: skip
     # And without a recipe: the factors are found in the output.
     limits, formats = Fidelity(min_propagated_cosine=0.6), Formats(Checkpoint.open(source))
     found = {c.id: c for c in verify_with_forward(tmp_path / "output", None, formats, limits, None).checks}
