@@ -116,8 +116,9 @@ class GivenInputs:
     missed: str = ""
     _ratio: float = field(default=-1.0, repr=False)
 
-    def take(self, x: Any, experts: Any = None) -> None:
-        """Count the values of `x [..., K]`; `experts [T, k]`: which experts each token is routed to, if it is known."""
+    def take(self, x: Any, experts: Any = None, weights: Any = None) -> None:
+        """Count the values of `x [T, K]`; `experts [T, k]`: which experts each token is routed to, if it is known;
+        `weights [T, k]`: factors of the input of each of them, if the layer has such."""
         import torch
 
         if self.admits is None or self.missed:
@@ -126,14 +127,16 @@ class GivenInputs:
             self.missed = "its input comes quantized"  # by a fused kernel before it
             return
         rows, limits = x.detach().reshape(-1, x.shape[-1]), self.admits.to(x.device)
-        if len(limits) == 1:
+        if len(limits) == 1 and weights is None:
             self._count(rows, limits)
         elif experts is None or len(experts) != len(rows):
             self.missed = "its experts' scales differ, and its kernel routes on its own"
         else:
-            for chosen in experts.long().unbind(-1):
-                here = (chosen >= 0) & (chosen < len(limits))  # vLLM marks tokens of no expert with -1
-                self._count(rows[here], limits[chosen[here]])
+            for slot, chosen in enumerate(experts.long().unbind(-1)):
+                # vLLM marks tokens of no expert with -1.
+                here = (chosen >= 0) & ((chosen < len(limits)) | (len(limits) == 1))
+                given = rows[here] if weights is None else rows[here] * weights[here, slot, None].to(rows.dtype)
+                self._count(given, limits[chosen[here]] if len(limits) > 1 else limits)
 
     def _count(self, rows: Any, limits: Any) -> None:
         """Count `rows [T, K]` under `limits`, `[1]` or `[T]`."""
@@ -228,7 +231,11 @@ class InputWatch:
             given = signature.bind(*arguments, **named).arguments
             layer = self.layers.get(id(given.get("layer")))
             if layer is not None and self.counting:
-                layer.take(given.get("x"), given.get("topk_ids"))
+                # Llama-4's experts weigh their input, in front of the quantization; kernels that route on their own
+                # (TRTLLM) quantize it before, and have no weights here.
+                weighs = getattr(given["layer"], "apply_router_weight_on_input", False)
+                weights = given.get("topk_weights") if weighs else None
+                layer.take(given.get("x"), given.get("topk_ids"), weights)
             return original(*arguments, **named)
 
         setattr(owner, entry, call)

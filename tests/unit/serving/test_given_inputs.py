@@ -129,6 +129,17 @@ def test_experts_that_share_a_scale_need_no_routes() -> None:
     assert (watch.summary() or {})["worst"][0]["share"] == 0.25
 
 
+def test_experts_that_weigh_their_input_are_given_the_weighed_one() -> None:
+    """Llama-4: 3.0 and -2.0 become 0.75 and -2.0, and one value of eight is left beyond."""
+    watch, experts = InputWatch(), RoutedExperts([1.0, 1.0])
+    experts.apply_router_weight_on_input = True
+    watch.install(torch.nn.ModuleDict({"experts": experts}))
+    weights, ids = torch.tensor([[0.25], [1.0]]), torch.tensor([[1], [0]])
+    experts.quant_method.apply(experts, X, topk_weights=weights, topk_ids=ids)
+    (found,) = (watch.summary() or {})["worst"]
+    assert found == {"module": "experts", "admitted": pytest.approx(1.0), "seen": 2.0, "share": pytest.approx(1 / 8)}
+
+
 def test_where_vllm_keeps_the_scale() -> None:
     class Layer(torch.nn.Module):
         def __init__(self, method: Any = None, **attributes: Any) -> None:
