@@ -19,7 +19,7 @@ demo: venv venv-vllm $(DEMO)/config.json
 test: venv venv-vllm lint
 	$(RUN) -m pytest -n auto
 
-# Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. About two hours on 2 cores.
+# Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. An hour on 2 cores.
 test-families: venv venv-vllm
 	$(RUN) -m pytest -n 2 --dist load -m "slow or not slow" tests/integration/test_families.py
 
