@@ -45,6 +45,18 @@ WRAPPERS: dict[str, dict[str, Any]] = {
         "vision_config": {"model_type": "siglip_vision_model", **_VISION},
         "mm_tokens_per_image": 4, "boi_token_index": 1000, "eoi_token_index": 1001, "image_token_index": 1002,
     },
+    "gemma4": {
+        "text_config": {
+            "model_type": "gemma4_text", "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "sliding_window": 64,
+            "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
+        },
+        "vision_config": {
+            "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 32, "patch_size": 14, "position_embedding_size": 64,
+            "default_output_length": 70,
+        },
+        "audio_config": None, "boi_token_id": 1000, "eoi_token_id": 1001, "image_token_id": 1002, "video_token_id": 1003,
+    },
     "mistral3": {
         "text_config": {"model_type": "mistral"},
         "vision_config": {"model_type": "pixtral", **_VISION, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
@@ -149,6 +161,12 @@ _TOKENS: dict[str, dict[str, str]] = {
         "image_token": "<image_soft_token>",
         **{f"lines_{count}_token": "\n" * count for count in (1, 2, 3, 4)},
     },
+    "gemma4": {
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "image_token": "<|image|>",
+        "video_token": "<|video|>",
+    },
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), _QWEN_TOKENS),
     "llama4": {
         "boi_token": "<|image_start|>",
@@ -183,6 +201,13 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         _PIXELS | {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 56, "width": 56}},
         {"processor_class": "Gemma3Processor", "image_seq_length": 4},
     ),
+    "gemma4": (
+        _PIXELS | {
+            "image_processor_type": "Gemma4ImageProcessor", "feature_extractor_type": "Gemma4AudioFeatureExtractor",
+            "patch_size": 14, "max_soft_tokens": 70,
+        },
+        {"processor_class": "Gemma4Processor", "image_seq_length": 70},
+    ),
     "mistral3": (
         _PIXELS | {
             "image_processor_type": "PixtralImageProcessor", "patch_size": {"height": 14, "width": 14},
@@ -208,6 +233,11 @@ _PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"processor_class": "Kimi_K25Processor"},
     ),
 }  # fmt: skip
+#: The video processor that belongs to a processor.
+_VIDEOS = {
+    "Qwen2_5_VLProcessor": "Qwen2VLVideoProcessor", "Qwen3VLProcessor": "Qwen3VLVideoProcessor",
+    "Gemma4Processor": "Gemma4VideoProcessor",
+}  # fmt: skip
 
 
 def write_processor(directory: Path, family: str) -> None:
@@ -218,7 +248,6 @@ def write_processor(directory: Path, family: str) -> None:
     images, processor = _PROCESSORS[family]
     write_json(directory / "preprocessor_config.json", images | {"processor_class": processor["processor_class"]})
     write_json(directory / "processor_config.json", processor)
-    if images.get("image_processor_type", "").startswith("Qwen2VL"):
-        model = "Qwen3VL" if "Qwen3" in processor["processor_class"] else "Qwen2VL"
-        video = images | {"video_processor_type": f"{model}VideoProcessor"}
+    if processor["processor_class"] in _VIDEOS:
+        video = images | {"video_processor_type": _VIDEOS[processor["processor_class"]]}
         write_json(directory / "video_preprocessor_config.json", video)
