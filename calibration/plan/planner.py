@@ -63,9 +63,10 @@ class _Planner:
         self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
         #: Projections that the engine serves as one matrix, in its order.
         self.fused = tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp))
-        routed = [module for module, place in self.places.items() if place.part == ROUTED]
-        #: Modules below which the engine puts another one in the same matrix.
-        self.followed = {module for group in self.fused for module in group[:-1]} | set(routed)
+        #: Modules below which the engine puts another one in the same matrix, and gate and up of routed experts alike.
+        self.followed = {
+            module for group in self.fused for module in (group if self.places[group[0]].part == ROUTED else group[:-1])
+        }
 
     def plan(self) -> Plan:
         misnamed, differing = contradictions(self.formats, self.family)

@@ -66,7 +66,7 @@ def tiled_input_problem(columns: int, side: int = TILE) -> str | None:
 
 def tiled_rows_problem(rows: int, followed: bool, side: int = TILE) -> str | None:
     """Why vLLM 0.32 does not load a weight with M `rows` in FP8 tiles that are `side` high, or None. `followed`: whether it puts
-    another weight below this one in the same matrix (below each of routed experts), which must begin a row of tiles
+    another weight below this one in the same matrix (gate and up of routed experts alike), which must begin a row of tiles
     (fp8_utils.validate_fp8_block_shape and its MoE twin; tensor parallel size 1)."""
     wrong = followed and rows % side
     return f"needs M to be a multiple of {side}, M is {rows}: vLLM stacks another weight below it" if wrong else None
