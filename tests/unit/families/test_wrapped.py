@@ -62,7 +62,10 @@ def test_what_lies_beside_the_language_model_is_copied(sources: dict[str, Path],
     assert {name for name, part in parts.items() if part == "vision tower"} and beside == {
         name
         for name in parts
-        if re.search(r"^(model\.)?(vis|multi_modal_projector|mm_projector|patch_merge_mlp|vit_large_projector)", name)
+        if re.search(
+            r"^(model\.)?(vis|multi_modal_projector|mm_projector|patch_merge_mlp|vit_large_projector|embed_vision)",
+            name,
+        )
     }
     assert all(task.plan.steps[name].action == "copy" for name in beside)
     blocks = {name for name in parts if re.search(r"layers\.\d+\..*proj\.weight$", name)} - beside
