@@ -18,6 +18,10 @@ NVFP4_CONFIG = {
         }
     }
 }
+#: The changes of a result that ended while the model was loaded.
+UNREACHED: dict[str, Any] = {
+    "layers": [], "given_inputs": None, "w4a4": None, "prompts": [], "windows": [], "perplexity": None,
+}  # fmt: skip
 
 
 def finished(**changes: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from recipes.checks import Serving, Verify
 from recipes.errors import EnvironmentProblem, RecipeError
 from recipes.schema import Recipe
 from tests.models import deepseek_v4, standard
-from tests.unit.serving.results import NVFP4_CONFIG, finished, judged, verdicts
+from tests.unit.serving.results import NVFP4_CONFIG, UNREACHED, finished, judged, verdicts
 from verify.__main__ import main
 from verify.inside_vllm import prompts as vllm_prompts
 from verify.inside_vllm import sentinel as vllm_sentinel
@@ -76,8 +76,9 @@ def test_perplexity_is_judged_only_when_asked() -> None:
 def test_what_was_not_reached_is_unchecked(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("first line\n" * engine.TAIL + "last line\n")
-    crashed = finished(ok=False, stage="load", exit_code=-9, layers=[], given_inputs=None, w4a4=None, prompts=[], windows=[],
-                       perplexity=None, log=str(log), source={"ok": False, "why": "not served"})  # fmt: skip
+    crashed = finished(
+        ok=False, stage="load", exit_code=-9, log=str(log), source={"ok": False, "why": "not served"}, **UNREACHED
+    )
     found = judged(crashed, NVFP4_CONFIG | {"num_experts": 8}, max_perplexity=8)
     text = found["load"].figure
     assert found.pop("load").verdict == "FAIL"
@@ -100,12 +101,7 @@ def test_a_model_that_vllm_does_not_have_for_this_machine_is_unchecked_not_faile
         ok=False,
         stage="load",
         error=error,
-        layers=[],
-        given_inputs=None,
-        w4a4=None,
-        prompts=[],
-        windows=[],
-        perplexity=None,
+        **UNREACHED,
     )
     checks = judged(result)
     assert {check.verdict for check in checks.values()} == {"UNCHECKED"}
@@ -139,12 +135,7 @@ def refused(type: str, message: str, traceback: list[str], **load: Any) -> dict[
         stage="load",
         error=error,
         load=load,
-        layers=[],
-        given_inputs=None,
-        w4a4=None,
-        prompts=[],
-        windows=[],
-        perplexity=None,
+        **UNREACHED,
     )
 
 
