@@ -15,28 +15,31 @@ from collections.abc import Mapping
 import torch
 
 PROBES = {
+    "avx512": "_is_avx512_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
     "amx": "_is_amx_tile_supported",
     "amx_fp16": "_is_amx_fp16_supported",
-    "avx512_bf16": "_is_avx512_bf16_supported",
-    "avx512": "_is_avx512_supported",
 }
-"""Feature -> the function of `torch.cpu` that vLLM asks for it."""
-AT_IMPORT = ("avx512_bf16", "avx512")
+"""Feature -> the function of `torch.cpu` that vLLM asks for it. Each is built on the one before: vLLM's AMX kernels are only
+in its build for AVX-512 with BF16."""
+AT_IMPORT = ("avx512", "avx512_bf16")
 """Features that vLLM checks while it is imported; it checks the others whenever it chooses a kernel."""
 
 
 def set_features(pretended: Mapping[str, bool], dtype: str) -> dict[str, str]:
     """Make the probes of `torch.cpu` answer as if the processor had the `pretended` features, and hide AMX in float32.
 
+    A processor that lacks a feature, or is said to, lacks what is built on it too, unless that is pretended.
     Returns per feature the answer to vLLM: "yes" and "no" are true, "claimed" is a false yes, "hidden" is a no about a
     feature that exists or is pretended. Raises ValueError for an unknown feature.
     """
     if unknown := sorted(set(pretended) - set(PROBES)):
         raise ValueError(f"processor: unknown features {unknown}; known are {sorted(PROBES)}")
     answers: dict[str, str] = {}
+    has = True
     for feature, probe in PROBES.items():
         true = bool(getattr(torch.cpu, probe)())
-        has = pretended.get(feature, true)
+        has = pretended.get(feature, true and has)
         answer = has and not (dtype == "float32" and feature.startswith("amx"))
         if answer != true:
             setattr(torch.cpu, probe, lambda answer=answer: answer)
