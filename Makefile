@@ -11,12 +11,13 @@ export TOKENIZERS_PARALLELISM = false
 # Without bytecode every start of Python pays for compiling torch, transformers and vLLM again: 23 s instead of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-families test-slow test-gpu test-browser test-slurm lint venv venv-vllm schema clean
+.PHONY: demo test test-families test-slow test-amx test-gpu test-browser test-slurm lint venv venv-vllm schema clean
 
 demo: venv venv-vllm $(DEMO)/config.json
 	$(RUN) -m workflows.run recipes/quickstart.yaml --overwrite
 
-test: venv venv-vllm lint
+test:
+	$(MAKE) --jobs=2 --output-sync=target venv venv-vllm lint
 	$(RUN) -m pytest -n auto
 
 # Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. An hour on 2 cores.
@@ -33,6 +34,10 @@ test-browser: venv
 # As root; it fails where slurm-wlm and munge (Debian's packages) are not installed.
 test-slurm: venv
 	$(RUN) -m pytest -m slurm tests/slurm
+
+# make test, on the kernels of a processor with AMX, whose instructions are emulated: see tests/amx. As root.
+test-amx: venv venv-vllm
+	$(RUN) -m tests.amx $(RUN) -m pytest -n auto
 
 test-gpu: venv venv-vllm
 	$(RUN) -m pytest -m gpu
