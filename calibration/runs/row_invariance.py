@@ -30,11 +30,13 @@ SHAPES, OUTPUTS, INPUTS = 3, 512, 8192
 @dataclass(frozen=True)
 class Products:
     """The probe's result on `device`: a `digest` of the products' bits, equal on machines that round alike, and by
-    shape (`[out, in]` as text) the row counts at which rows differ from the same rows of the full product."""
+    shape (`[out, in]` as text) the row counts at which rows differ from the same rows of the full product. With AMX the
+    bits of sums over 512 inputs and more also depend on the number of `threads`."""
 
     device: str
     digest: str
     differing: dict[str, list[int]] = field(default_factory=dict)
+    threads: int = field(default_factory=torch.get_num_threads)
 
     @property
     def row_invariant(self) -> bool:
@@ -55,12 +57,21 @@ class Products:
         digest = known[-1]["digest"] if known else None  # runs before 2026-11-29 recorded only the device
         if device == self.device and digest in (None, self.digest):
             return None
-        there = device + (f" (products {digest})" if digest else "")
+        threads = known[-1].get("threads") if known else None  # since 2026-11-30
+        remedy = "to calculate all blocks here, pass --restart"
+        if device == self.device and threads not in (None, self.threads):
+            remedy = f"to go on as it began, set OMP_NUM_THREADS={threads}; {remedy}"
         return (
-            f"finished blocks were calculated on {there}, and {self.device} (products {self.digest}) rounds "
-            "differently: the output will be as sound, but not byte for byte that of either machine; to calculate all "
-            "blocks here, pass --restart"
+            f"finished blocks were calculated on {_described(device, digest, threads)}, and "
+            f"{_described(self.device, self.digest, self.threads)} rounds differently: the output will be as sound, but "
+            f"not byte for byte that of either machine; {remedy}"
         )
+
+
+def _described(device: str, digest: str | None, threads: int | None) -> str:
+    details = [f"products {digest}"] if digest else []
+    details += [f"{threads} thread{'s'[: threads != 1]}"] if threads else []
+    return f"{device} ({', '.join(details)})" if details else device
 
 
 def device_name() -> str:
@@ -69,6 +80,16 @@ def device_name() -> str:
     if device is None:
         return f"cpu {torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _cancelling(rows: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and weights, of the shapes given, whose every product is a sum of terms and of their negatives in random
+    order: zero but for what rounding leaves, so another order of adding leaves another result. Of common rows one output
+    in ten thousand shows another order, because rounding to BF16 hides it."""
+    half = rows.shape[1] // 2
+    order = torch.randperm(2 * half, generator=torch.Generator().manual_seed(0)).to(rows.device)
+    x, w = rows[:, :half] ** 3, weight[:, :half] ** 3  # cubes: more exponents, more to round
+    return torch.cat([x, -x], 1)[:, order], torch.cat([w, w], 1)[:, order]
 
 
 def try_products(
@@ -90,10 +111,12 @@ def try_products(
     for out, inputs in chosen:
         rows, weight = numbers[: ROWS * inputs].view(ROWS, inputs), numbers[: out * inputs].view(out, inputs).flip(0)
         whole = F.linear(rows, weight)
-        found = [count for count in FEWER if not torch.equal(F.linear(rows[:count], weight), whole[:count])]
+        rows, weight = _cancelling(rows, weight)
+        residues = F.linear(rows, weight)
+        found = [count for count in FEWER if not torch.equal(F.linear(rows[:count], weight), residues[:count])]
         if found:
             differing[str([out, inputs])] = found
-        for made in (whole, whole.float().softmax(-1), F.silu(whole) * whole):
+        for made in (residues, whole, whole.float().softmax(-1), F.silu(whole) * whole):
             digest.update(made.cpu().view(torch.uint8).numpy().tobytes())
     if device.type == "cpu":
         precise = torch.randn(ROWS, PRECISE, generator=torch.Generator().manual_seed(0))

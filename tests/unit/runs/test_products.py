@@ -23,6 +23,23 @@ def test_row_counts_whose_bits_differ_are_found() -> None:
     assert uneven.digest != even.digest and uneven.facts["row_invariant"] is False
 
 
+def test_another_order_of_adding_is_found_although_bf16_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with AMX: 1 of 10,000 common outputs showed that fewer rows are added up in two halves."""
+    linear = torch.nn.functional.linear
+
+    def halved(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if len(rows) > 16:
+            return linear(rows, weight)
+        half = rows.shape[1] // 2
+        first, second = rows.float().split(half, 1), weight.float().split(half, 1)
+        return (first[0] @ second[0].T + first[1] @ second[1].T).to(rows.dtype)
+
+    few = torch.randn(16, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(halved(few, few[:8]), linear(few, few[:8]))
+    monkeypatch.setattr(products.F, "linear", halved)
+    assert try_products([(8, 512)]).differing["[8, 512]"][:3] == [1, 7, 16]
+
+
 def test_the_most_common_shapes_are_tried_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     tried, linear = list[tuple[int, ...]](), torch.nn.functional.linear
     monkeypatch.setattr(
@@ -51,15 +68,32 @@ def test_the_digest_tells_float32_products_and_with_hessians_factors_apart(monke
     [
         ([], None),
         ([{"fact": "fingerprint", "parts": {"device": "cpu A"}}], None),
-        ([{"fact": "fingerprint", "parts": {"device": "cpu B"}}], "were calculated on cpu B, and cpu A (products 12)"),
+        (
+            [{"fact": "fingerprint", "parts": {"device": "cpu B"}}],
+            "on cpu B, and cpu A (products 12, 2 threads) rounds",
+        ),
         ([{"fact": "products", "device": "cpu A", "digest": "12"}], None),
+        ([{"fact": "products", "device": "cpu A", "digest": "12", "threads": 1}], None),
         (
             [{"fact": "products", "device": "cpu A", "digest": "34"}],
-            "calculated on cpu A (products 34), and cpu A (products",
+            "on cpu A (products 34), and cpu A (products 12, 2 threads) rounds",
         ),
-        ([{"fact": "products", "device": "cpu B", "digest": "12"}], "calculated on cpu B (products 12), and cpu A"),
+        (
+            [{"fact": "products", "device": "cpu A", "digest": "34", "threads": 1}],
+            "on cpu A (products 34, 1 thread), and cpu A (products 12, 2 threads) rounds",
+        ),
+        ([{"fact": "products", "device": "cpu B", "digest": "12"}], "on cpu B (products 12), and cpu A"),
     ],
 )
 def test_a_run_that_goes_on_elsewhere_hears_what_it_loses(recorded: list[dict[str, Any]], lost: str | None) -> None:
-    told = Products("cpu A", "12").lost(recorded)
+    told = Products("cpu A", "12", threads=2).lost(recorded)
     assert told is None if lost is None else told is not None and lost in told and "--restart" in told
+
+
+def test_another_number_of_threads_is_undone_by_a_setting() -> None:
+    recorded = {"fact": "products", "device": "cpu A", "digest": "34", "threads": 1}
+    told = Products("cpu A", "12", threads=2).lost([recorded])
+    assert told is not None and "set OMP_NUM_THREADS=1; " in told
+    for other in ({"device": "cpu B"}, {"threads": 2}):
+        told = Products("cpu A", "12", threads=2).lost([recorded | other])
+        assert told is not None and "OMP_NUM_THREADS" not in told
