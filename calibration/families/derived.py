@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from calibration.checkpoint.formats import logical_name
 from calibration.checkpoint.source_config import TEXT_CONFIG, without
@@ -40,6 +41,26 @@ _FUSED = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
+_GATE_UP, _GATES, _LINEAR = ("gate", "up"), ("B", "C", "x"), ("linear q", "linear k", "linear v")
+#: Weights that the hub stores merged and that are several parts of one matrix in vLLM's class (0.32), by the type of the language
+#: model and their leaves. `tests/integration/test_wants.py` holds them against the class.
+_MERGED: dict[str, dict[str, tuple[str, ...]]] = {
+    "phi3": {"qkv_proj": ("q", "k", "v"), "gate_up_proj": _GATE_UP},
+    "glm": {"gate_up_proj": _GATE_UP},
+    "glm4": {"gate_up_proj": _GATE_UP},
+    "granitemoeshared": {"input_linear": _GATE_UP},
+    "lfm2": {"in_proj": _GATES},
+    "lfm2_moe": {"in_proj": _GATES},
+    "qwen3_5_text": {"in_proj_qkv": _LINEAR},
+    "qwen3_5_moe_text": {"in_proj_qkv": _LINEAR},
+}
+#: The fields whose product is the height of a part, up to a factor that all parts of its weight share.
+_HEIGHTS: dict[str, tuple[str, ...]] = {
+    "q": ("num_attention_heads",),
+    **dict.fromkeys(("k", "v"), ("num_key_value_heads",)),
+    **dict.fromkeys(("linear q", "linear k"), ("linear_num_key_heads", "linear_key_head_dim")),
+    "linear v": ("linear_num_value_heads", "linear_value_head_dim"),
+}
 #: A number between the dots of a name: a block's, an expert's.
 _NUMBER = r"(?<=\.)\d+(?=\.|$)"
 #: A module that multiplies by the weight of a child.
@@ -134,6 +155,7 @@ def _derived(text: str, spelled: tuple[tuple[str, str], ...], whole: bool) -> Fa
         served_in="" if wrapper is None else wrapped.LANGUAGE_MODEL,
         language="" if wrapper is None else TEXT_CONFIG,
         joined=_joined(tensors),
+        merged=_merged(model.config.get_text_config()),
         derived=True,
         tested=config["model_type"] in TESTED,
     )
@@ -151,6 +173,14 @@ def _joined(tensors: Mapping[str, HubTensor]) -> tuple[tuple[str, tuple[str, ...
         if [first for first, _, _ in sorted(found)] != ends[:-1]:
             raise Underivable(f"{layer} is not made of whole hub tensors one after the other")
     return tuple((layer, tuple(leaf for _, _, leaf in sorted(found))) for layer, found in layers.items())
+
+
+def _merged(config: PreTrainedConfig) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
+    """`Family.merged`."""
+    return tuple(
+        (leaf, tuple((part, math.prod(getattr(config, field) for field in _HEIGHTS.get(part, ()))) for part in parts))
+        for leaf, parts in _MERGED.get(config.model_type, {}).items()
+    )
 
 
 def _experts(stack: Stack) -> list[str]:

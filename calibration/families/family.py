@@ -113,6 +113,9 @@ class Family:
     #: Layers of transformers' tree that the hub stores as several, each with their leaves, from the first row on: they
     #: are built as modules of their own below the layer's name.
     joined: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    #: Leaves of hub weights that are several parts of one matrix in vLLM, from the first row on: each part's name and its
+    #: share of the rows, relative to the others'.
+    merged: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
     #: Whether this grammar is derived from transformers for one config (`calibration.families.derived`), not from a table.
     derived: bool = False
     #: Whether a test of this project serves it and compares the logits with an independent reference.
@@ -175,6 +178,13 @@ class Family:
         for pattern, replacement in self.serving_parents:
             module = re.sub(pattern, replacement, module)
         return module
+
+    def merged_rows(self, module: str, rows: int) -> dict[str, int]:
+        """The parts of vLLM's matrix that a source module with so many rows is, what a message calls their heights -> rows: `M`
+        alone if the module is one of them."""
+        parts = dict(self.merged).get(module.rpartition(".")[2], ())
+        whole = sum(share for _, share in parts)
+        return {f"M of {name}": rows * share // whole for name, share in parts} or {"M": rows}
 
     def fused(self, modules: Iterable[str]) -> list[tuple[str, ...]]:
         """Groups of these source modules that the serving engine runs as one matrix (gate/up, q/k/v, ...)."""

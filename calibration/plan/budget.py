@@ -23,6 +23,7 @@ from calibration.plan.plan import Plan, Step
 from calibration.plan.planner import make_plan
 from calibration.plan.schemes import SCHEMES
 from calibration.plan.task import Task
+from calibration.plan.tiled import Heights, stacked_heights
 from recipes.budget import UNQUANTIZED, Budget
 from recipes.errors import RecipeError, WorkflowError, collapsed
 from recipes.modifiers import ModifierEntry
@@ -193,7 +194,8 @@ class BudgetTask:
 def _units(plan: Plan, formats: Formats, recipe: Recipe) -> list[Unit]:
     """The units with more than one candidate, in the order of the source."""
     together: dict[str, tuple[str, ...]] = {}
-    places = {step.module: plan.family.place(step.source) for step in _weights(plan)}
+    steps = {step.module: step for step in _weights(plan)}
+    places = {module: plan.family.place(step.source) for module, step in steps.items()}
     experts: dict[int, list[str]] = defaultdict(list)
     for module, place in places.items():
         if place.part == ROUTED and place.block is not None:
@@ -202,8 +204,9 @@ def _units(plan: Plan, formats: Formats, recipe: Recipe) -> list[Unit]:
         together.update(dict.fromkeys(group, group))
     for members in experts.values():
         together.update(dict.fromkeys(members, tuple(members)))
+    shapes = {module: formats.of(step.source).shape for module, step in steps.items()}
+    heights = stacked_heights(plan.family, shapes, plan.fused)
     own, units, seen = set(recipe.quantization_modifier.config_groups), list[Unit](), set[str]()
-    steps = {step.module: step for step in _weights(plan)}
     assert recipe.budget is not None
     for module, step in steps.items():
         block = places[module].block
@@ -212,7 +215,7 @@ def _units(plan: Plan, formats: Formats, recipe: Recipe) -> list[Unit]:
         modules = together.get(module, (module,))
         seen.update(modules)
         parts, part = [steps[m] for m in modules], places[module].part
-        found = {name: _size(name, parts, formats, recipe, part) for name in recipe.budget.candidates}
+        found = {name: _size(name, parts, formats, recipe, heights) for name in recipe.budget.candidates}
         sizes = {name: size for name, size in found.items() if size is not None}
         if len(sizes) > 1:
             units.append(Unit(_name(modules, part), block, modules, sizes))
@@ -236,10 +239,12 @@ def _written(step: Step) -> int:
     return sum(output.nbytes for output in step.outputs)
 
 
-def _size(candidate: str, steps: list[Step], formats: Formats, recipe: Recipe, part: str) -> int | None:
+def _size(
+    candidate: str, steps: list[Step], formats: Formats, recipe: Recipe, heights: Mapping[str, Heights]
+) -> int | None:
     """Bytes of a unit as `candidate`; None if it cannot become that."""
     total = 0
-    for at, step in enumerate(steps):
+    for step in steps:
         stored = formats.of(step.source)
         # Its values are kept exactly in NVFP4, and in no other form is there a reason to store them.
         if stored.kind == "mxfp4":
@@ -247,7 +252,7 @@ def _size(candidate: str, steps: list[Step], formats: Formats, recipe: Recipe, p
         size = (
             _unquantized(step, stored, formats, recipe)
             if candidate == UNQUANTIZED
-            else _as_scheme(candidate, step, stored, part == ROUTED or at < len(steps) - 1)
+            else _as_scheme(candidate, step, stored, heights.get(step.module, {}))
         )
         if size is None:
             return None
@@ -263,9 +268,9 @@ def _unquantized(step: Step, stored: StoredFormat, formats: Formats, recipe: Rec
     return math.prod(stored.shape) * _PLAIN_BYTES[recipe.export.plain_dtype]
 
 
-def _as_scheme(candidate: str, step: Step, stored: StoredFormat, followed: bool) -> int | None:
-    """Bytes of one weight as a scheme, if vLLM serves it so. `followed` as in `tiled_rows_problem`."""
+def _as_scheme(candidate: str, step: Step, stored: StoredFormat, heights: Heights) -> int | None:
+    """Bytes of one weight as a scheme, if vLLM serves it so. `heights` of the weight as in `stacked_heights`."""
     scheme = SCHEMES[candidate]
-    if scheme.problem(stored.shape, followed) is not None:
+    if scheme.problem(stored.shape, heights) is not None:
         return None
     return sum(OutputTensor(*output).nbytes for output in scheme.outputs(step.module, stored.shape))

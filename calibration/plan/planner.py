@@ -19,9 +19,10 @@ from calibration.plan.matching import PART, Matcher
 from calibration.plan.nvidia_config import nvidia_problems
 from calibration.plan.plan import Plan, PlannedShard, Step
 from calibration.plan.respelling import draft_head_warnings, respelled_steps, tile_scale_step
-from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme, tiled_input_problem, tiled_rows_problem
+from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
 from calibration.plan.smoothing import rescaled_steps, smoothed_sites
 from calibration.plan.source_check import contradictions, is_carried, is_left_out
+from calibration.plan.tiled import stacked_heights, tiled_input_problem, tiled_rows_problem
 from recipes.errors import RecipeError, SourceError, collapsed, without_numbers
 from recipes.fields import KEPT_FP8
 from recipes.schema import Recipe
@@ -63,10 +64,9 @@ class _Planner:
         self.places = {module: self.family.place(self.weights[module]) for module in self.weights}
         #: Projections that the engine serves as one matrix, in its order.
         self.fused = tuple(self.family.fused(module for module in self.weights if not self.places[module].mtp))
-        #: Modules below which the engine puts another one in the same matrix, and gate and up of routed experts alike.
-        self.followed = {
-            module for group in self.fused for module in (group if self.places[group[0]].part == ROUTED else group[:-1])
-        }
+        self.heights = stacked_heights(
+            self.family, {module: formats.of(name).shape for module, name in self.weights.items()}, self.fused
+        )
 
     def plan(self) -> Plan:
         misnamed, differing = contradictions(self.formats, self.family)
@@ -179,7 +179,7 @@ class _Planner:
     def _shape_problem(self, module: str, scheme: Scheme) -> str | None:
         """Why a module's shape cannot have a scheme; tiles that the source stores already are judged where they are kept."""
         stored = self.formats.of(self.weights[module])
-        return None if self._keeps_tiles(scheme, stored) else scheme.problem(stored.shape, module in self.followed)
+        return None if self._keeps_tiles(scheme, stored) else scheme.problem(stored.shape, self.heights.get(module, {}))
 
     def _whole_problem(self, module: str, scheme: Scheme) -> str | None:
         """The same for a module and those that must be quantized with it."""
@@ -261,8 +261,8 @@ class _Planner:
                 or step.module not in self.weights
             ):
                 continue
-            rows, columns = self.formats.of(step.source).shape
-            if problem := tiled_rows_problem(rows, step.module in self.followed, self.tile[0]):
+            columns = self.formats.of(step.source).shape[1]
+            if problem := tiled_rows_problem(self.heights.get(step.module, {}), self.tile[0]):
                 self.problems.append(
                     f"{step.source}: keeps its FP8 tiles, and FP8_BLOCK {problem}; set export.kept: plain, or quantize it "
                     "otherwise"

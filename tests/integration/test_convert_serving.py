@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from calibration.plan import planner
 from tests.converted import LINEAR, converting, failing, run, undoing
-from tests.models import deepseek_v4, deepseek_v41, standard
+from tests.models import deepseek_v4, deepseek_v41, standard, torn
 from tests.reference.compare import compare
 from tests.reference.engine import random_prompts, serve
 from tests.reference.model import decided, logits, reference_model
@@ -37,6 +40,25 @@ def test_converted_checkpoints_serve_and_agree_with_the_reference(tmp_path: Path
     agreement = compare(expected, engine, masks)
     print(source, scheme, agreement)
     assert agreement.top1 >= TOP1 and agreement.kl < KL, agreement
+
+
+@pytest.mark.parametrize("shape", torn.SHAPES)
+def test_vllm_loads_the_merged_weights_that_are_planned_in_tiles_and_refuses_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    source = torn.write(tmp_path / "source", monkeypatch, shape)
+
+    def served(name: str) -> dict[str, Any]:
+        made = converting(source, tmp_path / name, "Linear", "FP8_BLOCK", ignore=["lm_head"])
+        run(made)
+        return serve(tmp_path / name, tmp_path / f"{name}-logs", random_prompts(1024))[1]
+
+    result = served("planned")
+    assert result["ok"], result["error"]
+    if shape != "whole":
+        monkeypatch.setattr(planner, "stacked_heights", lambda *_: {})
+        result = served("unasked")
+        assert result["stage"] == "load" and "Weight output_partition_size = 192 is not divisible" in json.dumps(result)
 
 
 def test_a_model_that_vllm_has_for_gpus_alone_is_unchecked_with_the_reason(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from calibration.families.family import ROUTED
 from calibration.families.served import rows
 from calibration.plan.task import Task
 from recipes.checks import Serving
@@ -35,6 +37,43 @@ def ask(task: Task) -> Wants:
 def test_the_kept_rows_are_what_the_installed_vllm_says(family: str, tmp_path: Path) -> None:
     task = served.planned(family, tmp_path)
     assert served.row(task, served.ask(task, tmp_path / "logs")) == rows()[family].model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name == "phi3" else pytest.mark.slow)
+        for name in (
+            "phi3",
+            "glm4",
+            "granitemoeshared",
+            "lfm2",
+            "lfm2_moe",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen3_next",
+            "qwen2_moe",
+        )
+    ],
+)
+def test_the_rows_of_every_part_of_a_matrix_are_those_of_vllms_class(family: str, tmp_path: Path) -> None:
+    """Of merged weights too: they are planned as FP8_BLOCK by these rows."""
+    task = served.planned(family, tmp_path)
+    wants = served.ask(task, tmp_path / "logs")
+    assert wants.unproven == ""
+    plan, shapes = (
+        task.plan,
+        {module: task.formats.of(step.source).shape for module, step in task.plan.quantized.items()},
+    )
+    groups = {module: group for group in plan.fused for module in group}
+    judged = Counter[int]()
+    for module in plan.quantized:
+        for layer in wants.layers_of(plan.quantized[module].outputs[0].name):
+            if layer.kind == "linear" and plan.family.place(module).part != ROUTED:
+                parts = [plan.family.merged_rows(m, shapes[m][0]) for m in groups.get(module, (module,))]
+                assert list(layer.rows) == [rows for part in parts for rows in part.values()], module
+                judged[len(layer.rows)] += 1
+    assert judged[1] and sum(judged[several] for several in judged if several > 1)
 
 
 def moved(task: Task) -> Task:

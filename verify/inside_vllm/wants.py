@@ -19,7 +19,8 @@ RESULT.json (keys always there)
     packed              names of layers that the class says are several of the hub's: a target names those, not the layer
     layers              {name in vLLM's tree: {looked_up: the name under which it looked up its quantization,
                         scheme: class of its scheme or method, format: nvfp4 | fp8 | "", kind: linear | experts |
-                        embedding | attention | ""}} of every layer that a tensor of the request was written to
+                        embedding | attention | "", rows: those of each part that its matrix is made of}} of every
+                        layer that a tensor of the request was written to
     written             {tensor: [parameter, ...]}; a tensor that no parameter took is not there
     refused             [{tensor, message}]: vLLM raised; tensors after the last of MOST_REFUSED were not tried
     unwritten           parameters that no tensor wrote, or not whole
@@ -173,6 +174,7 @@ def describe(model: Any, looked_up: dict[int, str], elements: dict[str, int], re
         result["layers"][name] = {
             "looked_up": looked_up.get(id(layer), ""), "scheme": kinds["scheme"] or kinds["method"],
             "format": kinds["format"], "kind": kinds["kind"],
+            "rows": [int(rows) for rows in getattr(layer, "output_partition_sizes", None) or ()],
         }  # fmt: skip
     result["unwritten"] = [
         name

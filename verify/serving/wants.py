@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,14 @@ _NO_DATA = "meta tensor"
 @dataclass(frozen=True)
 class Layer:
     """A layer of the engine's model: the name under which it looked up its quantization ("" if it never did), the class
-    of its scheme, its stored format (nvfp4, fp8 or ""), and its kind (linear, experts, embedding, attention or "")."""
+    of its scheme, its stored format (nvfp4, fp8 or ""), its kind (linear, experts, embedding, attention or ""), and the rows
+    of every part that its matrix is made of."""
 
     looked_up: str
     scheme: str
     format: str
     kind: str
+    rows: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

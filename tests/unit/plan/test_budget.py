@@ -15,6 +15,7 @@ from calibration.plan.budget import BudgetTask, _as_scheme
 from calibration.plan.plan import Step
 from calibration.plan.planner import make_plan
 from calibration.plan.quantization_config import output_config
+from calibration.plan.tiled import Heights
 from recipes.errors import RecipeError
 from recipes.loader import dump_recipe
 from tests.exported import recipe
@@ -55,13 +56,13 @@ def test_what_vllm_serves_as_one_is_chosen_as_one(sources: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize(
-    ("shape", "below", "possible"),
-    [((192, 256), False, True), ((192, 256), True, False), ((256, 256), True, True), ((256, 192), False, False)],
+    ("shape", "asked", "possible"),
+    [((192, 256), {}, True), ((192, 256), {"M": 192}, False), ((256, 256), {"M": 256}, True), ((256, 192), {}, False)],
     ids=["alone", "rows of tiles are torn", "whole tiles", "inputs in no whole groups"],
 )
-def test_fp8_is_a_candidate_only_where_vllm_takes_it(shape: tuple[int, int], below: bool, possible: bool) -> None:
+def test_fp8_is_a_candidate_only_where_vllm_takes_it(shape: tuple[int, int], asked: Heights, possible: bool) -> None:
     step = Step("a.weight", "quantize", (), "", "group")
-    assert (_as_scheme("FP8_BLOCK", step, StoredFormat("plain", shape), below) is not None) == possible
+    assert (_as_scheme("FP8_BLOCK", step, StoredFormat("plain", shape), asked) is not None) == possible
 
 
 def test_any_choice_becomes_disjoint_groups_that_vllm_resolves_to_it_and_has_the_size_that_was_said(
