@@ -10,24 +10,25 @@ norm), and the divergence is scaled by it.
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from compressed_tensors.utils import patch_attr
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from calibration.checkpoint import nvfp4, tiles
-from calibration.checkpoint.files import write_safely
+from calibration.checkpoint.files import read_json_or_none, write_json, write_safely
 from calibration.model.parity import BlockCall, own_block_calls
 from calibration.model.source_model import SourceModel
 from calibration.plan.budget import Unit
@@ -39,10 +40,23 @@ from recipes.errors import SourceError
 _Skipped = Callable[[torch.Tensor], AbstractContextManager[None]]
 #: Unit -> candidate -> error.
 Errors = dict[str, dict[str, float]]
+#: Called with what was finished, how many of them, of how many.
+OnStep = Callable[[Literal["block", "sample"], int, int], None]
 
 
 #: The state is written at most this often: on a large model it has gigabytes, and a kill may cost minutes.
 SAVE_SECONDS = 300.0
+#: What the head has measured is written this often: it is a few numbers for each unit.
+SAVE_HEAD_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The files of a pass: its state, what the head has measured, and the key of both."""
+
+    state: Path
+    head: Path
+    key: str
 
 
 @dataclass
@@ -91,21 +105,48 @@ class _State:
         return 0 <= self.following <= blocks and measured == known and self.carried.keys() <= known.keys()
 
 
+@dataclass
+class _Head:
+    """What the head has measured after the last block: of each unit, in the order of the units, the divergence summed over the
+    tokens of each row of the samples; the rows of a unit in their order."""
+
+    sums: dict[str, list[float]]
+
+    @classmethod
+    def load(cls, path: Path, key: str, units: Iterable[str], rows: int) -> _Head:
+        """What the same measurement has saved; nothing if there is none."""
+        nothing = cls({name: [] for name in units})
+        found = read_json_or_none(path) or {}
+        try:
+            sums = TypeAdapter(dict[str, list[float]]).validate_python(found.get("sums"))
+        except ValidationError:
+            return nothing
+        sound = sums.keys() == nothing.sums.keys() and all(
+            len(values) <= rows and all(map(math.isfinite, values)) for values in sums.values()
+        )
+        return cls({name: sums[name] for name in nothing.sums}) if sound and found.get("key") == key else nothing
+
+    def save(self, path: Path, key: str) -> None:
+        """Replaces the file. Raises EnvironmentProblem."""
+        write_json(path, {"key": key, "sums": self.sums})
+
+
 @torch.no_grad()
 def measure(
     units: Sequence[Unit],
     source: SourceModel,
     batches: Sequence[Mapping[str, torch.Tensor]],
-    saved: tuple[Path, str],
-    on_block: Callable[[int, int], None] = lambda block, blocks: None,
+    saved: Saved,
+    on_step: OnStep = lambda what, finished, number: None,
 ) -> Errors:
     """The KL divergence, in nats a token, that every candidate of every unit causes alone.
 
-    `batches` are of `input_ids` and `attention_mask`, int64 `[batch, tokens]`, without padding. The state goes to the file
-    `saved`, and a pass with the same key resumes there. `on_block` is called with the number of finished blocks and that of all;
-    if it raises, the state is saved first. Raises SourceError for hidden states that are not finite.
+    `batches` are of `input_ids` and `attention_mask`, int64 `[batch, tokens]`, without padding. What is known goes to the files
+    `saved`, and a pass with the same key resumes there. `on_step` is called with "block" or, after the blocks, "sample", and how
+    many of how many are finished; if it raises, everything is saved first. Raises SourceError for hidden states that are not
+    finite.
     """
-    blocks, names, (path, key) = list(source.blocks.values()), source.model_modules(), saved
+    blocks, names = list(source.blocks.values()), source.model_modules()
     samples = [{k: v.to(source.device) for k, v in batch.items()} | {"use_cache": False} for batch in batches]
     outside = source.outside_blocks()
     source.load(outside)
@@ -114,9 +155,9 @@ def measure(
     first = [hidden for hidden, _ in called]
     # What such blocks hand on beside hidden states is not saved.
     hands_on = any(call.takes_more for _, calls in called for call in calls)
-    saved_state = None if hands_on else _State.load(path, key, first)
+    saved_state = None if hands_on else _State.load(saved.state, saved.key, first)
     state = saved_state if saved_state and saved_state.fits(units, len(blocks)) else _State(0, first)
-    written = time.monotonic()
+    written, on_disk = time.monotonic(), state is saved_state
     for number in range(state.following, len(blocks)):
         source.load([blocks[number]])
         tried = _Block(blocks[number], [calls[number] for _, calls in called])
@@ -137,17 +178,18 @@ def measure(
                         state.carried[unit.unit.name] = made
             state.errors[unit.unit.name] = errors
         source.unload([blocks[number]])
-        state.following, state.hidden = number + 1, exact
+        state.following, state.hidden, on_disk = number + 1, exact, False
         if time.monotonic() - written >= SAVE_SECONDS:
-            state.save(path, key)
-            written = time.monotonic()
+            state.save(saved.state, saved.key)
+            written, on_disk = time.monotonic(), True
         try:
-            on_block(number + 1, len(blocks))
+            on_step("block", number + 1, len(blocks))
         except BaseException:
-            state.save(path, key)
+            state.save(saved.state, saved.key)
             raise
+    saving = _Saving(state, saved, on_disk or hands_on, written)
     source.load(outside)
-    divergences = _divergences(source.model, samples, state, partial(_skipped, blocks, hands_on))
+    divergences = _divergences(source.model, samples, saving, partial(_skipped, blocks, hands_on), on_step)
     source.unload(outside)
     return {unit.name: _scaled(unit, state.errors[unit.name], divergences.get(unit.name, 0.0)) for unit in units}
 
@@ -158,20 +200,51 @@ def _scaled(unit: Unit, errors: Mapping[str, float], divergence: float) -> dict[
     return {name: error * factor for name, error in errors.items()}
 
 
+@dataclass
+class _Saving:
+    """Saves the pass after the last block: its `state` once, unless it is `on_disk`, and the head often. `written` is when the
+    state was."""
+
+    state: _State
+    saved: Saved
+    on_disk: bool
+    written: float
+    _head_written: float = field(default_factory=time.monotonic)
+
+    def save(self, head: _Head, now: bool = False) -> None:
+        """Writes what is due; everything `now`. Raises EnvironmentProblem."""
+        clock = time.monotonic()
+        if not self.on_disk and (now or clock - self.written >= SAVE_SECONDS):
+            self.state.save(self.saved.state, self.saved.key)
+            self.on_disk = True
+        if now or clock - self._head_written >= SAVE_HEAD_SECONDS:
+            head.save(self.saved.head, self.saved.key)
+            self._head_written = time.monotonic()
+
+
 def _divergences(
-    model: nn.Module, samples: Sequence[dict[str, Any]], state: _State, skipped: _Skipped
+    model: nn.Module, samples: Sequence[dict[str, Any]], saving: _Saving, skipped: _Skipped, on_step: OnStep
 ) -> dict[str, float]:
     """The mean KL divergence, in nats a token, of the predictions with each unit quantized."""
-    total, tokens = dict.fromkeys(state.carried, 0.0), 0
-    for at, sample in enumerate(samples):
-        for row in range(len(sample["input_ids"])):
-            part = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in sample.items()}
+    places = [(at, row) for at, sample in enumerate(samples) for row in range(len(sample["input_ids"]))]
+    state = saving.state
+    head = _Head.load(saving.saved.head, saving.saved.key, state.carried, len(places))
+    for number, (at, row) in enumerate(places):
+        missing = [name for name in state.carried if len(head.sums[name]) == number]
+        if missing:
+            part = {k: v[row : row + 1] if isinstance(v, torch.Tensor) else v for k, v in samples[at].items()}
             exact = _log_probabilities(model, part, skipped(state.hidden[at][row : row + 1]))
-            tokens += len(exact)
-            for name, values in state.carried.items():
-                made = _log_probabilities(model, part, skipped(values[at][row : row + 1]))
-                total[name] += float(F.kl_div(made, exact, reduction="sum", log_target=True))
-    return {name: max(value / tokens, 0.0) for name, value in total.items()}
+        for name in missing:
+            made = _log_probabilities(model, part, skipped(state.carried[name][at][row : row + 1]))
+            head.sums[name].append(float(F.kl_div(made, exact, reduction="sum", log_target=True)))
+            saving.save(head)
+        try:
+            on_step("sample", number + 1, len(places))
+        except BaseException:
+            saving.save(head, now=True)
+            raise
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    return {name: max(sum(values) / tokens, 0.0) for name, values in head.sums.items()}
 
 
 @contextmanager

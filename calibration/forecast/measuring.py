@@ -37,7 +37,9 @@ def predict_measuring(budget: BudgetTask, machine: Machine) -> dict[str, Any]:
     for unit in budget.units:
         units[unit.block].append(unit)
     carried, read, costs = 0, 0, block_costs(budget.plan, budget.formats, 0.0)
+    saved, since, stream = 0, 0.0, tokens * width * BF16
     for cost in costs:
+        before = math.fsum(spent.clock for spent in terms.values())
         times = 2 if cost.number is None else 1  # before the blocks and after them
         read += times * cost.source_bytes
         for kind, nbytes in cost.reads.items():
@@ -51,12 +53,17 @@ def predict_measuring(budget: BudgetTask, machine: Machine) -> dict[str, Any]:
         for unit, name in tried:
             terms["round"] += machine.rounding(name) * _rounded(budget, unit, cost, tokens)
         carried += sum(unit.smallest != UNQUANTIZED for unit in own)
+        since += math.fsum(spent.clock for spent in terms.values()) - before
+        if since >= SAVE_SECONDS:
+            saved, since = saved + (1 + carried) * stream, 0.0
     modules = sum(sum(cost.products.values()) for cost in costs)
     terms["start"] = Spent(_SKELETON, _SKELETON) * modules
-    streams = (1 + carried) * tokens * width * BF16
-    # Saved between blocks; it grows with them, and is half of the last one on average.
-    saved = int(math.fsum(spent.clock for spent in terms.values()) / SAVE_SECONDS) * streams // 2
+    streams = (1 + carried) * stream
     terms["predictions"] = machine.predictions(vocabulary, hidden, length) * (samples * (1 + carried))
+    if (
+        since > 0 and since + terms["predictions"].clock >= SAVE_SECONDS
+    ):  # once at the head, if not behind the last block
+        saved += streams
     terms["save"] = writing(machine) * saved
     block = max((cost.values * BF16 for cost in costs if cost.number is not None), default=0)
     layer = max((math.prod(budget.formats.of(step.source).shape) for step in budget.plan.quantized.values()), default=0)

@@ -112,6 +112,11 @@ class _Error(_Line):
     problems: Annotated[list[str], Field(min_length=1)]
 
 
+class _Measured(_Line):
+    block: int | None = None
+    sample: int | None = None
+
+
 class _PlanEvent(_Line):
     recipe: str = ""
     versions: dict[str, str] = {}
@@ -158,7 +163,7 @@ _JOURNAL: dict[str, type[_Line]] = {
 }  # fmt: skip
 _EVENTS: dict[str, type[_Line]] = {
     "stage_started": _StageEvent, "stage_finished": _StageEvent, "stage_failed": _StageEvent, "block": _BlockEvent,
-    "load": _Load, "error": _Error, "plan": _PlanEvent,
+    "load": _Load, "error": _Error, "plan": _PlanEvent, "measured": _Measured,
 }  # fmt: skip
 _ATTEMPTS: dict[str, type[_Line]] = {
     "begun": _Begun, "ended": _Ended, "gave_up": _GaveUp, "requeued": _Requeued, "job": _Job, "submitted": _Submitted,

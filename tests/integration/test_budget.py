@@ -33,7 +33,7 @@ TEXT = Calibration(dataset="bundled", num_samples=2, max_seq_length=48, batch_si
 
 
 class Measured:
-    """A tiny model, its units and its batches; counts what is loaded."""
+    """A tiny model, its units and its batches; counts the blocks that are loaded and the predictions that are made."""
 
     def __init__(self, root: Path, name: str) -> None:
         source = deepseek_v4.write(root / name, "bf16") if name == "v4" else standard.write(root / name, "qwen3_moe")
@@ -43,7 +43,7 @@ class Measured:
         self.units = BudgetTask.of(made, formats).units
         self.batches = list(load_batches(TEXT, load_tokenizer(source, False), source_directory=source).batches)
         self.model: SourceModel = build_skeleton(formats.checkpoint, root / f"{name}-work", False, torch.device("cpu"))
-        self.loaded = 0
+        self.loaded = self.predicted = 0
         load, blocks = self.model.load, set(self.model.blocks.values())
 
         def counted(roots: Any) -> None:
@@ -52,9 +52,20 @@ class Measured:
 
         self.model.load = counted  # type: ignore[method-assign]
 
-    def measure(self, path: Path, key: str = "key", on_block: Callable[[int, int], None] = lambda a, b: None) -> Any:
-        self.loaded = 0
-        return sensitivity.measure(self.units, self.model, self.batches, (path, key), on_block)
+    def measure(
+        self, path: Path, key: str = "key", on_step: Callable[[str, int, int], None] = lambda a, b, c: None
+    ) -> Any:
+        self.loaded = self.predicted = 0
+        saved = sensitivity.Saved(path, path.with_suffix(".json"), key)
+        with pytest.MonkeyPatch.context() as patch:
+            predictions = sensitivity._log_probabilities
+
+            def counted(*arguments: Any) -> torch.Tensor:
+                self.predicted += 1
+                return predictions(*arguments)
+
+            patch.setattr(sensitivity, "_log_probabilities", counted)
+            return sensitivity.measure(self.units, self.model, self.batches, saved, on_step)
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +132,19 @@ def test_a_stopped_measurement_resumes_with_the_next_block_to_the_same_bits(
     whole = case.measure(tmp_path / "whole")
     assert case.loaded == 3
 
-    def stop(finished: int, blocks: int) -> None:
-        if finished == 2:
+    def stop(what: str, finished: int, number: int) -> None:
+        if (what, finished) == ("block", 2):
             raise Stop
 
     with pytest.raises(Stop):
-        case.measure(tmp_path / "state", on_block=stop)
+        case.measure(tmp_path / "state", on_step=stop)
     assert case.measure(tmp_path / "state") == whole
     assert case.loaded == 1
     assert case.measure(tmp_path / "state", key="another") == whole
     assert case.loaded == 3, "a state of other settings is not used"
     (tmp_path / "state").unlink()
     with pytest.raises(Stop):
-        case.measure(tmp_path / "state", on_block=stop)
+        case.measure(tmp_path / "state", on_step=stop)
     good = (tmp_path / "state").read_bytes()
     hostile = [good.replace(a, b) for a, b in (
         (b'"following":"2"', b'"following":"9"'), (b'"following":"2"', b'"following":"1"'), (b"experts.*", b"experts.+"),
@@ -144,6 +155,41 @@ def test_a_stopped_measurement_resumes_with_the_next_block_to_the_same_bits(
         (tmp_path / "state").write_bytes(damaged)
         assert case.measure(tmp_path / "state") == whole
         assert case.loaded == 3
+
+
+def test_a_measurement_that_is_killed_at_the_head_resumes_there_to_the_same_bits(
+    tmp_path: Path, measured: Mapping[str, Measured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 samples, each with the exact predictions and those of every unit."""
+    case = measured["qwen3_moe"]
+    whole, every = case.measure(tmp_path / "whole"), 2 * (1 + len(case.units))
+    assert case.predicted == every
+
+    def stop(what: str, finished: int, number: int) -> None:
+        if (what, finished) == ("sample", 1):
+            assert number == 2
+            raise Stop
+
+    with pytest.raises(Stop):
+        case.measure(tmp_path / "state", on_step=stop)
+    kept = json.loads((tmp_path / "state.json").read_text())
+    assert case.measure(tmp_path / "state") == whole and (case.loaded, case.predicted) == (0, every // 2)
+    # Killed within a sample: nothing is said to anyone, and what was due is on disk.
+    partial = {"key": kept["key"], "sums": {u: s if at < 3 else [] for at, (u, s) in enumerate(kept["sums"].items())}}
+    (tmp_path / "state.json").write_text(json.dumps(partial))
+    assert case.measure(tmp_path / "state") == whole and case.predicted == every - 3
+    monkeypatch.setattr(sensitivity, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(sensitivity, "SAVE_HEAD_SECONDS", 0.0)
+    (tmp_path / "state").unlink()
+    assert case.measure(tmp_path / "state") == whole and case.measure(tmp_path / "state") == whole
+    assert (case.loaded, case.predicted) == (0, 0), "the state is saved before the head, and what the head measures"
+    name = next(iter(kept["sums"]))
+    for damaged in ("[]", "{", *(json.dumps(kept | changed) for changed in (
+        {"key": "x"}, {"sums": {}}, {"sums": kept["sums"] | {name: [1.0] * 3}}, {"sums": kept["sums"] | {name: [float("nan")]}},
+        {"sums": kept["sums"] | {name: "a"}},
+    ))):  # fmt: skip
+        (tmp_path / "state.json").write_text(damaged)
+        assert case.measure(tmp_path / "state") == whole and case.predicted == every
 
 
 BUDGET = {"bits_per_parameter": 11.0, "tokens": 64}

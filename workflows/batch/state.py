@@ -91,9 +91,8 @@ class Entry:
     def progress(self) -> int:
         """A count that grows whenever the run finishes something for the first time."""
         facts = [fact for fact in self.run.facts() if fact.get("fact") in _PROGRESS]
-        measured = (
-            {event.get("block") for event in self.run.events() if event["event"] == "measured"} if self.budget else ()
-        )
+        events = self.run.events() if self.budget else ()
+        measured = {(event.get("block"), event.get("sample")) for event in events if event["event"] == "measured"}
         return len({(fact["fact"], fact.get("block"), str(fact.get("shards"))) for fact in facts}) + len(measured)
 
 

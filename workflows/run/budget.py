@@ -29,7 +29,7 @@ from workflows.run import prediction as estimate
 from workflows.run import rehearse as rehearsal
 from workflows.run.state import Run
 
-FILE, STATE = "budget.json", "budget.safetensors"
+FILE, STATE, HEAD = "budget.json", "budget.safetensors", "budget-head.json"
 #: Unit -> candidate -> KL divergence that it causes alone, in nats a token.
 Errors = dict[str, dict[str, float]]
 
@@ -142,7 +142,7 @@ def _measure(run: Run, budget: BudgetTask) -> Errors:
     # Imported late: torch's models take seconds to import.
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer
     from calibration.engine.oneshot import quiet
-    from calibration.engine.sensitivity import measure
+    from calibration.engine.sensitivity import Saved, measure
     from calibration.model.skeleton import build_skeleton
 
     recipe, source, reporter = budget.recipe, budget.formats.checkpoint, run.reporter
@@ -159,19 +159,24 @@ def _measure(run: Run, budget: BudgetTask) -> Errors:
     key = hashlib.sha256(
         json.dumps([measurement_key(budget), data.digest, versions()], sort_keys=True).encode()
     ).hexdigest()
-    state = run.directory.path / STATE
+    saved = Saved(run.directory.path / STATE, run.directory.path / HEAD, key)
     with TemporaryDirectory() as work, run.interrupts.deferring():
         with quiet(lambda event: None):
             model = build_skeleton(source, Path(work), trusted, run.ranks.device)
-        return measure(budget.units, model, list(data.batches), (state, key), partial(_report_block, run))
+        return measure(budget.units, model, list(data.batches), saved, partial(_report_step, run))
 
 
-def _report_block(run: Run, finished: int, blocks: int) -> None:
-    run.reporter.event("measured", block=finished - 1, blocks=blocks)
-    if finished % max(1, blocks // 8) == 0:
-        run.reporter.say(f"measured block {finished}/{blocks}")
+def _report_step(run: Run, what: str, finished: int, number: int) -> None:
+    run.reporter.event("measured", **{what: finished - 1, f"{what}s": number})
+    if finished % max(1, number // 8) == 0:
+        run.reporter.say(f"measured {what if what == 'block' else 'the head on sample'} {finished}/{number}")
     if run.interrupts.requested:
-        raise Interrupted(f"stopped after measuring block {finished} of {blocks}; the same command resumes")
+        at = (
+            f"measuring block {finished} of {number}"
+            if what == "block"
+            else f"sample {finished} of {number} at the head"
+        )
+        raise Interrupted(f"stopped after {at}; the same command resumes")
 
 
 def _write_choice(run: Run, budget: BudgetTask, errors: Errors) -> dict[str, str]:
@@ -193,7 +198,8 @@ def _write_choice(run: Run, budget: BudgetTask, errors: Errors) -> dict[str, str
     }
     run.directory.open()
     write_json(run.directory.path / FILE, facts)
-    (run.directory.path / STATE).unlink(missing_ok=True)
+    for name in (STATE, HEAD):
+        (run.directory.path / name).unlink(missing_ok=True)
     counts = ", ".join(f"{name}: {count} units" for name, count in Counter(choice.values()).most_common())
     run.reporter.say(
         f"budget: chose {budget.bits(nbytes):.3f} of {budget.budget.bits_per_parameter:g} bits per parameter ({counts}); the "

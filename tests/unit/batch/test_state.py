@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def test_an_engine_that_is_killed_each_time_is_no_progress(tmp_path: Path, sourc
     assert entry.progress() == before
     entry.run.record("shards", plan=entry.plan_digest, block=1, shards={"model-2.safetensors": "d"})
     assert entry.progress() == before + 1
+
+
+def test_a_measurement_that_goes_on_is_progress_and_one_that_starts_over_is_none(
+    tmp_path: Path, source: Path, batch: BatchDirectory
+) -> None:
+    entry = replace(entry_of(batch, recipe(tmp_path, "a", source)), budget="asked")
+    entry.run.path.mkdir(parents=True, exist_ok=True)
+    for found, event in enumerate(({"block": 0}, {"block": 1}, {"sample": 0}, {"sample": 1}), 1):
+        for _ in range(2):
+            with (entry.run.path / "events.jsonl").open("a") as file:
+                file.write(json.dumps({"event": "measured", **event}) + "\n")
+                file.write('{"event": "measured", "block": [1]}\n')
+            assert entry.progress() == found
+    assert replace(entry, budget="").progress() == 0
 
 
 @pytest.mark.parametrize(

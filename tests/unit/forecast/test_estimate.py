@@ -13,6 +13,7 @@ import torch
 
 from calibration.checkpoint.formats import Formats
 from calibration.families.registry import open_source
+from calibration.forecast import measuring
 from calibration.forecast.cost import Product, block_costs, boundary_bytes, hessian_bytes
 from calibration.forecast.measuring import predict_measuring
 from calibration.forecast.predict import predict
@@ -107,7 +108,7 @@ def test_terms_of_a_calibration(source: Path, tmp_path: Path) -> None:
     assert any("max_seq_length" in note for note in told["notes"])
 
 
-def test_terms_of_measuring_a_budget(tmp_path: Path) -> None:
+def test_terms_of_measuring_a_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, targets = standard.write(tmp_path / "source", "qwen3_moe"), [r"re:^model\.layers\.\d+\..*proj$"]
     asked = {"bits_per_parameter": 11, "tokens": 300}
     made = recipe(source, tmp_path / "output", targets, budget=asked)
@@ -139,6 +140,14 @@ def test_terms_of_measuring_a_budget(tmp_path: Path) -> None:
     outside = next(cost.source_bytes for cost in costs if cost.number is None)
     assert work["bytes_read"] == budget.formats.checkpoint.total_bytes + outside
     assert work["state_bytes"] == 10 * 384 * 64 * 2
+    # Saved behind a block if it is due: here each takes longer. It has 4, 7 and 10 streams by then.
+    stream = 384 * 64 * 2
+    assert work["bytes_written"] == (4 + 7 + 10) * stream
+    took = sum(work["terms"][name][0] for name in ("load", "forward", "round"))
+    for seconds, streams in ((took * 0.9, 10), (took + 1, 10), (took + work["terms"]["predictions"][0] + 1, 0)):
+        monkeypatch.setattr(measuring, "SAVE_SECONDS", seconds)
+        found = predict_measuring(budget, Unit())  # type: ignore[arg-type]
+        assert found["bytes_written"] == streams * stream, "behind the last block, at the head, never"
 
 
 def test_a_conversion_takes_as_long_as_its_slowest_part(source: Path, tmp_path: Path) -> None:
