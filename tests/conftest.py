@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.reference.forks import OWNER
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault(OWNER, str(os.getpid()))  # xdist's workers inherit it: one import of vLLM for all
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -20,7 +20,7 @@ from recipes.checks import Serving
 from recipes.errors import without_numbers
 from tests.exported import recipe, task_of
 from tests.models import any_family
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import FORKED_PYTHON
 from verify.serving.wants import Wants, ask_server
 
 
@@ -42,7 +42,7 @@ def ask(task: Task, logs: Path) -> Wants:
     kept = [step.module for step in task.plan.steps.values() if step.source.endswith(".weight") and not step.group]
     return ask_server(
         task,
-        Serving(python=VLLM_PYTHON),
+        Serving(python=FORKED_PYTHON),
         logs,
         config=config | {"quantization_config": quantization | {"ignore": kept}},
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from recipes.checks import Serving
 from tests.faults.checkpoints import Good
 from tests.faults.faults import Fault
-from tests.reference.engine import VLLM_PYTHON, random_prompts
+from tests.reference.engine import FORKED_PYTHON, random_prompts
 from verify.checks import Check
 from verify.fidelity.fidelity import verify_fidelity
 from verify.known import Known
@@ -29,7 +29,7 @@ def served(good: Good, directory: Path, logs: Path) -> list[Check]:
     """The checks of a served checkpoint, its source served too. Random weights predict so little that no KL goes far
     above 1, the default limit: the recipe asks for more here."""
     options = Serving.model_validate(
-        {"python": VLLM_PYTHON, "max_tokens": 8, "text": None, "require": {"max_kl": 0.3, "min_top1": 0.5}}
+        {"python": FORKED_PYTHON, "max_tokens": 8, "text": None, "require": {"max_kl": 0.3, "min_top1": 0.5}}
     )
     experiment, source = Experiment(random_prompts(1024, (40, 200))), source_as_stored(good.source, options)
     checks, _ = verify_serving(directory, options, logs, source=source, experiment=experiment)

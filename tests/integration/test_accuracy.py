@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.whole_runs import LINEAR, run, write_recipe
 from tests.models import smollm2, standard
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import FORKED_PYTHON, VLLM_PYTHON
 
 
 def write_task(folder: Path, name: str, right: str, wrong: str) -> str:
@@ -40,7 +40,7 @@ def test_a_task_is_scored_on_output_and_source_in_the_engines_that_serve_them(tm
     recipe = write_recipe(
         tmp_path, source, [], method="plain", modifiers=[], calibration=None,
         verify={
-            "serving": {"python": VLLM_PYTHON, "max_tokens": 2, "windows": 1}, "accuracy": {"tasks": [short], "limit": 8}
+            "serving": {"python": FORKED_PYTHON, "max_tokens": 2, "windows": 1}, "accuracy": {"tasks": [short], "limit": 8}
         },
     )  # fmt: skip
     done = run(recipe, "--json")
@@ -52,7 +52,7 @@ def test_a_task_is_scored_on_output_and_source_in_the_engines_that_serve_them(tm
     long = write_task(tmp_path, "long", "no " * 10, "yes")
     text = Path(short).read_text().replace("{{q}}", "{{q.__class__.__mro__[1].__subclasses__()}}")
     (tmp_path / "short.yaml").write_text(text)
-    refused = run(recipe, "--stages", "verify")
+    refused = run(recipe, "--stages", "verify", "--set", f"verify.serving.python={VLLM_PYTHON}")
     assert refused.returncode == 4 and "SecurityError" in refused.stderr, refused.stderr
     done = run(recipe, "--json", "--stages", "verify", "--set", f"verify.accuracy.tasks=[{long}]")
     found = accuracy_check(Path(json.loads(done.stdout)["output"]))

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 from calibration.families.serving import SERVING, serve_arguments
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import FORKED_PYTHON
 from verify.serving.engine import WORKER, environment
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def test_vllm_takes_every_serve_command_that_the_documents_name() -> None:
         commands.append(["OWNER/NAME", *serve_arguments(config, 10**11, chats=True, experts=True)])
     assert len(commands) >= 12
     done = subprocess.run(
-        [VLLM_PYTHON, "-c", PARSE, json.dumps(commands), str(WORKER.with_name("torchvision_operators.py"))],
+        [FORKED_PYTHON, "-c", PARSE, json.dumps(commands), str(WORKER.with_name("torchvision_operators.py"))],
         capture_output=True,
         text=True,
         env=environment(),

@@ -13,12 +13,12 @@ from tests.exported import EXPERTS
 from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
 from tests.models import deepseek_v4, standard
 from tests.reference.compare import compare
-from tests.reference.engine import random_prompts, serve
+from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
 from tests.reference.model import decided, logits, reference_model
 from verify.__main__ import prove_checkpoint
 
 TOP1, KL = 0.995, 1e-4
-#: The one case that also scores a text and serves its source.
+#: The one case that also scores a text and serves its source, and starts all interpreters as a user does.
 COMPARED = "deepseek_v4-fp8_mxfp4-dspark"
 CASES: dict[str, tuple[Any, list[str]]] = {
     "deepseek_v4-bf16": (lambda path: deepseek_v4.write(path, "bf16"), EXPERTS),
@@ -34,7 +34,8 @@ CASES: dict[str, tuple[Any, list[str]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
     write, targets = CASES[case]
-    serving = SERVING | ({"text": "bundled", "windows": 2, "compare": "auto"} if case == COMPARED else {})
+    compared = {"python": VLLM_PYTHON, "text": "bundled", "windows": 2, "compare": "auto"}
+    serving = SERVING | (compared if case == COMPARED else {})
     recipe = write_recipe(tmp_path, write(tmp_path / "source"), targets, verify={"serving": serving})
     done = run(recipe, "--json", fresh=case == COMPARED)
     assert done.returncode == 0, done.stderr

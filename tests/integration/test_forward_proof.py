@@ -18,10 +18,8 @@ from tests.integration.interrupted_runs import finish
 from tests.integration.mornings import long_night
 from tests.integration.whole_runs import write_recipe
 from tests.models import any_family
-from tests.reference.engine import VLLM_PYTHON
-from tests.reference.resident import run_resident
+from tests.reference.engine import FORKED_PYTHON
 from verify.checks import Check
-from verify.serving import engine
 from workflows.run.forward_proof import compare_forwards
 
 ROWS = [random.Random(row).choices(range(1000), k=160) for row in range(4)]
@@ -39,12 +37,7 @@ def source(directory: Path, family: str, changes: dict[str, Any] | None = None) 
 def compared(place: Path, family: str, changes: dict[str, Any] | None = None) -> Check:
     task = task_of(recipe(source(place / "source", family, changes), place / "output", ["Linear"], ignore=["lm_head"]))
     (place / "work").mkdir()
-    return compare_forwards(task, ROWS, Serving(python=VLLM_PYTHON), place / "work", place / "logs")
-
-
-@pytest.fixture(autouse=True)
-def _one_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "run_process", run_resident)
+    return compare_forwards(task, ROWS, Serving(python=FORKED_PYTHON), place / "work", place / "logs")
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", pytest.param("mimo_v2_flash", marks=pytest.mark.slow)])
@@ -87,16 +80,6 @@ def test_what_vllm_cannot_run_is_unchecked_with_its_reason(tmp_path: Path) -> No
     assert "runs this model on other hardware only" in check.figure and "selective_scan_fwd" in check.figure
 
 
-def a_night_with_one_import() -> None:
-    long_night()
-    alone = engine.run_process
-
-    def run(command: list[str], log: Path, timeout: float) -> tuple[int, bool]:
-        return (run_resident if command[1] == str(engine.WORKER) else alone)(command, log, timeout)
-
-    engine.run_process = run
-
-
 def rehearsed(directory: Path, *options: str) -> tuple[int, str, dict[str, Any]]:
     """The exit code, the text and rehearsal.json of a long night of a model that differs, up to its first block."""
     path = directory / "recipe.yaml"
@@ -104,7 +87,7 @@ def rehearsed(directory: Path, *options: str) -> tuple[int, str, dict[str, Any]]
         made = source(directory / "source", "exaone_moe", DISAGREES)
         write_recipe(directory, made, [r"re:^model\.layers\.\d+\..*_proj$"])
     arguments = [str(path), "--stages", "inspect,rehearse", *options]
-    code, text = finish(arguments, directory / "log", a_night_with_one_import)
+    code, text = finish(arguments, directory / "log", long_night)
     return code, text, json.loads((directory / "output.run" / "rehearsal.json").read_text())
 
 

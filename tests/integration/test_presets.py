@@ -13,7 +13,7 @@ from tests.integration.attempts import TARGETS, Attempt, Case, same
 from tests.integration.interrupted_runs import KillAt, finish
 from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
 from tests.models import deepseek_v4, smollm2, standard
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import FORKED_PYTHON
 
 DEEPSEEK = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
 SMALL = {"dataset": "bundled", "num_samples": 4, "max_seq_length": 64, "batch_size": 2}
@@ -62,7 +62,7 @@ def test_it_is_served_and_passes_every_check(tmp_path: Path, preset: str, name: 
 def test_smollm2_speaks_better_than_rounded_to_nearest(tmp_path: Path, preset: str) -> None:
     source = smollm2.write(tmp_path / "source")
     calibration = {"dataset": "bundled", "num_samples": 16, "max_seq_length": 512, "batch_size": 4}
-    serving = {"python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["The capital of France is"], "windows": 6}
+    serving = {"python": FORKED_PYTHON, "max_tokens": 8, "prompts": ["The capital of France is"], "windows": 6}
     losses = {}
     for name in (None, preset):
         place = tmp_path / str(name)

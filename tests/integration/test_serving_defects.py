@@ -17,11 +17,9 @@ from safetensors.torch import save_file
 
 from calibration.checkpoint.files import read_json_or_none
 from tests.models import standard
-from tests.reference.engine import VLLM_PYTHON, random_prompts, serve
-from tests.reference.resident import run_resident
+from tests.reference.engine import FORKED_PYTHON, VLLM_PYTHON, random_prompts, serve
 from tests.reference.rtn import load, write_nvfp4
 from verify.serving import serving
-from verify.serving.engine import Run, run_process
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight_packed"
 SCALE = "model.layers.0.self_attn.o_proj.input_global_scale"
@@ -132,9 +130,9 @@ def test_a_chat_template_without_end_takes_neither_memory_nor_the_run(checkpoint
     assert result["peak_rss_bytes"] < 3e9
 
 
-@pytest.mark.parametrize("run", [run_process, run_resident], ids=["process", "fork"])
-def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path, run: Run) -> None:
-    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), run=run, timeout=1.0)
+@pytest.mark.parametrize("python", [VLLM_PYTHON, FORKED_PYTHON], ids=["process", "fork"])
+def test_time_out_stops_the_engine(checkpoint: Path, tmp_path: Path, python: str) -> None:
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), python=python, timeout=1.0)
     assert result["timed_out"] and result["seconds"]["wall"] < 30
     assert checks["serving.load"].verdict == "FAIL" and "time-out" in checks["serving.load"].figure
     assert {c.verdict for c in checks.values() if c.id != "serving.load"} == {"UNCHECKED"}
@@ -146,7 +144,7 @@ def test_a_killed_or_crashed_engine_is_a_verdict(checkpoint: Path, tmp_path: Pat
     """The real worker process dies while it imports vLLM, as one that the kernel or a kernel's bug ends would."""
     killer = threading.Thread(target=_kill_worker, args=(tmp_path / "serving-result.json", sent))
     killer.start()
-    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), run=run_process)
+    checks, result, _, _ = serve(checkpoint, tmp_path, random_prompts(1024, (5,)), python=VLLM_PYTHON)
     killer.join()
     assert result["exit_code"] == -sent and not result["timed_out"]
     found = checks["serving.load"]

@@ -9,14 +9,14 @@ import pytest
 
 from tests.integration.whole_runs import LINEAR, run, write_recipe
 from tests.models import smollm2
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import FORKED_PYTHON
 
 pytestmark = pytest.mark.slow
 
 
 def test_smollm2_speaks_english_after_nvfp4(tmp_path: Path) -> None:
     source = smollm2.write(tmp_path / "source")
-    serving = {"python": VLLM_PYTHON, "max_tokens": 24, "prompts": ["The capital of France is the city of"]}
+    serving = {"python": FORKED_PYTHON, "max_tokens": 24, "prompts": ["The capital of France is the city of"]}
     recipe = write_recipe(
         tmp_path,
         source,

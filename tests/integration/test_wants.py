@@ -16,7 +16,7 @@ from recipes.checks import Serving
 from tests import served
 from tests.exported import recipe, task_of
 from tests.models import any_family, standard
-from tests.reference.engine import VLLM_PYTHON
+from tests.reference.engine import FORKED_PYTHON
 from verify.serving.wants import Wants, ask_server, differences
 
 TABLE = ("llama", "mistral", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
@@ -28,7 +28,7 @@ def planned(family: str, directory: Path) -> Task:
 
 
 def ask(task: Task) -> Wants:
-    return ask_server(task, Serving(python=VLLM_PYTHON), task.output.parent / "logs")
+    return ask_server(task, Serving(python=FORKED_PYTHON), task.output.parent / "logs")
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import yaml
 
 from tests import forced
 from tests.integration.interrupted_runs import run_command
-from tests.reference.engine import VLLM_PYTHON, claims_too_much
+from tests.reference.engine import FORKED_PYTHON, claims_too_much
 
 ROOT = Path(__file__).parents[2]
 LINEAR = [r"re:^model\.layers\.\d+\..*(proj|w[123])$"]
 SERVING: dict[str, Any] = {
-    "python": VLLM_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"], "text": None, "compare": False,
+    "python": FORKED_PYTHON, "max_tokens": 8, "prompts": ["Once upon a time"], "text": None, "compare": False,
 }  # fmt: skip
 if claims_too_much():  # in BF16 vLLM would run what this processor lacks, and end by SIGILL
     SERVING["dtype"] = "float32"

@@ -13,15 +13,16 @@ import torch
 
 from recipes.checks import Serving
 from tests.reference.compare import engine_logits
-from tests.reference.resident import run_resident
 from verify.checks import Check
-from verify.inside_vllm.processor import PROBES
-from verify.serving.engine import Run
+from verify.inside_vllm.processor import AT_IMPORT, PROBES
 from verify.serving.serving import Experiment, verify_serving
 
 PROCESSOR: dict[str, bool] = json.loads(os.environ.get("TEST_PROCESSOR", "{}"))
 """What `serve` makes vLLM believe of the CPU: TEST_PROCESSOR='{"amx": true}' runs the tests as on a machine with AMX."""
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON", str(Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"))
+_FORKS = not set(AT_IMPORT) & set(PROCESSOR) and not torch.cuda.is_available()  # tried on the CPU only
+FORKED_PYTHON = str(Path(__file__).with_name("forked_python")) if _FORKS else VLLM_PYTHON
+"""VLLM_PYTHON without the 6 CPU-s of importing vLLM, see forks.py; VLLM_PYTHON itself where an import cannot be shared."""
 
 
 def claims_too_much() -> bool:
@@ -42,22 +43,17 @@ def serve(
     *,
     moe_input_scales: str = "stored",
     processor: Mapping[str, bool] | None = None,
-    run: Run | None = None,
     **options: Any,
 ) -> tuple[dict[str, Check], dict[str, Any], list[list[int]], list[torch.Tensor]]:
     """Serve in float32; returns checks by id, the worker's result, and token ids and logits per prompt.
 
-    processor: what vLLM believes of the CPU, PROCESSOR unless said otherwise. run: `run_process` for a process that
-    imports vLLM itself, as it does anyway with an own `python` or where `processor` decides what is imported.
+    processor: what vLLM believes of the CPU, PROCESSOR unless said otherwise. `python`: FORKED_PYTHON unless said otherwise.
     """
     captured = log_dir / "captured"
-    defaults = {"python": VLLM_PYTHON, "dtype": "float32", "max_tokens": 8, "text": None}
-    serving = Serving.model_validate(defaults | options)
     pretended = PROCESSOR if processor is None else processor
-    imports_alike = "python" not in options and not {"avx512", "avx512_bf16"} & set(pretended)
-    if run is None and imports_alike and not torch.cuda.is_available():  # tried on the CPU only
-        run = run_resident
-    experiment = Experiment(prompts, captured, moe_input_scales, pretended, run)
+    python = VLLM_PYTHON if set(AT_IMPORT) & set(pretended) else FORKED_PYTHON
+    serving = Serving.model_validate({"python": python, "dtype": "float32", "max_tokens": 8, "text": None} | options)
+    experiment = Experiment(prompts, captured, moe_input_scales, pretended)
     checks, result = verify_serving(checkpoint, serving, log_dir, experiment=experiment)
     ids, logits = engine_logits(captured) if captured.exists() else ([], [])
     return {check.id: check for check in checks}, result, ids, logits

@@ -23,7 +23,7 @@ from verify.accuracy.recovery import standard_error
 from verify.accuracy.tasks import request as request_tasks
 from verify.checks import Check
 from verify.serving.draft_head import draft_head_checks
-from verify.serving.engine import Run, check_environment, check_tasks, run_engine
+from verify.serving.engine import check_environment, check_tasks, run_engine
 from verify.serving.verdicts import judge
 from verify.unseen_text import help_text
 
@@ -68,14 +68,12 @@ class Experiment:
     explains each.
 
     prompts: instead of the built-in kinds and the recipe's own. processor: what the CPU is pretended to have or lack.
-    run: instead of a process that imports vLLM.
     """
 
     prompts: list[dict[str, Any]] | None = None
     write_logits: Path | None = None
     moe_input_scales: str = "stored"
     processor: Mapping[str, bool] = field(default_factory=dict)
-    run: Run | None = None
 
 
 def default_prompts() -> list[dict[str, Any]]:
@@ -221,7 +219,7 @@ def verify_serving(
         else:
             request["write_logits"] = str((log_dir / _LOGITS).resolve())
     try:
-        result = run_engine(request, options, log_dir, "serving", experiment.run)
+        result = run_engine(request, options, log_dir, "serving")
         result["source"] = None if source is None else _serve_source(source, request, result, options, log_dir)
     finally:
         shutil.rmtree(log_dir / _LOGITS, ignore_errors=True)
