@@ -14,7 +14,7 @@ def run_directory(output: Path) -> Path:
     """`<output>.run` beside the resolved output directory, so that all spellings of an output and links to it have the
     same run directory and lock. The path keeps its spelling if it contains no link."""
     place = output if output.name and _real(output) == Path(os.path.abspath(output)) else _real(output)
-    return place.with_name(place.name + ".run")
+    return place.parent / f"{place.name}.run"
 
 
 def own_scratch(directory: Path, output: Path) -> Path:

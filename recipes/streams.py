@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO, cast
 
+from recipes.errors import Interrupted
+
 #: The exit code of a command that could not print its result, because standard output is closed (as the shell reports
 #: for SIGPIPE) or its disk is full.
 OUTPUT_LOST = 141
@@ -76,10 +78,14 @@ def printed() -> int:
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
-    """Ends this process with the exit code of `main`, whatever happens to its standard streams."""
+    """Ends this process with the exit code of `main`, whatever happens to its standard streams; with that of `Interrupted` if
+    Ctrl-C ends a command that does not say itself what that means."""
     guard_streams()
     try:
         code = main()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        code = Interrupted.exit_code
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,7 +5,7 @@ the recipe that --recipe names, or from the defaults. A recipe.yaml inside the c
 check without its inputs is UNCHECKED, never PASS. docs/verification.md lists every check with its threshold.
 
 Exit codes as in workflows.run: 0 no check says FAIL, 2 command line or recipe, 3 source, 4 environment, 5 a check says
-FAIL.
+FAIL, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ measured again: the figures are those of each run's last verification. What was 
 another source, is not compared. docs/running.md explains the columns.
 
 Exit codes: 0 compared; 2 the runs cannot be compared; 3 a run directory is missing or damaged; 4 the page cannot be
-written; 141 the result could not be printed.
+written; 130 interrupted; 141 the result could not be printed.
 """
 
 from __future__ import annotations

@@ -103,16 +103,17 @@ def _outputs(place: Path) -> list[Path]:
     if is_file(place / "batch.json"):
         return [Path(entry.output) for entry in BatchDirectory(place).load()[0] if entry.output]
     output = place.with_name(place.name.removesuffix(".run")) if place.name.endswith(".run") else place
-    if not is_directory(RunDirectory(output).path):
+    run = RunDirectory(output).path
+    if not is_directory(run):
         raise SourceError(
-            f"{place}: no run; name an output that lies beside its {output.name}.run, or a batch's directory"
+            f"{place}: no run: {run} is no directory; name an output that lies beside its own, or a batch's"
         )
     return [output]
 
 
 def _names(outputs: Sequence[Path]) -> dict[Path, str]:
     """The last parts of each path that tell it from the others."""
-    for depth in range(1, max(len(path.parts) for path in outputs) + 1):
+    for depth in range(1, max((len(path.parts) for path in outputs), default=0) + 1):
         names = {path: "/".join(path.parts[-depth:]) for path in outputs}
         if len(set(names.values())) == len(names):
             return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,12 @@ def test_other_text_another_source_and_no_run_are_refused(runs: list[Path], tmp_
         read_runs([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(RecipeError, match="1 run; name at least two"):
         read_runs(runs[:1])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "batch.json").write_text('{"slots": 1, "runs": []}')
+    with pytest.raises(RecipeError, match="empty: 0 run; name at least two to compare"):
+        read_runs([tmp_path / "empty"])
+    with pytest.raises(SourceError, match=re.escape("/: no run: /.run is no directory")):
+        read_runs([Path("/")])
     with pytest.raises(SourceError, match="nowhere: no run"):
         read_runs([tmp_path / "nowhere"])
 

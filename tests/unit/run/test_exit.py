@@ -106,6 +106,17 @@ def test_a_verdict_does_not_depend_on_the_streams(tmp_path: Path, streams: str, 
     assert int(done.read_text().split()[-1]) > 2  # else what is printed would go into the file
 
 
+def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import os, signal, time\nfrom recipes.streams import exit_with\n"
+        "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexit_with(main)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "error: interrupted\n")
+
+
 def test_a_disk_that_has_room_again_gets_the_later_lines(tmp_path: Path) -> None:
     class Full(io.StringIO):
         full = True
