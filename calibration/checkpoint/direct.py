@@ -1,18 +1,20 @@
 """Reads and writes past the page cache (O_DIRECT) with reused, page-aligned buffers.
 
 Buffered copies of hundreds of gigabytes cost several times the CPU time of direct ones and evict everything else from
-memory. If a file system refuses O_DIRECT, the same code goes through the page cache.
+memory. If a file system refuses O_DIRECT, or reads and writes that are aligned to 4 KiB, the same code goes through the page
+cache.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy.typing as npt
 from calibration.checkpoint.files import PARTIAL, explain, fsync_directory
 from recipes.errors import EnvironmentProblem, SourceError
 
+#: Alignment in bytes of all reads and writes, and of the tensors in converted shards: therefore the same on every machine.
 PAGE = 4096
 #: Neighboring extents closer than this (bytes) are read together.
 _GAP = 64 * 1024
@@ -99,9 +102,13 @@ class DirectReader:
     def _fill(self, run: Extent, target: Bytes) -> int:
         """Returns the number of bytes read: fewer than requested only at the end of the file."""
         got, view = 0, memoryview(target.data)
+
+        def read(file: int) -> int:
+            return os.preadv(file, [view[got:]], run.begin + got)
+
         while got < len(target):
             try:
-                count = os.preadv(self._open(run.shard), [view[got:]], run.begin + got)
+                count = _aligned_or_cached(self._open(run.shard), read)
             except OSError as error:
                 raise SourceError(f"{self.directory / run.shard}: cannot be read: {error.strerror}") from None
             got += count
@@ -183,9 +190,13 @@ class DirectWriter:
 
     def _write(self, data: Bytes, offset: int) -> None:
         view, done = memoryview(data.data), 0
+
+        def write(file: int) -> int:
+            return os.pwrite(file, view[done:], offset + done)
+
         try:
             while done < len(data):
-                done += os.pwrite(self._file, view[done:], offset + done)
+                done += _aligned_or_cached(self._file, write)
         except OSError as error:
             raise EnvironmentProblem(explain(self.path, error, self.nbytes, error.errno == errno.ENOSPC)) from None
 
@@ -243,3 +254,15 @@ def _open(path: Path, flags: int) -> int:
         if error.errno != errno.EINVAL:
             raise
         return os.open(path, flags | os.O_CLOEXEC, 0o644)
+
+
+def _aligned_or_cached(file: int, transfer: Callable[[int], int]) -> int:
+    """The bytes that `transfer` reads from or writes to `file`; through the page cache from now on if the file system wants
+    O_DIRECT aligned to more than PAGE (tried: XFS with sectors of 16 KiB)."""
+    try:
+        return transfer(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    fcntl.fcntl(file, fcntl.F_SETFL, fcntl.fcntl(file, fcntl.F_GETFL) & ~_DIRECT)
+    return transfer(file)

@@ -95,6 +95,12 @@ def device() -> str:
     return _device if level() == "cuda" else "cpu"
 
 
+def accelerator() -> torch.device | None:
+    """The accelerator that torch can use, without an index; None if there is none. torch's own default is the one that it was
+    built for: its wheel from PyPI says `cuda` where no GPU is, or none is visible."""
+    return torch.accelerator.current_accelerator(check_available=True)
+
+
 def compiled() -> bool:
     """Whether the C functions may be called: they were built, and the level is not torch."""
     return _compiled_level() is not None

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from calibration.checkpoint import nvfp4
+from calibration.checkpoint import native, nvfp4
 from calibration.checkpoint.dequantize import dequantize
-from calibration.checkpoint.direct import Buffer, DirectReader, Extent
+from calibration.checkpoint.direct import PAGE, Buffer, DirectReader, Extent
 from calibration.convert.layout import ShardLayout
 from calibration.convert.work import Work
 from calibration.forecast.cost import Product
@@ -80,7 +80,7 @@ class Machine:
 
     def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self.task = task
-        self.device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+        self.device = device or native.accelerator() or torch.device("cpu")
         self.product = cache(self._product)
         self.attention = cache(self._attention)
         self.norm = cache(self._norm)
@@ -284,7 +284,7 @@ class Machine:
         torch.set_num_threads(1)
         try:
             for job in ShardLayout(self.task.plan, self.task.formats, shard).jobs():
-                buffer, room = Buffer(job.input_bytes), Buffer(job.output_bytes + 4096)
+                buffer, room = Buffer(job.input_bytes), Buffer(job.output_bytes + PAGE)
                 extents = [extent for piece in work.needed(job) for extent in piece.extents.values()]
                 data = reader.read(extents, buffer)
                 watch = Watch()

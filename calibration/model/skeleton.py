@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedModel
 
+from calibration.checkpoint import native
 from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, logical_name
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
@@ -49,7 +50,7 @@ def build_skeleton(
     if family.not_calibrated:
         raise SourceError(f"{checkpoint.directory}: {family.not_calibrated}")
     _check_padding(checkpoint)
-    device = device or _main_device()
+    device = device or native.accelerator() or torch.device("cpu")
     model = _empty_model(_clean_config(checkpoint, family, run_directory, trust_remote_code), trust_remote_code)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
@@ -59,10 +60,6 @@ def build_skeleton(
     sources = _match(model, checkpoint, formats, family)
     _set_dtypes(model, checkpoint, sources)
     return SourceModel(model, formats, family, sources, device)
-
-
-def _main_device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def _clean_config(checkpoint: Checkpoint, family: Family, run_directory: Path, trust_remote_code: bool) -> Path:

@@ -11,6 +11,7 @@ processor's vendor.
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from calibration.checkpoint import native
 
 #: Rows of the full product, and of the smaller ones that are compared with it; routed tokens come in multiples of 16.
 ROWS, FEWER = 256, (1, 7, 16, 48, 80, 112, 240)
@@ -76,9 +79,11 @@ def _described(device: str, digest: str | None, threads: int | None) -> str:
 
 def device_name() -> str:
     """The arithmetic that calibration runs on: the accelerator, or the processor's vector instructions."""
-    device = torch.accelerator.current_accelerator()
+    device = native.accelerator()
     if device is None:
-        return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+        # torch calls x86 without AVX2 DEFAULT, and every ARM without SVE.
+        machine = "" if platform.machine() == "x86_64" else f"{platform.machine()} "
+        return f"cpu {machine}{torch.backends.cpu.get_cpu_capability()}"
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
@@ -98,13 +103,13 @@ def try_products(
     dtype: torch.dtype = torch.bfloat16,
     hessians: bool = False,
 ) -> Products:
-    """Products in `dtype` of the most common of `shapes` (`[out, in]` of linear layers) on `device` (torch's own choice if
-    None), and what stands around them in a block: a softmax and a gated activation. On a CPU float32 products too, which
+    """Products in `dtype` of the most common of `shapes` (`[out, in]` of linear layers) on `device` (the accelerator, or the
+    CPU, if None), and what stands around them in a block: a softmax and a gated activation. On a CPU float32 products too, which
     another library makes; with `hessians` (GPTQ) a Cholesky factor, which depends on the number of
     threads."""
     counted = Counter((min(out, OUTPUTS), min(inputs, INPUTS)) for *_, out, inputs in shapes)
     chosen = sorted(counted, key=lambda shape: (-counted[shape], shape))[:SHAPES]
-    device = device or torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = device or native.accelerator() or torch.device("cpu")
     largest = max([ROWS * inputs for _, inputs in chosen] + [out * inputs for out, inputs in chosen], default=0)
     numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     digest, differing = hashlib.sha256(), dict[str, list[int]]()

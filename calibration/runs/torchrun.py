@@ -27,6 +27,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from calibration.checkpoint import native
 from calibration.runs.journal import process_began
 from calibration.runs.ranks import PATIENCE, Ended, Failure, Ranks
 from recipes.errors import EnvironmentProblem, Interrupted, WorkflowError
@@ -104,7 +105,7 @@ class _Connected(Ranks):
 
     @property
     def device(self) -> torch.device | None:
-        accelerator = torch.accelerator.current_accelerator()
+        accelerator = native.accelerator()
         # With its index: prefetch threads have a current device of their own.
         return None if accelerator is None else torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from calibration.checkpoint import native
+from calibration.checkpoint.index import Checkpoint
+from calibration.model.skeleton import build_skeleton
 from calibration.runs import row_invariance as products
+from calibration.runs import torchrun
 from calibration.runs.row_invariance import Products, device_name, try_products
+from tests.models import deepseek_v4
 from tests.uneven import uneven_products
 
 SHAPES = [(96, 64), (64, 96), (96, 64)]
@@ -38,6 +45,30 @@ def test_another_order_of_adding_is_found_although_bf16_hides_it(monkeypatch: py
     assert torch.equal(halved(few, few[:8]), linear(few, few[:8]))
     monkeypatch.setattr(products.F, "linear", halved)
     assert try_products([(8, 512)]).differing["[8, 512]"][:3] == [1, 7, 16]
+
+
+def test_the_device_names_a_processor_that_is_no_x86(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls the instructions of an ARM without SVE as those of an old x86: DEFAULT."""
+    monkeypatch.setattr(native, "accelerator", lambda: None)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    for machine, name in (("x86_64", "cpu DEFAULT"), ("aarch64", "cpu aarch64 DEFAULT")):
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        assert device_name() == name
+
+
+def test_a_torch_built_for_cuda_computes_on_the_cpu_where_no_gpu_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """PyTorch's default wheel names the accelerator that it was built for, whether or not one can be used."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    assert torch.accelerator.current_accelerator() == torch.device("cuda")
+    probe = try_products(SHAPES)
+    assert probe.device == device_name() and probe.device.startswith("cpu ")
+    assert object.__new__(torchrun._Connected).device is None
+    source = Checkpoint.open(deepseek_v4.write(tmp_path / "source", "bf16"))
+    assert build_skeleton(source, tmp_path, False).device == torch.device("cpu")
 
 
 def test_the_most_common_shapes_are_tried_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
