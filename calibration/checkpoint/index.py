@@ -93,7 +93,9 @@ class Checkpoint:
         """
         directory = Path(directory)
         if not is_directory(directory):
-            raise SourceError(f"{directory}: no such checkpoint directory; check source.checkpoint in the recipe")
+            raise SourceError(
+                f"{directory}: no such checkpoint directory; check the path (source.checkpoint, if a recipe names it)"
+            )
         _refuse_special_files(directory)
         pointers = _lfs_pointers(directory)
         if pointers:

@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from calibration.checkpoint.files import inner, is_directory, is_file, read_json_object, read_json_or_none
+from calibration.checkpoint.files import inner, is_directory, is_file, read_json_object
 from calibration.runs.journal import RunDirectory
 from recipes.errors import RecipeError, SourceError, collapsed
 from recipes.units import size
@@ -127,7 +127,7 @@ def _read(output: Path, name: str) -> Compared:
     recorded = directory.facts()
     verified: dict[str, Any] = next((f for f in reversed(recorded) if f.get("fact") == "verified"), {})
     verdicts = [v for level, v in verified.items() if level not in ("fact", "time")]
-    served = (read_json_or_none(directory.path / "serving.json") or {}) if verified else {}
+    served = _served(directory) if verified else {}
     windows = served.get("windows") or served.get("prompts")
     losses = [w.get("nll") for w in windows if isinstance(w, dict)] if isinstance(windows, list) else []
     losses = [loss for loss in losses if loss is not None]  # a prompt of one token has none
@@ -154,6 +154,17 @@ def _read(output: Path, name: str) -> Compared:
         {s["prompt"]: (s["text"], s.get("source_text")) for s in samples_of(served)},
         tuple(recoveries(served)),
     )
+
+
+def _served(directory: RunDirectory) -> dict[str, Any]:
+    """What vLLM did with the output; nothing if it was not served. Raises SourceError for a damaged file."""
+    path = directory.path / "serving.json"
+    if not path.exists():
+        return {}
+    try:
+        return read_json_object(path, constants=True)
+    except SourceError as error:
+        raise SourceError(f"{error}; verify again (`python -m workflows.run RECIPE --stages verify`)") from None
 
 
 def described(run: Compared) -> str:

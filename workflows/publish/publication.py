@@ -18,6 +18,7 @@ from calibration.runs.finish import CARD_NAME
 from calibration.runs.journal import RunDirectory
 from recipes import documents
 from recipes.errors import RecipeError, SourceError, collapsed
+from verify.checks import LEVELS
 from verify.proof.statistics import PROVENANCE_NAME
 from verify.report.tables import markdown_text
 from verify.signature import SIGNATURE_NAME
@@ -93,9 +94,11 @@ def verdict_problems(output: Checkpoint) -> list[str]:
         worst = [check for check in judged.checks if check.verdict != "PASS"]
         shown = "; ".join(f"{check.verdict} {check.id}: {check.figure[:120]}" for check in worst[:3])
         more = f"; and {len(worst) - 3} more" if len(worst) > 3 else ""
-        said = f" ({shown}{more})" if worst else " (a level was not run)"
+        missing = [level for level in LEVELS if not any(check.id.startswith(f"{level}.") for check in judged.checks)]
+        said = f"{shown}{more}" if worst else f"not run: {', '.join(missing)}"
+        repair = "repair it" if worst else f"ask for it in the recipe (verify.{missing[0]}) and {remedy}"
         return [
-            f"{output.directory}: the verdict is {judged.verdict}{said}; repair it, or say why with --despite REASON"
+            f"{output.directory}: the verdict is {judged.verdict} ({said}); {repair}, or say why with --despite REASON"
         ]
     return collapsed(f"{output.directory}/{problem}; {remedy}" for problem in judged.changed(output))
 

@@ -106,6 +106,13 @@ def test_a_run_that_was_not_served_is_shown_without_figures(
     assert "gptq" in capsys.readouterr().out
 
 
+def test_a_damaged_file_is_no_run_that_was_not_served(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    (RunDirectory(runs[1]).path / "serving.json").write_text('{"windows": ')
+    assert main([*map(str, runs)]) == 3
+    said = capsys.readouterr().err
+    assert "gptq.run/serving.json" in said and "verify again" in said and "Traceback" not in said
+
+
 def test_the_page_holds_runs_pairs_plots_and_samples_and_runs_nothing(runs: list[Path], tmp_path: Path) -> None:
     made = page(found := read_runs(runs), differences(found))
     for part in (

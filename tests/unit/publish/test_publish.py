@@ -136,6 +136,15 @@ def test_no_verdict_but_pass_is_published_without_a_reason(
     assert "despite: " in capsys.readouterr().out
 
 
+def test_a_level_that_was_not_run_is_named_with_what_to_ask_for(
+    made: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge(made, [check for check in PASSED if not check.id.startswith("serving.")])
+    assert publish(made, "--dry-run") == 5
+    said = "the verdict is UNCHECKED (not run: serving); ask for it in the recipe (verify.serving) and run the recipe again"
+    assert said in capsys.readouterr().err
+
+
 def test_the_card_names_the_repository_and_shows_why_it_was_published(made: Recipe) -> None:
     card = (Path(made.output) / "README.md").read_text()
     assert "vllm serve OWNER/NAME" in card and "python -m verify OWNER/NAME" in card
