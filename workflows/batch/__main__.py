@@ -26,7 +26,7 @@ from workflows.batch.attempt import Slot
 from workflows.batch.executors import EXECUTORS, Executor, Jobs, find_jobs, make_executor, read_outcomes, submit_batch
 from workflows.batch.hooks import Hooks
 from workflows.batch.outcome import Outcome
-from workflows.batch.preflight import Preflight, Wanted, predict_ends, preflight, require_no_source, wanted_runs
+from workflows.batch.preflight import Preflight, Wanted, predict_ends, preflight, require_own_places, wanted_runs
 from workflows.batch.queue import Queue, Rules, parse_slots
 from workflows.batch.state import BatchDirectory
 from workflows.batch.submission import Submission
@@ -79,9 +79,11 @@ def _work(options: argparse.Namespace, batch: BatchDirectory, reporter: Reporter
     slots = parse_slots(options.gpus)
     rules = Rules(options.tries, options.backoff, _until(options.until), options.space_patience * 60, options.overwrite)
     wanted = wanted_runs(options.recipes, [(path, load_matrix(path)) for path in options.matrix], options.set)
-    require_no_source(wanted, {"--directory": batch.path, "--mlflow": options.mlflow})
+    require_own_places(wanted, {"--directory": batch.path, "--mlflow": options.mlflow})
     hooks = Hooks(batch.path, options.notify, options.mlflow, reporter.say)
     session = _Session(options, batch, wanted, slots, rules, hooks, reporter, interrupts)
+    if options.executor is None:  # a cluster's nodes may have other programs than this machine
+        hooks.require_command()
     executor = None if options.executor is None else make_executor(options.executor)
     batch.open()
     under_way = _jobs_under_way(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,13 @@ class Hooks:
             raise RecipeError(f"--notify {notify}: {error}; it is split as a shell would, without a shell") from None
         if mlflow is not None:
             _import_mlflow()
+
+    def require_command(self) -> None:
+        """Raises RecipeError if this machine has no program of the command's name: it would be missed at the first failure."""
+        if self.command and shutil.which(self.command[0]) is None:
+            raise RecipeError(
+                f"--notify {self.given}: {self.command[0]} is no program here; name one, or leave --notify out"
+            )
 
     def notify(self, event: str, run: str = "", reason: str = "") -> None:
         """Runs the command with BATCH_EVENT (`failure` or `end`), BATCH_SUMMARY (path of summary.json), BATCH_RUN and

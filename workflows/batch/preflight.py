@@ -90,18 +90,27 @@ def wanted_runs(
     return found
 
 
-def require_no_source(wanted: Sequence[Wanted], places: Mapping[str, Path | None]) -> None:
-    """Raises RecipeError if one of the `places` that the batch itself writes to, by the option that names it, lies in the
-    source of a run. The preflight reports what is wrong with a recipe."""
+def require_own_places(wanted: Sequence[Wanted], places: Mapping[str, Path | None]) -> None:
+    """Raises RecipeError if one of the `places` that the batch itself writes to, by the option that names it, lies in the source
+    or in the output of a run. The preflight reports what is wrong with a recipe."""
     problems = []
     for run in wanted:
         with suppress(WorkflowError):
-            source = Path(load_recipe(run.recipe, run.overrides, run.output).source.checkpoint)
-            problems += [
-                f"{option}: {place} lies inside the source checkpoint {source}, which is read only; name another directory"
-                for option, place in places.items()
-                if place is not None and source.is_dir() and is_inside(place, source)
-            ]
+            recipe = load_recipe(run.recipe, run.overrides, run.output)
+            source, output = Path(recipe.source.checkpoint), Path(recipe.output)
+            for option, place in places.items():
+                if place is None:
+                    continue
+                if source.is_dir() and is_inside(place, source):
+                    problems.append(
+                        f"{option}: {place} lies inside the source checkpoint {source}, which is read only; name another "
+                        "directory"
+                    )
+                if is_inside(place, output):
+                    problems.append(
+                        f"{option}: {place} lies inside the output {output}, which holds a checkpoint alone; name another "
+                        "directory"
+                    )
     if problems:
         raise RecipeError(list(dict.fromkeys(problems)))
 

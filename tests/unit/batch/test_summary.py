@@ -10,6 +10,7 @@ import pytest
 
 from recipes.errors import RecipeError
 from tests.unit.batch.batches import finish, looked_at, recipe
+from workflows.batch.__main__ import main
 from workflows.batch.hooks import Hooks
 from workflows.batch.state import BatchDirectory
 from workflows.batch.submission import remove_outstanding, set_outstanding
@@ -68,6 +69,16 @@ def test_hooks_get_the_summary_and_their_failure_ends_nothing(tmp_path: Path) ->
     assert len(said) == 2 and "ended with 1" in said[1]
     with pytest.raises(RecipeError, match="--notify"):
         Hooks(tmp_path, "echo 'open", None, lambda text, level: None)
+
+
+def test_a_notify_command_that_is_not_there_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("source: {checkpoint: /nowhere}\n")
+    code = main([str(recipe), "--directory", str(tmp_path / "batch"), "--notify", "/nowhere --now"])
+    assert code == RecipeError.exit_code and not (tmp_path / "batch").exists()
+    assert "--notify /nowhere --now: /nowhere is no program here" in capsys.readouterr().err
 
 
 def test_the_last_run_of_a_cluster_ends_the_batch_once(tmp_path: Path) -> None:

@@ -140,7 +140,9 @@ def test_verification_writes_into_no_checkpoint(
 
 
 @pytest.mark.parametrize("option", ["--directory", "--mlflow"])
-def test_a_batch_keeps_its_books_in_no_source(tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_keeps_its_books_in_no_checkpoint(
+    tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = made(tmp_path)
     path, place = recipe_file(tmp_path, source, tmp_path / "out"), link(tmp_path / "alias", source) / "books"
     others = {"--directory": str(tmp_path / "b.run"), option: str(place)}
@@ -148,6 +150,10 @@ def test_a_batch_keeps_its_books_in_no_source(tmp_path: Path, option: str, capsy
     assert code == RecipeError.exit_code
     assert f"{option}: {place} lies inside the source checkpoint" in capsys.readouterr().err
     assert [entry.name for entry in source.iterdir()] == ["config.json"]
+    others[option] = str(tmp_path / "out" / "books")
+    assert batch.main([str(path), *(word for pair in others.items() for word in pair)]) == RecipeError.exit_code
+    assert f"{option}: {others[option]} lies inside the output {tmp_path / 'out'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_spellings_of_an_output_share_one_lock(tmp_path: Path) -> None:
