@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,20 @@ class Rules:
     overwrite: bool = False
     #: Whether a run that could be tried again is stopped instead: the cluster starts it on other nodes.
     once: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises RecipeError for numbers that mean nothing, by their options."""
+        problems = [] if self.tries >= 1 else [f"--tries {self.tries}: must be at least 1"]
+        problems += [
+            f"--{option} {value:g}: must be a number of {unit} that is not negative"
+            for option, unit, value in (
+                ("backoff", "seconds", self.backoff),
+                ("space-patience", "minutes", self.space_patience / 60),
+            )
+            if not 0 <= value < math.inf
+        ]
+        if problems:
+            raise RecipeError(problems)
 
 
 @dataclass

@@ -172,11 +172,13 @@ class BatchDirectory:
 
     def load(self) -> tuple[list[Entry], dict[str, Any]]:
         """The runs and the other facts of batch.json. Raises EnvironmentProblem if there is none or it is damaged."""
-        try:
-            facts = read_json_object(self.path / "batch.json")
-        except SourceError:
-            raise EnvironmentProblem(f"{self.path}: no batch was started there; name its --directory") from None
         where, remedy = self.path / "batch.json", "the file is damaged or of another version: name another --directory"
+        if not os.path.lexists(where):
+            raise EnvironmentProblem(f"{self.path}: no batch was started there; name its --directory")
+        try:
+            facts = read_json_object(where)
+        except SourceError as error:
+            raise EnvironmentProblem(f"{error}; {remedy}") from None
         try:
             entries = TypeAdapter(list[Entry]).validate_json(json.dumps(facts.pop("runs", None)), strict=True)
         except ValidationError as error:

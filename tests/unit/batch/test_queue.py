@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from recipes.errors import RecipeError
 from tests.unit.batch.batches import looked_at, recipe
 from workflows.batch.attempt import Child, Slot
 from workflows.batch.outcome import Outcome
@@ -88,3 +89,13 @@ def test_runs_share_what_their_rehearsals_have_proven(
         Child.start(batch, entry, Slot(), overwrite=False)
     places = [command[command.index("--rehearsals") + 1] for command in commands]
     assert places == [str(batch.path / "rehearsals")] * 2
+
+
+def test_rules_that_mean_nothing_are_refused_by_their_options() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Rules(tries=0, backoff=float("nan"), space_patience=-60.0)
+    assert caught.value.problems == [
+        "--tries 0: must be at least 1",
+        "--backoff nan: must be a number of seconds that is not negative",
+        "--space-patience -1: must be a number of minutes that is not negative",
+    ]

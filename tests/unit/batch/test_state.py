@@ -82,3 +82,13 @@ def test_a_batch_json_whose_fields_mean_nothing_is_one_message(
         return
     with pytest.raises(EnvironmentProblem, match=problem):
         batch.load()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_damaged_batch_json_is_not_a_batch_that_was_never_started(tmp_path: Path, text: str) -> None:
+    batch = BatchDirectory(tmp_path)
+    with pytest.raises(EnvironmentProblem, match="no batch was started there"):
+        batch.load()
+    (tmp_path / "batch.json").write_text(text)
+    with pytest.raises(EnvironmentProblem, match=r"batch\.json.*the file is damaged or of another version"):
+        batch.load()
