@@ -69,7 +69,7 @@ _MULTIPLIED = r"self\.(\w+)\.weight(?= @)"
 #: Families that `tests/integration/test_serving_agreement.py` serves and compares with an independent reference.
 TESTED = (
     "olmoe", "qwen2", "phi3", "gemma3_text", "glm4", "granite", "ministral3", "smollm3", "seed_oss", "starcoder2",
-    "qwen2_moe", "ernie4_5_moe", "exaone_moe", "minimax_m2", "deepseek_v3", "mimo_v2_flash", "lfm2_moe",
+    "qwen2_moe", "ernie4_5_moe", "exaone_moe", "minimax_m2", "deepseek_v3", "glm4_moe_lite", "mimo_v2_flash", "lfm2_moe",
     "lfm2", "afmoe", "longcat_flash",
 )  # fmt: skip
 #: Families whose stacked experts are released in MXFP4, under names of their own.

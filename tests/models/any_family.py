@@ -97,7 +97,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"], "hidden_size_per_layer_input": 0,
     },
     "deepseek_v32": {**_MOE, **_MLA, **_INDEXER},
-    "glm4_moe_lite": {**_MOE, **_MLA, "mlp_layer_types": ["dense", "sparse"]},
+    # With another epsilon vLLM normalizes the latents otherwise than transformers, which always takes 1e-6.
+    "glm4_moe_lite": {**_MOE, **_MLA, "mlp_layer_types": ["dense", "sparse"], "rms_norm_eps": 1e-6},
     "glm_moe_dsa": {
         **_MOE, **_MLA, **_INDEXER, "layer_types": ["deepseek_sparse_attention"] * 3, "num_hidden_layers": 3,
         "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
