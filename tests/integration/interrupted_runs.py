@@ -21,9 +21,7 @@ from typing import Any
 from tests.forced import force_if_asked
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["tests.integration.interrupted_runs", "workflows.run.__main__", "workflows.run.calibrate", "verify.report.page"]
-)
+_CONTEXT.set_forkserver_preload(["tests.integration.interrupted_runs", "tests.integration.late_imports"])
 #: What changes files for good; a kill just before and just after each is every state that a crash can leave, but for
 #: half-written files, which random kills leave.
 STEPS = ((os, "fsync"), (Path, "replace"), (Path, "unlink"), (shutil, "rmtree"), (shutil, "copyfile"))

@@ -32,6 +32,8 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "report",
 }
 _WIDTH = 8.6
+#: Inches for labels beside the axes, and for a color scale: to measure every text takes matplotlib as long as to draw all.
+_LEFT, _BELOW, _EDGE, _BAR = 0.75, 0.5, 0.1, 1.1
 #: Maximum number of outliers of a heat map that get a ring.
 _RINGS = 20
 
@@ -69,12 +71,14 @@ def expert_map(
     place = np.ma.filled(norm(np.ma.masked_invalid(grid)), 0.5) if high > low else np.where(grid == low, 0.5, 9.0)
     rings = np.argwhere(((place > 2) | (place < -1)) & np.isfinite(grid))[:_RINGS]
     with rc_context(_STYLE):
-        drawing = Drawing(figsize=(_WIDTH, min(1.6 + 0.09 * len(blocks), 6.5)), layout="constrained")
-        axes = drawing.subplots()
+        height = min(1.6 + 0.09 * len(blocks), 6.5)
+        drawing, (axes,) = _drawing(height, right=_BAR)
         axes.set_facecolor("#d9d9d9")  # cells without a value: a dense block, an expert without tokens
         image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         axes.scatter(rings[:, 1], rings[:, 0], s=120, facecolors="none", edgecolors="#ff2d20", linewidths=2.2)
-        bar = drawing.colorbar(image, ax=axes, label=label, pad=0.01, extend="both")
+        place_of = axes.get_position()
+        scale = drawing.add_axes((place_of.x1 + 0.1 / _WIDTH, place_of.y0, 0.15 / _WIDTH, place_of.height))
+        bar = drawing.colorbar(image, cax=scale, label=label, extend="both")
         if isinstance(norm, LogNorm):
             bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             bar.ax.yaxis.set_major_formatter("{x:,g}")
@@ -98,8 +102,7 @@ def lines(
     if not any(kept.values()):
         return None
     with rc_context(_STYLE):
-        drawing = Drawing(figsize=(_WIDTH, 2.5), layout="constrained")
-        axes = drawing.subplots()
+        drawing, (axes,) = _drawing(2.5)
         for (name, points), color in zip(kept.items(), (_FIRST, _SECOND, "#5f8f4e", "#7a5ea8"), strict=False):
             axes.plot(
                 list(points), list(points.values()), color=color, label=name, linewidth=1.4, marker="o", markersize=2.5
@@ -147,8 +150,7 @@ def time_and_memory(seconds: Mapping[int, float], memory: Mapping[int, float], c
     if not seconds:
         return None
     with rc_context(_STYLE):
-        drawing = Drawing(figsize=(_WIDTH, 3.4), layout="constrained")
-        above, below = drawing.subplots(2, 1, sharex=True)
+        drawing, (above, below) = _drawing(3.4, rows=2)
         above.bar(list(seconds), list(seconds.values()), color=_FIRST)
         above.set_ylabel("seconds")
         below.plot(
@@ -170,8 +172,7 @@ def scale_histogram(scales: Mapping[str, Any], caption: str) -> Figure | None:
     if len(edges) < 2 or not counts:
         return None
     with rc_context(_STYLE):
-        drawing = Drawing(figsize=(_WIDTH, 2.5), layout="constrained")
-        axes = drawing.subplots()
+        drawing, (axes,) = _drawing(2.5)
         for (part, numbers), color in zip(counts.items(), (_FIRST, _SECOND, "#5f8f4e", "#7a5ea8"), strict=False):
             share = np.asarray(numbers, dtype=float)
             axes.stairs(share / max(share.sum(), 1.0), edges, color=color, label=part, linewidth=1.4)
@@ -223,6 +224,14 @@ def _over_blocks(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _drawing(height: float, rows: int = 1, right: float = _EDGE) -> tuple[Drawing, Sequence[Axes]]:
+    """A drawing of `height` inches with `rows` axes over each other that share x; `right`: inches beside them."""
+    drawing = Drawing(figsize=(_WIDTH, height))
+    axes: Sequence[Axes] = list(drawing.subplots(rows, sharex=True, squeeze=False)[:, 0])
+    drawing.subplots_adjust(_LEFT / _WIDTH, _BELOW / height, 1 - right / _WIDTH, 1 - _EDGE / height, hspace=0.12)
+    return drawing, axes
 
 
 def _svg(drawing: Drawing) -> Markup:
