@@ -43,7 +43,8 @@ def promised(family: Family) -> dict[str, Any]:
 def test_what_is_written_by_hand_is_derived_too(name: standard.Family, tmp_path: Path) -> None:
     source = Checkpoint.open(standard.write(tmp_path / "source", name))
     table, read = family_of(source.config), derive(source.config, "config.json")
-    weights = [tensor for tensor in source.tensors if tensor not in Formats(source).companions]
+    companions = Formats(source).companions
+    weights = [tensor for tensor in source.tensors if tensor not in companions]
     assert [read.place(tensor).mtp for tensor in weights] == [table.place(tensor).mtp for tensor in weights]
     tensors = [
         tensor for tensor in weights if not table.place(tensor).mtp
@@ -74,7 +75,8 @@ def test_experts_that_return_their_input_have_no_tensors() -> None:
 def test_deepseek_v4_is_derived_too(tmp_path: Path) -> None:
     source = Checkpoint.open(deepseek_v4.write(tmp_path / "source", stored="fp8_mxfp4"))
     table, read = family_of(source.config), derive(source.config, "config.json", source.tensors)
-    names = [logical_name(tensor) for tensor in source.tensors if tensor not in Formats(source).companions]
+    companions = Formats(source).companions
+    names = [logical_name(tensor) for tensor in source.tensors if tensor not in companions]
     assert [read.place(name).mtp for name in names] == [table.place(name).mtp for name in names]
     names = [name for name in names if not table.place(name).mtp]
     assert [read.model_name(name) for name in names] == [table.model_name(name) for name in names]
