@@ -1,6 +1,6 @@
 """Packs what a bare GPU machine lacks: wheels, the project with its tests, and nothing that is there.
 
-    python -m tests.gpu.pack [DIRECTORY] [--python 3.12] [--there NAME ...]
+    python -m tests.gpu.pack [DIRECTORY] [--python 3.12] [--machine aarch64] [--there NAME ...]
 
 DIRECTORY (build/gpu, ignored by git) then holds `wheels/`, `project.tar` and `run.sh`, together below 64 MiB. Wheels are of the
 versions installed here; of packages that are compiled, those for the other machine's Python.
@@ -57,11 +57,9 @@ def lacking(there: Collection[str]) -> dict[str, str]:
     return found
 
 
-def download(packages: dict[str, str], python: str, wheels: Path) -> None:
-    """Fetches one wheel of each package for x86-64 Linux. Raises CalledProcessError."""
-    platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in (28, 27, 17)] + [
-        "--platform=manylinux2014_x86_64"
-    ]
+def download(packages: dict[str, str], python: str, machine: str, wheels: Path) -> None:
+    """Fetches one wheel of each package for Linux on `machine` (as `uname -m` says it). Raises CalledProcessError."""
+    platforms = [f"--platform=manylinux{release}_{machine}" for release in ("_2_28", "_2_27", "_2_17", "2014")]
     named = [f"{name}=={number}" for name, number in sorted(packages.items())]
     command = [
         sys.executable,
@@ -76,12 +74,12 @@ def download(packages: dict[str, str], python: str, wheels: Path) -> None:
     subprocess.run([*command, f"--python-version={python}", *platforms, "--dest", str(wheels), *named], check=True)
 
 
-def pack(directory: Path, python: str, there: Collection[str]) -> int:
+def pack(directory: Path, python: str, there: Collection[str], machine: str = "x86_64") -> int:
     """Writes the pack; returns its bytes. Raises SystemExit if it is too large."""
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "wheels").mkdir(parents=True)
     packages = lacking(there)
-    download(packages, python, directory / "wheels")
+    download(packages, python, machine, directory / "wheels")
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     with tarfile.open(directory / "project.tar", "w") as tar:
@@ -100,9 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, nargs="?", default=ROOT / "build" / "gpu")
     parser.add_argument("--python", default="3.12", help="the version of the other machine's Python")
+    parser.add_argument(
+        "--machine", default="x86_64", help="the other machine's processor: aarch64 for GH200 and GB200"
+    )
     parser.add_argument("--there", nargs="*", default=THERE, help="packages that the other machine has")
     given = parser.parse_args()
-    size = pack(given.directory, given.python, given.there)
+    size = pack(given.directory, given.python, given.there, given.machine)
     names = ", ".join(path.name.partition("-")[0] for path in sorted((given.directory / "wheels").iterdir()))
     print(f"{given.directory}: {size / 2**20:.1f} MiB; wheels: {names}")
 
