@@ -202,7 +202,8 @@ def test_a_run_that_goes_on_where_products_differ_says_what_it_loses(case: Case,
     here, *none = attempt.journal("products")
     assert none == [] and here["row_invariant"] == (here["differing"] == {})
     assert attempt.go(partial(other_machine, here["device"]), "--stages", "inspect,calibrate") == 0
-    assert f"finished blocks were calculated on {here['device']} (products {here['digest']})" in attempt.text
+    begun_on = f"{here['device']} (products {here['digest']}, {here['threads']} thread"
+    assert f"finished blocks were calculated on {begun_on}" in attempt.text
     assert attempt.loaded() == [1, 2]
     assert len(attempt.journal("products")) == 2
     assert attempt.go() == 0 and "finished blocks" not in attempt.text  # nothing is calculated any more
@@ -211,7 +212,7 @@ def test_a_run_that_goes_on_where_products_differ_says_what_it_loses(case: Case,
 
     renamed = Attempt(case, "renamed", partial(kill_behind, 0))
     assert renamed.go(partial(other_machine, "cpu OTHER")) == 0
-    assert f"(products {here['digest']}), and cpu OTHER (products" in renamed.text
+    assert begun_on in renamed.text and "), and cpu OTHER (products" in renamed.text
     begun = Attempt(case, "begun-and-restarted", partial(kill_behind, 0))
     assert begun.go(partial(other_machine, "cpu OTHER"), "--restart") == 0 and begun.loaded() == [None, 0, 1, 2]
     assert "finished blocks" not in begun.text and len(begun.journal("products")) == 1
