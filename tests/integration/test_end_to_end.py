@@ -32,13 +32,18 @@ CASES: dict[str, tuple[Any, list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_recipe_to_served_checkpoint(case: str, tmp_path: Path) -> None:
+def test_recipe_to_served_checkpoint(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, targets = CASES[case]
     compared = {"python": VLLM_PYTHON, "text": "bundled", "windows": 2, "compare": "auto"}
     serving = SERVING | (compared if case == COMPARED else {})
     recipe = write_recipe(tmp_path, write(tmp_path / "source"), targets, verify={"serving": serving})
-    done = run(recipe, "--json", fresh=case == COMPARED)
+    compiled = tmp_path / "compiled"
+    with monkeypatch.context() as patch:
+        if case == COMPARED:
+            patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(compiled))
+        done = run(recipe, "--json", fresh=case == COMPARED)
     assert done.returncode == 0, done.stderr
+    assert not [path for path in compiled.rglob("*") if path.is_file()], "a C++ compiler was needed"
     result = json.loads(done.stdout)
     verdict = result["verdicts"].pop("serving")
     assert result["verdicts"] == {"structure": "PASS", "fidelity": "PASS"}
