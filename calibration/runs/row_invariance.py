@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from calibration.checkpoint import native
 
-#: Rows of the full product, and of the smaller ones that are compared with it; routed tokens come in multiples of 16.
-ROWS, FEWER = 256, (1, 7, 16, 48, 80, 112, 240)
+#: Rows of the full product, and of the smaller ones that are compared with it; routed tokens come in multiples of FEWEST.
+ROWS, FEWER, FEWEST = 256, (1, 7, 16, 48, 80, 112, 240), 16
 #: Inputs of a float32 Gram matrix and its Cholesky factor: enough for MKL to split the latter among threads.
 PRECISE = 1024
 #: How many of the most common shapes are tried, and the limit of their outputs and inputs: 8 GFLOP at most.
@@ -43,8 +43,9 @@ class Products:
 
     @property
     def row_invariant(self) -> bool:
-        """Whether a row's product never depended on the number of rows."""
-        return not self.differing
+        """Whether a row's product never depended on the number of rows, from FEWEST on: of fewer, only a sample that is shorter
+        is made, and one row alone has a kernel of its own on most processors."""
+        return not any(count >= FEWEST for counts in self.differing.values() for count in counts)
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def test_a_run_that_goes_on_where_products_differ_says_what_it_loses(case: Case,
     """Under the same name of the processor, and under another; and the card keeps it."""
     assert attempt.go(partial(kill_behind, 0)) == KILLED
     here, *none = attempt.journal("products")
-    assert none == [] and here["row_invariant"] == (here["differing"] == {})
+    assert none == [] and here["row_invariant"] == (max(sum(here["differing"].values(), [0])) < 16)
     assert attempt.go(partial(other_machine, here["device"]), "--stages", "inspect,calibrate") == 0
     begun_on = f"{here['device']} (products {here['digest']}, {here['threads']} thread"
     assert f"finished blocks were calculated on {begun_on}" in attempt.text

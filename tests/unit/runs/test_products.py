@@ -30,6 +30,13 @@ def test_row_counts_whose_bits_differ_are_found() -> None:
     assert uneven.digest != even.digest and uneven.facts["row_invariant"] is False
 
 
+@pytest.mark.parametrize(
+    ("differing", "invariant"), [({}, True), ({"[8, 64]": [1, 7]}, True), ({"[8, 64]": [1, 16]}, False)]
+)
+def test_fewer_rows_than_an_expert_ever_has_do_not_count(differing: dict[str, list[int]], invariant: bool) -> None:
+    assert Products("cpu A", "12", differing).row_invariant is invariant
+
+
 def test_another_order_of_adding_is_found_although_bf16_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with AMX: 1 of 10,000 common outputs showed that fewer rows are added up in two halves."""
     linear = torch.nn.functional.linear
