@@ -18,7 +18,7 @@ demo: venv venv-vllm $(DEMO)/config.json
 
 test:
 	$(MAKE) --jobs=2 --output-sync=target venv venv-vllm lint
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto $(OPTIONS)
 
 # Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. An hour on 2 cores.
 test-families: venv venv-vllm
