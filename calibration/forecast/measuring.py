@@ -60,9 +60,8 @@ def predict_measuring(budget: BudgetTask, machine: Machine) -> dict[str, Any]:
     terms["start"] = Spent(_SKELETON, _SKELETON) * modules
     streams = (1 + carried) * stream
     terms["predictions"] = machine.predictions(vocabulary, hidden, length) * (samples * (1 + carried))
-    if (
-        since > 0 and since + terms["predictions"].clock >= SAVE_SECONDS
-    ):  # once at the head, if not behind the last block
+    # Once at the head, if not behind the last block.
+    if since > 0 and since + terms["predictions"].clock >= SAVE_SECONDS:
         saved += streams
     terms["save"] = writing(machine) * saved
     block = max((cost.values * BF16 for cost in costs if cost.number is not None), default=0)
