@@ -157,7 +157,7 @@ def measure(
     hands_on = any(call.takes_more for _, calls in called for call in calls)
     saved_state = None if hands_on else _State.load(saved.state, saved.key, first)
     state = saved_state if saved_state and saved_state.fits(units, len(blocks)) else _State(0, first)
-    written, on_disk = time.monotonic(), state is saved_state
+    saving = _Saving(state, saved, state is saved_state)
     for number in range(state.following, len(blocks)):
         source.load([blocks[number]])
         tried = _Block(blocks[number], [calls[number] for _, calls in called])
@@ -178,16 +178,14 @@ def measure(
                         state.carried[unit.unit.name] = made
             state.errors[unit.unit.name] = errors
         source.unload([blocks[number]])
-        state.following, state.hidden, on_disk = number + 1, exact, False
-        if time.monotonic() - written >= SAVE_SECONDS:
-            state.save(saved.state, saved.key)
-            written, on_disk = time.monotonic(), True
+        state.following, state.hidden, saving.on_disk = number + 1, exact, False
+        saving.save_state()
         try:
             on_step("block", number + 1, len(blocks))
         except BaseException:
-            state.save(saved.state, saved.key)
+            saving.save_state(now=True)
             raise
-    saving = _Saving(state, saved, on_disk or hands_on, written)
+    saving.on_disk = saving.on_disk or hands_on
     source.load(outside)
     divergences = _divergences(source.model, samples, saving, partial(_skipped, blocks, hands_on), on_step)
     source.unload(outside)
@@ -202,22 +200,24 @@ def _scaled(unit: Unit, errors: Mapping[str, float], divergence: float) -> dict[
 
 @dataclass
 class _Saving:
-    """Saves the pass after the last block: its `state` once, unless it is `on_disk`, and the head often. `written` is when the
-    state was."""
+    """Saves a pass: its `state` seldom, and not again while it is `on_disk` as it is; what the head has measured often."""
 
     state: _State
     saved: Saved
     on_disk: bool
-    written: float
+    _written: float = field(default_factory=time.monotonic)
     _head_written: float = field(default_factory=time.monotonic)
+
+    def save_state(self, now: bool = False) -> None:
+        """Writes the state if it is due, or `now`. Raises EnvironmentProblem."""
+        if not self.on_disk and (now or time.monotonic() - self._written >= SAVE_SECONDS):
+            self.state.save(self.saved.state, self.saved.key)
+            self._written, self.on_disk = time.monotonic(), True
 
     def save(self, head: _Head, now: bool = False) -> None:
         """Writes what is due; everything `now`. Raises EnvironmentProblem."""
-        clock = time.monotonic()
-        if not self.on_disk and (now or clock - self.written >= SAVE_SECONDS):
-            self.state.save(self.saved.state, self.saved.key)
-            self.on_disk = True
-        if now or clock - self._head_written >= SAVE_HEAD_SECONDS:
+        self.save_state(now)
+        if now or time.monotonic() - self._head_written >= SAVE_HEAD_SECONDS:
             head.save(self.saved.head, self.saved.key)
             self._head_written = time.monotonic()
 
