@@ -1,11 +1,13 @@
-"""Guards standard streams that may be closed, broken or on a full disk, so that printing never decides how a command
-ends."""
+"""How a command begins and ends: standard streams that may be closed, broken or on a full disk, and signals, decide
+neither its exit code nor print a traceback."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO, cast
@@ -15,6 +17,7 @@ from recipes.errors import Interrupted
 #: The exit code of a command that could not print its result, because standard output is closed (as the shell reports
 #: for SIGPIPE) or its disk is full.
 OUTPUT_LOST = 141
+_INTERRUPTED = "error: interrupted"
 
 
 class Stream:
@@ -77,16 +80,47 @@ def printed() -> int:
     return OUTPUT_LOST if isinstance(sys.stdout, Stream) and sys.stdout.lost is not None else 0
 
 
+def begin_command() -> None:
+    """Guards a process that was started as `python -m` before the imports of its command: Ctrl-C, SIGTERM or a lost
+    terminal end it at once, with the exit code of `Interrupted` and one line. Nothing is under way then, and a
+    KeyboardInterrupt inside an import may be swallowed by the library. Does nothing in any other process.
+
+    Called by the packages that hold commands, which Python imports before their `__main__`."""
+    if sys.argv[:1] == ["-m"]:  # only while Python looks for the module to run
+        guard_streams()
+        _handle_signals(_end_at_once)
+
+
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code of `main`, whatever happens to its standard streams; with that of `Interrupted` if
-    Ctrl-C ends a command that does not say itself what that means."""
+    Ctrl-C, SIGTERM or a lost terminal ends a command that does not say itself what that means."""
     guard_streams()
+    code = 1  # of an exception that is a defect
     try:
+        _handle_signals(signal.default_int_handler)  # raises KeyboardInterrupt, whatever the signal
         code = main()
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print(_INTERRUPTED, file=sys.stderr)
         code = Interrupted.exit_code
+    except SystemExit as ended:  # of argparse
+        code = int(ended.code or 0)
     finally:
+        _handle_signals(lambda number, frame: os._exit(code))  # a thread that is still waited for prints no traceback
+        atexit.register(_handle_signals, signal.SIG_IGN)  # Python resets other handlers before the last second
         sys.stdout.flush()
         sys.stderr.flush()
     sys.exit(code)
+
+
+def _handle_signals(handler: Any) -> None:
+    """Sets the handler of the signals that ask a command to end, but of those that it was started to ignore (nohup)."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _end_at_once(number: int, frame: object) -> NoReturn:
+    if os.environ.get("RANK", "0") == "0":  # torchrun's further ranks would repeat the line
+        with contextlib.suppress(OSError):
+            os.write(2, f"{_INTERRUPTED}\n".encode())
+    os._exit(Interrupted.exit_code)

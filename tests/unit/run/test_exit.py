@@ -1,4 +1,6 @@
-"""How the command lines end whatever becomes of their standard streams: with their own exit code, and no traceback."""
+"""How the command lines end whatever becomes of their standard streams: with their own exit code, and no traceback.
+
+A signal ends them with one line."""
 
 from __future__ import annotations
 
@@ -6,9 +8,11 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +23,10 @@ from tests.models import standard
 from workflows.run import __main__ as run
 
 ROOT = Path(__file__).parents[3]
+#: Every command: `python -m NAME` -> what its file's name adds to its own.
+COMMANDS = dict.fromkeys(
+    ("workflows.run", "workflows.batch", "workflows.compare", "workflows.publish", "verify"), "/__main__"
+) | {"workflows.inspect_checkpoint": "", "workflows.convert_dialect": ""}
 
 
 def into_a_closed_pipe(*arguments: str) -> tuple[int, bytes]:
@@ -40,16 +48,35 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 def test_every_command_line_ends_that_way() -> None:
     files = [path for package in ("workflows", "verify") for path in (ROOT / package).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if "\n    exit_with(main)" in path.read_text()}
-    packages = {
-        f"{package}/__main__.py"
-        for package in ("workflows/run", "workflows/batch", "workflows/compare", "workflows/publish", "verify")
-    }
-    assert found == {
-        *packages,
-        "workflows/inspect_checkpoint.py",
-        "workflows/convert_dialect.py",
-    }
+    assert found == {f"{command.replace('.', '/')}{end}.py" for command, end in COMMANDS.items()}
     assert not [path for path in files if "sys.exit(main" in path.read_text()]
+
+
+#: A sitecustomize that sends a signal when the command imports its first module after those of its packages.
+SIGNAL_AT_IMPORT = """
+import importlib.abc, os, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "argparse":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_during_the_imports_of_a_command_is_one_line(
+    tmp_path: Path, command: str, number: signal.Signals
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_AT_IMPORT.format(number=int(number)))
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    line = [sys.executable, "-m", command, "--help"]
+    ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "error: interrupted\n")
+    second = subprocess.run(
+        line, cwd=ROOT, env=environment | {"RANK": "1"}, capture_output=True, text=True, check=False
+    )
+    assert (second.returncode, second.stderr) == (130, "")  # torchrun's rank 0 has said it
 
 
 def test_lines_that_nobody_hears_end_no_run() -> None:
@@ -106,15 +133,42 @@ def test_a_verdict_does_not_depend_on_the_streams(tmp_path: Path, streams: str, 
     assert int(done.read_text().split()[-1]) > 2  # else what is printed would go into the file
 
 
-def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+def ends(tmp_path: Path, main: str, **options: Any) -> tuple[int, str]:
+    """The exit code and the stderr of a command whose main function is `main`."""
     script = tmp_path / "command.py"
     script.write_text(
-        "import os, signal, time\nfrom recipes.streams import exit_with\n"
-        "def main():\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\nexit_with(main)\n"
+        f"import argparse, os, signal, threading, time\nfrom recipes.streams import exit_with\n{main}\nexit_with(main)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (130, "error: interrupted\n")
+    ended = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False, **options
+    )
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_without_a_traceback(tmp_path: Path, number: signal.Signals) -> None:
+    stop = f"os.kill(os.getpid(), {int(number)}); time.sleep(60)"
+    assert ends(tmp_path, f"def main():\n    {stop}\n") == (130, "error: interrupted\n")
+    in_parser = "def main():\n    argparse.ArgumentParser().parse_args(['--help'])\n"
+    printing = f"def stop(*_):\n    {stop}\nargparse.ArgumentParser.print_help = stop\n"
+    assert ends(tmp_path, in_parser + printing) == (130, "error: interrupted\n")
+
+
+def test_a_signal_after_a_command_has_ended_changes_nothing(tmp_path: Path) -> None:
+    stop = "os.kill(os.getpid(), signal.SIGINT)"
+    waiting = f"threading.Thread(target=lambda: (time.sleep(0.1), {stop}, time.sleep(1))).start()"
+    assert ends(tmp_path, f"def main():\n    {waiting}\n    return 5\n") == (5, "")
+    dropped = f"class Dropped:\n    def __del__(self):\n        {stop}\ndropped = Dropped()\n"  # Python's last second
+    assert ends(tmp_path, f"{dropped}def main():\n    return 5\n") == (5, "")
+    refused = f"{dropped}def main():\n    argparse.ArgumentParser().parse_args(['--unknown'])\n"
+    assert ends(tmp_path, refused)[0] == RecipeError.exit_code
+
+
+def test_a_lost_terminal_ends_no_command_under_nohup(tmp_path: Path) -> None:
+    main = "def main():\n    os.kill(os.getpid(), signal.SIGHUP)\n    return 0\n"
+    ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
+    assert ends(tmp_path, main, **ignoring) == (0, "")
 
 
 def test_a_disk_that_has_room_again_gets_the_later_lines(tmp_path: Path) -> None:
