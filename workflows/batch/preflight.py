@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -67,7 +67,11 @@ def wanted_runs(
     recipes: Sequence[Path], matrices: Sequence[tuple[Path, Matrix]], overrides: Sequence[str]
 ) -> list[Wanted]:
     """The runs of a command line in their order: the recipes, then each matrix. A run is named after its recipe file, with the
-    directory in front if two files have one name. Raises RecipeError if a base recipe cannot be read, or names clash."""
+    directory in front if two files have one name. Raises RecipeError if a file is named twice, a base recipe cannot be read, or
+    names clash."""
+    again = [*_named_again(recipes, "recipe file"), *_named_again([path for path, _ in matrices], "matrix")]
+    if again:
+        raise RecipeError(again)
     stems = Counter(path.stem for path in recipes)
     found = [
         Wanted(
@@ -88,6 +92,17 @@ def wanted_runs(
     if not found:
         raise RecipeError("name at least one recipe file, or a matrix with --matrix")
     return found
+
+
+def _named_again(paths: Iterable[Path], what: str) -> Iterator[str]:
+    """A problem for each of `paths` that is a file named before, by whatever spelling or link."""
+    first: dict[Path, Path] = {}
+    for path in paths:
+        file = path.resolve()
+        if file in first:
+            spelled = "" if str(first[file]) == str(path) else f", first as {first[file]}"
+            yield f"{path}: this {what} is named twice{spelled}; name it once (--matrix runs variants of one recipe)"
+        first.setdefault(file, path)
 
 
 def require_own_places(wanted: Sequence[Wanted], places: Mapping[str, Path | None]) -> None:

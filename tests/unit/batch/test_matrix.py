@@ -108,8 +108,23 @@ def test_a_matrix_of_long_values_has_short_names_and_one_of_millions_of_runs_is_
 
 def test_recipes_with_one_file_name_are_told_apart_by_their_directory(tmp_path: Path) -> None:
     assert [run.name for run in wanted_runs([Path("a/r.yaml"), Path("b/r.yaml")], [], [])] == ["a-r", "b-r"]
-    with pytest.raises(RecipeError, match="a-r: two runs have this name"):
-        wanted_runs([Path("a/r.yaml"), Path("a/r.yaml")], [], [])
+    with pytest.raises(RecipeError, match="a-r: two runs have this name; rename one recipe file"):
+        wanted_runs([Path("a/r.yaml"), Path("b/a/r.yaml")], [], [])
+
+
+def test_a_file_named_twice_is_called_so_whatever_its_spelling(tmp_path: Path) -> None:
+    recipe, linked = tmp_path / "r.yaml", tmp_path / "link.yaml"
+    linked.symlink_to(recipe)
+    with pytest.raises(RecipeError) as caught:
+        wanted_runs([recipe, Path(str(recipe)), linked, tmp_path / "new" / ".." / "r.yaml"], [], [])
+    end = "name it once (--matrix runs variants of one recipe)"
+    assert caught.value.problems == [
+        f"{recipe}: this recipe file is named twice; {end}",
+        f"{linked}: this recipe file is named twice, first as {recipe}; {end}",
+        f"{tmp_path}/new/../r.yaml: this recipe file is named twice, first as {recipe}; {end}",
+    ]
+    with pytest.raises(RecipeError, match=r"m\.yaml: this matrix is named twice"):
+        wanted_runs([], [(Path("m.yaml"), Matrix(base="r.yaml", vary={"a.b": [1]}))] * 2, [])
 
 
 @pytest.mark.parametrize(
