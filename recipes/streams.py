@@ -9,15 +9,20 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TextIO, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from recipes.errors import Interrupted
+
+if TYPE_CHECKING:
+    import argparse
 
 #: The exit code of a command that could not print its result, because standard output is closed (as the shell reports
 #: for SIGPIPE) or its disk is full.
 OUTPUT_LOST = 141
 _INTERRUPTED = "error: interrupted"
+#: Standard output, once other prints go to standard error.
+_reserved: TextIO | None = None
 
 
 class Stream:
@@ -74,10 +79,39 @@ def guard_streams() -> None:
         setattr(sys, name, cast(TextIO, Stream(stream)))
 
 
+def reserve_stdout() -> None:
+    """Keeps this process's standard output for `print_result`. Whatever else is printed, by a library in Python or C or by a
+    child, goes to standard error, so that a reader of JSON finds nothing else."""
+    global _reserved
+    guard_streams()
+    if _reserved is None:
+        file = open(os.dup(1), "w", encoding=sys.stdout.encoding, errors="backslashreplace")  # noqa: SIM115 (to the end)
+        _reserved = cast(TextIO, Stream(file))
+        sys.stdout.flush()
+        os.dup2(2, 1)
+
+
+def results() -> TextIO:
+    """Where a command prints its result: standard output, which `reserve_stdout` may have kept for it."""
+    return _reserved or sys.stdout
+
+
+def print_result(text: str) -> None:
+    """Prints lines of a command's result, at once."""
+    print(text, file=results(), flush=True)
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line (default: this process's); `--help` is a result."""
+    with contextlib.redirect_stdout(results()):
+        return parser.parse_args(arguments)
+
+
 def printed() -> int:
     """The exit code of a command whose result is its output: 0, or OUTPUT_LOST if some of it could not be written."""
-    sys.stdout.flush()
-    return OUTPUT_LOST if isinstance(sys.stdout, Stream) and sys.stdout.lost is not None else 0
+    stream = results()
+    stream.flush()
+    return OUTPUT_LOST if isinstance(stream, Stream) and stream.lost is not None else 0
 
 
 def begin_command() -> None:
@@ -87,14 +121,14 @@ def begin_command() -> None:
 
     Called by the packages that hold commands, which Python imports before their `__main__`."""
     if sys.argv[:1] == ["-m"]:  # only while Python looks for the module to run
-        guard_streams()
+        reserve_stdout()
         _handle_signals(_end_at_once)
 
 
 def exit_with(main: Callable[[], int]) -> NoReturn:
     """Ends this process with the exit code of `main`, whatever happens to its standard streams; with that of `Interrupted` if
     Ctrl-C, SIGTERM or a lost terminal ends a command that does not say itself what that means."""
-    guard_streams()
+    reserve_stdout()
     code = 1  # of an exception that is a defect
     try:
         _handle_signals(signal.default_int_handler)  # raises KeyboardInterrupt, whatever the signal
@@ -107,8 +141,8 @@ def exit_with(main: Callable[[], int]) -> NoReturn:
     finally:
         _handle_signals(lambda number, frame: os._exit(code))  # a thread that is still waited for prints no traceback
         atexit.register(_handle_signals, signal.SIG_IGN)  # Python resets other handlers before the last second
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (results(), sys.stdout, sys.stderr):
+            stream.flush()
     sys.exit(code)
 
 

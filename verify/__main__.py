@@ -29,7 +29,7 @@ from recipes.checks import Fidelity, Serving
 from recipes.errors import EnvironmentProblem, RecipeError, SourceError, VerificationFailed, WorkflowError
 from recipes.loader import load_recipe, read_yaml
 from recipes.places import is_inside
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, print_result, printed
 from verify.checks import LEVELS, Check, failed, to_json, verdict
 from verify.known import Known
 from verify.levels import Settings, print_samples, verify_levels
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="FILE",
         help="PEM file of the key that must have signed every file (model.sig)",
     )
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     try:
         options.checkpoint = named_directory(options.checkpoint, "CHECKPOINT")
         options.source = options.source and named_directory(options.source, "--source")
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.html is not None:
             write_page(options.html, Report(options.checkpoint.name, checks, measured=facts))
         if options.json:
-            print(json.dumps(to_json(checks) | {"samples": facts.samples}, indent=2))
+            print_result(json.dumps(to_json(checks) | {"samples": facts.samples}, indent=2))
         elif options.details:
             console = OutputConsole()
             print_checks(checks, console)

@@ -7,6 +7,5 @@ from recipes.streams import begin_command
 begin_command()
 # Set before torch loads OpenMP: on shared cores, spinning idle threads cost ten times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# llm-compressor logs to stdout, which is reserved for --json; `calibration.engine.oneshot.quiet` passes its warnings
-# on.
+# llm-compressor logs what no operator reads; `calibration.engine.oneshot.quiet` passes its warnings on.
 os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")

@@ -29,7 +29,7 @@ from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, Workflo
 from recipes.loader import dump_recipe, load_recipe, read_yaml
 from recipes.places import place_problems
 from recipes.schema import Recipe
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, print_result, printed
 
 #: Number of one-way scales to print; the run directory lists all.
 _SHOWN = 5
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("output", type=Path, help="directory of the new checkpoint")
     parser.add_argument("--to", choices=tuple(DIALECTS), required=True, help="the dialect to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in the output")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     try:
         respell(options.source, options.output, DIALECTS[options.to], options.overwrite)
     except KeyboardInterrupt:
@@ -132,8 +132,8 @@ def _finish(task: Task, recipe_text: str | None) -> list[str]:
 
 def _report(plan: Plan, done: Conversion, output: Path, directory: RunDirectory) -> None:
     for warning in plan.warnings:
-        print(f"warning: {warning}")
-    print(
+        print_result(f"warning: {warning}")
+    print_result(
         f"{output}: {plan.dialect}, {plan.output_bytes:,} bytes in {done.shards} shards ({done.resumed} finished before), "
         f"{done.seconds:.1f} s; {done.copied} tensors byte for byte, {done.cast} tile scales in another dtype with their "
         f"values, {done.inverted} global scales inverted"
@@ -141,12 +141,12 @@ def _report(plan: Plan, done: Conversion, output: Path, directory: RunDirectory)
     if done.one_way:
         shown = collapsed(done.one_way)
         more = f" and {len(shown) - _SHOWN} more kinds" if len(shown) > _SHOWN else ""
-        print(
+        print_result(
             f"{len(done.one_way)} of {done.inverted} inverses do not give their scale back bit for bit in float32 (one unit in "
             f"the last place off on the way back): {', '.join(shown[:_SHOWN])}{more}; all in {directory.path / 'one_way.json'}"
         )
     else:
-        print(f"all {done.inverted} inverses give their scale back bit for bit")
+        print_result(f"all {done.inverted} inverses give their scale back bit for bit")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from calibration.plan.planner import make_plan
 from calibration.plan.source_check import contradictions
 from recipes.errors import SourceError, WorkflowError, printable, without_numbers
 from recipes.loader import load_recipe
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, print_result, printed
 from recipes.units import size
 from verify.report.tables import OutputConsole
 from workflows.source import resolve_source
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recipe", type=Path, help="show the plan of this recipe for the checkpoint")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --recipe")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     if options.checkpoint is None and options.recipe is None:
         parser.error("name a checkpoint directory, or a recipe with --recipe")
     try:
@@ -216,7 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     code = SourceError.exit_code if facts["problems"] else 0
     if options.json:
-        print(json.dumps({"checkpoint": facts, "plan": plan} | ({"budget": choices} if choices else {}), indent=2))
+        print_result(
+            json.dumps({"checkpoint": facts, "plan": plan} | ({"budget": choices} if choices else {}), indent=2)
+        )
         return printed() or code
     console = OutputConsole()
     print_checkpoint(facts, console)

@@ -174,7 +174,7 @@ def measure_blocks(
     """
     if why := family_of(source.config).not_calibrated:
         raise SourceError(why)
-    # llm-compressor logs to stdout, which belongs to --json.
+    # llm-compressor logs what no reader of a verdict needs.
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
     from calibration.data.batches import embedding_rows, load_batches, load_tokenizer, text_batches
     from calibration.model.parity import own_block_calls

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from recipes.errors import printable
+from recipes.streams import results
 from verify.checks import Check, Verdict, level_verdicts, overall
 
 #: Verdict -> how rich shows it.
@@ -35,7 +35,8 @@ class OutputConsole(PlainConsole):
     stdout is closed, where rich itself would exit with 1, the code of a defect here."""
 
     def __init__(self, width: int = 160) -> None:
-        super().__init__(width=None if sys.stdout.isatty() else width)
+        file = results()
+        super().__init__(file=file, width=None if file.isatty() else width)
 
     def on_broken_pipe(self) -> None:
         """Called by rich in the handler of the error."""

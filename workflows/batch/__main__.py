@@ -19,7 +19,7 @@ from pathlib import Path
 
 from recipes.errors import BatchFailed, EnvironmentProblem, Interrupted, RecipeError, WorkflowError
 from recipes.matrix import load_matrix, parse_resources
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, print_result, printed
 from recipes.units import clock, size
 from verify.report.tables import OutputConsole
 from workflows.batch.attempt import Slot
@@ -37,7 +37,7 @@ from workflows.progress import Reporter
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parse_arguments(_parser(), arguments)
     reporter = Reporter(options.log_level)
     interrupts = Interrupts()
     interrupts.install()
@@ -189,7 +189,7 @@ def _say_plan(found: Preflight, slots: int, reporter: Reporter) -> None:
 
 def _show(batch: BatchDirectory, as_json: bool, summary: dict[str, object]) -> None:
     if as_json:
-        print(json.dumps(summary, indent=2))
+        print_result(json.dumps(summary, indent=2))
     else:
         print_summary(summary, OutputConsole(200))
 

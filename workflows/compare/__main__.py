@@ -22,7 +22,7 @@ from rich.table import Table
 from calibration.checkpoint.files import write_text
 from recipes.errors import RecipeError, WorkflowError
 from recipes.places import is_inside
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, print_result, printed
 from recipes.units import duration, size
 from verify.accuracy.recovery import NOISE
 from verify.report.tables import OutputConsole
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--matrix", action="store_true", help="print the difference of every pair of runs")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the comparison as one self-contained page too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    options = parser.parse_args(arguments)
+    options = parse_arguments(parser, arguments)
     try:
         runs = read_runs(options.runs)
         inside = [run.output for run in runs if options.html is not None and is_inside(options.html, run.output)]
@@ -48,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.html is not None:
             write_text(options.html, page(runs, pairs))
         if options.json:
-            print(json.dumps(_to_json(runs, pairs), indent=2))
+            print_result(json.dumps(_to_json(runs, pairs), indent=2))
         else:
             _print(runs, pairs, options.matrix)
             if options.html is not None:
-                print(f"page: {options.html}")
+                print_result(f"page: {options.html}")
     except WorkflowError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -20,7 +20,7 @@ from calibration.checkpoint.files import write_text
 from calibration.checkpoint.index import Checkpoint
 from calibration.runs.finish import CARD_NAME
 from recipes.errors import EnvironmentProblem, Interrupted, RecipeError, VerificationFailed, WorkflowError
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, printed
 from recipes.units import size
 from verify.report.tables import OutputConsole
 from verify.signature import SIGNATURE_NAME
@@ -38,7 +38,7 @@ from workflows.publish.signing import require_private_key, sign
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    options = _parser().parse_args(arguments)
+    options = parse_arguments(_parser(), arguments)
     try:
         _publish(options)
     except KeyboardInterrupt:

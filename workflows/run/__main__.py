@@ -20,7 +20,7 @@ from calibration.checkpoint.files import write_json
 from calibration.runs.torchrun import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
 from recipes.loader import load_recipe
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, parse_arguments, print_result, printed
 from verify.checks import Check, failed, level_verdicts
 from verify.levels import print_samples
 from verify.report.summary import print_quality, print_verdict
@@ -38,7 +38,7 @@ from workflows.run.status import read_status, render_status
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code. Only defects print a traceback."""
-    options = _parser().parse_args(arguments)
+    options = parse_arguments(_parser(), arguments)
     interrupts = Interrupts()
     interrupts.install()
     try:
@@ -56,7 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
             if options.status:
                 if ranks.writes:
                     status = read_status(Path(recipe.output))
-                    print(json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status))))
+                    print_result(
+                        json.dumps(status, indent=2) if options.json else printable("\n".join(render_status(status)))
+                    )
                 return printed()
             run = Run(recipe, reporter, options.overwrite, options.restart, interrupts, ranks, options.details)
             run.rehearsals = options.rehearsals
@@ -81,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             reporter.muted = False
             reporter.say(f"error: {_shortened(error, options)}", "error")
             if options.json:
-                print(json.dumps(_result(run, error), indent=2))
+                print_result(json.dumps(_result(run, error), indent=2))
         return error.exit_code
     finally:
         if run is not None:
@@ -93,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
                     run.page.update(now=True)
         ranks.end()
     if options.json and not options.dry_run and ranks.writes:
-        print(json.dumps(_result(run, None), indent=2))
+        print_result(json.dumps(_result(run, None), indent=2))
     return printed() if options.json or options.dry_run else 0
 
 
@@ -153,7 +155,7 @@ def _dry_run(run: Run, as_json: bool) -> None:
 
         facts["estimate"]["stages"] = {"budget": predict_measuring(unsettled, machine)} | facts["estimate"]["stages"]
     if as_json:
-        print(json.dumps(facts, indent=2))
+        print_result(json.dumps(facts, indent=2))
         return
     console = OutputConsole()
     print_checkpoint(facts["checkpoint"], console)

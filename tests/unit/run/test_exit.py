@@ -4,9 +4,11 @@ A signal ends them with one line."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import errno
 import io
+import json
 import os
 import signal
 import subprocess
@@ -93,12 +95,12 @@ def test_lines_that_nobody_hears_end_no_run() -> None:
 COMMAND = """
 import sys
 from pathlib import Path
-from recipes.streams import exit_with, printed
+from recipes.streams import exit_with, print_result, printed, results
 def main():
-    print("result" * 3, flush=True)
+    print_result("result" * 3)
     print("log", file=sys.stderr, flush=True)
     file = open({done!r}, "w")
-    sys.stdout.write("more" * 9999)
+    results().write("more" * 9999)
     print("1 and 2 are not this file", file.fileno(), file=file)
     return {code}
 exit_with(main)
@@ -144,6 +146,64 @@ def ends(tmp_path: Path, main: str, **options: Any) -> tuple[int, str]:
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False, **options
     )
     return ended.returncode, ended.stderr
+
+
+#: A sitecustomize: once a command imports its loader of recipes, every kind of library prints to standard output.
+NOISE = """
+import atexit, importlib.abc, os, sys
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "recipes.schema" and self in sys.meta_path:
+            sys.meta_path.remove(self)
+            import ctypes, logging
+            logging.getLogger("noise").addHandler(logging.StreamHandler(sys.stdout))  # as llm-compressor's does
+            for when in (lambda say: say(), atexit.register):
+                when(lambda: print("noise of Python"))
+                when(lambda: logging.getLogger("noise").error("noise of a log"))
+                when(lambda: os.system("echo noise of a child"))
+                when(lambda: (ctypes.CDLL(None).puts(b"noise of C"), ctypes.CDLL(None).fflush(None)))
+sys.meta_path.insert(0, Finder())
+"""
+NOISES = ("Python", "a log", "a child", "C")
+
+
+def test_json_on_stdout_stays_alone_whatever_a_library_prints(tmp_path: Path) -> None:
+    source = standard.write(tmp_path / "source", "llama")
+    (tmp_path / "sitecustomize.py").write_text(NOISE)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    line = [sys.executable, "-m", "workflows.inspect_checkpoint", str(source), "--json"]
+    ended = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and json.loads(ended.stdout)["checkpoint"], ended.stdout
+    assert [ended.stderr.count(f"noise of {noise}\n") for noise in NOISES] == [2, 2, 2, 2]
+
+
+def test_help_is_a_result(tmp_path: Path) -> None:
+    script = tmp_path / "command.py"
+    script.write_text(
+        "import argparse\nfrom recipes.streams import exit_with, parse_arguments\n"
+        "exit_with(lambda: parse_arguments(argparse.ArgumentParser(), ['--help']))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "") and ended.stdout.startswith("usage: ")
+
+
+def prints(path: Path) -> list[str]:
+    """Where a file prints elsewhere than to a stream that it names."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), {keyword.arg for keyword in node.keywords}
+            if (name == "print" and "file" not in given) or (name.endswith("parse_args") and path.name != "streams.py"):
+                found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
+    return found
+
+
+def test_no_command_prints_a_result_where_libraries_print() -> None:
+    files = [path for package in ("workflows", "verify", "calibration") for path in (ROOT / package).rglob("*.py")]
+    outside = [ROOT / "verify/inside_vllm", ROOT / "workflows/batch/cluster"]  # vLLM's process; a job's log
+    files = [path for path in files if not any(folder in path.parents for folder in outside)]
+    assert [found for path in files for found in prints(path)] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
