@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from torch import nn
 
 from calibration.checkpoint import nvfp4, tiles
 from calibration.checkpoint.files import read_json_or_none, write_json, write_safely
-from calibration.model.parity import BlockCall, own_block_calls
+from calibration.model.parity import BlockCall, HandedOn, own_block_calls
 from calibration.model.source_model import SourceModel
 from calibration.plan.budget import Unit
 from calibration.plan.schemes import FP8_BLOCK, SCHEMES, Scheme
@@ -62,17 +63,25 @@ class Saved:
 @dataclass
 class _State:
     """What the pass knows before the block `following`: the exact hidden states by batch, those with one unit quantized by unit
-    and batch, and the errors of the block's output so far."""
+    and batch, the errors of the block's output so far, and by batch what earlier blocks handed on beside hidden states."""
 
     following: int
     hidden: list[torch.Tensor]
     carried: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     errors: Errors = field(default_factory=dict)
+    handed: list[list[Any]] = field(default_factory=list)
+
+    def can_be_saved(self) -> bool:
+        """Whether all that is handed on is tensors, as the positions that GLM-5 and HY-V4 select."""
+        return all(isinstance(value, torch.Tensor) for values in self.handed for value in values)
 
     def save(self, path: Path, key: str) -> None:
         """Replaces the file. Raises EnvironmentProblem."""
         streams = [self.hidden, *self.carried.values()]
         tensors = {f"{n}.{at}": value.cpu().contiguous() for n, s in enumerate(streams) for at, value in enumerate(s)}
+        tensors |= {
+            f"handed.{n}.{at}": v.cpu().contiguous() for at, vs in enumerate(self.handed) for n, v in enumerate(vs)
+        }
         said = {"key": key, "following": str(self.following), "errors": json.dumps(self.errors)}
         said["carried"] = json.dumps(list(self.carried))
         nbytes = sum(value.nbytes for value in tensors.values())
@@ -93,16 +102,23 @@ class _State:
                 ]
                 errors = TypeAdapter(Errors).validate_json(said["errors"])
                 found = cls(int(said["following"]), streams[0], dict(zip(names, streams[1:], strict=True)), errors)
+                stored = set(file.keys())
+                for at, value in enumerate(first):
+                    places = takewhile(stored.__contains__, (f"handed.{n}.{at}" for n in count()))
+                    found.handed.append([file.get_tensor(place).to(value.device) for place in places])
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
         alike = [(value.shape, value.dtype) for value in first]
         return found if all([(v.shape, v.dtype) for v in stream] == alike for stream in streams) else None
 
-    def fits(self, units: Sequence[Unit], blocks: int) -> bool:
-        """Whether it knows the units of the blocks before `following`, and no others."""
+    def fits(self, units: Sequence[Unit], calls: Sequence[Sequence[BlockCall]]) -> bool:
+        """Whether it knows the units of the blocks before `following` and what they hand on, and nothing else.
+        `calls`: by batch, of all blocks."""
         known = {unit.name: unit.sizes.keys() for unit in units if unit.block < self.following}
         measured = {name: errors.keys() for name, errors in self.errors.items()}
-        return 0 <= self.following <= blocks and measured == known and self.carried.keys() <= known.keys()
+        if not 0 <= self.following <= len(calls[0]) or measured != known or not self.carried.keys() <= known.keys():
+            return False
+        return [len(HandedOn(own, self.following)) for own in calls] == [len(values) for values in self.handed]
 
 
 @dataclass
@@ -152,15 +168,16 @@ def measure(
     source.load(outside)
     called = [own_block_calls(source.model, blocks, sample) for sample in samples]
     source.unload(outside)
-    first = [hidden for hidden, _ in called]
-    # What such blocks hand on beside hidden states is not saved.
-    hands_on = any(call.takes_more for _, calls in called for call in calls)
-    saved_state = None if hands_on else _State.load(saved.state, saved.key, first)
-    state = saved_state if saved_state and saved_state.fits(units, len(blocks)) else _State(0, first)
+    first, calls = [hidden for hidden, _ in called], [own for _, own in called]
+    hands_on = any(call.takes_more for own in calls for call in own)
+    saved_state = _State.load(saved.state, saved.key, first)
+    state = saved_state if saved_state and saved_state.fits(units, calls) else _State(0, first)
+    for own_calls, values in zip(calls, state.handed, strict=False):
+        HandedOn(own_calls, state.following).set(values)
     saving = _Saving(state, saved, state is saved_state)
     for number in range(state.following, len(blocks)):
         source.load([blocks[number]])
-        tried = _Block(blocks[number], [calls[number] for _, calls in called])
+        tried = _Block(blocks[number], [own_calls[number] for own_calls in calls])
         own = [_Unit(unit, [source.model.get_submodule(names[m]) for m in unit.modules])
                for unit in units if unit.block == number]  # fmt: skip
         exact, largest = tried.exact(state.hidden, own)
@@ -179,13 +196,13 @@ def measure(
             state.errors[unit.unit.name] = errors
         source.unload([blocks[number]])
         state.following, state.hidden, saving.on_disk = number + 1, exact, False
+        state.handed = [HandedOn(own_calls, number + 1).get() for own_calls in calls]
         saving.save_state()
         try:
             on_step("block", number + 1, len(blocks))
         except BaseException:
             saving.save_state(now=True)
             raise
-    saving.on_disk = saving.on_disk or hands_on
     source.load(outside)
     divergences = _divergences(source.model, samples, saving, partial(_skipped, blocks, hands_on), on_step)
     source.unload(outside)
@@ -210,7 +227,7 @@ class _Saving:
 
     def save_state(self, now: bool = False) -> None:
         """Writes the state if it is due, or `now`. Raises EnvironmentProblem."""
-        if not self.on_disk and (now or time.monotonic() - self._written >= SAVE_SECONDS):
+        if not self.on_disk and self.state.can_be_saved() and (now or time.monotonic() - self._written >= SAVE_SECONDS):
             self.state.save(self.saved.state, self.saved.key)
             self._written, self.on_disk = time.monotonic(), True
 

@@ -24,7 +24,7 @@ class ParityError(WorkflowError):
     """The traced model differs from the original: calibrating it would give wrong scales."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class _HandedOn:
     """A place holder for what block `number` returns at `position`, behind the hidden states, and a later block takes."""
 
@@ -65,7 +65,7 @@ class BlockCall:
     @property
     def takes_more(self) -> bool:
         """Whether it takes more than hidden states of a block before it."""
-        return any(isinstance(value, _HandedOn) for value in (*self.args, *self.kwargs.values()))
+        return bool(self._taken())
 
     def complete(self, given: BlockCall) -> None:
         """Takes what is not known of the blocks before this one (they were not run) from another call of the same block."""
@@ -79,13 +79,36 @@ class BlockCall:
         before it, as its own."""
         hidden, given = self.of(args, kwargs)
         self.complete(given)
-        taken = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, _HandedOn)]
-        taken.sort(key=lambda value: value.position)
+        taken = sorted(self._taken(), key=lambda value: value.position)
         self.handed.update({_HandedOn(self.number, value.position): self.handed[value] for value in taken})
         return (hidden, *(self.handed[value] for value in taken)) if taken else hidden
 
+    def _taken(self) -> list[_HandedOn]:
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, _HandedOn)]
+
     def _actual(self, value: Any) -> Any:
         return self.handed[value] if isinstance(value, _HandedOn) else value
+
+
+class HandedOn:
+    """What the blocks before the one numbered `following` returned beside hidden states, as far as that one or a later one takes
+    it: what a pass needs to go on there. `calls`: of one sample, all blocks."""
+
+    def __init__(self, calls: Sequence[BlockCall], following: int) -> None:
+        taken = {value for call in calls[following:] for value in call._taken()}
+        self._places = sorted(value for value in taken if value.number < following)
+        self._values = calls[0].handed
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self) -> list[Any]:
+        """The values, in an order that is that of every pass."""
+        return [self._values[place] for place in self._places]
+
+    def set(self, values: Sequence[Any]) -> None:
+        """Hands on `values` in place of blocks that were not run."""
+        self._values.update(zip(self._places, values, strict=True))
 
 
 def apart(calls: Sequence[BlockCall]) -> list[BlockCall]:

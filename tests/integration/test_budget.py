@@ -26,20 +26,28 @@ from tests.integration import batch_runs
 from tests.integration.attempts import TARGETS, Attempt, Case, same
 from tests.integration.interrupted_runs import KillAt, finish
 from tests.integration.whole_runs import LINEAR, SERVING, run, write_recipe
-from tests.models import deepseek_v4, standard
+from tests.models import any_family, deepseek_v4, standard
 from tests.reference import nvfp4 as reference
 
 TEXT = Calibration(dataset="bundled", num_samples=2, max_seq_length=48, batch_size=2)
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "v4": lambda path: deepseek_v4.write(path, "bf16"),
+    "qwen3_moe": lambda path: standard.write(path, "qwen3_moe"),
+    "glm_moe_dsa": lambda path: any_family.write(path, "glm_moe_dsa"),
+}
+TARGETED = {"v4": EXPERTS, "glm_moe_dsa": ["part:routed expert"]}
 
 
 class Measured:
     """A tiny model, its units and its batches; counts the blocks that are loaded and the predictions that are made."""
 
     def __init__(self, root: Path, name: str) -> None:
-        source = deepseek_v4.write(root / name, "bf16") if name == "v4" else standard.write(root / name, "qwen3_moe")
+        source = WRITERS[name](root / name)
         formats = Formats(open_source(source))
         asked = {"bits_per_parameter": 15.0}
-        made = recipe(source, root / "out", EXPERTS if name == "v4" else LINEAR, budget=asked)
+        made = recipe(source, root / "out", TARGETED.get(name, LINEAR), budget=asked)
         self.units = BudgetTask.of(made, formats).units
         self.batches = list(load_batches(TEXT, load_tokenizer(source, False), source_directory=source).batches)
         self.model: SourceModel = build_skeleton(formats.checkpoint, root / f"{name}-work", False, torch.device("cpu"))
@@ -71,7 +79,7 @@ class Measured:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Measured]:
     root = tmp_path_factory.mktemp("measured")
-    return {name: Measured(root, name) for name in ("qwen3_moe", "v4")}
+    return {name: Measured(root, name) for name in WRITERS}
 
 
 @torch.no_grad()
@@ -125,10 +133,12 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm_moe_dsa"])
 def test_a_stopped_measurement_resumes_with_the_next_block_to_the_same_bits(
-    tmp_path: Path, measured: Mapping[str, Measured]
+    tmp_path: Path, measured: Mapping[str, Measured], name: str
 ) -> None:
-    case = measured["qwen3_moe"]
+    """The last block of glm_moe_dsa takes the positions that the one before it has selected."""
+    case = measured[name]
     whole = case.measure(tmp_path / "whole")
     assert case.loaded == 3
 
@@ -150,6 +160,8 @@ def test_a_stopped_measurement_resumes_with_the_next_block_to_the_same_bits(
         (b'"following":"2"', b'"following":"9"'), (b'"following":"2"', b'"following":"1"'), (b"experts.*", b"experts.+"),
         (b'"BF16"', b'"F16" '), (b'NVFP4', b'NVFP5'),
     )]  # fmt: skip
+    if name == "glm_moe_dsa":
+        hostile.append(good.replace(b"handed.0.0", b"handed.0.9"))
     assert all(len(text) == len(good) and text != good for text in hostile)
     for damaged in (b"", b"not safetensors", good[:-100], *hostile):
         (tmp_path / "state").write_bytes(damaged)
