@@ -101,6 +101,11 @@ def accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator(check_available=True)
 
 
+def computing_device(chosen: torch.device | None = None) -> torch.device:
+    """Where blocks compute: the device `chosen` by the caller, or else the accelerator, or else the CPU."""
+    return chosen or accelerator() or torch.device("cpu")
+
+
 def compiled() -> bool:
     """Whether the C functions may be called: they were built, and the level is not torch."""
     return _compiled_level() is not None

@@ -80,7 +80,7 @@ class Machine:
 
     def __init__(self, task: Task, device: torch.device | None = None) -> None:
         self.task = task
-        self.device = device or native.accelerator() or torch.device("cpu")
+        self.device = native.computing_device(device)
         self.product = cache(self._product)
         self.attention = cache(self._attention)
         self.norm = cache(self._norm)

@@ -50,7 +50,7 @@ def build_skeleton(
     if family.not_calibrated:
         raise SourceError(f"{checkpoint.directory}: {family.not_calibrated}")
     _check_padding(checkpoint)
-    device = device or native.accelerator() or torch.device("cpu")
+    device = native.computing_device(device)
     model = _empty_model(_clean_config(checkpoint, family, run_directory, trust_remote_code), trust_remote_code)
     for module in model.modules():
         for leaf, buffer in module._buffers.items():

@@ -110,7 +110,7 @@ def try_products(
     threads."""
     counted = Counter((min(out, OUTPUTS), min(inputs, INPUTS)) for *_, out, inputs in shapes)
     chosen = sorted(counted, key=lambda shape: (-counted[shape], shape))[:SHAPES]
-    device = device or native.accelerator() or torch.device("cpu")
+    device = native.computing_device(device)
     largest = max([ROWS * inputs for _, inputs in chosen] + [out * inputs for out, inputs in chosen], default=0)
     numbers = torch.randn(largest, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     digest, differing = hashlib.sha256(), dict[str, list[int]]()

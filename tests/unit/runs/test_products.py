@@ -75,7 +75,8 @@ def test_a_torch_built_for_cuda_computes_on_the_cpu_where_no_gpu_is(
     assert probe.device == device_name() and probe.device.startswith("cpu ")
     assert object.__new__(torchrun._Connected).device is None
     source = Checkpoint.open(deepseek_v4.write(tmp_path / "source", "bf16"))
-    assert build_skeleton(source, tmp_path, False).device == torch.device("cpu")
+    assert build_skeleton(source, tmp_path, False).device == native.computing_device() == torch.device("cpu")
+    assert native.computing_device(torch.device("meta")) == torch.device("meta")
 
 
 def test_the_most_common_shapes_are_tried_and_cut(monkeypatch: pytest.MonkeyPatch) -> None:
