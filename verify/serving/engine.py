@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import tempfile
@@ -27,6 +28,18 @@ WORKER = Path(__file__).parents[1] / "inside_vllm" / "worker.py"
 TASKS = WORKER.with_name("accuracy.py")
 _TASKS_SECONDS = 1800.0
 REMEDY = "run `make venv-vllm`, or name another interpreter in verify.serving.python"
+#: Prints the version of vLLM last. Without a library of the system vLLM's import succeeds: it loads its kernels later, and logs
+#: why it could not.
+_TRY = """
+import contextlib, vllm
+with contextlib.suppress(Exception):
+    from vllm.platforms import current_platform
+    current_platform.import_kernels()
+print(vllm.__version__)
+"""
+_NOT_LOADED = re.compile(r"(lib[\w.+-]+): cannot open shared object file")
+#: Libraries of the system that the engine's compiled code needs, and who has them.
+_PACKAGES = {"libnuma.so.1": "libnuma1 (`apt-get install libnuma1`; numactl-libs of Fedora and Red Hat)"}
 Run = Callable[[list[str], Path, float], tuple[int, bool]]
 """Runs (command, log, timeout in seconds) with the output in the log; returns the exit code and whether it timed
 out."""
@@ -65,12 +78,12 @@ RAISED = 4
 
 
 def check_environment(python: str) -> str:
-    """The version of the vLLM that `python` imports. Raises EnvironmentProblem if it is no interpreter that does; takes
-    seconds."""
+    """The version of the vLLM that `python` imports. Raises EnvironmentProblem if it is no interpreter that does, or if a library
+    of the system is missing; takes seconds."""
     try:
         done = subprocess.run(
-            [python, "-c", "import vllm; print(vllm.__version__)"],
-            capture_output=True, text=True, timeout=300, env=environment(), check=False,
+            [python, "-c", _TRY], capture_output=True, text=True, timeout=300, check=False,
+            env=environment() | {"VLLM_LOGGING_LEVEL": "WARNING"},
         )  # fmt: skip
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         raise EnvironmentProblem(f"{python}: no such interpreter (verify.serving.python); {REMEDY}") from None
@@ -79,6 +92,13 @@ def check_environment(python: str) -> str:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise EnvironmentProblem(f"{python}: `import vllm` fails there (verify.serving.python): {last}; {REMEDY}")
+    # A driver's own library may be missing where a job is submitted.
+    missing = [name for name in _NOT_LOADED.findall(done.stdout + done.stderr) if not name.startswith("libcuda.")]
+    if missing:
+        package = _PACKAGES.get(missing[0], "the system's package that has it")
+        raise EnvironmentProblem(
+            f"{python}: vLLM's kernels need {missing[0]} (verify.serving.python); install {package}"
+        )
     return (done.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
