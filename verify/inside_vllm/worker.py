@@ -55,6 +55,7 @@ RESULT.json (written .partial and renamed at every stage and at the end, also af
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -317,6 +318,7 @@ def import_engine(request: dict[str, Any]) -> tuple[list[str], Any]:
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [p for p in sys.path if p and str(Path(p).resolve()) != here]
     left_out = sibling("torchvision_operators").declare()
+    gc.set_threshold(700, 10, 1000)  # full collections among what vLLM imports find nothing and take 2 of 9 CPU-s
     import vllm
 
     emulations: list[str] = (

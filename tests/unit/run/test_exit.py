@@ -225,6 +225,14 @@ def test_a_signal_after_a_command_has_ended_changes_nothing(tmp_path: Path) -> N
     assert ends(tmp_path, refused)[0] == RecipeError.exit_code
 
 
+def test_the_end_looks_once_for_garbage(tmp_path: Path) -> None:
+    """What lies in a cycle ends as ever; Python's own three searches at the end find nothing to go through."""
+    seen = "import atexit, gc, sys\natexit.register(lambda: print(gc.get_freeze_count() > 1000, file=sys.stderr))\n"
+    dropped = "class Dropped:\n    def __del__(self):\n        print('ended', file=sys.stderr)\n"
+    main = "def main():\n    dropped = Dropped()\n    dropped.itself = dropped\n    return 5\n"
+    assert ends(tmp_path, seen + dropped + main) == (5, "ended\nTrue\n")
+
+
 def test_a_lost_terminal_ends_no_command_under_nohup(tmp_path: Path) -> None:
     main = "def main():\n    os.kill(os.getpid(), signal.SIGHUP)\n    return 0\n"
     ignoring = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)}
