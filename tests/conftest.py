@@ -1,5 +1,7 @@
 """Before any test imports torch: idle OpenMP threads must not spin on a machine of few cores. And how tests share them."""
 
+import atexit
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault(OWNER, str(os.getpid()))  # xdist's workers inherit it: one import of vLLM for all
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+gc.set_threshold(700, 10, 100)  # as a command does, see recipes/streams.py
+atexit.register(gc.freeze)
 
 
 @pytest.hookimpl(optionalhook=True)

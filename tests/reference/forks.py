@@ -224,6 +224,7 @@ def preload() -> None:
     assert spec is not None and spec.loader is not None
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
+    gc.disable()  # nothing of what is imported is garbage
     worker.sibling("torchvision_operators").declare()
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm import LLM, SamplingParams  # noqa: F401
@@ -233,8 +234,8 @@ def preload() -> None:
     registry._run_in_subprocess = lambda look: look()
     for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4", "cpu_repairs"):
         worker.sibling(name)
-    gc.collect()
     gc.freeze()
+    gc.enable()
     assert len(os.listdir("/proc/self/task")) == 1, "importing vLLM started threads"
 
 

@@ -202,8 +202,14 @@ def _replace(model: nn.Module, name: str, replacement: nn.Module) -> None:
 
 @torch.no_grad()
 def logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Float64 logits `[T, V]` of each prompt, run alone and without a cache."""
-    return [model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0] for ids in prompts]
+    """Float64 logits `[T, V]` of each prompt, without a cache. Prompts of one length are one batch: an expert's products cost
+    what calling it does, and not its few rows."""
+    found: dict[int, torch.Tensor] = {}
+    for length in sorted({len(ids) for ids in prompts}):
+        numbers = [number for number, ids in enumerate(prompts) if len(ids) == length]
+        batch = torch.tensor([list(prompts[number]) for number in numbers])
+        found |= zip(numbers, model(input_ids=batch, use_cache=False).logits, strict=True)
+    return [found[number] for number in range(len(prompts))]
 
 
 @torch.no_grad()

@@ -33,3 +33,13 @@ def test_values_a_float32_bit_from_a_border_are_undecided_and_others_decided() -
     (mask,) = decided(model, ids, logits(model, ids))
     assert int(mask[:1000].sum()) < 10
     assert bool(mask[1000:].all())
+
+
+def test_prompts_of_one_length_are_one_batch_and_keep_their_places() -> None:
+    rows = torch.arange(8, dtype=torch.float64)[:, None].expand(8, 16)
+    model, prompts, calls = OneLayer(rows), [[1, 2], [3], [4, 5], [6], [7]], []
+    model.register_forward_pre_hook(lambda *call: calls.append(call[2]["input_ids"].shape), with_kwargs=True)
+    found = logits(model, prompts)
+    assert calls == [(3, 1), (2, 2)]
+    assert [one.tolist() for one in found] == [logits(model, [ids])[0].tolist() for ids in prompts]
+    assert len({one.sum().item() for one in found}) == len(prompts)
