@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 #: Packages, including this one, whose arithmetic or file format the output depends on.
@@ -11,8 +11,12 @@ PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "saf
 
 def versions() -> dict[str, str]:
     """The version of each of PACKAGES."""
-    found = dict.fromkeys(PACKAGES, "not installed")
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return {package: _version(package) for package in PACKAGES}
+
+
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
