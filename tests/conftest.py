@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault(OWNER, str(os.getpid()))  # xdist's workers inherit it: one import of vLLM for all
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-gc.set_threshold(700, 10, 100)  # as a command does, see recipes/streams.py
+gc.set_threshold(700, 10, 1000)  # full collections of half a million objects, see recipes/streams.py
 atexit.register(gc.freeze)
 
 

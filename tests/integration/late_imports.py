@@ -1,4 +1,5 @@
-"""What the forkserver of interrupted_runs does once for all runs: what a run imports, much of it late, and a first plot."""
+"""What the forkserver of interrupted_runs does once for all runs: what a run imports, much of it late, its templates, and a first
+plot."""
 
 from __future__ import annotations
 
@@ -19,8 +20,13 @@ gc.disable()  # nothing of what is imported is garbage
 for name in MODULES:
     with suppress(ModuleNotFoundError):
         import_module(name)
+from calibration.plan.versions import versions  # noqa: E402
+from verify.report.page import _environment  # noqa: E402
 from verify.report.plots import expert_map  # noqa: E402
 
+versions()
+for template in _environment().list_templates():
+    _environment().get_template(template)  # compiles it
 expert_map({(0, 0): 1.0, (0, 1): 2.0}, "", "", "")  # finds the fonts
 gc.enable()
 gc.freeze()  # no run goes through these objects again

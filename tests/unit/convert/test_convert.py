@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,10 @@ from recipes.errors import EnvironmentProblem, RecipeError, SourceError
 from recipes.schema import Recipe
 from tests.converted import LINEAR, converting, digests, edited, failing, run, tensors, undoing
 from tests.exported import EXPERTS, plan_of, task_of
+from tests.integration.interrupted_runs import run_command
 from tests.models import deepseek_v4, deepseek_v41, standard
 from tests.reference.compressed_tensors import of_compressed_tensors
 
-ROOT = Path(__file__).parents[3]
 #: All tensors of a V4 with few experts: no test here serves it.
 FEW = 8
 
@@ -397,8 +395,7 @@ def test_recipes_that_these_methods_cannot_follow_are_refused(sources: dict[str,
 
 
 def killed(source: Path, directory: Path, kills: int, kept: str = "native") -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.kill_loop", str(source), str(directory / "killed"), str(kills), "0", kept]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_command("tests.kill_loop", [str(source), str(directory / "killed"), str(kills), "0", kept])
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout.splitlines()[-1]))  # llm-compressor may log before it
 

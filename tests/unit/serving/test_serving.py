@@ -475,8 +475,8 @@ def test_context_length_leaves_room_for_prompt_and_sample(
     options: dict[str, Any], context: int, expected: tuple[int, int], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": context}))
-    with pytest.raises(EnvironmentProblem):  # no vLLM in this interpreter; the request is written all the same
-        serving.verify_serving(tmp_path, Serving(python=sys.executable, **options), tmp_path / "logs")
+    with pytest.raises(EnvironmentProblem):  # there is no interpreter; the request is written all the same
+        serving.verify_serving(tmp_path, Serving(python=str(tmp_path / "absent"), **options), tmp_path / "logs")
     request = json.loads((tmp_path / "logs" / "serving-request.json").read_text())
     assert (request["max_model_len"], request["max_tokens"]) == expected
 
