@@ -82,9 +82,8 @@ class _Connected(Ranks):
         pid = os.getpid()
         self.processes = list[Process]()
         # There are no heartbeats yet: if a rank dies now, this one only notices that it does not come.
-        self.processes = self.all_gather(
-            "introduction", Process(socket.gethostname(), pid, process_began(pid)), SILENCE
-        )
+        introduction = Process(socket.gethostname(), pid, process_began(pid))
+        self.processes = [process for _, process in self._exchange("introduction", introduction, SILENCE)]
         self._visible = {
             other for other in self._beats
             if self.processes[other].host == self.processes[rank].host and self._lives(other)
@@ -138,6 +137,15 @@ class _Connected(Ranks):
         self._channel = False
 
     def all_gather(self, what: str, value: T, patience: float = PATIENCE) -> list[T]:
+        with self._channel_errors():
+            posted = self._exchange(what, value, patience)
+        strange = [name for name, _ in posted if name != what]
+        if strange:
+            raise RuntimeError(f"rank {self.rank} came for {what!r}, another one for {strange[0]!r}: a defect here")
+        return [value for _, value in posted]
+
+    def _exchange(self, what: str, value: T, patience: float) -> list[tuple[str, T]]:
+        """What every rank posts at the next meeting, by rank. Raises RuntimeError if the store is gone."""
         self._meetings += 1
         keys = [f"meeting {self._meetings} {rank}" for rank in range(self.size)]
         self._store.set(keys[self.rank], pickle.dumps((what, value)))
@@ -151,10 +159,7 @@ class _Connected(Ranks):
         posted = [pickle.loads(self._store.get(key)) for key in keys]
         if self._meetings > 2:  # all ranks have come here, so all have read the values of two barriers ago
             self._store.delete_key(f"meeting {self._meetings - 2} {self.rank}")
-        strange = [name for name, _ in posted if name != what]
-        if strange:
-            raise RuntimeError(f"rank {self.rank} came for {what!r}, another one for {strange[0]!r}: a defect here")
-        return [value for _, value in posted]
+        return posted
 
     def all_reduce_min(self, tensor: torch.Tensor) -> None:
         with self._channel_errors():

@@ -110,7 +110,7 @@ def killed(source: Path, output: Path) -> Body:
 
 
 def out_of_time(source: Path, output: Path) -> Body:
-    return serving(timeout=2)
+    return interpreter(source, 'case "$1" in *worker.py) exec sleep 600;; esac', timeout=2)
 
 
 def unknown_architecture(source: Path, output: Path) -> Body:

@@ -32,6 +32,7 @@ from tests.integration.attempts import (
 from tests.integration.interrupted_runs import KillAt, finish, interrupt
 from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
 from tests.models import deepseek_v4, standard
+from workflows.run import calibrate as calibrate_stage
 
 RECIPE, ENVIRONMENT = 2, 4
 DEEPSEEK = [r"re:^layers\.\d+\.ffn\.(experts\.\d+|shared_experts)\.w[123]$"]
@@ -142,9 +143,9 @@ def kill_once(case: Case, name: str, moments: random.Random) -> None:
             continue
         send(ranks[victim], signal.SIGKILL)
         codes = end_ranks(attempt, ranks)
+        if 0 in codes:
+            continue  # one was through with its part
         assert codes[victim] == KILLED
-        if codes[1 - victim] == 0:
-            continue  # it was through with its part
         assert codes[1 - victim] == ENVIRONMENT, attempt.text
         assert len(messages(attempt)) == 1 and "Traceback" not in attempt.text, attempt.text
         pid = ranks[victim].pid
@@ -163,6 +164,54 @@ def test_one_rank_killed_at_random_moments(case: Case, part: int, kills: int) ->
     moments = random.Random(part)
     for number in range(kills):
         kill_once(case, f"random-{part}-{number}", moments)
+
+
+def dies_where_the_ranks_meet() -> None:
+    calibrate_stage.require_equal = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def learns_of_it_while_it_fails_itself() -> None:
+    agree = torchrun_module._Connected.agree
+
+    def late(self: Any, error: Any) -> Any:
+        torchrun_module._Connected.agree = agree  # type: ignore[method-assign]
+        time.sleep(30)
+        return agree(self, error)
+
+    torchrun_module._Connected.agree = late  # type: ignore[method-assign]
+    calibrate_stage.require_equal = lambda *_: 1 // 0
+
+
+def test_a_rank_that_fails_while_another_is_lost_names_the_loss(case: Case, attempt: Attempt) -> None:
+    codes = go(attempt, 2, {0: dies_where_the_ranks_meet, 1: learns_of_it_while_it_fails_itself})
+    assert codes == [KILLED, ENVIRONMENT], attempt.text
+    (message,) = messages(attempt)
+    assert "Traceback" not in attempt.text and re.search(r"rank 0 of 2 on .* is gone without a word", message)
+
+
+def meets_in_a_store_of_its_own(kill: bool) -> None:
+    """torchrun's agent has the store; here a child of rank 0, which it kills where rank 1 waits for it."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if not kill:
+        return
+    host = "import sys, time, torch.distributed as d; s = d.TCPStore('localhost', int(sys.argv[1]), None, True); time.sleep(99)"
+    store = subprocess.Popen([sys.executable, "-c", host, os.environ["MASTER_PORT"]])
+    require_equal = calibrate_stage.require_equal
+
+    def without_store(*arguments: Any) -> None:
+        store.kill()
+        store.wait()
+        require_equal(*arguments)
+
+    calibrate_stage.require_equal = without_store
+
+
+def test_the_loss_of_torchrun_is_no_defect_of_a_rank(case: Case, attempt: Attempt) -> None:
+    codes = go(attempt, 2, {rank: partial(meets_in_a_store_of_its_own, rank == 0) for rank in range(2)})
+    assert codes == [ENVIRONMENT, ENVIRONMENT], attempt.text
+    said = messages(attempt)
+    assert "Traceback" not in attempt.text and all("store at localhost:" in message for message in said), attempt.text
+    assert 1 <= len(said) <= 2  # they cannot agree who says it
 
 
 @pytest.mark.slow

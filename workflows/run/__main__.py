@@ -73,18 +73,18 @@ def main(arguments: list[str] | None = None) -> int:
             if ranks.failure is not None and ranks.failure.rank == ranks.rank:
                 traceback.print_exc()
             raise ended from None
-    except WorkflowError as error:
-        error = ranks.agree(error)
+    except (WorkflowError, KeyboardInterrupt) as end:  # Stopped may come while another error is handled
+        agreed = ranks.agree(end if isinstance(end, WorkflowError) else Interrupted("interrupted"))
         if ranks.speaks:
             if ranks.writes:
-                reporter.event("error", exit_code=error.exit_code, problems=error.problems)
+                reporter.event("error", exit_code=agreed.exit_code, problems=agreed.problems)
             elif run is not None:  # rank 0 is lost and cannot write the event that --status reads
-                run.directory.event("error", exit_code=error.exit_code, problems=error.problems)
+                run.directory.event("error", exit_code=agreed.exit_code, problems=agreed.problems)
             reporter.muted = False
-            reporter.say(f"error: {_shortened(error, options)}", "error")
+            reporter.say(f"error: {_shortened(agreed, options)}", "error")
             if options.json:
-                print_result(json.dumps(_result(run, error), indent=2))
-        return error.exit_code
+                print_result(json.dumps(_result(run, agreed), indent=2))
+        return agreed.exit_code
     finally:
         if run is not None:
             run.directory.close()
