@@ -42,6 +42,7 @@ _FUSED = (
     ("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"),
 )  # fmt: skip
 _GATE_UP, _GATES, _LINEAR = ("gate", "up"), ("B", "C", "x"), ("linear q", "linear k", "linear v")
+_MAMBA = tuple(f"mamba {part}" for part in ("z", "x", "B", "C", "dt"))  # mamba_mixer2.py
 #: Weights that the hub stores merged and that are several parts of one matrix in vLLM's class (0.32), by the type of the language
 #: model and their leaves. `tests/integration/test_wants.py` holds them against the class.
 _MERGED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -49,17 +50,26 @@ _MERGED: dict[str, dict[str, tuple[str, ...]]] = {
     "glm": {"gate_up_proj": _GATE_UP},
     "glm4": {"gate_up_proj": _GATE_UP},
     "granitemoeshared": {"input_linear": _GATE_UP},
+    "granitemoehybrid": {"in_proj": _MAMBA, "input_linear": _GATE_UP},
+    "nemotron_h": {"in_proj": _MAMBA},
+    "mamba2": {"in_proj": _MAMBA},
     "lfm2": {"in_proj": _GATES},
     "lfm2_moe": {"in_proj": _GATES},
     "qwen3_5_text": {"in_proj_qkv": _LINEAR},
     "qwen3_5_moe_text": {"in_proj_qkv": _LINEAR},
 }
-#: The fields whose product is the height of a part, up to a factor that all parts of its weight share.
+_MAMBA_HEADS = "mamba_num_heads|mamba_n_heads|num_heads"
+_MAMBA_STATES = ("mamba_n_groups|n_groups", "mamba_d_state|ssm_state_size|state_size")
+#: The fields whose product is the height of a part, up to a factor that all parts of its weight share; `a|b`: the first that the
+#: config has.
 _HEIGHTS: dict[str, tuple[str, ...]] = {
     "q": ("num_attention_heads",),
     **dict.fromkeys(("k", "v"), ("num_key_value_heads",)),
     **dict.fromkeys(("linear q", "linear k"), ("linear_num_key_heads", "linear_key_head_dim")),
     "linear v": ("linear_num_value_heads", "linear_value_head_dim"),
+    **dict.fromkeys(("mamba z", "mamba x"), (_MAMBA_HEADS, "mamba_head_dim|mamba_d_head|head_dim")),
+    **dict.fromkeys(("mamba B", "mamba C"), _MAMBA_STATES),
+    "mamba dt": (_MAMBA_HEADS,),
 }
 #: A number between the dots of a name: a block's, an expert's.
 _NUMBER = r"(?<=\.)\d+(?=\.|$)"
@@ -177,10 +187,13 @@ def _joined(tensors: Mapping[str, HubTensor]) -> tuple[tuple[str, tuple[str, ...
 
 def _merged(config: PreTrainedConfig) -> tuple[tuple[str, tuple[tuple[str, int], ...]], ...]:
     """`Family.merged`."""
-    return tuple(
-        (leaf, tuple((part, math.prod(getattr(config, field) for field in _HEIGHTS.get(part, ()))) for part in parts))
-        for leaf, parts in _MERGED.get(config.model_type, {}).items()
-    )
+
+    def height(part: str) -> int:
+        fields = (next(f for f in names.split("|") if hasattr(config, f)) for names in _HEIGHTS.get(part, ()))
+        return math.prod(getattr(config, field) for field in fields)
+
+    merged = _MERGED.get(config.model_type, {})
+    return tuple((leaf, tuple((part, height(part)) for part in parts)) for leaf, parts in merged.items())
 
 
 def _experts(stack: Stack) -> list[str]:

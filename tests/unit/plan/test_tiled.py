@@ -13,7 +13,7 @@ from calibration.plan.budget import BudgetTask
 from calibration.plan.tiled import stacked_heights, tiled_rows_problem
 from recipes.errors import RecipeError
 from tests.exported import plan_of, recipe
-from tests.models import standard, torn
+from tests.models import mamba, standard, torn
 
 
 @pytest.mark.parametrize("shape", torn.SHAPES)
@@ -39,6 +39,22 @@ def test_a_torn_part_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.
         "config_groups.experts: model.layers.0.self_attn.qkv_proj.weight: FP8_BLOCK needs M of k to be a multiple of 128, M of k "
         "is 192: vLLM stacks another weight below it; add the module to ignore (and 1 more like this)"
     ]
+
+
+@pytest.mark.parametrize("family", mamba.FAMILIES)
+def test_a_projection_of_mamba2_is_planned_in_tiles_by_its_five_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """The last part, a row for each head, may end anywhere."""
+    planned = {}
+    for states in (64, 96):
+        source = mamba.write(tmp_path / f"source-{states}", monkeypatch, family, states)
+        plan, formats = plan_of(source, recipe(source, tmp_path / "out", "Linear", "FP8_BLOCK", ignore=["lm_head"]))
+        module = next(name for name in formats.checkpoint.tensors if name.endswith("in_proj.weight"))[: -len(".weight")]
+        planned[states] = module in plan.quantized
+    assert planned == {64: True, 96: False}
+    heights = {"M of mamba z": 512, "M of mamba x": 512, "M of mamba B": 192, "M of mamba C": 192, "M of mamba dt": 8}
+    assert plan.family.merged_rows(module, 2 * 512 + 2 * 192 + 8) == heights
 
 
 def test_the_last_part_may_end_anywhere_but_not_that_of_an_expert(tmp_path: Path) -> None:
