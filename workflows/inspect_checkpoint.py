@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from calibration.checkpoint.collector import collector_paused
 from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
 from calibration.families.family import ROUTED, SHARED
@@ -32,6 +33,7 @@ from verify.report.tables import OutputConsole
 from workflows.source import resolve_source
 
 
+@collector_paused()
 def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, Any]:
     """A checkpoint's headers summarized as JSON: `patterns` (name pattern, count, dtype, stored format, shapes, bytes),
     `parts` (bytes), `problems` (how the tensors differ from what config.json promises), `blocks`, experts per block,
@@ -85,6 +87,7 @@ def describe_checkpoint(checkpoint: Checkpoint, formats: Formats) -> dict[str, A
     }
 
 
+@collector_paused()
 def describe_plan(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     """A plan as JSON: counts of actions, the action and its reason per name pattern, the predicted output."""
     rows: Counter[tuple[str, str, str]] = Counter()

@@ -27,6 +27,8 @@ _ENDS = tuple((name, re.compile(rf"\.(?:{ends})$")) for name, ends in (
     ("sparse-bitmask (compressed-tensors)", "bitmask"),
     ("MXFP4 of stacked experts (gpt-oss)", "experts\\.\\w+_blocks"),
 ))  # fmt: skip
+#: Any of them, or `qweight`: nearly every name is none.
+_ANY = re.compile("|".join(["\\.qweight$", *(ends.pattern for _, ends in _ENDS)]))
 #: What config.json may declare, and the kinds of stored weights that confirm it.
 _METHODS = {
     "fp8": {"fp8_tiles", "fp8_tensor", "fp8_channel", "mxfp4", "modelopt_nvfp4"},
@@ -51,7 +53,7 @@ _MODELOPT_CONFIG = "hf_quant_config.json"
 def foreign_formats(checkpoint: Checkpoint) -> list[str]:
     """One problem for each format among the tensors that cannot be dequantized here."""
     found: dict[str, list[str]] = defaultdict(list)
-    for name in checkpoint.tensors:
+    for name in filter(_ANY.search, checkpoint.tensors):
         if name.endswith(".qweight"):
             found[_packed_by(checkpoint, name)].append(name)
             continue

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calibration.checkpoint import nvfp4
+from calibration.checkpoint.collector import collector_paused
 from calibration.checkpoint.dequantize import INT4_PACKED, MXFP4_GROUP, StoredFormat, check_finite, dequantize
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, NVIDIA
 from calibration.checkpoint.foreign import REMEDY, foreign_formats
@@ -41,6 +42,7 @@ def logical_name(tensor: str) -> str:
 class Formats:
     """The stored format of every tensor of a checkpoint; reads tensors dequantized."""
 
+    @collector_paused()
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Finds every format from the headers. Raises SourceError, all at once, for low-bit weights without complete
         and fitting companions and for formats that cannot be dequantized here."""
@@ -55,7 +57,7 @@ class Formats:
             try:
                 self._formats[name] = self._detect(name, header)
             except SourceError as error:
-                problems += error.problems
+                problems += [f"{checkpoint.path(name)}: {name}: {problem}" for problem in error.problems]
         if problems:
             raise SourceError(collapsed(problems))
         self.companions = {scale for stored in self._formats.values() for scale in stored.companions.values()}
@@ -110,18 +112,17 @@ class Formats:
     def _detect(self, name: str, header: TensorHeader) -> StoredFormat:
         if len(header.shape) != 2:
             return StoredFormat("plain", header.shape)
-        where = f"{self.checkpoint.path(name)}: {name}"
         if name.endswith(".weight") and header.dtype == "F8_E4M3":
-            return self._fp8(where, header)
+            return self._fp8(header)
         if name.endswith(".weight") and header.dtype in ("I8", "U8"):
-            return self._four_bits(where, header)
+            return self._four_bits(header)
         if name.endswith(".weight_packed") and header.dtype == "U8":
             shape = (header.shape[0], header.shape[1] * 2)
-            companions = self._companions(where, module_of(name), COMPRESSED_TENSORS.companions)
+            companions = self._companions(header, COMPRESSED_TENSORS.companions)
             found = self._found(name, {"input_scale": COMPRESSED_TENSORS.input_scale})
             return StoredFormat("nvfp4", shape, companions | found)
         if name.endswith(".weight_packed") and header.dtype == "I32":
-            return self._int4(where, header)
+            return self._int4(header)
         return StoredFormat("plain", header.shape)
 
     def _found(self, name: str, leaves: dict[str, str]) -> dict[str, str]:
@@ -129,18 +130,19 @@ class Formats:
         found = {role: f"{module_of(name)}.{leaf}" for role, leaf in leaves.items()}
         return {role: companion for role, companion in found.items() if companion in self.checkpoint.tensors}
 
-    def _companions(self, where: str, module: str, leaves: dict[str, str]) -> dict[str, str]:
+    def _companions(self, header: TensorHeader, leaves: dict[str, str]) -> dict[str, str]:
+        module = module_of(header.name)
         missing = [leaf for leaf in leaves.values() if f"{module}.{leaf}" not in self.checkpoint.tensors]
         if missing:
-            raise SourceError(f"{where}: low-bit weight without {', '.join(missing)}; get a whole copy")
+            raise SourceError(f"low-bit weight without {', '.join(missing)}; get a whole copy")
         return {role: f"{module}.{leaf}" for role, leaf in leaves.items()}
 
-    def _fp8(self, where: str, header: TensorHeader) -> StoredFormat:
+    def _fp8(self, header: TensorHeader) -> StoredFormat:
         tensors, shape = self.checkpoint.tensors, header.shape
         spelled = (f"{module_of(header.name)}.{leaf}" for leaf in FP8_SCALES)
         scale = next((tensors[name] for name in spelled if name in tensors), None)
         if scale is None:
-            raise SourceError(f"{where}: F8_E4M3 weight without a scale (.scale, .weight_scale_inv or .weight_scale)")
+            raise SourceError("F8_E4M3 weight without a scale (.scale, .weight_scale_inv or .weight_scale)")
         further = self._found(header.name, {"input_scale": "input_scale", "input_bound": "input_scale_ub"})
         # Lookup tables have a scale for each part of a row, whatever tile the other weights have.
         tiles = (self._tile or _tile_of(shape, scale.shape), _row_group(shape, scale.shape))
@@ -154,12 +156,12 @@ class Formats:
                 return StoredFormat("fp8_channel", shape, {"channel_scale": scale.name} | further)
         declared = self._tile or (128, 128)
         raise SourceError(
-            f"{where}: F8_E4M3 {list(shape)} in tiles of {list(declared)} needs {list(_grid(shape, declared))} scales, per "
+            f"F8_E4M3 {list(shape)} in tiles of {list(declared)} needs {list(_grid(shape, declared))} scales, per "
             f"channel [{shape[0]}, 1], per tensor [1], in F32, BF16 or F16; {scale.name} is {scale.dtype} "
             f"{list(scale.shape)}; check weight_block_size in config.json"
         )
 
-    def _four_bits(self, where: str, header: TensorHeader) -> StoredFormat:
+    def _four_bits(self, header: TensorHeader) -> StoredFormat:
         """The format of a weight whose bytes each hold two E2M1 codes."""
         tensors, (rows, columns) = self.checkpoint.tensors, (header.shape[0], header.shape[1] * 2)
         leaves = {"mxfp4": "scale", **NVIDIA.companions, "input_scale": NVIDIA.input_scale}
@@ -168,7 +170,7 @@ class Formats:
         if mxfp4 is not None and mxfp4.dtype == "F8_E8M0":
             if mxfp4.shape != (rows, columns // MXFP4_GROUP) or columns % MXFP4_GROUP:
                 raise SourceError(
-                    f"{where}: MXFP4 {[rows, columns]} needs group scales [{rows}, {columns}/32], {mxfp4.name} has "
+                    f"MXFP4 {[rows, columns]} needs group scales [{rows}, {columns}/32], {mxfp4.name} has "
                     f"{list(mxfp4.shape)}"
                 )
             return StoredFormat("mxfp4", (rows, columns), {"group_scale": mxfp4.name})
@@ -180,7 +182,7 @@ class Formats:
             ) and not columns % nvfp4.GROUP
             if not fits or any((scale.dtype, scale.numel) != ("F32", 1) for scale in single):
                 raise SourceError(
-                    f"{where}: NVFP4 {[rows, columns]} of modelopt needs weight_scale F8_E4M3 [{rows}, {columns}/16], "
+                    f"NVFP4 {[rows, columns]} of modelopt needs weight_scale F8_E4M3 [{rows}, {columns}/16], "
                     f"weight_scale_2 and input_scale F32 [1]; found {group.dtype} {list(group.shape)} and "
                     f"{', '.join(f'{scale.dtype} {list(scale.shape)}' for scale in single)}"
                 )
@@ -191,9 +193,9 @@ class Formats:
             if int8
             else "has companions that match neither MXFP4 nor NVFP4"
         )
-        raise SourceError(f"{where}: {header.dtype} weight {why}; {REMEDY}")
+        raise SourceError(f"{header.dtype} weight {why}; {REMEDY}")
 
-    def _int4(self, where: str, header: TensorHeader) -> StoredFormat:
+    def _int4(self, header: TensorHeader) -> StoredFormat:
         """compressed-tensors' pack-quantized with 4 bits: eight values of a row in an int32, the first in the low bits,
         each with an offset of 8; scales `[M, K/group]`, optionally zero points packed along the rows and a group index
         for each column."""
@@ -205,10 +207,8 @@ class Formats:
                 if bits
                 else "no config group of integers, which would give num_bits"
             )
-            raise SourceError(
-                f"{where}: pack-quantized, and config.json has {said}; only num_bits 4 is supported; {REMEDY}"
-            )
-        companions = self._companions(where, module_of(header.name), {"group_scale": "weight_scale"}) | self._found(
+            raise SourceError(f"pack-quantized, and config.json has {said}; only num_bits 4 is supported; {REMEDY}")
+        companions = self._companions(header, {"group_scale": "weight_scale"}) | self._found(
             header.name, {"shape": "weight_shape", "zero_point": "weight_zero_point", "group_index": "weight_g_idx"}
         )
         scale = tensors[companions["group_scale"]]
@@ -220,7 +220,7 @@ class Formats:
             misfits.append(scale)
         if misfits:
             raise SourceError(
-                f"{where}: INT4 {[rows, columns]} needs scales [{rows}, groups] that divide it, zero points "
+                f"INT4 {[rows, columns]} needs scales [{rows}, groups] that divide it, zero points "
                 f"[{rows}/8, groups] and column groups [{columns}] of int32; "
                 f"{', '.join(f'{bad.name} is {bad.dtype} {list(bad.shape)}' for bad in misfits)}"
             )

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from calibration.checkpoint.collector import collector_paused
 from calibration.checkpoint.files import MissingFile, is_directory, is_file, open_regular, read_json_object
 from calibration.checkpoint.header import DTYPE_BYTES, TensorHeader, name_problem, read_header, shown_name
 from calibration.checkpoint.source_config import check_config
@@ -86,6 +87,7 @@ class Checkpoint:
         self.state = shard_state(directory, shards) if state is None else state
 
     @classmethod
+    @collector_paused()
     def open(cls, directory: Path) -> Checkpoint:
         """Opens `directory`, reading only its headers. Raises SourceError with every problem at once: no such
         directory, git-lfs pointers instead of files, no config.json, an index that names absent files or a path outside

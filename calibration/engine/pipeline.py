@@ -13,7 +13,7 @@ from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.core import LifecycleCallbacks, active_session
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.pipelines.registry import CalibrationPipeline
-from llmcompressor.utils.helpers import DisableQuantization, calibration_forward_context
+from llmcompressor.utils.helpers import DisableQuantization
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -27,6 +27,7 @@ from calibration.engine.run import CalibrationRun
 from calibration.engine.smoothing import SAMPLE
 from calibration.engine.walk import Walk
 from calibration.model.parity import parity_samples
+from calibration.model.tracing import forward_context
 from recipes.errors import RecipeError
 
 PIPELINE = "streaming_sequential"
@@ -82,10 +83,13 @@ def _execute(run: CalibrationRun, dataloader: DataLoader[Any], tracing_ignore: l
         if run.experts.top_up is not None:
             require_routing(run.source)
         require_mappings_inside_blocks(active_session().lifecycle.recipe.modifiers, run.source)
-        link_fused([model.get_submodule(name) for name in group] for group in run.fused)
+        named = model.named_modules(remove_duplicate=False)
+        # Empty if all modifiers attach observers block by block.
+        observed = {name: module for name, module in named if "weight_observer" in module._modules}
+        link_fused([observed[name] for name in group if name in observed] for group in run.fused)
         gc.collect()  # tracing leaves reference cycles of graphs
         run.calibrating = True
-        stack.enter_context(calibration_forward_context(model))
+        stack.enter_context(forward_context(model))
         stack.enter_context(DisableQuantization(model))
         session = active_session()
         session.state.loss_masks, session.state.sequential_prefetch = None, False

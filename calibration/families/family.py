@@ -9,13 +9,19 @@ vllm/models (0.32) for fused projections and serving names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 from calibration.checkpoint.stacks import Stack
 from calibration.families.encoding import Encoding
 from calibration.families.promised import Promise
+
+#: The most names whose places a family keeps; DeepSeek-V4-Pro has 145,116 tensors in 71,000 modules.
+MOST_PLACES = 1 << 19
+
+_Search = Callable[[str], re.Match[str] | None]
 
 ROUTED, SHARED, ROUTER = "routed expert", "shared expert", "router"
 
@@ -63,6 +69,16 @@ class FP8Dialect:
     built_plain: frozenset[str]
     tile: tuple[int, int] = (128, 128)
     config: tuple[tuple[str, Any], ...] = ()
+
+
+class _Searches(NamedTuple):
+    """The patterns of a family, compiled."""
+
+    mtp: _Search
+    block: _Search
+    expert: _Search
+    parts: tuple[tuple[str, _Search], ...]
+    renames: tuple[tuple[re.Pattern[str], str], ...]
 
 
 @dataclass(frozen=True)
@@ -137,11 +153,35 @@ class Family:
 
     def place(self, tensor: str) -> Place:
         """The place of a source tensor or module name."""
-        mtp = re.search(self.mtp, tensor) is not None
-        block = None if mtp else re.search(self.block, tensor)
-        expert = re.search(self.expert, tensor + ".")
-        part = next((part for part, pattern in self.parts if re.search(pattern, tensor)), "other")
+        found = self._places.get(tensor)
+        if found is None:
+            if len(self._places) >= MOST_PLACES:
+                self._places.clear()
+            found = self._places[tensor] = self._find_place(tensor)
+        return found
+
+    def _find_place(self, tensor: str) -> Place:
+        search = self._searches
+        mtp = search.mtp(tensor) is not None
+        block = None if mtp else search.block(tensor)
+        expert = search.expert(tensor + ".")
+        part = next((part for part, matches in search.parts if matches(tensor)), "other")
         return Place(int(block[1]) if block else None, part, int(expert[1]) if expert else None, mtp)
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        """What `place` has found: plan, tables, empty model and ranks all ask for the same names."""
+        return {}
+
+    @cached_property
+    def _searches(self) -> _Searches:
+        return _Searches(
+            re.compile(self.mtp).search,
+            re.compile(self.block).search,
+            re.compile(self.expert).search,
+            tuple((part, re.compile(pattern).search) for part, pattern in self.parts),
+            tuple((re.compile(pattern), replacement) for pattern, replacement in self.renames),
+        )
 
     def mtp_blocks(self, tensors: Iterable[str]) -> set[str]:
         """The numbers of the MTP blocks to which these source tensors belong."""
@@ -151,10 +191,11 @@ class Family:
     def model_name(self, name: str) -> str | None:
         """The name in transformers' module tree with linearized experts (llm-compressor's LinearExperts2D) of a source
         tensor or module; None if transformers has no such module (MTP)."""
-        if re.search(self.mtp, name):
+        if self._searches.mtp(name):
             return None
-        for pattern, replacement in self.renames:
-            name = re.sub(pattern, replacement, name)
+        for pattern, replacement in self._searches.renames:
+            if pattern.search(name):  # `sub` reads the replacement first
+                name = pattern.sub(replacement, name)
         return name
 
     def serving_names(self, module: str) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from calibration.forecast.speed import Machine, Spent
 from calibration.plan.budget import BudgetTask, Unit
 from recipes.budget import UNQUANTIZED
 
-#: CPU seconds per module with a weight until the empty model is there. Measured on the headers of V4-Pro: 19.2 s for 70,455.
-_SKELETON = 0.00027
+#: CPU seconds per module with a weight until the empty model is there. Measured on the headers of V4-Pro: 5.7 s for 70,455.
+_SKELETON = 0.00008
 #: Bytes for each value of a layer while its weight is rounded: it in float32, its absolute values, codes and both again.
 _ROUNDING = 16
 #: Products that oneDNN keeps compiled on a CPU, one for each shape and number of rows, and bytes of each. Measured: 216 MB on 4

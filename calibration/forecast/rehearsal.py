@@ -17,7 +17,6 @@ from compressed_tensors.utils import patch_attr
 from llmcompressor.args import DatasetArguments
 from llmcompressor.core import create_session
 from llmcompressor.modeling.moe.context import moe_calibration_context
-from llmcompressor.utils.helpers import calibration_forward_context
 
 from calibration.data.padding import without_padding
 from calibration.engine.activations import ActivationCache
@@ -27,6 +26,7 @@ from calibration.engine.results import Callbacks
 from calibration.engine.run import CalibrationRun
 from calibration.forecast.speed import Spent, Watch
 from calibration.model.source_model import SourceModel
+from calibration.model.tracing import forward_context
 from calibration.runs.memory import PeakMemory
 from recipes.errors import EnvironmentProblem, SourceError, WorkflowError
 
@@ -130,7 +130,7 @@ def _walk(
         samples = {0: cache.fetch(0)}
         passes = Passes(run, cache, run.trace(samples[0], DatasetArguments().tracing_ignore), samples)
         stack.enter_context(run.experts.installed())
-        stack.enter_context(calibration_forward_context(source.model))
+        stack.enter_context(forward_context(source.model))
         if all_experts:
             stack.enter_context(moe_calibration_context())
         number = 0

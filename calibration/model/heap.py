@@ -1,11 +1,9 @@
-"""What becomes of freed memory, and what the garbage collector looks at."""
+"""What becomes of freed memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
-from collections.abc import Iterator
 
 #: Parameters of glibc's mallopt (malloc.h) -> bytes. Below M_MMAP_THRESHOLD a tensor lies in the heap, whose end returns to the
 #: system from M_TRIM_THRESHOLD on. Untouched, glibc maps every tensor above 32 MiB, and trims what it freed at the end.
@@ -26,14 +24,3 @@ def trim_memory() -> None:
     """Returns freed heap pages to the system: otherwise glibc keeps them, and memory grows block by block."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-@contextlib.contextmanager
-def objects_frozen() -> Iterator[None]:
-    """Inside, the garbage collector leaves out the objects that exist now. Those of the imported libraries are half a
-    million, over which a full collection takes 0.27 CPU-s."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()

@@ -11,6 +11,7 @@ from llmcompressor.modeling.moe import helpers
 from llmcompressor.modeling.moe.linear_experts import ExpertMLPWithGate, LinearExperts2D
 from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from llmcompressor.modeling.moe.llama4 import Llama4LinearExperts
+from llmcompressor.utils.dev import skip_weights_initialize
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations.moe import _default_apply_gate
@@ -43,8 +44,11 @@ def linearize_experts(model: PreTrainedModel) -> None:
     parsed = cache(helpers.get_use_experts_implementation_args)
     with patch_attr(helpers, "get_use_experts_implementation_args", parsed):
         found = get_non_linearized_moes(model)
-    for name, experts in found:
-        model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
+    with (
+        skip_weights_initialize()
+    ):  # as llm-compressor makes them: random numbers for meta tensors take half of the time
+        for name, experts in found:
+            model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
 
 
 def _register(kind: type[nn.Module]) -> None:

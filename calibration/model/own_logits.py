@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.model.skeleton import build_skeleton
 from calibration.model.source_model import SourceModel, own_tensors, place
@@ -23,7 +24,7 @@ def own_logits(
     Rows of one length are computed together, without padding and without a cache. `directory` takes the config of the
     model, see `build_skeleton`, which raises SourceError.
     """
-    source = build_skeleton(checkpoint, directory, trust_remote_code)
+    source = build_skeleton(Formats(checkpoint), directory, trust_remote_code)
     _set_dtype(source.model, dtype)
     handles = [handle for block in source.blocks.values() for handle in _in_memory_while_it_runs(source, block)]
     outside = source.outside_blocks()

@@ -12,7 +12,7 @@ def scale_latents(model: nn.Module) -> None:
     transformers 5.17 the output of `q_b_proj`, vLLM 0.32 the weight of the norm before it (`scale_mla_lora_norms_on_load` of
     models/longcat_flash.py). The norm does it here. Keys and values have the same place in both."""
     for module in model.modules():
-        factor, norm = getattr(module, "mla_scale_q_lora", None), getattr(module, "q_a_layernorm", None)
+        factor, norm = vars(module).get("mla_scale_q_lora"), module._modules.get("q_a_layernorm")
         if isinstance(factor, float) and isinstance(norm, nn.Module):
             kind = type(norm)
             norm.__class__ = type(kind.__name__, (_Scaled, kind), {})

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedModel
 
 from calibration.checkpoint import native
+from calibration.checkpoint.collector import collector_paused
 from calibration.checkpoint.files import write_json, write_safely
 from calibration.checkpoint.formats import Formats, logical_name
 from calibration.checkpoint.index import CONFIG_NAME, Checkpoint
@@ -33,10 +34,11 @@ from calibration.plan.source_check import is_carried, is_left_out
 from recipes.errors import SourceError
 
 
+@collector_paused()
 def build_skeleton(
-    checkpoint: Checkpoint, run_directory: Path, trust_remote_code: bool, device: torch.device | None = None
+    formats: Formats, run_directory: Path, trust_remote_code: bool, device: torch.device | None = None
 ) -> SourceModel:
-    """Builds the empty model of `checkpoint` and matches each of its tensors with the source's headers.
+    """Builds the empty model of the checkpoint that has these `formats` and matches each of its tensors with the headers.
 
     Writes `<run_directory>/skeleton/config.json`, the source's config without `quantization_config`: llm-compressor
     reads the config that the model names on disk and refuses a quantized one. The compute dtype is BF16. Tensors that
@@ -45,8 +47,8 @@ def build_skeleton(
     that transformers cannot build and, all at once, for model tensors without a source, source tensors (outside MTP)
     without a destination, and shapes that differ.
     """
+    checkpoint = formats.checkpoint
     family = family_of(checkpoint.config, str(checkpoint.directory / CONFIG_NAME), checkpoint.tensors)
-    formats = Formats(checkpoint)
     if family.not_calibrated:
         raise SourceError(f"{checkpoint.directory}: {family.not_calibrated}")
     _check_padding(checkpoint)
@@ -59,7 +61,7 @@ def build_skeleton(
     divide(model, family, formats)
     sources = _match(model, checkpoint, formats, family)
     _set_dtypes(model, checkpoint, sources)
-    return SourceModel(model, formats, family, sources, device)
+    return SourceModel(model.eval(), formats, family, sources, device)
 
 
 def _clean_config(checkpoint: Checkpoint, family: Family, run_directory: Path, trust_remote_code: bool) -> Path:
@@ -89,12 +91,13 @@ def _empty_model(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
     # Non-persistent buffers (rotary frequencies) are computed by the constructor and must be real.
     with init_empty_weights(include_buffers=False), _EmptyOnMeta():
         model = _built(directory, trust_remote_code)
+    with _EmptyOnMeta():
         linearize_experts(model)
-        scale_latents(model)
+    scale_latents(model)
     for module in model.modules():
         for leaf, tensor in list(own_tensors(module)):
             place(module, leaf, tensor.detach().to("meta"))
-    return model.eval()
+    return model
 
 
 def _built(directory: Path, trust_remote_code: bool) -> PreTrainedModel:
@@ -195,7 +198,8 @@ def _set_dtypes(model: PreTrainedModel, checkpoint: Checkpoint, sources: dict[st
             is_f32 = checkpoint.tensors[sources[full]].dtype == "F32"
             stays = is_f32 and "norm" not in type(module).__name__.lower() and any(part in full for part in kept)
             dtype = torch.float32 if stays else torch.bfloat16
-            place(module, leaf, torch.empty_like(tensor, dtype=dtype, device="meta"))
+            if tensor.dtype != dtype:
+                place(module, leaf, torch.empty_like(tensor, dtype=dtype, device="meta"))
 
 
 def _some(names: list[str], most: int = 4) -> str:

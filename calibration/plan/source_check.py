@@ -17,17 +17,18 @@ from calibration.families.promised import CARRIED, LEFT_OUT, Wanted
 from calibration.families.registry import expected_tensors
 
 _SHOWN = 3
+_LEFT_OUT, _CARRIED = re.compile(LEFT_OUT), re.compile(CARRIED)
 
 
 def is_left_out(name: str) -> bool:
     """Whether a tensor is a table that every loader computes (rotary frequencies of old exports) and the output
     omits."""
-    return re.search(LEFT_OUT, name) is not None
+    return _LEFT_OUT.search(name) is not None
 
 
 def is_carried(name: str) -> bool:
     """Whether loaders know a tensor that no config promises (scales of the KV cache): the output keeps it."""
-    return re.search(CARRIED, name) is not None
+    return _CARRIED.search(name) is not None
 
 
 def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[str]]:
@@ -39,11 +40,12 @@ def contradictions(formats: Formats, family: Family) -> tuple[list[str], list[st
     wanted, lacking = expected_tensors(checkpoint.config, checkpoint.tensors)
     if lacking:
         return [f"{where}: {problem}" for problem in lacking], []
-    wanted = {name: want for name, want in wanted.items() if not re.search(family.mtp, name)}
+    mtp = re.compile(family.mtp).search
+    wanted = {name: want for name, want in wanted.items() if not mtp(name)}
     stored = {
         logical_name(name): name
         for name in checkpoint.tensors
-        if name not in formats.companions and not (is_left_out(name) or is_carried(name) or re.search(family.mtp, name))
+        if name not in formats.companions and not (is_left_out(name) or is_carried(name) or mtp(name))
     }
     model = f"the {checkpoint.config.get('model_type')} model built from config.json"
     unknown = [stored[name] for name in stored if name not in wanted]

@@ -20,7 +20,7 @@ def assign_owners(plan: Plan, size: int) -> dict[str, int]:
     loads: dict[int | None, list[int]] = {}
     owners: dict[str, int] = {}
     for module, step in plan.quantized.items():
-        load = loads.setdefault(plan.family.place(module).block, [0] * size)
+        load = loads.setdefault(plan.family.place(step.source).block, [0] * size)
         owner = owners.setdefault(leader.get(module, module), load.index(min(load)))
         owners[module] = owner
         load[owner] += sum(output.nbytes for output in step.outputs)

@@ -162,7 +162,7 @@ def evaluate(bench: Bench, output: Path | None, weights: bool = True, inputs: bo
     ones); BF16 without an output, which also fills `bench.states`."""
     found = Result({}, {}, {})
     with TemporaryDirectory() as work:
-        original = build_skeleton(Checkpoint.open(bench.source), Path(work), False, torch.device("cpu"))
+        original = build_skeleton(Formats(Checkpoint.open(bench.source)), Path(work), False, torch.device("cpu"))
         hooks: dict[nn.Linear, Any] = {}
         filled, smoothed = original, None
         if output is not None:

@@ -104,7 +104,7 @@ def evaluate(bench: Bench, nearest: Path, chosen: dict[str, str]) -> Result:
     """Loss with the modules `chosen` in their schemes and the others in BF16; `nearest` has all of them in NVFP4."""
     found = Result({}, {}, {})
     with TemporaryDirectory() as work:
-        original = build_skeleton(Checkpoint.open(bench.source), Path(work), False, torch.device("cpu"))
+        original = build_skeleton(Formats(Checkpoint.open(bench.source)), Path(work), False, torch.device("cpu"))
         formats = Formats(Checkpoint.open(nearest))
         emulated = forward._of_output(original, formats)
         scales = {name: (module, scale) for module, (name, scale) in scaled_layers(original, emulated, formats).items()}

@@ -23,7 +23,7 @@ HOURS = 3600
 
 
 #: CPU-seconds a GB of SHA-256, and before the first forward pass of V4-Pro (docs/measurements.md, docs/cost-model.md).
-SHA256, START = 0.602, 46.1
+SHA256, START = 0.602, 16.6
 
 
 def operations(sizes: Sizes, tokens: int, everything: bool, shown: float = 1.0) -> tuple[float, float]:

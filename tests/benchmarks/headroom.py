@@ -109,7 +109,7 @@ def paired(found: list[float], base: list[float]) -> str:
 def measure(source: Path, outputs: dict[int, Path], tokens: list[torch.Tensor]) -> None:
     """Prints a row for each number of samples and each headroom."""
     with TemporaryDirectory() as work, torch.no_grad():
-        original = build_skeleton(Checkpoint.open(source), Path(work), False, torch.device("cpu"))
+        original = build_skeleton(Formats(Checkpoint.open(source)), Path(work), False, torch.device("cpu"))
         formats = {samples: Formats(Checkpoint.open(output)) for samples, output in outputs.items()}
         emulated = {samples: forward._of_output(original, found) for samples, found in formats.items()}
         layers = {s: scaled_layers(original, emulated[s], formats[s]) for s in outputs}

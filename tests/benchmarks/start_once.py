@@ -62,7 +62,7 @@ def start(source: Path, recipe_path: Path, work: Path) -> dict[str, float]:
     describe_plan(plan, formats.checkpoint)
     done("describe")
     took["peak_planned"] = _memory("VmHWM")
-    model = build_skeleton(formats.checkpoint, work, False)
+    model = build_skeleton(formats, work, False)
     done("skeleton")
     batch = {"input_ids": torch.arange(2, 34).reshape(1, 32), "attention_mask": torch.ones(1, 32, dtype=torch.long)}
     batches = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4PreTrainedModel
 
+from calibration.checkpoint.formats import Formats
 from calibration.data.padding import without_padding
 from calibration.engine.oneshot import calibrate, quiet
 from calibration.engine.results import BlockResult, CalibrationSummary, Callbacks
@@ -122,7 +123,7 @@ def recipe(name: str, modifiers: list[dict[str, Any]] | None = None, **sections:
 
 
 def skeleton(name: str) -> SourceModel:
-    return build_skeleton(open_source(model_directory(name)), Path(_root().name) / f"{name}.run", False)
+    return build_skeleton(Formats(open_source(model_directory(name))), Path(_root().name) / f"{name}.run", False)
 
 
 def ours(

@@ -50,7 +50,7 @@ class Measured:
         made = recipe(source, root / "out", TARGETED.get(name, LINEAR), budget=asked)
         self.units = BudgetTask.of(made, formats).units
         self.batches = list(load_batches(TEXT, load_tokenizer(source, False), source_directory=source).batches)
-        self.model: SourceModel = build_skeleton(formats.checkpoint, root / f"{name}-work", False, torch.device("cpu"))
+        self.model: SourceModel = build_skeleton(formats, root / f"{name}-work", False, torch.device("cpu"))
         self.loaded = self.predicted = 0
         load, blocks = self.model.load, set(self.model.blocks.values())
 

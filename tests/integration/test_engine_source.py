@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
 from safetensors.torch import load_file, save_file
 
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.data.batches import embedding_rows
 from calibration.engine.experts import ExpertCalibration
@@ -44,6 +46,17 @@ def test_loaded_model_equals_transformers_own_load(name: str) -> None:
     for key, value in mine.items():
         assert (value.dtype, value.shape) == (theirs[key].dtype, theirs[key].shape), key
         assert torch.equal(value, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", [*STANDARD, *STORED])
+def test_an_empty_model_is_as_llm_compressor_would_make_it(name: str) -> None:
+    """In eval mode and without experts of three dimensions: the engine does not let it look for either."""
+    source = skeleton(name)
+    assert get_non_linearized_moes(source.model) == []
+    assert not any(module.training for module in source.model.modules())
+    modules = source.modules_of(source.model_modules())
+    assert modules == {name: source.model.get_submodule(own) for name, own in source.model_modules().items()}
+    assert source.modules_of(["nowhere"]) == {}
 
 
 def test_only_what_is_asked_for_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +118,7 @@ def test_all_mismatches_are_told_at_once(tmp_path: Path) -> None:
         add="model.layers.0.mlp.unknown.weight",
     )
     with pytest.raises(SourceError) as caught:
-        build_skeleton(checkpoint, tmp_path / "run", False)
+        build_skeleton(Formats(checkpoint), tmp_path / "run", False)
     message = str(caught.value)
     assert "model.layers.0.mlp.up_proj.weight" in message
     assert "have no source tensor" in message and "model.layers.2." in message
@@ -128,7 +141,7 @@ def test_a_config_that_transformers_cannot_build_is_one_message(
 ) -> None:
     checkpoint = changed(tmp_path / "llama", "llama", config)
     with pytest.raises(SourceError, match=message) as raised:
-        build_skeleton(checkpoint, tmp_path / "run", False)
+        build_skeleton(Formats(checkpoint), tmp_path / "run", False)
     assert len(raised.value.problems) == 1
 
 
@@ -238,4 +251,4 @@ def test_a_run_on_the_gpu_agrees_with_the_cpu(name: str) -> None:
 
 def _skeleton_on(name: str, device: torch.device) -> SourceModel:
     source = skeleton(name)
-    return build_skeleton(source.formats.checkpoint, Path(source.model.config.name_or_path).parent, False, device)
+    return build_skeleton(source.formats, Path(source.model.config.name_or_path).parent, False, device)

@@ -86,7 +86,7 @@ def test_empty_model_of_real_shapes_allocates_nothing_large(hollow: Path) -> Non
     plan = make_plan(checkpoint, Formats(checkpoint), load_recipe(RECIPE, []))
     assert len(plan.quantized) == sizes.layers * sizes.experts * 3
     with _Allocations() as allocations:
-        model = build_skeleton(checkpoint, hollow / "run", False).model
+        model = build_skeleton(Formats(checkpoint), hollow / "run", False).model
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert 0 < allocations.largest < 10e6
 
@@ -115,7 +115,6 @@ def test_an_engram_table_of_v41_is_copied_in_pieces(hollow: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_v41_in_nvidia_s_dialect_is_as_large_as_nvidia_s_own(hollow: Path) -> None:
     """nvidia/DeepSeek-V4.1-Flash-NVFP4 (revision 3431dde): 188,245 tensors, 527.27 GB by the headers of its shards."""
     source = write(hollow / "v41", MODELS["v4.1-flash"])
@@ -126,7 +125,8 @@ def test_v41_in_nvidia_s_dialect_is_as_large_as_nvidia_s_own(hollow: Path) -> No
     assert round(plan.output_bytes / 1e9, 2) == 527.27
 
 
-def test_v4_pro_plans_in_a_minute_and_initialises_in_two_gigabytes(hollow: Path) -> None:
+def test_v4_pro_starts_in_half_a_minute_and_two_gigabytes(hollow: Path) -> None:
+    """CPU-seconds, twice those of docs/cost-model.md."""
     source = write(hollow / "pro", ProSizes())
     command = [sys.executable, "-m", "tests.benchmarks.start_once", str(source), str(RECIPE), str(hollow / "run")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -134,5 +134,7 @@ def test_v4_pro_plans_in_a_minute_and_initialises_in_two_gigabytes(hollow: Path)
     took = json.loads(done.stdout.splitlines()[-1])
     assert took["linears"] == 61 * 384 * 3
     assert took["parameters"] > 1.57e12
-    assert sum(took[part] for part in ("open", "plan", "digest", "describe")) < 60
+    planned = sum(took[part] for part in ("open", "plan", "digest", "describe"))
+    assert planned < 15, took
+    assert planned + took["skeleton"] + took["session"] < 32, took
     assert took["peak"] < 2e9, took

@@ -179,7 +179,7 @@ def rehearse(directory: Path, source: Path, **options: Any) -> Any:
         source_directory=source,
     )
     with quiet(lambda event: None):
-        model = build_skeleton(Checkpoint.open(source), directory, False)
+        model = build_skeleton(Formats(Checkpoint.open(source)), directory, False)
         return model, rehearse_blocks(model, data.batches, True, directory / "scratch", **options)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.model.skeleton import build_skeleton
 from tests.models.storage import generator, normal
@@ -27,7 +28,7 @@ STEPS, TOKENS, RATE = 150, 1024, 2e-3
 def mlp_inputs(dense: Path, windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What enters the MLP of each block of the Llama `dense`, BF16 `[tokens, hidden]`, over int64 `[1, tokens]` windows."""
     with TemporaryDirectory() as work:
-        source = build_skeleton(Checkpoint.open(dense), Path(work), False, torch.device("cpu"))
+        source = build_skeleton(Formats(Checkpoint.open(dense)), Path(work), False, torch.device("cpu"))
         source.load([*source.outside_blocks(), *source.blocks.values()])
         seen = [Seen() for _ in source.blocks]
         for block, one in zip(source.blocks.values(), seen, strict=True):

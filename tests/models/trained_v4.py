@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.data.batches import load_tokenizer
 from calibration.data.table import BUNDLED
@@ -54,7 +55,7 @@ def train(steps: int, rows: int = 4, length: int = 256, report: Report = print) 
             torch.tensor(tokenizer("\n\n".join(part), verbose=False)["input_ids"], dtype=torch.int64)
             for part in texts()
         )
-        skeleton = build_skeleton(Checkpoint.open(source), Path(work), False, torch.device("cpu"))
+        skeleton = build_skeleton(Formats(Checkpoint.open(source)), Path(work), False, torch.device("cpu"))
         skeleton.load([skeleton.model])
     model = skeleton.model.float()
     parameters = [parameter.requires_grad_(True) for parameter in model.parameters() if parameter.is_floating_point()]

@@ -189,7 +189,7 @@ def measure_blocks(
     beginning = help_text()[: samples * length * _CHARACTERS]
     unseen = list(text_batches(beginning, wanted, tokenizer, source_directory=source.directory).batches)
     with TemporaryDirectory(prefix="verify-forward-") as work, torch.no_grad():
-        original = build_skeleton(source, Path(work), trust_remote_code)
+        original = build_skeleton(Formats(source), Path(work), trust_remote_code)
         output = Formats(as_compressed_tensors(open_source(directory)))
         emulated = _of_output(original, output)
         outside = original.outside_blocks()

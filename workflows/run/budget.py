@@ -162,7 +162,7 @@ def _measure(run: Run, budget: BudgetTask) -> Errors:
     saved = Saved(run.directory.path / STATE, run.directory.path / HEAD, key)
     with TemporaryDirectory() as work, run.interrupts.deferring():
         with quiet(lambda event: None):
-            model = build_skeleton(source, Path(work), trusted, run.ranks.device)
+            model = build_skeleton(budget.formats, Path(work), trusted, run.ranks.device)
         return measure(budget.units, model, list(data.batches), saved, partial(_report_step, run))
 
 

@@ -103,7 +103,7 @@ def _calibrate(run: Run, data: CalibrationData, blocks: _Blocks) -> CalibrationS
         skeleton = run.directory.path if ranks.writes else Path(stack.enter_context(TemporaryDirectory()))
         with quiet(blocks.on_progress):
             model = run.prepared.model or build_skeleton(
-                task.source, skeleton, task.recipe.source.trust_remote_code, ranks.device
+                task.formats, skeleton, task.recipe.source.trust_remote_code, ranks.device
             )
         stack.enter_context(run.interrupts.deferring())
         stack.enter_context(run.reporter.counting("calibrating blocks", len(model.blocks), len(resume.finished)))

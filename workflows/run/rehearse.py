@@ -200,7 +200,7 @@ def _calibration(run: Run, attempts: _Attempts) -> dict[str, Any]:
             # If an early check failed, there is no run directory, and none is created.
             place = Path(folder) if run.reporter.directory is None else run.directory.path
             model = attempts.of(
-                lambda: build_skeleton(source, place, recipe.source.trust_remote_code, run.ranks.device)
+                lambda: build_skeleton(run.task.formats, place, recipe.source.trust_remote_code, run.ranks.device)
             )
             if model is not None:
                 attempts.of(lambda: build_modifiers(run.task, model))

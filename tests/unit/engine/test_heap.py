@@ -7,7 +7,9 @@ import subprocess
 import sys
 import weakref
 
-from calibration.model.heap import objects_frozen
+import pytest
+
+from calibration.checkpoint.collector import collector_paused, objects_frozen
 
 #: Ten times 40 MiB, above what glibc would ever keep in its heap: prints the page faults of all but the first.
 FAULTS = """
@@ -42,6 +44,24 @@ def cycle() -> weakref.ref[Node]:
     left, right = Node(), Node()
     left.other, right.other = right, left
     return weakref.ref(left)
+
+
+def test_nothing_is_collected_while_the_collector_is_paused_and_it_is_as_before_afterwards() -> None:
+    @collector_paused()
+    def failing() -> None:
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+        raise ValueError
+
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            with pytest.raises(ValueError):
+                failing()
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
 
 
 def test_only_what_is_made_inside_is_collected_inside() -> None:

@@ -193,7 +193,7 @@ def test_targets_bear_the_names_under_which_vllm_looks_modules_up(tmp_path: Path
 def test_minimax_m2_rotates_the_part_of_a_head_that_its_config_names(tmp_path: Path) -> None:
     source = Checkpoint.open(any_family.write(tmp_path / "source", "minimax_m2"))
     assert (source.config["rotary_dim"], source.config["head_dim"]) == (32, 64)
-    model = build_skeleton(source, tmp_path / "run", False).model
+    model = build_skeleton(Formats(source), tmp_path / "run", False).model
     cos, _ = model.get_submodule("model.rotary_emb")(torch.zeros(1), torch.arange(4)[None])
     assert cos.shape[-1] == 32
 
@@ -204,7 +204,9 @@ def test_mimo_v2_flash_rotates_by_the_bases_and_the_share_that_its_config_names(
     own = {"rope_theta": 90000.0, "swa_rope_theta": 400.0, "partial_rotary_factor": 0.5}
     assert "rope_parameters" not in config and all(config[key] != value for key, value in own.items())
     (source / "config.json").write_text(json.dumps(config | own))
-    rotary = build_skeleton(Checkpoint.open(source), tmp_path / "run", False).model.get_submodule("model.rotary_emb")
+    rotary = build_skeleton(Formats(Checkpoint.open(source)), tmp_path / "run", False).model.get_submodule(
+        "model.rotary_emb"
+    )
     for kind, base in (("full_attention", 90000.0), ("sliding_attention", 400.0)):
         frequencies = rotary.get_buffer(f"{kind}_inv_freq")
         assert len(frequencies) == config["head_dim"] * 0.5 / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -66,6 +67,17 @@ def test_mtp_blocks_that_follow_the_others_are_told_from_them_by_the_config() ->
         "model.layers.3.embed_tokens.weight",
         "model.layers.3.shared_head.head.weight",
     }  # not in GLM-4.6
+
+
+def test_places_are_found_once_and_no_more_are_kept_than_a_large_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(expected_tensors(standard.config("glm4_moe"))[0])
+    family = replace(family_of(standard.config("glm4_moe")))  # what others have asked for is not in a copy
+    found = [family.place(name) for name in names]
+    assert all(family.place(name) is place for name, place in zip(names, found, strict=True))
+    monkeypatch.setattr("calibration.families.family.MOST_PLACES", 10)
+    bounded = replace(family)
+    assert [bounded.place(name) for name in names] == found
+    assert len(bounded._places) <= 10 < len(names)
 
 
 def test_mtp_blocks_are_counted_by_the_numbers_in_their_names() -> None:

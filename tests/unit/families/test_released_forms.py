@@ -213,7 +213,7 @@ def test_calibration_of_a_model_without_code_is_refused_with_the_way_that_works(
     with pytest.raises(RecipeError, match=r"method: calibrate: .* no code of deepseek_v41.*use method: convert"):
         plan_of(sources["v41"], recipe(sources["v41"], tmp_path / "out", ROUTED, export={"kept": "plain"}))
     with pytest.raises(SourceError, match="no code of deepseek_v41") as raised:
-        build_skeleton(Checkpoint.open(sources["v41"]), tmp_path, False)
+        build_skeleton(Formats(Checkpoint.open(sources["v41"])), tmp_path, False)
     assert "correct the source" not in str(raised.value)
     checks, blocks = verify_forward(tmp_path, Checkpoint.open(sources["v41"]), Fidelity(), None)
     assert blocks == [] and {check.verdict for check in checks} == {"UNCHECKED"}

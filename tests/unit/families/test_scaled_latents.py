@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.model.scaled_latents import scale_latents
 from calibration.model.skeleton import build_skeleton
@@ -39,6 +40,6 @@ def test_the_factor_of_queries_is_before_their_projection() -> None:
 
 def test_a_model_that_is_calibrated_has_its_factors_before_the_projections(tmp_path: Path) -> None:
     source = Checkpoint.open(any_family.write(tmp_path / "source", "longcat_flash"))
-    model = build_skeleton(source, tmp_path / "work", False, torch.device("cpu")).model
+    model = build_skeleton(Formats(source), tmp_path / "work", False, torch.device("cpu")).model
     attentions = [module for module in model.modules() if hasattr(module, "mla_scale_q_lora")]
     assert [(a.mla_scale_q_lora, a.q_a_layernorm.factor) for a in attentions] == [(1.0, 2.0)] * 4

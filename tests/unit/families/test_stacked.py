@@ -226,7 +226,7 @@ def test_a_model_s_own_stacks_are_read_where_transformers_writes_single_experts(
 
 def test_tiles_of_a_stack_are_those_of_its_experts(tmp_path: Path) -> None:
     source = open_source(any_family.write(tmp_path / "source", "step3p7", form="fp8_stacks"))
-    built = build_skeleton(source, tmp_path, False)
+    built = build_skeleton(Formats(source), tmp_path, False)
     experts = built.model.get_submodule("model.layers.2.mlp.experts")
     built.load([experts])
     stored = load_file(source.directory / "model.safetensors")
@@ -254,7 +254,7 @@ def test_a_tile_with_values_of_two_projections_is_no_scale_of_one() -> None:
 
 def test_one_scale_of_a_stack_is_that_of_each_expert(tmp_path: Path) -> None:
     source = open_source(any_family.write(tmp_path / "source", "llama4_text", form="fp8_modelopt_stacks"))
-    built = build_skeleton(source, tmp_path, False)
+    built = build_skeleton(Formats(source), tmp_path, False)
     experts = built.model.get_submodule("model.layers.1.feed_forward.experts")
     built.load([experts])
     stored = load_file(source.directory / "model.safetensors")

@@ -79,7 +79,7 @@ def test_what_lies_beside_the_language_model_is_copied(sources: dict[str, Path],
 @pytest.mark.parametrize("family", wrappers.WRAPPERS)
 def test_the_language_model_alone_is_built_and_filled(sources: dict[str, Path], tmp_path: Path, family: str) -> None:
     source = open_source(sources[family])
-    model = build_skeleton(source, tmp_path, False)
+    model = build_skeleton(Formats(source), tmp_path, False)
     grammar = family_of(source.config, names=source.tensors)
     beside = {name for name in source.tensors if grammar.place(name).part in ("vision tower", "projector")}
     assert len(model.blocks) == language_config(source.config)["num_hidden_layers"]
@@ -130,7 +130,7 @@ def test_a_model_type_that_only_its_architecture_explains_is_derived(tmp_path: P
     task = made(source, tmp_path)
     assert task.family.place("model.layers.1.mlp.experts.7.up_proj.weight").part == "routed expert"
     assert {task.formats.of(step.source).kind for step in task.plan.quantized.values()} >= {"fp8_tiles"}
-    assert build_skeleton(task.source, tmp_path, False).model.config.model_type == "deepseek_v3"
+    assert build_skeleton(task.formats, tmp_path, False).model.config.model_type == "deepseek_v3"
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -168,7 +168,7 @@ def test_a_quantization_that_the_language_model_s_config_declares_is_read_and_re
 
 def test_layers_that_transformers_joins_are_the_source_s_modules(sources: dict[str, Path], tmp_path: Path) -> None:
     source = Checkpoint.open(sources["minimax_m3_vl"])
-    built = build_skeleton(source, tmp_path, False)
+    built = build_skeleton(Formats(source), tmp_path, False)
     mlp = "language_model.model.layers.0.mlp"
     leaves = ["gate_proj", "up_proj"]
     assert [built.source_module(f"model.layers.0.mlp.gate_up_proj.{leaf}") for leaf in leaves] == [
@@ -187,7 +187,7 @@ def test_layers_that_transformers_joins_are_the_source_s_modules(sources: dict[s
 
 def test_convolutions_that_transformers_joins_are_the_source_s_modules(tmp_path: Path) -> None:
     source = Checkpoint.open(any_family.write(tmp_path / "source", "olmo_hybrid"))
-    built = build_skeleton(source, tmp_path, False)
+    built = build_skeleton(Formats(source), tmp_path, False)
     joined = built.model.get_submodule("model.layers.0.linear_attn.conv1d")
     built.load([joined])
     loaded = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.bfloat16)

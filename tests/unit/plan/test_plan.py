@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +253,21 @@ def test_the_plan_is_deterministic_and_its_digest_sees_the_recipe(sources: dict[
     one, two = make(sources["fp8"]), make(sources["fp8"])
     assert one.digest == two.digest
     assert make(sources["fp8"], export={"kept": "plain"}).digest != one.digest
+
+
+def test_the_digest_is_that_of_runs_before_it_was_computed_without_copies(sources: dict[str, Path]) -> None:
+    """A run that was started by an older release is resumed only if the digest is the same."""
+    linear = {"QuantizationModifier": {"targets": ["Linear"], "ignore": ["lm_head"], "scheme": "NVFP4"}}
+    for plan in (make(sources["fp8_mxfp4"]), make(sources["llama"], modifiers=[{"AWQModifier": None}, linear])):
+        body = {
+            "family": plan.family.name,
+            "steps": [asdict(step) for step in plan.steps.values()],
+            "shards": [asdict(shard) for shard in plan.shards],
+            "groups": {name: scheme.name for name, scheme in plan.groups.items()},
+            "input_global_scale": plan.input_global_scale,
+        } | ({"smoothed": [asdict(site) for site in plan.smoothed]} if plan.smoothed else {})
+        assert plan.digest == hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    assert plan.smoothed
 
 
 @pytest.mark.parametrize("stored", ["bf16", "fp8_mxfp4"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from calibration.checkpoint import native
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.model.skeleton import build_skeleton
 from calibration.runs import row_invariance as products
@@ -75,7 +76,7 @@ def test_a_torch_built_for_cuda_computes_on_the_cpu_where_no_gpu_is(
     assert probe.device == device_name() and probe.device.startswith("cpu ")
     assert object.__new__(torchrun._Connected).device is None
     source = Checkpoint.open(deepseek_v4.write(tmp_path / "source", "bf16"))
-    assert build_skeleton(source, tmp_path, False).device == native.computing_device() == torch.device("cpu")
+    assert build_skeleton(Formats(source), tmp_path, False).device == native.computing_device() == torch.device("cpu")
     assert native.computing_device(torch.device("meta")) == torch.device("meta")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from calibration.checkpoint.formats import Formats
 from calibration.checkpoint.index import Checkpoint
 from calibration.checkpoint.permissions import refuse_outside, requests, without_choices
 from calibration.data.batches import load_tokenizer
@@ -181,7 +182,7 @@ def test_a_config_does_not_choose_what_computes_a_layer(pair: tuple[Path, Path],
     source = Path(shutil.copytree(pair[0], tmp_path / "source"))
     (source / "own.py").write_text("raise SystemExit('executed')\n")
     config(lambda c: c.update(attn_implementation="evil/kernel", experts_implementation="evil/kernel"))(source)
-    build_skeleton(Checkpoint.open(source), tmp_path / "run", False)
+    build_skeleton(Formats(Checkpoint.open(source)), tmp_path / "run", False)
     written = json.loads((tmp_path / "run" / "skeleton" / "config.json").read_text())
     assert "evil/kernel" not in json.dumps(written) and not (tmp_path / "run" / "skeleton" / "own.py").exists()
     assert without_choices({"a": [{"_attn_implementation": "x", "b": 1}]}) == {"a": [{"b": 1}]}
