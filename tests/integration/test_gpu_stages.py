@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,34 @@ def test_what_is_packed_is_what_the_other_machine_lacks() -> None:
     } <= lacking.keys()
     assert not lacking.keys() & {"torch", "transformers", "triton", "numpy"}
     assert "torch" in pack.lacking([name for name in pack.THERE if name != "torch"])
+
+
+def wheel(directory: Path, name: str, tag: str) -> None:
+    """Writes a wheel of `name` 1.0 that holds nothing but what pip reads."""
+    with zipfile.ZipFile(directory / f"{name}-1.0-{tag}.whl", "w") as file:
+        file.writestr(f"{name}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        file.writestr(f"{name}-1.0.dist-info/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {tag}\n")
+        file.writestr(f"{name}-1.0.dist-info/RECORD", "")
+
+
+@pytest.mark.parametrize(("options", "machine"), [([], "x86_64"), (["--machine", "aarch64"], "aarch64")])
+def test_the_pack_has_the_wheels_of_the_named_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], machine: str
+) -> None:
+    """By pip itself, out of a folder that stands for the index."""
+    index = tmp_path / "index"
+    index.mkdir()
+    for built, release in (("compiled", "2_28"), ("older", "2_17")):
+        for other in ("x86_64", "aarch64"):
+            wheel(index, built, f"cp312-cp312-manylinux_{release}_{other}")
+    wheel(index, "pure", "py3-none-any")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setattr(pack, "lacking", lambda there: dict.fromkeys(("compiled", "older", "pure"), "1.0"))
+    monkeypatch.setattr(sys, "argv", ["pack", str(tmp_path / "pack"), *options])
+    pack.main()
+    assert {path.name for path in (tmp_path / "pack" / "wheels").iterdir()} == {
+        f"compiled-1.0-cp312-cp312-manylinux_2_28_{machine}.whl",
+        f"older-1.0-cp312-cp312-manylinux_2_17_{machine}.whl",
+        "pure-1.0-py3-none-any.whl",
+    }
