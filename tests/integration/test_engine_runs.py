@@ -205,10 +205,9 @@ def test_gptq_corrects_weights_and_the_next_block_sees_them() -> None:
 
 
 def test_gptq_rounds_experts_without_tokens_to_nearest_and_says_so() -> None:
-    chosen = recipe(
-        "bf16", [{"GPTQModifier": groups("bf16")}], calibration={"dataset": "bundled", "all_experts": False}
-    )
-    run = ours(chosen, skeleton("bf16"), batches(count=1, size=1, tokens=12))
+    calibration = {"dataset": "bundled", "all_experts": False}
+    chosen = recipe("qwen3_moe", [{"GPTQModifier": groups("qwen3_moe")}], calibration=calibration)
+    run = ours(chosen, skeleton("qwen3_moe"), batches(count=1, size=1, tokens=4))
     for result in run.results:
         unseen = {number for number, count in result.tokens_per_expert.items() if not count}
         assert {int(re.findall(r"experts\.(\d+)", name)[0]) for name in result.rounded_to_nearest} == unseen

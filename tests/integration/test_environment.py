@@ -34,7 +34,7 @@ def test_a_library_of_the_system_that_vllm_lacks_is_named_with_its_package(
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH="{tmp_path}" exec "{VLLM_PYTHON}" "$@"\n')
     python.chmod(0o755)
-    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # with which vLLM does not log it
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # as a user may have it
     monkeypatch.setattr(engine, "_PACKAGES", {"libnoma.so.1": engine._PACKAGES["libnuma.so.1"]})
     said = f"{python}: vLLM's kernels need libnoma.so.1 (verify.serving.python); install libnuma1 (`apt-get install libnuma1`; "
     with pytest.raises(EnvironmentProblem, match=re.escape(said)):

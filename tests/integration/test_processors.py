@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 
 from tests.exported import export, recipe
 from tests.models import deepseek_v4, standard
+from tests.reference import forks
 from tests.reference.compare import compare
-from tests.reference.engine import random_prompts, serve
+from tests.reference.engine import FORKED_PYTHON, VLLM_PYTHON, random_prompts, serve
 from tests.reference.model import decided, reference_model
 from tests.reference.model import logits as reference_logits
 from verify.checks import Check
+from verify.serving.engine import environment
 
 Served = tuple[dict[str, Check], dict[str, Any], list[list[int]], list[torch.Tensor]]
 PROMPTS = random_prompts(1024, (40, 40))
@@ -80,6 +84,12 @@ def test_float32_is_the_same_on_every_processor(
     """vLLM has three builds of its kernels for x86, and the two for lesser processors have none for DeepSeek-V4."""
     checks, _, _, logits = serve(checkpoint, tmp_path, PROMPTS, processor=processor)
     assert failing(checks) == []
+    if FORKED_PYTHON != VLLM_PYTHON:
+        told = environment() | {forks.PROCESSOR: json.dumps(processor)}
+        maps = subprocess.run(
+            [FORKED_PYTHON, "-c", "print(open('/proc/self/maps').read())"], env=told, capture_output=True
+        )
+        assert (b"_C_AVX2" if processor == AVX2 else b"_C_AVX512") in maps.stdout
     agreement = compare(float32[3], logits)
     print(agreement)
     assert agreement.top1 >= TOP1 and agreement.kl < KL, agreement

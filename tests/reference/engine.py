@@ -8,10 +8,12 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from recipes.checks import Serving
+from tests.reference import forks
 from tests.reference.compare import engine_logits
 from verify.checks import Check
 from verify.inside_vllm.processor import AT_IMPORT, PROBES
@@ -51,9 +53,11 @@ def serve(
     """
     captured = log_dir / "captured"
     pretended = PROCESSOR if processor is None else processor
-    python = VLLM_PYTHON if set(AT_IMPORT) & set(pretended) else FORKED_PYTHON
-    serving = Serving.model_validate({"python": python, "dtype": "float32", "max_tokens": 8, "text": None} | options)
+    defaults = {"python": FORKED_PYTHON, "dtype": "float32", "max_tokens": 8, "text": None}
+    serving = Serving.model_validate(defaults | options)
     experiment = Experiment(prompts, captured, moe_input_scales, pretended)
-    checks, result = verify_serving(checkpoint, serving, log_dir, experiment=experiment)
+    at_import = {feature: has for feature, has in pretended.items() if feature in AT_IMPORT}
+    with patch.dict(os.environ, {forks.PROCESSOR: json.dumps(at_import)} if at_import else {}):
+        checks, result = verify_serving(checkpoint, serving, log_dir, experiment=experiment)
     ids, logits = engine_logits(captured) if captured.exists() else ([], [])
     return {check.id: check for check in checks}, result, ids, logits

@@ -23,6 +23,8 @@ from contextlib import suppress
 
 OWNER = "VLLM_FORKS_OWNER"
 """In the environment: the process id of the test session."""
+PROCESSOR = "VLLM_FORKS_PROCESSOR"
+"""In the environment: what the import of vLLM is told of the CPU, as JSON (see processor.py). Each has a server of its own."""
 READ_AT_IMPORT = ("VLLM_", "TORCH", "ATEN_", "HF_", "CUDA_", "PYTHON", "LD_", "MALLOC_", "ONEDNN_", "MKL_")
 """How variables begin that an import reads."""
 THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -68,7 +70,7 @@ def connect(owner: str) -> socket.socket | None:
 
 def address(owner: str) -> str:
     """A name without a file, which goes with the server."""
-    return f"\0vllm-forks-{owner}"
+    return f"\0vllm-forks-{owner}-{os.environ.get(PROCESSOR)}"
 
 
 def run(server: socket.socket, arguments: list[str]) -> int | None:
@@ -225,6 +227,9 @@ def preload() -> None:
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
     gc.disable()  # nothing of what is imported is garbage
+    processor = worker.sibling("processor")
+    probes = {probe: getattr(processor.torch.cpu, probe) for probe in processor.PROBES.values()}
+    processor.set_features(json.loads(os.environ.get(PROCESSOR, "{}")), "auto")
     worker.sibling("torchvision_operators").declare()
     import vllm.v1.worker.cpu_worker  # noqa: F401
     from vllm import LLM, SamplingParams  # noqa: F401
@@ -232,7 +237,9 @@ def preload() -> None:
 
     # vLLM looks at a class that it sees for the first time on a machine in a new process, so as not to start CUDA in this one.
     registry._run_in_subprocess = lambda look: look()
-    for name in ("processor", "sentinel", "watch", "prompts", "cpu_nvfp4", "cpu_repairs"):
+    for probe, true in probes.items():  # every fork is told for itself, and says so
+        setattr(processor.torch.cpu, probe, true)
+    for name in ("sentinel", "watch", "prompts", "cpu_nvfp4", "cpu_repairs"):
         worker.sibling(name)
     gc.freeze()
     gc.enable()
