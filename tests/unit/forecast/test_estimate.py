@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from calibration.checkpoint.formats import Formats
 from calibration.families.registry import open_source
-from calibration.forecast import measuring
+from calibration.forecast import measuring, speed
 from calibration.forecast.cost import Product, block_costs, boundary_bytes, hessian_bytes
 from calibration.forecast.measuring import predict_measuring
 from calibration.forecast.predict import predict
@@ -232,3 +233,57 @@ def test_hessians_are_one_for_every_input(
         assert on_two == 4 * (inside["w1"] ** 2 * gates_of_rank + inside["w2"] ** 2 * count // 2) + 2 * int(inputs)
     plain = recipe(source, tmp_path / "output", modifiers=[{"QuantizationModifier": target}], calibration=calibration)
     assert hessian_bytes(task_of(plain)) == 0
+
+
+class SharedProcessor:
+    """Stands for `time` on a processor that a process has for 3 ms out of every 24; `calls` take 0.8 ms of it."""
+
+    def __init__(self, phase: float) -> None:
+        self.clock, self.cpu = phase, 0.0
+
+    def call(self) -> None:
+        self.cpu += 0.0008
+        self.clock += 0.0008
+        if self.clock % 0.024 > 0.003:
+            self.clock += 0.021
+
+    def perf_counter(self) -> float:
+        return self.clock
+
+    def process_time(self) -> float:
+        return self.cpu
+
+
+def test_a_measurement_on_a_shared_processor_does_not_depend_on_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(wall: bool) -> list[float]:
+        found = []
+        for phase in range(30):
+            processor = SharedProcessor(phase / 10_000)
+            monkeypatch.setattr(speed, "time", processor)
+            clock = processor.perf_counter if wall else processor.process_time
+            found.append(speed.timed(processor.call, clock).clock / (0.0008 * 8))
+        return found
+
+    assert max(measured(wall=True)) > 2, "by the wall clock it does"
+    assert min(measured(wall=False)) > 0.85 and max(measured(wall=False)) < 1.2
+
+
+def test_a_measurement_on_the_cpu_goes_by_the_thread_s_own_seconds(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calls() -> int:
+        count = 0
+
+        def wait_and_work() -> None:
+            nonlocal count
+            count += 1
+            time.sleep(0.02)
+            sum(range(100_000))  # about 2 ms
+
+        machine._time(wait_and_work)
+        return count
+
+    assert calls() > 3, "another process's time does not end it"
+    monkeypatch.setattr(machine, "device", torch.device("meta"))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    assert calls() <= 3
