@@ -24,10 +24,11 @@ from torch import nn
 
 from calibration.checkpoint.dequantize import is_finite
 from calibration.engine.attachment import BlockQuantizationModifier
-from calibration.engine.experts import Pass, fill_dead_experts, fill_from_peers
+from calibration.engine.experts import Pass
 from calibration.engine.gptq import StreamingGPTQModifier
 from calibration.engine.guards import require_scales, require_statistics
 from calibration.engine.passes import Part, Passes
+from calibration.engine.peers import fill_dead_experts, fill_from_peers
 from calibration.engine.results import BlockResult
 from calibration.engine.run import CalibrationRun
 from calibration.engine.smoothing import Factors

@@ -15,7 +15,8 @@ from llmcompressor.observers.min_max import StaticMinMaxObserver
 from torch import nn
 from transformers import Llama4TextConfig
 
-from calibration.engine.experts import ROWS, ExpertCalibration, Pass, fill_dead_experts, fill_from_peers
+from calibration.engine.experts import ROWS, ExpertCalibration, Pass
+from calibration.engine.peers import fill_dead_experts, fill_from_peers
 from calibration.engine.stacked_experts import Stack
 from tests.unit.engine.expert_models import (
     EXPERTS,
