@@ -11,13 +11,17 @@ export TOKENIZERS_PARALLELISM = false
 # Without bytecode every start of Python pays for compiling torch, transformers and vLLM again: 23 s instead of 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-families test-slow test-amx test-gpu test-browser test-slurm lint venv venv-vllm schema clean
+.PHONY: demo test pytest test-families test-slow test-amx test-gpu test-browser test-slurm lint venv venv-vllm schema clean
 
 demo: venv venv-vllm $(DEMO)/config.json
 	$(RUN) -m workflows.run recipes/quickstart.yaml --overwrite
 
 test:
 	$(MAKE) --jobs=2 --output-sync=target venv venv-vllm lint
+	$(MAKE) pytest
+
+# The default tests alone, in environments that are there.
+pytest:
 	$(RUN) -m pytest -n auto $(OPTIONS)
 
 # Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. An hour on 2 cores.
