@@ -6,6 +6,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+#: Whether `objects_frozen` is entered. `gc.get_freeze_count` visits every frozen object to know: 0.02 CPU-s.
+_frozen = False
+
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
@@ -18,7 +21,7 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was_enabled:
-            if not gc.get_freeze_count():
+            if not _frozen:
                 gc.freeze()
                 gc.unfreeze()  # into the oldest generation
             gc.enable()
@@ -28,8 +31,12 @@ def collector_paused() -> Iterator[None]:
 def objects_frozen() -> Iterator[None]:
     """Inside, the garbage collector leaves out the objects that exist now. Those of the imported libraries are half a
     million, over which a full collection takes 0.27 CPU-s."""
+    global _frozen
+    before, _frozen = _frozen, True
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        _frozen = before
+        if not before:
+            gc.unfreeze()

@@ -20,6 +20,7 @@ gc.disable()  # nothing of what is imported is garbage
 for name in MODULES:
     with suppress(ModuleNotFoundError):
         import_module(name)
+from calibration.checkpoint.collector import objects_frozen  # noqa: E402
 from calibration.plan.versions import versions  # noqa: E402
 from verify.report.page import _environment  # noqa: E402
 from verify.report.plots import expert_map  # noqa: E402
@@ -29,4 +30,5 @@ for template in _environment().list_templates():
     _environment().get_template(template)  # compiles it
 expert_map({(0, 0): 1.0, (0, 1): 2.0}, "", "", "")  # finds the fonts
 gc.enable()
-gc.freeze()  # no run goes through these objects again
+FROZEN = objects_frozen()  # kept: a generator that is dropped comes to its end
+FROZEN.__enter__()  # no run goes through these objects again
