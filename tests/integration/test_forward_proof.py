@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from calibration.model import skeleton, text_model
+from calibration.checkpoint import native
+from calibration.model import text_model
 from recipes.checks import Serving
 from tests.exported import recipe, task_of
 from tests.integration.interrupted_runs import finish
@@ -69,7 +70,7 @@ def test_in_bf16_rounding_is_measured_beside(
 ) -> None:
     """As on an accelerator, where vLLM has no float32."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(skeleton, "_main_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(native, "accelerator", lambda: None)
     check = compared(tmp_path, family, changes)
     assert check.verdict == verdict and "rounding alone costs" in check.figure, check
 

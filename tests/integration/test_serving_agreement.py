@@ -96,7 +96,9 @@ def test_engine_agrees_with_the_reference(name: str, tmp_path: Path) -> None:
     )
     checks, result, ids, engine = serve(output, tmp_path / "logs", random_prompts(1024))
     expected = {"serving.input_scales": "WARN"} if case.per_expert_inputs else {}
-    assert {c.id: c.verdict for c in checks.values() if c.verdict != "PASS"} == expected, checks
+    # Greedy text of random weights may loop.
+    verdicts = {c.id: c.verdict for c in checks.values() if c.verdict != "PASS" and c.id != "serving.coherent"}
+    assert verdicts == expected, checks
     assert result["w4a4"] is True
     assert [len(i) for i in ids] == [1, 3, 40, 300]
 
