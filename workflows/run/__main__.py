@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from calibration.checkpoint.files import write_json
+from calibration.runs.ranks import Ranks
 from calibration.runs.torchrun import connect
 from recipes.errors import Interrupted, RecipeError, VerificationFailed, WorkflowError, printable
 from recipes.loader import load_recipe
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
                 traceback.print_exc()
             raise ended from None
     except (WorkflowError, KeyboardInterrupt) as end:  # Stopped may come while another error is handled
-        agreed = ranks.agree(end if isinstance(end, WorkflowError) else Interrupted("interrupted"))
+        agreed = _agreed(ranks, end)
         if ranks.speaks:
             if ranks.writes:
                 reporter.event("error", exit_code=agreed.exit_code, problems=agreed.problems)
@@ -97,6 +98,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json and not options.dry_run and ranks.writes:
         print_result(json.dumps(_result(run, None), indent=2))
     return printed() if options.json or options.dry_run else 0
+
+
+def _agreed(ranks: Ranks, end: BaseException) -> WorkflowError:
+    """How all ranks end, if this one ends so."""
+    own = end if isinstance(end, WorkflowError) else Interrupted("interrupted")
+    try:
+        return ranks.agree(own)
+    except KeyboardInterrupt:  # Stopped comes again until the ranks agree
+        return ranks.agree(own)
 
 
 def _execute(run: Run, chosen: list[str], dry_run: bool, as_json: bool) -> None:

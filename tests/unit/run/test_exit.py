@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import yaml
 
-from recipes.errors import RecipeError
+from calibration.runs.ranks import Ranks
+from calibration.runs.torchrun import Stopped
+from recipes.errors import Interrupted, RecipeError, WorkflowError
 from recipes.streams import OUTPUT_LOST, Stream
 from tests.models import standard
 from workflows.run import __main__ as run
@@ -266,3 +268,16 @@ def test_a_run_whose_output_is_lost_ends_with_its_own_code(tmp_path: Path, monke
         assert run.main([str(recipe), "--status"]) == OUTPUT_LOST
         assert run.main([str(recipe), "--stages", "inspect"]) == 0
         assert run.main([str(tmp_path / "absent.yaml")]) == RecipeError.exit_code
+
+
+def test_the_word_of_another_rank_s_end_may_come_twice() -> None:
+    class Told(Ranks):
+        times = 0
+
+        def agree(self, error: WorkflowError) -> WorkflowError:
+            self.times += 1
+            if self.times == 1:
+                raise Stopped
+            return error
+
+    assert run._agreed(Told(), Stopped()).exit_code == Interrupted.exit_code
