@@ -256,7 +256,9 @@ class _Connected(Ranks):
             local = {other for other in self._visible if self._lives(other)}
             self._lost |= self._beats.keys() - local
             gone = min(self._lost, default=0)
-            failure = self._loss(gone) if gone in self._visible - local else self._loss(None)
+            # A rank that has lost torchrun's own store ends by itself. Without torchrun rank 0 has the store.
+            known = gone in self._visible - local and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            failure = self._loss(gone if known else None)
         if failure is not None and failure.lost:
             self._lost.add(failure.rank)
         return failure

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,16 @@ ROOT = Path(__file__).parents[3]
 COMMANDS = dict.fromkeys(
     ("workflows.run", "workflows.batch", "workflows.compare", "workflows.publish", "verify"), "/__main__"
 ) | {"workflows.inspect_checkpoint": "", "workflows.convert_dialect": ""}
+
+
+@pytest.fixture(autouse=True)
+def signals_that_are_not_ignored() -> Iterator[None]:
+    """nohup, and a shell that starts pytest in the background, have signals ignored, and every process that a test starts."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def into_a_closed_pipe(*arguments: str) -> tuple[int, bytes]:

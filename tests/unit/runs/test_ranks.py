@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from functools import partial
@@ -169,3 +170,20 @@ def test_an_end_that_python_can_only_drop_is_not_reported() -> None:
         Finalized(torchrun.Stopped)
         Finalized(ValueError)
     assert told == [ValueError]
+
+
+class GoneStore:
+    def check(self, keys: list[str]) -> bool:
+        raise RuntimeError("Broken pipe")
+
+
+@pytest.mark.parametrize(("of_torchrun", "said"), [("True", "torchrun's store at "), ("", "rank 1 of 2 on here ")])
+def test_whose_loss_a_broken_store_is(monkeypatch: pytest.MonkeyPatch, of_torchrun: str, said: str) -> None:
+    """A rank that left because torchrun's store is gone was not killed."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", of_torchrun)
+    ranks = object.__new__(torchrun._Connected)
+    ranks.rank, ranks.size, ranks._lost, ranks._store = 0, 2, set(), GoneStore()
+    ranks._beats, ranks._visible = {1: (b"", 0.0)}, {1}
+    ranks.processes = [torchrun.Process("here", os.getpid(), "now"), torchrun.Process("here", os.getpid(), "before")]
+    failure = ranks._look()
+    assert failure is not None and failure.problems[0].startswith(said)
