@@ -24,9 +24,9 @@ Kind = Literal["plain", "fp8_tiles", "fp8_tensor", "fp8_channel", "mxfp4", "int4
 MXFP4_GROUP = 32
 #: INT4 values in an int32; zero points, if packed too, are packed along the rows.
 INT4_PACKED = 8
-#: Roles of companions that do not affect the values: how activations were quantized, and a shape that headers contain.
 #: Dimensions of the MXFP4 codes of all experts of a block.
 _STACKED = 4
+#: Roles of companions that do not affect the values: how activations were quantized, and a shape that headers contain.
 _VALUELESS = frozenset({"input_scale", "input_bound", "shape"})
 _LABELS = {
     "plain": "plain", "fp8_tensor": "FP8 per tensor", "fp8_channel": "FP8 per channel", "mxfp4": "MXFP4", "int4": "INT4",
