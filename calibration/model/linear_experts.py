@@ -44,9 +44,8 @@ def linearize_experts(model: PreTrainedModel) -> None:
     parsed = cache(helpers.get_use_experts_implementation_args)
     with patch_attr(helpers, "get_use_experts_implementation_args", parsed):
         found = get_non_linearized_moes(model)
-    with (
-        skip_weights_initialize()
-    ):  # as llm-compressor makes them: random numbers for meta tensors take half of the time
+    # As llm-compressor makes them: random numbers for meta tensors take half of the time.
+    with skip_weights_initialize():
         for name, experts in found:
             model.set_submodule(name, _gate_first(_linearized(experts, model.config)))
 
