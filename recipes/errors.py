@@ -90,3 +90,9 @@ class Interrupted(WorkflowError):
     """Stopped by Ctrl-C or SIGTERM; what was written stays, and the same command resumes."""
 
     exit_code = 130
+
+    def __init__(
+        self,
+        problems: str | Iterable[str] = "interrupted: what is finished stays; run the same command again to resume",
+    ) -> None:
+        super().__init__(problems)

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         respell(options.source, options.output, DIALECTS[options.to], options.overwrite)
     except KeyboardInterrupt:
-        return _report_error(Interrupted("interrupted: what is finished stays; run the same command again to resume"))
+        return _report_error(Interrupted())
     except WorkflowError as error:
         return _report_error(error)
     return printed()

@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return printed()
             _work(options, batch, reporter, interrupts)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is finished is kept; run the same command to resume") from None
+            raise Interrupted from None
     except WorkflowError as error:
         reporter.say(f"error: {error}", "error")
         return error.exit_code

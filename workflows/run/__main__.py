@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             run.rehearsals = options.rehearsals
             _execute(run, chosen, options.dry_run, options.json)
         except KeyboardInterrupt:
-            raise Interrupted("interrupted: what is finished stays; run the same command again to resume") from None
+            raise Interrupted from None
         except Exception as error:
             if ranks.size == 1 or isinstance(error, WorkflowError):
                 raise
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _agreed(ranks: Ranks, end: BaseException) -> WorkflowError:
     """How all ranks end, if this one ends so."""
-    own = end if isinstance(end, WorkflowError) else Interrupted("interrupted")
+    own = end if isinstance(end, WorkflowError) else Interrupted()
     try:
         return ranks.agree(own)
     except KeyboardInterrupt:  # Stopped comes again until the ranks agree

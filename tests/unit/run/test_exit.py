@@ -291,4 +291,6 @@ def test_the_word_of_another_rank_s_end_may_come_twice() -> None:
                 raise Stopped
             return error
 
-    assert run._agreed(Told(), Stopped()).exit_code == Interrupted.exit_code
+    ended = run._agreed(Told(), Stopped())
+    assert ended.exit_code == Interrupted.exit_code
+    assert ended.problems == ["interrupted: what is finished stays; run the same command again to resume"]
