@@ -85,9 +85,8 @@ def check_environment(python: str) -> str:
     of the system is missing; takes seconds."""
     try:
         done = subprocess.run(
-            [python, "-c", _TRY], capture_output=True, text=True, timeout=300, check=False,
-            env=environment() | dict.fromkeys({"VLLM_LOGGING_LEVEL"} & os.environ.keys(), "WARNING"),
-        )  # fmt: skip
+            [python, "-c", _TRY], capture_output=True, text=True, timeout=300, check=False, env=environment()
+        )
     except (FileNotFoundError, PermissionError, NotADirectoryError):
         raise EnvironmentProblem(f"{python}: no such interpreter (verify.serving.python); {REMEDY}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
