@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial, wraps
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,7 @@ def quiet(on_progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 
 def _blockwise(arguments: dict[str, Any], task: Task, source: SourceModel) -> BlockQuantizationModifier:
     plan, exact = task.plan, ExactWeights(task)
-    modules = source.modules_of(source.model_modules())
+    modules = source.modules_of(chain(plan.quantized, *plan.fused))
     modifier = BlockQuantizationModifier(**arguments)
     modifier.choose(
         {modules[name]: str(step.group) for name, step in plan.quantized.items()},
