@@ -29,6 +29,7 @@ from calibration.families.stacked import UNDECLARED, UnknownLayout, projections,
 #: Parts by the class of a module: the first that its name contains after the model's own (KimiLinear), of the module itself or
 #: the nearest one above it.
 _CLASSES = (
+    (ROUTER, ("router",)),  # of experts that no module holds as stacks (dbrx)
     ("norm", ("norm",)),
     ("linear attention", ("deltanet", "deltaattention", "linearattention", "lightningattention")),
     ("mamba", ("mamba", "mixer2")),

@@ -15,7 +15,7 @@ from calibration.plan.task import Task
 from recipes.checks import Serving
 from tests import served
 from tests.exported import recipe, task_of
-from tests.models import any_family, mamba, standard
+from tests.models import any_family, mamba, merged, standard
 from tests.reference.engine import FORKED_PYTHON
 from verify.serving.wants import Wants, ask_server, differences
 
@@ -45,15 +45,16 @@ def test_the_kept_rows_are_what_the_installed_vllm_says(family: str, tmp_path: P
     "family",
     [
         pytest.param(name, marks=[] if name in ("phi3", "nemotron_h") else pytest.mark.slow)
-        for name in (*rows(), *mamba.FAMILIES)
+        for name in (*rows(), *mamba.FAMILIES, *merged.FAMILIES)
     ],
 )
 def test_the_rows_of_every_part_of_a_matrix_are_those_of_vllms_class(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of merged weights too: they are planned as FP8_BLOCK by these rows."""
-    if family in mamba.FAMILIES:
-        mamba.write(tmp_path / family, monkeypatch, family)
+    for made in (mamba, merged):
+        if family in made.FAMILIES:
+            made.write(tmp_path / family, monkeypatch, family)
     task = served.planned(family, tmp_path)
     wants = served.ask(task, tmp_path / "logs")
     assert wants.unproven == ""

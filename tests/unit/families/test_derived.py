@@ -113,6 +113,14 @@ def test_parts_of_a_block_that_holds_its_experts_itself() -> None:
     assert parts == ["mlp", "attention", "router", "router", "routed expert", "norm"]
 
 
+def test_a_router_is_one_beside_experts_that_are_no_stacks_too() -> None:
+    """DBRX: `[E I, D]`."""
+    family = derived("dbrx", attn_config={"kv_n_heads": 2, "rope_theta": 500000}, ffn_config={"moe_num_experts": 4})
+    names = ("ffn.router.layer", "norm_attn_norm.attn.Wqkv", "norm_attn_norm.norm_1")
+    parts = [family.place(f"transformer.blocks.1.{name}.weight").part for name in names]
+    assert parts == ["router", "attention", "norm"]
+
+
 def test_the_draft_head_is_what_comes_after_the_last_block() -> None:
     family = derived("deepseek_v3", num_nextn_predict_layers=1, q_lora_rank=32)
     assert family.place("model.layers.2.mlp.experts.0.up_proj.weight").mtp

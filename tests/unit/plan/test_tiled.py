@@ -13,7 +13,7 @@ from calibration.plan.budget import BudgetTask
 from calibration.plan.tiled import stacked_heights, tiled_rows_problem
 from recipes.errors import RecipeError
 from tests.exported import plan_of, recipe
-from tests.models import mamba, standard, torn
+from tests.models import mamba, merged, standard, torn
 
 
 @pytest.mark.parametrize("shape", torn.SHAPES)
@@ -39,6 +39,21 @@ def test_a_torn_part_is_refused_by_its_name(tmp_path: Path, monkeypatch: pytest.
         "config_groups.experts: model.layers.0.self_attn.qkv_proj.weight: FP8_BLOCK needs M of k to be a multiple of 128, M of k "
         "is 192: vLLM stacks another weight below it; add the module to ignore (and 1 more like this)"
     ]
+
+
+@pytest.mark.parametrize("family", merged.FAMILIES)
+def test_a_merged_weight_of_other_families_is_planned_in_tiles_by_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    leaf, heights, _ = merged.MERGED[family]
+    planned = {}
+    for broken in (False, True):
+        source = merged.write(tmp_path / f"source-{broken}", monkeypatch, family, broken)
+        plan, formats = plan_of(source, recipe(source, tmp_path / "out", "Linear", "FP8_BLOCK", ignore=["lm_head"]))
+        module = next(name for name in formats.checkpoint.tensors if name.endswith(f"{leaf}.weight"))[: -len(".weight")]
+        planned[broken] = module in plan.quantized
+        assert broken or plan.family.merged_rows(module, sum(heights.values())) == heights
+    assert planned == {False: True, True: False}
 
 
 @pytest.mark.parametrize("family", mamba.FAMILIES)
