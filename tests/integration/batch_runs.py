@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,10 @@ def files(folder: Path, name: str) -> dict[str, bytes]:
     return contents(folder / name / "output", folder)
 
 
-def start_batch(arguments: list[str], log: Path) -> BaseProcess:
+def start_batch(arguments: list[str], log: Path, launcher: Sequence[str] = ()) -> BaseProcess:
     """`python -m workflows.batch ARGUMENTS` by fork from a process that has imported everything; its runs are processes of
-    their own all the same."""
-    process = _CONTEXT.Process(target=_main, args=(arguments, log))  # type: ignore[attr-defined]
+    their own all the same. `launcher`: what stands before `-m workflows.run` in their commands."""
+    process = _CONTEXT.Process(target=_main, args=(arguments, log, launcher))  # type: ignore[attr-defined]
     process.start()
     return process  # type: ignore[no-any-return]
 
@@ -120,10 +120,13 @@ def run_batch(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def _main(arguments: list[str], log: Path) -> None:
+def _main(arguments: list[str], log: Path, launcher: Sequence[str]) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from workflows.batch import queue
     from workflows.batch.__main__ import main
 
+    torchrun = queue.torchrun
+    queue.torchrun = lambda gpus: [*torchrun(gpus), *launcher]
     sys.exit(main(arguments))

@@ -37,6 +37,13 @@ def start(arguments: list[str], log: Path, prepare: Prepare | None = None) -> Ba
     return process  # type: ignore[no-any-return]
 
 
+def wait_until(happened: Callable[[], bool], processes: list[BaseProcess]) -> None:
+    """Fails if one of the processes ends before it has happened."""
+    while not happened():
+        time.sleep(0.02)
+        assert all(process.is_alive() for process in processes), [process.exitcode for process in processes]
+
+
 def interrupt(pid: int, number: signal.Signals) -> None:
     """Sends a signal and waits until it is taken: a second one that finds the first still waiting is lost with it."""
     os.kill(pid, number)

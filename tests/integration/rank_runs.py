@@ -71,12 +71,6 @@ def messages(attempt: Attempt) -> list[str]:
     return [line for line in attempt.text.splitlines() if line.startswith("error: ")]
 
 
-def wait_until(happened: Callable[[], bool], ranks: list[BaseProcess]) -> None:
-    while not happened():
-        time.sleep(0.02)
-        assert all(process.is_alive() for process in ranks), [process.exitcode for process in ranks]
-
-
 def met(attempt: Attempt) -> Callable[[], bool]:
     """Whether the ranks have found each other: rank 0 has begun to tell of its stages."""
     return lambda: attempt.log.exists() and b"[inspect]" in attempt.log.read_bytes()

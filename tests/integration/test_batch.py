@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 
-from calibration.runs.journal import RunDirectory
 from tests.integration.batch_runs import (
     QWEN,
     V4,
@@ -35,7 +34,7 @@ from tests.integration.batch_runs import (
     write_recipe,
     write_sources,
 )
-from tests.integration.interrupted_runs import waiting_signals
+from tests.integration.held_runs import Hold
 from workflows.batch.attempt import Slot
 from workflows.batch.preflight import preflight, wanted_runs
 from workflows.batch.queue import Queue, Rules
@@ -182,24 +181,22 @@ def test_soak_of_twelve_recipes(sources: dict[str, Path], tmp_path: Path) -> Non
 
 
 def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Path], tmp_path: Path) -> None:
-    data = {"dataset": "bundled", "num_samples": 48, "max_seq_length": 256, "batch_size": 1}
-    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
+    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN)
     later = write_recipe(tmp_path, "later", sources["qwen"], QWEN, **converted())
     batch, log = tmp_path / "b.run", tmp_path / "log"
     told = batch / "runs/qwen/log.txt"
     arguments = [str(recipe), str(later), "--directory", str(batch)]
-    for signals, finished in ((1, 2), (2, 2)):
-        known = len(journal(tmp_path, "qwen"))
-        process = start_batch(arguments, log)
-        if signals == 1:
-            wait_for(lambda known=known: len(journal(tmp_path, "qwen")) > known, "a block")
-        else:  # the block under way is the last one
-            wait_for(lambda: "tracing" in told.read_text().partition("resuming with block 3")[2], "the last block")
+    for signals, under_way, finished in ((1, 1, 2), (2, 2, 2)):
+        hold = Hold(tmp_path / str(signals), under_way)
+        process = start_batch(arguments, log, hold.launcher)
+        wait_for(hold.reached, f"block {under_way}")
         for number in range(signals):
             notices = told.read_bytes().count(NOTICE)
             os.kill(process.pid or 0, signal.SIGINT)
             if number == 0:  # the run itself must have the first one before it gets the second
                 wait_for(lambda n=notices: told.read_bytes().count(NOTICE) > n, "the notice", 60)
+        if signals == 1:
+            hold.let_go()
         process.join(120)
         assert process.exitcode == INTERRUPTED, log.read_text()
         assert [line["block"] for line in journal(tmp_path, "qwen")] == list(range(finished)), log.read_text()
@@ -211,45 +208,35 @@ def test_ctrl_c_finishes_the_block_and_twice_stops_at_once(sources: dict[str, Pa
 
 
 def test_the_hour_of_until_finishes_the_block(sources: dict[str, Path], tmp_path: Path) -> None:
-    data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
-    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
+    recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN)
     later = write_recipe(tmp_path, "later", sources["qwen"], QWEN, **converted())
-    batch = BatchDirectory(tmp_path / "b.run")
+    batch, hold = BatchDirectory(tmp_path / "b.run"), Hold(tmp_path, 1)
     batch.open()
     entries = preflight(wanted_runs([recipe, later], [], []), batch, 1, False, lambda text: None).entries
-    queue = Queue(batch, entries, [Slot((5, 6))], Rules(), lambda text, level: None, launcher=lambda slot: ())
+    queue = Queue(
+        batch, entries, [Slot((5, 6))], Rules(), lambda text, level: None, launcher=lambda slot: hold.launcher
+    )
+    told = batch.path / "runs/qwen/log.txt"
     environments: list[bytes] = []
-    finished: list[int] = []
-    events = RunDirectory(tmp_path / "qwen" / "output").path / "events.jsonl"
 
-    def strike() -> None:  # whatever the clock says, the hour comes with the first block
-        if not queue.running or finished or not journal(tmp_path, "qwen"):
-            return
-        pid = queue.running[0].pid
-        os.kill(pid, signal.SIGSTOP)  # on a busy machine it would be blocks further before the signal reaches it
-        blocks = len(journal(tmp_path, "qwen"))
-        if f'"event": "load", "block": {blocks}' in events.read_text():
-            finished.append(blocks)
-            environments.append(Path(f"/proc/{pid}/environ").read_bytes())
-            queue.rules = replace(queue.rules, until=time.time())
-            threading.Thread(target=continue_when_signalled, args=(pid,)).start()
-        else:
-            os.kill(pid, signal.SIGCONT)
+    def strike() -> None:  # whatever the clock says, the hour comes with the second block
+        wait_for(hold.reached, "block 1")
+        environments.append(Path(f"/proc/{queue.running[0].pid}/environ").read_bytes())
+        queue.rules = replace(queue.rules, until=time.time())
+        wait_for(lambda: NOTICE in told.read_bytes(), "the notice", 60)
+        hold.let_go()
 
-    queue.changed = strike
+    clock = threading.Thread(target=strike)
+    clock.start()
     queue.work()
+    clock.join()
     batch.close()
     assert {name: outcome.kind for name, outcome in queue.outcomes.items()} == {"qwen": "stopped", "later": "stopped"}
     assert b"CUDA_VISIBLE_DEVICES=5,6" in environments[0].split(b"\0")
     (ended,) = facts(batch.path, "qwen", "ended")
     assert ended["code"] == INTERRUPTED and not facts(batch.path, "later", "begun")
     # The one under way, and no further one.
-    assert [line["block"] for line in journal(tmp_path, "qwen")] == list(range(finished[0] + 1))
-
-
-def continue_when_signalled(pid: int) -> None:
-    wait_for(lambda: waiting_signals(pid) >> (signal.SIGTERM - 1) & 1, "SIGTERM")
-    os.kill(pid, signal.SIGCONT)
+    assert [line["block"] for line in journal(tmp_path, "qwen")] == [0, 1]
 
 
 @pytest.mark.parametrize("executor", [pytest.param((), marks=pytest.mark.slow), ("--executor", "local")])
@@ -291,11 +278,13 @@ def test_a_run_that_gets_no_memory_is_tried_again(sources: dict[str, Path], tmp_
     data = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
     recipe = write_recipe(tmp_path, "qwen", sources["qwen"], QWEN, calibration=data)
     batch, log = tmp_path / "b.run", tmp_path / "log"
-    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1"], log)
-    wait_for(lambda: journal(tmp_path, "qwen"), "a block")
+    hold = Hold(tmp_path, 1)
+    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1"], log, hold.launcher)
+    wait_for(hold.reached, "a block")
     pid = facts(batch, "qwen", "begun")[0]["pid"]
     there = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (there, there))
+    hold.let_go()
     process.join(300)
     assert process.exitcode == 0, log.read_text()
     first, second = facts(batch, "qwen", "ended")

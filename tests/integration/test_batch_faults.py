@@ -33,13 +33,13 @@ from tests.integration.batch_runs import (
     write_recipe,
     write_sources,
 )
+from tests.integration.held_runs import Hold
 from tests.reference.engine import VLLM_PYTHON
 from workflows.batch.state import BatchDirectory
 from workflows.batch.summary import summarize
 
 pytestmark = pytest.mark.slow
 FAILED = 6
-#: Blocks of a second: long enough to fill a disk meanwhile.
 DATA = {"dataset": "bundled", "num_samples": 24, "max_seq_length": 256, "batch_size": 1}
 
 
@@ -71,14 +71,16 @@ def test_a_disk_fills_in_the_middle_and_space_comes_back(sources: dict[str, Path
     """The batch's directory and the run's log lie on the same disk."""
     recipe = write_recipe(disk, "qwen", sources["qwen"], QWEN, calibration=DATA)
     batch, log = disk / "b.run", tmp_path / "log"
-    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1"], log)
-    wait_for(lambda: journal(disk, "qwen"), "a block")
+    hold = Hold(tmp_path, 1)
+    process = start_batch([str(recipe), "--directory", str(batch), "--backoff", "0.1"], log, hold.launcher)
+    wait_for(hold.reached, "a block")
     with (batch / "runs/qwen/log.txt").open("ab") as told:  # the next line needs a page of its own
         told.write(b"\n" * (-told.tell() % 4096))
     ballast = fill(disk)
     shards = {
         path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (disk / "qwen/output").glob("*.safetensors")
     }
+    hold.let_go()
     wait_for(lambda: "next attempt in" in log.read_text(), "the end of the first attempt")
     assert "No space left" in log.read_text() or "the disk is full" in log.read_text()
     time.sleep(3)
@@ -100,9 +102,11 @@ def test_a_disk_that_stays_full_costs_its_own_run_alone(sources: dict[str, Path]
     other = write_recipe(tmp_path, "other", sources["qwen"], QWEN, **converted())
     batch, log = tmp_path / "b.run", tmp_path / "log"
     arguments = [str(starved), str(other), "--directory", str(batch), "--backoff", "0.1", "--space-patience", "0.05"]
-    process = start_batch(arguments, log)
-    wait_for(lambda: journal(disk, "starved"), "a block")
+    hold = Hold(tmp_path, 1)
+    process = start_batch(arguments, log, hold.launcher)
+    wait_for(hold.reached, "a block")
     ballast = fill(disk)
+    hold.let_go()
     process.join(300)
     assert process.exitcode == FAILED, log.read_text()
     rows = summary(batch)

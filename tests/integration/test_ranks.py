@@ -29,8 +29,9 @@ from tests.integration.attempts import (
     same,
     slow_blocks,
 )
-from tests.integration.interrupted_runs import KillAt, finish, interrupt
-from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks, wait_until
+from tests.integration.held_runs import Hold
+from tests.integration.interrupted_runs import KillAt, finish, interrupt, wait_until
+from tests.integration.rank_runs import block_begun, end_ranks, go, messages, met, send, start_ranks
 from tests.models import deepseek_v4, standard
 from workflows.run import calibrate as calibrate_stage
 
@@ -289,15 +290,16 @@ def test_a_defect_on_one_rank_ends_all(case: Case, attempt: Attempt) -> None:
 @pytest.mark.parametrize("to", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_first_signal_finishes_the_block_on_all_ranks_the_second_does_not(case: Case, to: int) -> None:
     attempt = Attempt(case, f"signal-{to}", run=False)
-    slow = dict.fromkeys((0, 1), partial(slow_blocks, 3.0))
-    for signals, finished in ((1, [0]), (2, [0])):
+    for signals in (1, 2):
         since = attempt.log.stat().st_size if attempt.log.exists() else 0
-        ranks = start_ranks(attempt, 2, slow)
-        wait_until(block_begun(attempt, signals - 1), ranks)
+        hold = Hold(attempt.directory / str(signals), signals - 1)
+        ranks = start_ranks(attempt, 2, dict.fromkeys((0, 1), hold.install))
+        wait_until(partial(hold.reached, 2), ranks)
         for _ in range(signals):
             interrupt(ranks[to].pid or 0, signal.SIGINT)
+        hold.let_go()
         assert end_ranks(attempt, ranks, since) == [INTERRUPTED, INTERRUPTED], attempt.text
-        assert [line["block"] for line in attempt.journal()] == finished
+        assert [line["block"] for line in attempt.journal()] == [0]
         (message,) = messages(attempt)
         assert ("stopped after block 1 of 3" if signals == 1 else "interrupted: what is finished stays") in message
     assert go(attempt) == [0, 0]

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,8 @@ from tests.integration.attempts import (
     same,
     slow_blocks,
 )
-from tests.integration.interrupted_runs import finish, interrupt, start
+from tests.integration.held_runs import Hold
+from tests.integration.interrupted_runs import finish, interrupt, start, wait_until
 from tests.models import standard
 
 
@@ -231,18 +231,16 @@ def test_restart_begins_anew(case: Case, attempt: Attempt) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_first_signal_finishes_the_block_the_second_does_not(case: Case, number: signal.Signals) -> None:
     attempt = Attempt(case, f"signal-{number}", run=False)
-    for signals, blocks in ((1, 1), (2, 1)):
-        process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log, slow_blocks)
-        events = attempt.run_directory / "events.jsonl"
-        known = len(events.read_text()) if events.exists() else 0
-        while not events.exists() or f'"block": {blocks - 1 if signals == 1 else 1}' not in events.read_text()[known:]:
-            time.sleep(0.02)
-            assert process.is_alive()
+    for signals in (1, 2):  # in the first block, which is finished, and in the second one, which is not
+        hold = Hold(attempt.directory / str(signals), signals - 1)
+        process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log, hold.install)
+        wait_until(hold.reached, [process])
         for _ in range(signals):
             interrupt(process.pid or 0, number)
+        hold.let_go()
         process.join(60)
         assert process.exitcode == INTERRUPTED
-        assert [line["block"] for line in attempt.journal()] == list(range(blocks))
+        assert [line["block"] for line in attempt.journal()] == [0]
     text = attempt.log.read_text()
     assert "stopping after the block under way" in text
     assert "stopped after block 1 of 3; the same command resumes with block 2" in text
@@ -362,14 +360,17 @@ def test_killed_between_the_last_block_and_the_index(case: Case, attempt: Attemp
     same(attempt, case)
 
 
+def slow_and_held(hold: Hold) -> None:
+    slow_blocks()
+    hold.install()
+
+
 def test_status_while_it_runs_and_after(case: Case, attempt: Attempt) -> None:
     status = [str(attempt.recipe), "--status", "--json"]
     assert json.loads(finish(status, attempt.log)[1])["state"] == "not started"
-    process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log, slow_blocks)
-    events = attempt.run_directory / "events.jsonl"
-    while not events.exists() or '"event": "block"' not in events.read_text():
-        time.sleep(0.02)
-        assert process.is_alive()
+    hold = Hold(attempt.directory, 1)
+    process = start([str(attempt.recipe), "--no-rehearsal"], attempt.log, partial(slow_and_held, hold))
+    wait_until(hold.reached, [process])
     running = json.loads(finish(status, attempt.directory / "status")[1])
     process.kill()
     process.join()
