@@ -147,6 +147,10 @@ class _Requeued(_Line):
     seconds: Seconds = 0.0
 
 
+class _Lost(_Line):
+    reason: str
+
+
 class _Job(_Line):
     progress: Number
 
@@ -167,6 +171,7 @@ _EVENTS: dict[str, type[_Line]] = {
 }  # fmt: skip
 _ATTEMPTS: dict[str, type[_Line]] = {
     "begun": _Begun, "ended": _Ended, "gave_up": _GaveUp, "requeued": _Requeued, "job": _Job, "submitted": _Submitted,
+    "lost": _Lost,
 }  # fmt: skip
 
 

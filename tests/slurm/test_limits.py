@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ def batches(
         finished = len(journal(root / "slow", "qwen"))
         if finished in loaded and finished not in stops:
             stops.add(finished)
-            stop(runs("slow"))
-            over.wait(SLOW)
-            stop(runs("slow"), signal.SIGCONT)
+            run, until = runs("slow"), time.monotonic() + SLOW
+            while time.monotonic() < until and not over.wait(0.05):
+                stop(run)  # again and again: ahead of its own signal, Slurm sends all processes of a job SIGCONT
+            stop(run, signal.SIGCONT)
 
     def stuck() -> None:
         """The run stands still whenever it has begun: its block takes longer than any limit, in the first two jobs."""

@@ -185,7 +185,7 @@ def _state(
     """(state, why in one line)."""
     if entry.problems:
         return "failed", one_line(entry.problems[0])
-    last = next((a for a in reversed(attempts) if a["fact"] not in ("stopping", "job")), {"fact": "none"})
+    last = next((a for a in reversed(attempts) if a["fact"] not in ("stopping", "job", "lost")), {"fact": "none"})
     fact = last["fact"]
     if fact == "gave_up":
         return "failed", last["reason"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +14,13 @@ import pytest
 import submitit
 
 from recipes.matrix import Resources
-from workflows.batch.attempt import torchrun
-from workflows.batch.cluster.job import _explain_limits, count_jobs_without_progress
+from tests.unit.batch.batches import entry_of, recipe
+from workflows.batch.attempt import Slot, torchrun
+from workflows.batch.cluster import job as cluster_job
+from workflows.batch.cluster.job import Job, _explain_limits, _FirstNode, _run_further_node, count_jobs_without_progress
 from workflows.batch.cluster.signals import Signals, seconds_left
+from workflows.batch.hooks import Hooks
+from workflows.batch.queue import Rules
 from workflows.batch.state import BatchDirectory, Entry
 from workflows.batch.summary import _state
 
@@ -114,3 +121,62 @@ def test_a_job_takes_a_lost_terminal_for_its_end(tmp_path: Path) -> None:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
+
+
+SHARED: dict[str, Any] = {
+    "method": "calibrate", "calibration": {"dataset": "bundled", "num_samples": 1, "max_seq_length": 8},
+}  # fmt: skip
+
+
+def test_a_further_node_says_that_its_ranks_are_gone_before_it_ends_the_step(
+    tmp_path: Path, source: Path, batch: BatchDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = entry_of(batch, recipe(tmp_path, "a", source, **SHARED))
+    batch.record("a", "submitted", executor="slurm", job="7_0")
+    monkeypatch.setattr(cluster_job, "_VERDICT_SECONDS", 0.1)
+    monkeypatch.setattr(cluster_job, "_POLL_SECONDS", 0.01)
+    with pytest.raises(RuntimeError, match="ended with 7, and the first node went on"):
+        _run_further_node(batch, entry, Slot(), ["-c", "raise SystemExit(7)"])
+    _, lost = batch.attempts("a")
+    assert lost["fact"] == "lost" and "ended with 7" in lost["reason"]
+
+
+def test_the_first_node_gives_the_block_up_at_once_if_another_has_lost_its_ranks(
+    tmp_path: Path, source: Path, batch: BatchDirectory
+) -> None:
+    """Its own ranks would wait for them; Slurm, which ends them late, would end the requeued job's too."""
+    entry = entry_of(batch, recipe(tmp_path, "a", source, **SHARED))
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.Signals[f"SIG{submitit.JobEnvironment.USR_SIG}"])
+    before = [signal.getsignal(number) for number in numbers]
+    hooks = Hooks(batch.path, None, None, lambda text, level: None)
+    environment: Any = SimpleNamespace(
+        cluster="local", num_nodes=2, job_id="7_0", raw_job_id="7", paths=SimpleNamespace(folder=tmp_path)
+    )
+
+    def lose() -> None:
+        while not any(attempt["fact"] == "begun" for attempt in batch.attempts("a")):
+            time.sleep(0.01)
+        batch.record("a", "lost", reason="the agent on node2 ended with 1")
+
+    def requeue(number: int, frame: object) -> None:
+        raise SystemExit(-1)
+
+    batch.record("a", "lost", reason="a job before this one")
+    watcher = threading.Thread(target=lose)
+    try:
+        signal.signal(numbers[-1], requeue)
+        first = _FirstNode(
+            Job(batch.path, "a", Rules(), Resources(), Slot(), hooks), batch, entry, environment,
+            Signals(batch, environment, 600), hooks,
+        )  # fmt: skip
+        watcher.start()
+        with pytest.raises(SystemExit):
+            first.work(["-c", "import time; time.sleep(60)"])
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    watcher.join()
+    attempts = {attempt["fact"]: attempt for attempt in batch.attempts("a")}
+    assert os.waitpid(attempts["begun"]["pid"], 0)[1] == signal.SIGKILL
+    assert attempts["requeued"]["why"] == "loss" and "node2 ended with 1" in attempts["requeued"]["reason"]
+    assert attempts["requeued"]["seconds"] < 60

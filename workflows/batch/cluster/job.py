@@ -4,6 +4,7 @@ block. With several nodes the first one leads; the others run torchrun's agents.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +30,12 @@ from workflows.batch.submission import end_run
 from workflows.batch.summary import rewrite_summary
 
 _POLL_SECONDS = 0.5
-#: How long a further node waits for the first to say how a run failed.
+#: How long a further node waits for the first to say how a run failed, and then to act on its loss.
 _VERDICT_SECONDS = 30.0
+
+
+class LostRanks(KeyboardInterrupt):
+    """The ranks of a further node are gone: those of the first one would wait for them."""
 
 
 class Job(Checkpointable):
@@ -87,20 +92,27 @@ class _FirstNode:
             return self.give_up_for_good()
         before, several = self.entry.progress(), self.environment.num_nodes > 1
         self.batch.record(self.entry.name, "job", job=self.environment.job_id, progress=before)
+
+        def should_stop() -> bool:
+            if several and self.lost_ranks():
+                queue.patience = 0.0  # its ranks would answer only after they had waited for the lost ones
+                raise LostRanks
+            return self.signals.should_stop()
+
         queue = Queue(
             self.batch, [self.entry], [self.job.slot], replace(self.job.rules, once=several), _say,
             launcher=lambda slot: launcher,
-            should_stop=self.signals.should_stop,
+            should_stop=should_stop,
             changed=lambda: rewrite_summary(self.batch, _say),
             failed=lambda entry, reason: self.hooks.notify("failure", entry.name, reason),
             patience=self.signals.requeue_seconds / 2,
         )  # fmt: skip
-        with suppress(OutOfTime):
+        with suppress(OutOfTime, LostRanks):
             queue.work()
-        outcome, signals = queue.outcomes[self.entry.name], self.signals
-        why = "time" if signals.timed else "preempted" if signals.by_cluster else "loss" if several else ""
+        outcome, signals, lost = queue.outcomes[self.entry.name], self.signals, self.lost_ranks()
+        why = "time" if signals.timed else "preempted" if signals.by_cluster and not lost else "loss" if several else ""
         if outcome.kind == "stopped" and why and not signals.by_operator() and may_requeue(self.environment):
-            return self.requeue(why, outcome.reason, self.entry.progress() > before)
+            return self.requeue(why, lost or outcome.reason, self.entry.progress() > before)
         self.batch.close()
         return {"outcome": outcome.kind, "reason": outcome.reason}
 
@@ -124,6 +136,13 @@ class _FirstNode:
             signals.requeue()
         except UncompletedJobError:
             return self.give_up(f"stopped at its time limit {resources.requeues} times; run the same command to resume")
+
+    def lost_ranks(self) -> str:
+        """What a further node has said of ranks that it lost since this job began; empty if it has said nothing."""
+        for attempt in reversed(self.batch.attempts(self.entry.name)):
+            if attempt["fact"] in ("job", "lost"):
+                return str(attempt.get("reason", ""))
+        return ""
 
     def has_used_its_tries(self) -> bool:
         """Whether as many jobs in a row as the rules allow finished nothing."""
@@ -184,8 +203,8 @@ def _record_loss(batch: BatchDirectory, entry: Entry, environment: submitit.JobE
 
 def _run_further_node(batch: BatchDirectory, entry: Entry, slot: Slot, launcher: Sequence[str]) -> dict[str, str]:
     """A further node of a run: torchrun's agent, started once. The first node decides whether and when to stop; what its run
-    says to all ranks ends this one too. Raises RuntimeError, which ends the job's step on all nodes, if the agent ends and
-    the first node does not notice."""
+    says to all ranks ends this one too. If the agent ends and the first node does not notice, this one says so in the
+    attempts; if that changes nothing it raises RuntimeError, which ends the job's step on all nodes."""
     followed = {"outcome": "followed", "reason": ""}
     if not has_work_for_ranks(entry):
         return followed
@@ -203,12 +222,15 @@ def _run_further_node(batch: BatchDirectory, entry: Entry, slot: Slot, launcher:
         since = since or (time.monotonic() if has_ended() else 0.0)
         if not ended and since and time.monotonic() - since > _VERDICT_SECONDS:
             child.kill()
-    since = time.monotonic()
+    since, said = time.monotonic(), False
     while code and not has_ended():
-        if time.monotonic() - since > _VERDICT_SECONDS:
-            raise RuntimeError(
-                f"torchrun's agent ended with {code}, and the first node goes on; its log is {child.log}"
-            )
+        waited = time.monotonic() - since
+        loss = f"torchrun's agent on {socket.gethostname()} ended with {code}, and the first node went on; its log is {child.log}"
+        if waited > 2 * _VERDICT_SECONDS:
+            raise RuntimeError(loss)
+        if waited > _VERDICT_SECONDS and not said:
+            batch.record(entry.name, "lost", reason=loss)
+            said = True
         time.sleep(_POLL_SECONDS)
     return followed
 

@@ -24,6 +24,9 @@ from workflows.batch.state import BatchDirectory, Entry
 from workflows.batch.submission import JobState, Submission, end_run
 
 _POLL_SECONDS = 0.5
+#: Slurm repeats after a minute what a node did not answer in time (MessageTimeout), such as the end of a step whose processes it
+#: waited for (KillWait): the requeued job's step has the same number, and would be ended in turn. Seen in Slurm 22.05.
+_REPEAT_SECONDS = 75
 #: squeue's words for a job that has not ended.
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING", "RESIZING",
          "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")  # fmt: skip
@@ -141,6 +144,8 @@ def _make_submitter(
         slurm_python=shlex.join([sys.executable, "-ISc", _HOLD_SIGNALS % submitit.JobEnvironment.USR_SIG]),
         local_max_num_timeout=asked.requeues,
     )
+    # Where one process is the whole step, nothing is left that Slurm could wait for.
+    pause = f"sleep {_REPEAT_SECONDS}; " if asked.nodes > 1 else ""
     marker = shlex.quote(str(killed_marker((batch.path / "jobs").absolute(), "JOB"))).replace("JOB", '"$SLURM_JOB_ID"')
     chosen.update_parameters(
         name=batch.path.name.removesuffix(".run"),
@@ -163,7 +168,7 @@ def _make_submitter(
         slurm_teardown=[
             "code=$?",
             'state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T)',
-            f'if [ $code = 137 ] && [ "$state" = RUNNING ]; then touch {marker}; scontrol requeue "$SLURM_JOB_ID"; fi',
+            f'if [ $code = 137 ] && [ "$state" = RUNNING ]; then touch {marker}; {pause}scontrol requeue "$SLURM_JOB_ID"; fi',
             "exit $code",
         ],
         slurm_additional_parameters={"requeue": True, **asked.extra},
