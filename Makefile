@@ -24,7 +24,7 @@ test:
 pytest:
 	$(RUN) -m pytest -n auto $(OPTIONS)
 
-# Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. An hour on 2 cores.
+# Every case of docs/families.md, calibrated and converted, BF16 served in vLLM; writes its table. Half an hour on 2 cores.
 test-families: venv venv-vllm
 	$(RUN) -m pytest -n 2 --dist load -m "slow or not slow" tests/integration/test_families.py
 
