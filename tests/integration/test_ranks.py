@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from calibration.runs import torchrun as torchrun_module
 from tests import forced
@@ -213,6 +214,28 @@ def test_the_loss_of_torchrun_is_no_defect_of_a_rank(case: Case, attempt: Attemp
     said = messages(attempt)
     assert "Traceback" not in attempt.text and all("store at localhost:" in message for message in said), attempt.text
     assert 1 <= len(said) <= 2  # they cannot agree who says it
+
+
+def test_torch_logs_nothing_beside_the_message_unless_asked(case: Case, attempt: Attempt) -> None:
+    """Two of three ranks, in interpreters of their own, wait in a store that ends."""
+    store = TCPStore("localhost", 0, None, True, wait_for_workers=False)
+    ranks = {"RANK": "1"}, {"RANK": "2", "TORCH_CPP_LOG_LEVEL": "WARNING"}
+    place = {"LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    command = [sys.executable, *forced.command("workflows.run"), str(attempt.recipe)]
+    running = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | place | own
+        )
+        for own in ranks
+    ]
+    while not store.check([f"workflows/meeting 1 {rank}" for rank in (1, 2)]):
+        assert [process.poll() for process in running] == [None, None]
+        time.sleep(0.02)
+    del store
+    quiet, asked = (process.communicate(timeout=60)[0] for process in running)
+    assert [process.returncode for process in running] == [ENVIRONMENT, ENVIRONMENT]
+    assert re.fullmatch("error: WORLD_SIZE is 3 and the ranks cannot meet .*\n", quiet), quiet
+    assert "TCPStore.cpp" in asked and asked.endswith(quiet)
 
 
 @pytest.mark.slow
