@@ -502,9 +502,9 @@ def test_a_list_of_a_hundred_thousand_patterns_ends_in_seconds(spelled: dict[str
     for base, key in (("deepseek_v4", "ignore"), ("qwen3_moe", "ignore")):
         output = _copy(spelled[base], tmp_path / base)
         _said(lambda said, key=key: said.update({key: [f"*a*{n}*b*" for n in range(100_000)]}))(output)
-        began = time.monotonic()
+        began = time.process_time()
         assert "take too long to match" in _verdicts(output)["structure.targets"]
-        assert time.monotonic() - began < 10
+        assert time.process_time() - began < 10
 
 
 def test_the_draft_head_of_the_0731_release_is_readable(tmp_path: Path) -> None:
