@@ -22,7 +22,7 @@ from calibration.checkpoint.formats import logical_name
 from calibration.checkpoint.source_config import TEXT_CONFIG, without
 from calibration.checkpoint.stacks import Stack
 from calibration.families import wrapped
-from calibration.families.family import BESIDE, ROUTED, Family, draft_blocks
+from calibration.families.family import BESIDE, NOT_LINEAR, ROUTED, Family, draft_blocks
 from calibration.families.hub_tensors import (
     HubTensor,
     Underivable,
@@ -323,9 +323,16 @@ def _never_quantized(tensors: dict[str, HubTensor]) -> tuple[tuple[str, str], ..
         for name, tensor in tensors.items()
         if tensor.part == ROUTED and name.endswith(".bias")
     }
+    others = {
+        _generalized(name.removesuffix(".weight")) + "$"
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.wanted.shape) == 2 and tensor.wanted.kind != "linear"
+        and tensor.part not in NOT_LINEAR | BESIDE
+    }  # fmt: skip
     return (
         *((pattern, "engines run a gate of one row as it is") for pattern in sorted(rows)),
         *((pattern, _NO_BIASES) for pattern in sorted(biased)),
+        *((pattern, "transformers has no linear layer for it") for pattern in sorted(others)),
     )
 
 

@@ -146,6 +146,11 @@ class Family:
         return replace(self, mtp=self.block.replace(r"(\d+)", f"({numbers})"))
 
     @property
+    def blocks(self) -> str:
+        """What the list of decoder blocks is called: `layers`, `blocks` of DBRX, `h` of GPT-J."""
+        return self.block[: self.block.index(r"\.(")].rpartition(".")[2].removeprefix("^")
+
+    @property
     def described(self) -> str:
         """The name, and for a derived grammar whether a test of this project compares the family with a reference."""
         tested = "tested by this project" if self.tested else "no test of this project, proven by each run"

@@ -237,7 +237,7 @@ def _slice(name: str, tensor: torch.Tensor, parameter: str, stacked: torch.Tenso
 
 
 def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[str], owner: str) -> str:
-    if modules[owner] is model.get_input_embeddings():
+    if isinstance(modules[owner], nn.Embedding):  # one of each block's (Gemma-3n) or of positions (OPT) too
         return "embedding"
     if modules[owner] is model.get_output_embeddings():
         return "head"

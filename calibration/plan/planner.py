@@ -173,8 +173,11 @@ class _Planner:
             return never
         if place.part in NOT_LINEAR or len(stored.shape) != 2:
             return f"it is not a linear layer ({place.part})"
-        if re.search(self.family.not_observed, module) and not self._keeps_tiles(scheme, stored):
-            return "transformers does not run it as one matrix product, no observer would see its input"
+        if not self._keeps_tiles(scheme, stored):
+            if re.search(self.family.not_observed, module):
+                return "transformers does not run it as one matrix product, no observer would see its input"
+            if self.recipe.method == "calibrate" and place.block is None and place.part != "head":
+                return "calibration takes the blocks and the head alone; method: convert quantizes it"
         # A name or a regex asks for exactly these modules; `Linear` and a part ask for all that can be quantized.
         return self._whole_problem(module, scheme) if target == "Linear" or target.startswith(PART) else None
 

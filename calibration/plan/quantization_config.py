@@ -73,7 +73,7 @@ def targets(plan: Plan, group: str) -> list[str]:
     for (parent, leaf), numbers in blocks_of.items():
         leaves_of[(tuple(sorted(numbers)), parent)] += [leaf, *further.get(leaf, ())]
     return plain + [
-        rf"re:{prefix}layers\.(?:{'|'.join(map(str, numbers))})\.{parent}(?:{'|'.join(sorted(set(leaves)))})$"
+        rf"re:{prefix}{plan.family.blocks}\.(?:{'|'.join(map(str, numbers))})\.{parent}(?:{'|'.join(sorted(set(leaves)))})$"
         for (numbers, parent), leaves in leaves_of.items()
     ]
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from calibration.checkpoint.index import Checkpoint
 from tests import families
+from tests.models import any_family
 from verify.checks import LEVELS
 
 #: A gate of one row beside the router, served; zero-centered norms, which llm-compressor would replace; latent attention with
@@ -32,6 +34,24 @@ def test_a_derived_family_is_calibrated_and_verified(family: str, served: bool, 
 
 def test_int4_experts_are_read_in_a_derived_family(tmp_path: Path) -> None:
     judged_good(families.run("kimi_k25", "calibrate", tmp_path, serve=False, form="int4"), LEVELS[:2])
+
+
+def test_layers_and_embeddings_before_the_blocks_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma-4 E2B and E4B: inputs of each block from an embedding of its own and from a projection before the blocks."""
+    inputs = {
+        "enable_moe_block": False,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": any_family.VOCAB,
+    }
+    monkeypatch.setitem(any_family.FAMILIES, "gemma4_text", any_family.FAMILIES["gemma4_text"] | inputs)
+    judged_good(families.run("gemma4_text", "calibrate", tmp_path, serve=False), LEVELS[:2])
+    tensors = Checkpoint.open(tmp_path / "gemma4_text-calibrate" / "output").tensors
+    assert {
+        f"model.{name}.weight" for name in ("embed_tokens_per_layer", "per_layer_model_projection")
+    } <= tensors.keys()
+    assert "model.layers.1.per_layer_projection.weight_packed" in tensors
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from calibration.model.skeleton import build_skeleton
 from calibration.plan.quantization_config import targets
 from recipes.errors import SourceError
 from tests.exported import recipe, task_of
-from tests.models import any_family, deepseek_v4, standard
+from tests.models import any_family, deepseek_v4, merged, standard
 
 SMALL: dict[str, Any] = {
     "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32,
@@ -121,6 +121,38 @@ def test_a_router_is_one_beside_experts_that_are_no_stacks_too() -> None:
     assert parts == ["router", "attention", "norm"]
 
 
+def test_every_embedding_is_one_and_no_linear_layer() -> None:
+    """Gemma-4's of each block, OPT's of positions."""
+    gemma = derived("gemma4_text", hidden_size_per_layer_input=32, vocab_size_per_layer_input=300)
+    opt = derived("opt", ffn_dim=128, word_embed_proj_dim=64)
+    assert gemma.place("model.embed_tokens_per_layer.weight").part == "embedding"
+    assert opt.place("model.decoder.embed_positions.weight").part == "embedding"
+
+
+@pytest.mark.parametrize("method", ["calibrate", "convert"])
+def test_a_layer_before_the_blocks_is_left_to_convert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    inputs = {
+        "enable_moe_block": False,
+        "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": any_family.VOCAB,
+    }
+    monkeypatch.setitem(any_family.FAMILIES, "gemma4_text", any_family.FAMILIES["gemma4_text"] | inputs)
+    source, calibrated = any_family.write(tmp_path / "source", "gemma4_text"), method == "calibrate"
+    sections = {"method": method, "calibration": {"dataset": "bundled"} if calibrated else None, "ignore": ["lm_head"]}
+    plan = task_of(recipe(source, tmp_path / "out", ["Linear"], **sections)).plan
+    assert ("model.per_layer_model_projection" in plan.quantized) is not calibrated
+    assert "model.layers.1.per_layer_projection" in plan.quantized
+
+
+def test_matrices_that_are_no_linear_layers_are_never_quantized() -> None:
+    """GPT-2's are stored [in, out]."""
+    family = derived("gpt2", n_embd=64, n_layer=2, n_head=2)
+    why = [why for pattern, why in family.never_quantized if re.search(pattern, "transformer.h.1.attn.c_attn")]
+    assert why == ["transformers has no linear layer for it"]
+
+
 def test_the_draft_head_is_what_comes_after_the_last_block() -> None:
     family = derived("deepseek_v3", num_nextn_predict_layers=1, q_lora_rank=32)
     assert family.place("model.layers.2.mlp.experts.0.up_proj.weight").mtp
@@ -140,6 +172,14 @@ def test_targets_of_modules_that_vllm_looks_up_under_no_parent(tmp_path: Path) -
     task = task_of(recipe(source, tmp_path / "out", ["part:attention"], calibration=None, method="convert"))
     (target,) = targets(task.plan, "experts")
     assert re.match(target.removeprefix("re:"), "model.layers.1.o_proj")
+
+
+def test_targets_of_blocks_that_are_not_called_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = merged.write(tmp_path / "source", monkeypatch, "dbrx")
+    task = task_of(recipe(source, tmp_path / "out", ["Linear"], ignore=["lm_head"]))
+    (target,) = targets(task.plan, "experts")
+    looked_up = [f"transformer.blocks.{number}.norm_attn_norm.attn.Wqkv" for number in range(3)]
+    assert [bool(re.match(target.removeprefix("re:"), name)) for name in looked_up] == [True, True, False]
 
 
 def test_a_linear_layer_that_is_multiplied_by_and_never_called_is_no_target() -> None:
