@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import weakref
 
+import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs, quant_metadata
+from compressed_tensors.quantization.lifecycle import initialize
 from compressed_tensors.quantization.utils import is_module_quantized
 from llmcompressor.observers import Observer
 from torch import nn
@@ -50,6 +53,28 @@ def test_only_the_block_at_work_has_scales_observers_and_hooks() -> None:
     left = {name: set(vars(module)) - {"quantization_enabled"} for name, module in first.named_modules()}
     assert left == plain and not first.one._forward_pre_hooks
     assert set(dict(first.named_parameters())) == {"one.weight", "two.weight", "other.weight"}
+
+
+def test_scales_come_and_go_without_the_contexts_of_offloading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for modules of an offloaded model, and cost a third of attaching a block of a thousand modules."""
+
+    def refuse() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(quant_metadata, "disable_onloading", refuse)
+    monkeypatch.setattr(initialize, "set_forward_quantized", lambda _: refuse())
+    block = Block()
+    made = BlockQuantizationModifier(targets=["Linear"], scheme="W4A16_ASYM")
+    made.choose({block.one: "group_0"}, [])
+    for module in (block.one, block.two):
+        initialize.initialize_qparams(
+            module, "output", QuantizationArgs(), (16,), torch.bfloat16
+        )  # of an earlier scheme
+    made.attach([block])
+    assert set(dict(block.one.named_parameters())) == {"weight", "weight_scale", "weight_zero_point"}
+    made.detach()
+    assert [name for name, _ in block.one.named_parameters()] == ["weight"]
+    assert [name for name, _ in block.two.named_parameters()] == ["weight", "output_scale", "output_zero_point"]
 
 
 def test_a_fused_group_finds_one_global_scale() -> None:
