@@ -249,6 +249,8 @@ def _part(model: PreTrainedModel, modules: dict[str, nn.Module], experts: set[st
     elif moe is not None:
         child = f"{moe}.{owner[len(moe) + 1 :].partition('.')[0]}"
         return SHARED if _is_mlp(modules[child]) else ROUTER
+    if owner.endswith("router"):  # a plain linear layer (Gemma-3n's modality_router, whose weight vLLM reads)
+        return ROUTER
     blocks, called = block_count(model.config.get_text_config()), type(model).__name__.partition("For")[0]
     while owner:
         if _is_block(modules, owner, blocks):

@@ -121,6 +121,18 @@ def test_a_router_is_one_beside_experts_that_are_no_stacks_too() -> None:
     assert parts == ["router", "attention", "norm"]
 
 
+def test_a_linear_layer_that_is_called_a_router_is_one() -> None:
+    """Gemma-3n's: vLLM's class reads its weight, and ends if that is packed."""
+    fields = {
+        "altup_num_inputs": 2,
+        "laurel_rank": 16,
+        "activation_sparsity_pattern": [0.0, 0.0],
+        "num_kv_shared_layers": 0,
+    }
+    family = derived("gemma3n_text", layer_types=["full_attention"] * 2, **fields)
+    assert family.place("model.layers.1.altup.modality_router.weight").part == "router"
+
+
 def test_every_embedding_is_one_and_no_linear_layer() -> None:
     """Gemma-4's of each block, OPT's of positions."""
     gemma = derived("gemma4_text", hidden_size_per_layer_input=32, vocab_size_per_layer_input=300)
