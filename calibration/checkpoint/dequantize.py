@@ -10,6 +10,7 @@ modelopt/torch/quantization/qtensor/nvfp4_tensor.py, dequantize).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -175,11 +176,11 @@ def cast_dtype(written: str, plain: torch.dtype) -> torch.dtype:
 
 def is_finite(value: torch.Tensor) -> bool:
     """Whether a tensor contains neither NaN nor Inf. Both show in the extremes, which cost a twentieth of
-    torch.isfinite."""
+    torch.isfinite; a block has thousands of small tensors, so Python judges the two numbers (9 us instead of 25)."""
     if not value.is_floating_point() or not value.numel():
         return True
     low, high = torch.aminmax(value.to(torch.float32) if value.element_size() == 1 else value)
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def is_positive(scale: torch.Tensor) -> bool:
@@ -187,7 +188,7 @@ def is_positive(scale: torch.Tensor) -> bool:
     if not scale.numel():
         return True
     low, high = torch.aminmax(scale.to(torch.float32))
-    return bool((low > 0) & torch.isfinite(high))
+    return float(low) > 0 and math.isfinite(high)
 
 
 def check_finite(value: torch.Tensor, where: str) -> None:
