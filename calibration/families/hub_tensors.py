@@ -104,6 +104,9 @@ def hub_tensors(
     for name, tensor in state.items():
         owners.setdefault(tensor.untyped_storage()._cdata, name)
     tied = set(model._tied_weights_keys or ()) if getattr(model.config, "tie_word_embeddings", False) else set()
+    for name, target in model.all_tied_weights_keys.items():
+        if re.search(r"\.\d+\.", name) and (wrapper is None or wrapper.part(name.rpartition(".")[0]) is None):
+            raise Underivable(f"{name} is {target}: blocks that share weights are not read yet")
     modules = dict(model.named_modules())
     found: dict[str, HubTensor] = {}
     stacks: list[Stack] = []

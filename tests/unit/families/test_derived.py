@@ -289,6 +289,15 @@ def test_what_cannot_be_derived_is_refused_by_tensor(model_type: str, why: str) 
         derived(model_type)
 
 
+def test_blocks_that_share_weights_are_refused_by_tensor() -> None:
+    """Their checkpoint has the first of them alone, and is complete."""
+    sizes = {"mamba_d_state": 16, "mamba_headdim": 16, "n_mamba_heads": 8, "num_mem_blocks": 1, "adapter_rank": 16}
+    with pytest.raises(
+        SourceError, match=r"layers\.1\.shared_transformer\S+ is model\.layers\.0\.shared_transformer\S+: blocks"
+    ):
+        derived("zamba2", layers_block_type=["hybrid", "hybrid"], tie_word_embeddings=True, **sizes)
+
+
 def test_a_config_that_transformers_refuses_is_a_message() -> None:
     with pytest.raises(SourceError, match="transformers cannot build its causal language model: "):
         derived("olmo2", num_attention_heads="many")
