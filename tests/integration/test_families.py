@@ -40,12 +40,9 @@ def test_layers_and_embeddings_before_the_blocks_stay_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gemma-4 E2B and E4B: inputs of each block from an embedding of its own and from a projection before the blocks."""
-    inputs = {
-        "enable_moe_block": False,
-        "hidden_size_per_layer_input": 64,
-        "vocab_size_per_layer_input": any_family.VOCAB,
-    }
-    monkeypatch.setitem(any_family.FAMILIES, "gemma4_text", any_family.FAMILIES["gemma4_text"] | inputs)
+    monkeypatch.setitem(
+        any_family.FAMILIES, "gemma4_text", any_family.FAMILIES["gemma4_text"] | any_family.PER_LAYER_INPUTS
+    )
     judged_good(families.run("gemma4_text", "calibrate", tmp_path, serve=False), LEVELS[:2])
     tensors = Checkpoint.open(tmp_path / "gemma4_text-calibrate" / "output").tensors
     assert {

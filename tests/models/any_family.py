@@ -195,6 +195,11 @@ _NOT_IN_HUB = {
 _NO_TENSORS = {"longcat_flash": r"\.experts\.(?:[89]|1[01])\."}
 
 
+#: What makes of `gemma4_text` the form of E2B and E4B: inputs of each block from an embedding of its own and from a projection
+#: before the blocks.
+PER_LAYER_INPUTS = {"enable_moe_block": False, "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": VOCAB}
+
+
 def definition(family: str) -> list[Any]:
     """What makes the checkpoint of a family, as JSON."""
     left_out = (*_NOT_IN_HUB.get(family, ()), *([_NO_TENSORS[family]] if family in _NO_TENSORS else ()))

@@ -145,12 +145,9 @@ def test_every_embedding_is_one_and_no_linear_layer() -> None:
 def test_a_layer_before_the_blocks_is_left_to_convert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    inputs = {
-        "enable_moe_block": False,
-        "hidden_size_per_layer_input": 64,
-        "vocab_size_per_layer_input": any_family.VOCAB,
-    }
-    monkeypatch.setitem(any_family.FAMILIES, "gemma4_text", any_family.FAMILIES["gemma4_text"] | inputs)
+    monkeypatch.setitem(
+        any_family.FAMILIES, "gemma4_text", any_family.FAMILIES["gemma4_text"] | any_family.PER_LAYER_INPUTS
+    )
     source, calibrated = any_family.write(tmp_path / "source", "gemma4_text"), method == "calibrate"
     sections = {"method": method, "calibration": {"dataset": "bundled"} if calibrated else None, "ignore": ["lm_head"]}
     plan = task_of(recipe(source, tmp_path / "out", ["Linear"], **sections)).plan
