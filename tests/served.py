@@ -84,9 +84,8 @@ def row(task: Task, wants: Wants) -> dict[str, Any]:
                 continue
             if len(output.shape) != 2:  # a correction bias lies in the layer of the experts and names no parent
                 continue
-            if not re.search(
-                rf"\b{family.blocks}\.\d+\.", layer.looked_up
-            ):  # looked up outside the blocks: no target names it
+            inside = re.search(rf"\b{family.blocks}\.\d+\.", layer.looked_up)
+            if inside is None:  # looked up outside the blocks: no target names it
                 unquantized.add(without_numbers(module[block.end() :]))
                 continue
             hub = (
@@ -94,7 +93,7 @@ def row(task: Task, wants: Wants) -> dict[str, Any]:
                 if place.part == ROUTED
                 else module[block.end() :].rpartition(".")[0]
             )
-            named = re.sub(rf"^.*?\b{family.blocks}\.\d+\.", "", layer.looked_up).rpartition(".")[0]
+            named = layer.looked_up[inside.end() :].rpartition(".")[0]
             if hub and hub != named and not hub.startswith("experts."):  # nor have experts of the block itself (gemma4)
                 parents.add((hub, named))
     return served.Served(

@@ -136,7 +136,7 @@ class _Ended(_Line):
     peak_rss: Number | None = None
 
 
-class _GaveUp(_Line):
+class _Reason(_Line):
     reason: str
 
 
@@ -145,10 +145,6 @@ class _Requeued(_Line):
     reason: str
     progressed: bool
     seconds: Seconds = 0.0
-
-
-class _Lost(_Line):
-    reason: str
 
 
 class _Job(_Line):
@@ -170,8 +166,8 @@ _EVENTS: dict[str, type[_Line]] = {
     "load": _Load, "error": _Error, "plan": _PlanEvent, "measured": _Measured,
 }  # fmt: skip
 _ATTEMPTS: dict[str, type[_Line]] = {
-    "begun": _Begun, "ended": _Ended, "gave_up": _GaveUp, "requeued": _Requeued, "job": _Job, "submitted": _Submitted,
-    "lost": _Lost,
+    "begun": _Begun, "ended": _Ended, "gave_up": _Reason, "requeued": _Requeued, "job": _Job, "submitted": _Submitted,
+    "lost": _Reason,
 }  # fmt: skip
 
 

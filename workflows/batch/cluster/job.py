@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,17 +222,20 @@ def _run_further_node(batch: BatchDirectory, entry: Entry, slot: Slot, launcher:
         since = since or (time.monotonic() if has_ended() else 0.0)
         if not ended and since and time.monotonic() - since > _VERDICT_SECONDS:
             child.kill()
-    since, said = time.monotonic(), False
-    while code and not has_ended():
-        waited = time.monotonic() - since
+    if code and not _within(_VERDICT_SECONDS, has_ended):
         loss = f"torchrun's agent on {socket.gethostname()} ended with {code}, and the first node went on; its log is {child.log}"
-        if waited > 2 * _VERDICT_SECONDS:
+        batch.record(entry.name, "lost", reason=loss)
+        if not _within(_VERDICT_SECONDS, has_ended):
             raise RuntimeError(loss)
-        if waited > _VERDICT_SECONDS and not said:
-            batch.record(entry.name, "lost", reason=loss)
-            said = True
-        time.sleep(_POLL_SECONDS)
     return followed
+
+
+def _within(seconds: float, happened: Callable[[], bool]) -> bool:
+    """Waits until it has happened, at most so long; whether it has."""
+    until = time.monotonic() + seconds
+    while not (found := happened()) and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
+    return found
 
 
 def _say(text: str, level: str) -> None:
